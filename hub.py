@@ -1,58 +1,114 @@
-"""One file of a checkpoint: from a folder, from the local cache, or from the Hugging Face Hub, in that order."""
+"""The files of a checkpoint: found in a folder, the local cache or the Hugging Face Hub, in that order, and read."""
+import contextlib
 import json
+import os
+import zipfile
 from pathlib import Path
 
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, LocalEntryNotFoundError
-from huggingface_hub.errors import RepositoryNotFoundError
+import torch
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors.torch import load_file
 
-WAYS_OUT = "download its files by hand and give --model FOLDER, or run once where the Hub can be reached (a proxy or " \
-           "HF_ENDPOINT may help); a complete cached copy works without it, also under HF_HUB_OFFLINE=1"
+WAYS_OUT = ("download its files by hand and give --model FOLDER, or run once where the Hub can be reached (a proxy "
+            "or HF_ENDPOINT may help); a complete cached copy works without it, also under HF_HUB_OFFLINE=1")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "spm.model", "vocab.txt", "vocab.json", "merges.txt")
 
 
 def find(name_or_dir, filename, network=True):
     """Path of `filename` in a folder or Hub repository, or None if that exists but has no such file.
 
     The cache is asked before the network, so a second run contacts nobody; network=False never asks it. Raises
-    OSError with one sentence that names the ways out when the folder, the repository or the network is not there.
+    OSError with one sentence that names the ways out where folder, repository or network are not to be had.
     """
-    folder = Path(name_or_dir).expanduser()
+    name, folder = str(name_or_dir), Path(os.path.expanduser(name_or_dir))
     if folder.is_dir():
         return folder / filename if (folder / filename).is_file() else None
     if folder.exists():
-        raise NotADirectoryError(f"{name_or_dir} is a file: give the folder that holds config.json and the weights")
-    if folder.is_absolute() or str(name_or_dir).startswith((".", "~")) or str(name_or_dir).count("/") > 1:
-        raise FileNotFoundError(f"there is no folder {name_or_dir}: give a checkpoint folder or a Hub name like "
+        raise NotADirectoryError(f"{name} is a file: give the folder that holds config.json and the weights")
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"there is no folder {name}: give a checkpoint folder or a Hub name like "
                                 "microsoft/deberta-v3-base")
     try:
-        cached = try_to_load_from_cache(name_or_dir, filename)
+        cached = try_to_load_from_cache(name, filename)
         if cached is not None or not network:              # a path, or the marker for "known not to be there"
             return Path(cached) if isinstance(cached, str) else None
-        return Path(hf_hub_download(name_or_dir, filename))
-    except LocalEntryNotFoundError as e:                   # nothing cached, and no answer or not allowed to ask
-        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub could not be reached"
-        raise OSError(f"{name_or_dir}/{filename} is not in the cache and {reason}: {WAYS_OUT}") from e
+        return download(name, filename)
+    except GatedRepoError as e:
+        raise OSError(f"{name} is gated: accept its terms on the Hub and run `hf auth login`; or {WAYS_OUT}") from e
+    except RepositoryNotFoundError as e:
+        raise OSError(f"{name} is neither a folder here nor a repository on the Hub that this account can read "
+                      f"(look at the spelling; `hf auth login` if it is private); or {WAYS_OUT}") from e
+    except HFValidationError as e:
+        raise FileNotFoundError(f"{name!r} is neither a folder nor a Hub name like microsoft/deberta-v3-base; "
+                                f"correct it, or {WAYS_OUT}") from e
+    except Exception as e:                                 # no network, a server error, a cut download, a full disk
+        cause = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else one_line(e)
+        raise OSError(f"{name}/{filename} is not in the cache and did not arrive from {constants.ENDPOINT} "
+                      f"({cause}): {WAYS_OUT}") from e
+
+
+def download(repository, filename):
+    """Path of a file that is in the cache from now on; None if the repository has none, which is cached too."""
+    with contextlib.suppress(EntryNotFoundError):          # one question that fails at once if there is no answer:
+        get_hf_file_metadata(hf_hub_url(repository, filename))     # hf_hub_download would ask for 23 seconds
+    try:
+        return Path(hf_hub_download(repository, filename))
+    except LocalEntryNotFoundError:                        # is an EntryNotFoundError, but means no answer
+        raise
     except EntryNotFoundError:
         return None
-    except GatedRepoError as e:
-        raise OSError(f"{name_or_dir} is gated: accept its terms on the Hub and run `hf auth login`, "
-                      f"or {WAYS_OUT}") from e
-    except RepositoryNotFoundError as e:
-        raise OSError(f"{name_or_dir} is neither a folder here nor a repository on the Hub that this account can "
-                      f"read (check the spelling; `hf auth login` if it is private): {WAYS_OUT}") from e
-    except HFValidationError as e:
-        raise FileNotFoundError(f"{name_or_dir!r} is neither a folder nor a Hub name like microsoft/deberta-v3-base") from e
-    except Exception as e:                                 # server errors, cut downloads, a full disk
-        cause = " ".join(str(e).split())[:200] or type(e).__name__
-        raise OSError(f"{name_or_dir}/{filename} did not arrive from the Hub ({cause}): try again, or {WAYS_OUT}") from e
+
+
+def one_line(error, length=200):
+    """What an exception says, on one line and cut to a length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= length else text[:length] + " ..."
+
+
+def tokenizer_files(name_or_dir):
+    """Paths of the tokenizer's files that are at hand; the network is not asked."""
+    paths = [find(name_or_dir, name, network=False) for name in TOKENIZER_FILES]
+    return [path for path in paths if path is not None]
 
 
 def read_json(path):
     """The object in a JSON file; ValueError that names the file if it is not one."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
-        raise ValueError(f"{path} is not valid JSON ({e}): download it again") from e
+    except (ValueError, RecursionError) as e:              # no UTF-8, no JSON, a million digits, [[[[[...
+        raise ValueError(f"{path} is not valid JSON ({one_line(e)}): download it again") from e
     if not isinstance(content, dict):
         raise ValueError(f"{path} does not hold a JSON object: download it again")
     return content
+
+
+def read_weights(name_or_dir):
+    """{key: tensor} of a checkpoint: safetensors or .bin, whole or in shards, memory-mapped if possible."""
+    for filename, read in (("model.safetensors", load_file), ("pytorch_model.bin", read_bin)):
+        paths = [find(name_or_dir, filename)]
+        if paths == [None]:
+            index = find(name_or_dir, filename + ".index.json")
+            if index is None:
+                continue
+            shards = read_json(index).get("weight_map")
+            shards = {str(shard) for shard in shards.values()} if isinstance(shards, dict) else set()
+            paths = [find(name_or_dir, shard) for shard in sorted(shards) if Path(shard).name == shard]
+            if None in paths or not paths or len(paths) < len(shards):
+                raise ValueError(f"{index} names weight files that are not there: download them again")
+        weights = {}
+        for path in paths:
+            try:
+                weights |= read(path)
+            except Exception as e:                         # whatever a damaged file makes its parser raise
+                raise ValueError(f"{path} cannot be read as weights ({one_line(e)}): get it again") from e
+        return weights
+    raise ValueError(f"{name_or_dir} has no model.safetensors and no pytorch_model.bin: give a whole checkpoint")
+
+
+def read_bin(path):
+    """A .bin is a pickle: read tensors only. Files from before torch 1.6 are no zip and cannot be mapped."""
+    return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)))
