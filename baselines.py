@@ -147,7 +147,7 @@ def add_method(method, model, targets, head, k, r, alpha, init):
     """
     layers = {"lora2": LoRA2Linear, "lora": LoRALinear, "adalora": AdaLoRALinear, "sora": SoRALinear}
     if method in layers:
-        return add_lora2(model, targets, k, r, alpha, init, trainable=head, layer=layers[method])
+        return add_lora2(model, targets, k or 1, r, alpha, init or "gaussian", trainable=head, layer=layers[method])
     for name, parameter in model.named_parameters():
         in_head = not set(head).isdisjoint(name.split("."))
         parameter.requires_grad_(method == "full" or in_head or (method == "bitfit" and name.endswith(".bias")))

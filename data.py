@@ -372,10 +372,13 @@ def fetch_task(task, data_dir="glue", base_url=BASE_URL):
             if not name:
                 _extract(url, beside / "archive", [f"{split}.tsv" for split in task.rows], advice)
                 (beside / "archive").unlink()
-        folder.mkdir(exist_ok=True)
-        for path in beside.iterdir():
-            if not (folder / path.name).exists():
-                os.replace(path, folder / path.name)
+        try:
+            os.rename(beside, folder)  # all at once
+        except OSError:  # the folder is there with some files: add the missing ones
+            folder.mkdir(exist_ok=True)
+            for path in beside.iterdir():
+                if not (folder / path.name).exists():
+                    os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -499,7 +502,7 @@ def batches(examples, batch_size, pad_id=0, generator=None, skip=0):
 
     With a torch.Generator (drawn from at once) the rows are shuffled, cut into pools, sorted by length in
     their pool and cut into batches, and the batches are shuffled; without one they are sorted by length. T is
-    the longest row, rounded up to a multiple of 8 but never beyond max_len. skip: how many to leave out first.
+    the longest row, rounded up to a multiple of 8 but never beyond max_len. skip: how many to leave out.
     """
     if batch_size < 1 or skip < 0:
         raise ValueError(f"batch size {batch_size} with skip {skip}: give at least 1 and at least 0")

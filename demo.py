@@ -55,6 +55,7 @@ def pretrain(out, seed):
 
 def main(given):
     """Run the demo in the folder given["out"]; {way: its result.json}."""
+    torch.set_num_threads(1)                               # matrices this small are slower on several cores
     out, seed = Path(given.get("out", "runs/demo")), given.get("seed", 0)
     print("1. Pretraining a small DeBERTa. The question: of which class is the word that the cue names?\n")
     pretrain(out, seed)

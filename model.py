@@ -434,7 +434,7 @@ def save_pretrained(model, folder):
     labels = model.config.get("id2label")
     if not isinstance(labels, dict) or labels.keys() != {str(i) for i in range(model.num_labels)}:
         labels = {str(i): f"LABEL_{i}" for i in range(model.num_labels)}       # not this head's
-    config = model.config | {
+    config = {name: value for name, value in model.config.items() if name not in ("num_labels", "dtype")} | {
         "id2label": labels, "label2id": {str(label): int(i) for i, label in labels.items()},
         "architectures": [ARCHITECTURE[model.config["model_type"]] + "ForSequenceClassification"],
         "torch_dtype": str(next(iter(state.values())).dtype).removeprefix("torch.")}

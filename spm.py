@@ -49,7 +49,7 @@ def read_varint(data, at, end):
 
 
 def read_fields(data, at, end, schema):
-    """Yields (name, value) of every field of the message data[at:end] that the schema names, in file order."""
+    """Yields (name, value) of the fields of the message data[at:end] that the schema names, in file order."""
     while at < end:
         start = at
         key, at = read_varint(data, at, end)
@@ -110,10 +110,10 @@ def read_charsmap(blob):
 
 
 class SpmNormalizer:
-    """SentencePiece's normalizer.cc as a custom normaliser for `tokenizers`, with the same result for any text.
+    """SentencePiece's normalizer.cc as a custom normaliser for `tokenizers`, with equal results for any text.
 
-    `tokenizers` has its own for charsmaps, Precompiled, but that goes grapheme by grapheme and takes the shortest
-    match: an "ệ" written as e and two accents loses one of them, decomposed Hangul and kana stay decomposed.
+    `tokenizers` has its own for charsmaps, Precompiled, but that goes grapheme by grapheme and takes the
+    shortest match: "ệ" written as e and two accents loses one, decomposed Hangul and kana stay decomposed.
     rules: {text: replacement} of the charsmap; symbols: the user-defined pieces, which no rule may touch.
     """
 
@@ -121,16 +121,16 @@ class SpmNormalizer:
         self.add_dummy_prefix, self.remove_extra_whitespaces = add_dummy_prefix, remove_extra_whitespaces
         self.symbols, self.table = set(symbols), {**rules, **{symbol: symbol for symbol in symbols}}
         self.longest = max(map(len, self.table), default=0)
-        # A key can match only where a character stands that is a key, or one that continues a key after any other.
-        # Characters above U+FFFF all count as both, since `re` is slow in sets with many of them.
-        single = {key for key in self.table if len(key) == 1}
-        inner = {char for key in self.table for char in key[1:]}
-        single, inner = (re.escape("".join(char for char in chars if char <= "\uffff")) for chars in (single, inner))
-        self.places = re.compile(f".[{inner}\U00010000-\U0010ffff]+|[{single}\U00010000-\U0010ffff]", re.DOTALL)
-        self.whole = Regex(r"\A(?m:.+)\z")
+        # A key can match only where there is a character that is a key, or any followed by one that continues
+        # a key. All characters above U+FFFF count as both, since `re` is slow in sets with many of them.
+        single = {key for key in self.table if len(key) == 1 and key <= "\uffff"}
+        inner = {char for key in self.table for char in key[1:] if char <= "\uffff"}
+        single, inner = (f"[{re.escape(''.join(chars))}\U00010000-\U0010ffff]" for chars in (single, inner))
+        self.places = re.compile(f".{inner}+|{single}", re.DOTALL)
+        self.whole = Regex(r"(?m:.++)")
 
     def normalize(self, normalized):
-        """Called by `tokenizers` with its NormalizedString; an exception raised in here would be swallowed."""
+        """Called by `tokenizers` with its NormalizedString; it would swallow an exception raised in here."""
         normalized.replace(self.whole, self.apply(normalized.normalized))
 
     def apply(self, text):
@@ -156,7 +156,7 @@ class SpmNormalizer:
 
 
 def read_model(data):
-    """Bytes of an spm.model -> (pieces [(text, score, type)], trainer_spec, normalizer_spec with "rules")
+    """Bytes of an spm.model -> (pieces [(text, score, type)], trainer_spec, normalizer_spec, charsmap rules)
 
     ValueError where the SentencePiece library refuses the file too, and where a spec is missing.
     """
@@ -174,23 +174,24 @@ def read_model(data):
     if types.count(UNKNOWN) != 1 or NORMAL not in types or not set(types) <= set(range(NORMAL, BYTE + 1)) or (
             byte_pieces != {text for text, _, kind in pieces if kind == BYTE}):
         raise ValueError("pieces of wrong type")
-    return pieces, trainer, {**normalizer, "rules": read_charsmap(normalizer.get("precompiled_charsmap", b""))}
+    return pieces, trainer, normalizer, read_charsmap(normalizer.get("precompiled_charsmap", b""))
 
 
 def read_spm(path):
-    """The `spm.model` at path -> tokenizers.Tokenizer with SentencePiece's ids, without padding or truncation.
+    """The `spm.model` at path -> tokenizers.Tokenizer with SentencePiece's ids, no padding, no truncation.
 
-    It encodes to [CLS] A [SEP], and a pair to [CLS] A [SEP] B [SEP] with type ids 0 and 1. [PAD], [CLS], [SEP] and
-    the unknown piece are the file's own, [MASK] gets the id after the last piece; text that spells them stays text.
-    It cannot be pickled or saved (its normaliser is Python; keep the spm.model), and gives no offsets into texts.
+    It encodes to [CLS] A [SEP], and a pair to [CLS] A [SEP] B [SEP] with type ids 0 and 1. [PAD], [CLS],
+    [SEP] and [UNK] are pieces of the file, [MASK] gets the id after the last one; text that spells them stays
+    text. It gives no offsets into the text and cannot be saved or pickled (Python normaliser): keep the file.
     OSError: the file cannot be read. ValueError: it is damaged, or of a kind that is not read here.
     """
     data = Path(path).read_bytes()
     try:
-        pieces, trainer, normalizer = read_model(data)
+        pieces, trainer, normalizer, rules = read_model(data)
     except ValueError as error:
-        raise ValueError(f"{path} is not a readable SentencePiece model ({error}): download it again") from None
-    rules, model_type = normalizer["rules"], trainer.get("model_type", UNIGRAM)
+        raise ValueError(
+            f"{path} is not a readable SentencePiece model ({error}): download it again") from None
+    model_type = trainer.get("model_type", UNIGRAM)
     squeeze = normalizer.get("remove_extra_whitespaces", True)
     missing = {"[PAD]", "[CLS]", "[SEP]"} - {text for text, _, _ in pieces}
     reasons = [reason for reason, holds in {
@@ -201,8 +202,8 @@ def read_spm(path):
         "a replacement has two spaces in a row": squeeze and any("  " in new for new in rules.values()),
     }.items() if holds]
     if reasons:
-        raise ValueError(f"{path} is a SentencePiece model of another kind than DeBERTaV3's ({', '.join(reasons)}): "
-                         "use a checkpoint that has a tokenizer.json")
+        raise ValueError(f"{path} is a SentencePiece model of another kind than DeBERTaV3's "
+                         f"({', '.join(reasons)}): use a checkpoint that has a tokenizer.json")
     symbols = [text for text, _, kind in pieces if kind == USER_DEFINED]
     return build_tokenizer(pieces, bool(trainer.get("byte_fallback")), SpmNormalizer(
         rules, symbols, normalizer.get("add_dummy_prefix", True), squeeze))
@@ -221,10 +222,10 @@ def build_tokenizer(pieces, byte_fallback, normalizer):
             text = " " + text  # no text can match this: its spaces are "▁" when it gets to the model
         vocab.append((text, score))
     special = {text: index for index, (text, _, kind) in enumerate(pieces)
-               if kind in (UNKNOWN, CONTROL) or text in ("[PAD]", "[CLS]", "[SEP]")}
+               if kind in (UNKNOWN, CONTROL) or text in ("[PAD]", "[CLS]", "[SEP]", "[MASK]")}
     special.setdefault("[MASK]", len(pieces))
-    # A special token gets its id from the model there is when it is added; Unigram does not know the name (see above),
-    # so a WordLevel that does takes its place until then.
+    # A special token gets its id from the model at hand when it is added. Unigram does not know the names
+    # (see above), so a WordLevel model that does is there until then.
     tokenizer = Tokenizer(models.WordLevel(special, unk_token="[UNK]"))
     tokenizer.add_special_tokens(list(special))
     unk_id = next(index for index, (_, _, kind) in enumerate(pieces) if kind == UNKNOWN)

@@ -23,8 +23,8 @@ needs_glue = pytest.mark.skipif(not GLUE.is_dir(), reason="the real GLUE files a
 HEADERS = {"sst2": "sentence label", "qqp": "id qid1 qid2 question1 question2 is_duplicate",
            "qnli": "index question sentence label", "rte": "index sentence1 sentence2 label",
            "stsb": "index genre filename year old_index source1 source2 sentence1 sentence2 score",
-           "mnli": "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse sentence1_parse "
-                   "sentence2_parse sentence1 sentence2 label1 gold_label"}
+           "mnli": "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse "
+                   "sentence1_parse sentence2_parse sentence1 sentence2 label1 gold_label"}
 
 
 def write(path, rows, end="\n"):
@@ -79,9 +79,9 @@ def test_real_files(name, train, dev, test, capsys):
     """
     splits = data.load_task(name, GLUE)
     splits["test"] = data.load_split(name, GLUE, "test", labelled=False)
-    assert {key: len(split.texts) for key, split in splits.items()} == {"train": train, "dev": dev, "test": test}
-    warned = capsys.readouterr().err
-    assert warned.count("warning") == ("3667 rows where the official split has 3668" in warned) == (name == "mrpc")
+    assert {key: len(s.texts) for key, s in splits.items()} == {"train": train, "dev": dev, "test": test}
+    warned, lost = capsys.readouterr().err, "3667 rows where the official split has 3668"
+    assert warned.count("warning") == (lost in warned) == (name == "mrpc")
     texts, label = {"cola": ([3], 1), "mrpc": ([3, 4], 0), "rte": ([1, 2], 3), "stsb": ([7, 8], 9)}[name]
     for split in ("train", "dev"):
         with open(GLUE / TASKS[name].folder / f"{split}.tsv", encoding="utf-8-sig", newline="\n") as file:
@@ -94,7 +94,7 @@ def test_real_files(name, train, dev, test, capsys):
 
 @needs_glue
 def test_mrpc_from_its_originals(tmp_path, capsys):
-    """Oracle: the official dev.tsv and test.tsv, row for row; train.tsv but for the row that the old script lost."""
+    """Oracle: the official dev.tsv and test.tsv, row for row; train.tsv but for the row its script lost."""
     folder = tmp_path / "MRPC"
     folder.mkdir()
     for file in ("msr_paraphrase_train.txt", "msr_paraphrase_test.txt", "dev_ids.tsv"):
@@ -109,7 +109,8 @@ def test_mrpc_from_its_originals(tmp_path, capsys):
     assert rows == fewer
     assert data.load_split("mrpc", tmp_path, "test", False) == data.load_split("mrpc", GLUE, "test", False)
     # with both there, train.tsv wins
-    write(folder / "train.tsv", [("Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"), ("1", "7", "8", "x", "y")])
+    write(folder / "train.tsv", [("Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"),
+                                 ("1", "7", "8", "x", "y")])
     assert data.load_task("mrpc", tmp_path)["train"] == Split([("x", "y")], [1])
     (folder / "train.tsv").unlink()
     (folder / "dev_ids.tsv").unlink()
@@ -163,8 +164,8 @@ def test_odd_but_legal_text(tmp_path):
             ("1", "", '""x', "not_entailment")]
     for end in ("\n", "\r\n"):
         path = write(tmp_path / "x.tsv", rows, end)
-        for content in (path.read_bytes(), b"\xef\xbb\xbf" + path.read_bytes(), path.read_bytes() + end.encode() * 3,
-                        path.read_bytes()[:-len(end)]):
+        plain = path.read_bytes()
+        for content in (plain, b"\xef\xbb\xbf" + plain, plain + end.encode() * 3, plain[:-len(end)]):
             path.write_bytes(content)
             assert data.read_split(path, "rte") == Split([(odd, '"'), ("", '""x')], [0, 1])
 
@@ -176,7 +177,7 @@ def test_odd_but_legal_text(tmp_path):
     (b"sentence1\tsentence2\tlabel\na\tb\tentailment\na\tb\n", 3, "2 tab-separated columns where 3"),
     (b"sentence1\tsentence2\tlabel\na\tb\tentailment\tx\n", 2, "4 tab-separated columns where 3"),
     (b"sentence1\tsentence2\tlabel\na\tb\tentailment\n\na\tb\tentailment\n", 3, "1 tab-separated columns"),
-    (b"sentence1\tsentence2\tlabel\na\tb\tneutral\n", 2, "'neutral' where one of 'entailment', 'not_entailment'"),
+    (b"sentence1\tsentence2\tlabel\na\tb\tneutral\n", 2, "'neutral' where one of 'entailment', 'not_"),
     (b"sentence1\tsentence2\tlabel\na\tb\t\n", 2, "''"),
     (b"sentence1\tsentence2\tlabel\na\tb\tentailment\na\t\0b\tentailment\n", 3, "NUL"),
     (b"sentence1\tsentence2\tlabel\na\tb\tentailment\na\t\xe9b\tentailment\n", 3, "UTF-8"),
@@ -204,12 +205,14 @@ def test_only_damaged_files_skip_rows(tmp_path, capsys):
 
     def qqp(bad):
         good = [["0", "1", "2", "a", "b", "1"]] * (2000 - bad)
-        return write(tmp_path / "x.tsv", [header] + [["0", "1", "2", "a"], ["0"] * 6 + ["x"], ["x"] * 6][:bad] + good)
+        kinds = [["0", "1", "2", "a"], ["0"] * 6 + ["x"], ["x"] * 6]  # too few, too many, no such label
+        return write(tmp_path / "x.tsv", [header] + kinds[:bad] + good)
 
     assert len(data.read_split(qqp(2), "qqp").texts) == 1998
     assert "skipped 2 damaged rows of 2000" in capsys.readouterr().err
     assert "x.tsv:4: the label is 'x'" in refusal(ValueError, data.read_split, qqp(3), "qqp")
-    assert "x.tsv:2" in refusal(ValueError, data.read_split, qqp(1), "qqp", labelled=False)  # would shift the rest
+    # without one of its rows a submission would be shifted
+    assert "x.tsv:2" in refusal(ValueError, data.read_split, qqp(1), "qqp", labelled=False)
     for name, task in TASKS.items():
         assert task.damaged == (name == "qqp")
 
@@ -232,8 +235,9 @@ def test_unknown_and_missing(tmp_path):
     for name, task in TASKS.items():
         if not task.make:
             message = refusal(OSError, data.load_task, name, tmp_path)
-            assert f"{tmp_path / task.folder / 'train.tsv'}" in message and "https://" in message
-            assert all(part in message for part in (f"{next(iter(task.downloads))}", f"{tmp_path / task.folder}"))
+            assert str(tmp_path / task.folder / "train.tsv") in message and "https://" in message
+            assert all(address in message for address in task.downloads)
+            assert f"the folder {tmp_path / task.folder} holds " in message
     for path in (tmp_path / "no.tsv", tmp_path):
         assert str(path) in refusal(OSError, data.read_split, path, "rte")
         assert str(path) in refusal(OSError, data.own_task, path)
@@ -259,7 +263,8 @@ def test_own_files(tmp_path):
             ("sentence label", [("x", str(i)) for i in (10, 9, -1, 9)], 1, ("-1", "9", "10"), ("accuracy",)),
             ("sentence2 n label sentence1", [("x", "0", "yes", "y"), ("x", "0", "10", "y")], 2, ("10", "yes"),
              ("accuracy", "f1")),
-            ("sentence1 sentence2 score", [("x", "y", "-3.5"), ("x", "y", "1e3")], 2, (), ("pearson", "spearman"))]:
+            ("sentence1 sentence2 score", [("x", "y", "-3.5"), ("x", "y", "1e3")], 2, (),
+             ("pearson", "spearman"))]:
         task = data.own_task(write(path, [header.split()] + rows))
         assert (len(task.texts), task.labels, task.metrics) == (texts, labels, metrics)
         split = data.read_split(path, task)
@@ -267,8 +272,10 @@ def test_own_files(tmp_path):
                                                                   for c in ("sentence1", "sentence2")))
         column = [row[header.split().index("label" if labels else "score")] for row in rows]
         assert split.labels == [labels.index(x) if labels else float(x) for x in column]
-    for content, says in [("text label\nx 1\ny 0", "no column named 'sentence'"), ("sentence\nx", "label (classes)"),
-                          ("sentence label score\nx 1 1", "label (classes)"), ("sentence label\nx 1", "1 different"),
+    for content, says in [("text label\nx 1\ny 0", "no column named 'sentence'"),
+                          ("sentence\nx", "label (classes)"),
+                          ("sentence label score\nx 1 1", "label (classes)"),
+                          ("sentence label\nx 1", "1 different"),
                           ("sentence label\nx 1\ny ", ":3: the label is empty"),
                           ("sentence score\nx inf", ":2: the score is 'inf' where a finite"),
                           ("sentence score\nx 1\nx nan", ":3: the score is 'nan' where a finite"),
@@ -278,13 +285,13 @@ def test_own_files(tmp_path):
 
 
 def test_mangled_files(tmp_path):
-    """Oracle: the promise. Of hundreds of spoilt files each is read, or refused with ValueError and file:line."""
+    """Oracle: the promise. Of 600 spoilt files each is read, or refused by ValueError with its name."""
     rng, path, outcomes = random.Random(0), tmp_path / "x.tsv", Counter()
     lines = [b"index\tsentence1\tsentence2\tlabel"] + [b"%d\tA man, \"%d\"\tB \xc3\xa9\tentailment" % (i, i)
                                                        for i in range(20)]
     header, rows = lines[0], lines[1:]
-    junk = [b"\0", b'"', b"\t", b"\n", b"\r", b"\r\n", b"\xef\xbb\xbf", b"\xff\xfe", b"\xe2\x80\xa8", b"\x1a", b"-",
-            b"x" * 300_000, b"\t" * 5000, b"\xc3", b"nan", b""]
+    junk = [b"\0", b'"', b"\t", b"\n", b"\r", b"\r\n", b"\xef\xbb\xbf", b"\xff\xfe", b"\xe2\x80\xa8", b"\x1a",
+            b"-", b"x" * 300_000, b"\t" * 5000, b"\xc3", b"nan", b""]
 
     def insert(content):
         at = rng.randrange(len(content) + 1)
@@ -297,9 +304,9 @@ def test_mangled_files(tmp_path):
         return bytes(content)
 
     def drop_column(content):
-        kept = [b"\t".join(f for i, f in enumerate(row.split(b"\t")) if i != which) if rng.random() < share else row
-                for which, share in [(rng.randrange(4), rng.choice([.05, 1]))] for row in content.split(b"\n")]
-        return b"\n".join(kept)
+        which, share, rows = rng.randrange(4), rng.choice([.05, 1]), content.split(b"\n")
+        fewer = [b"\t".join(f for i, f in enumerate(row.split(b"\t")) if i != which) for row in rows]
+        return b"\n".join(less if rng.random() < share else row for row, less in zip(rows, fewer))
 
     def cut(content):
         return content[:rng.randrange(len(content))]
@@ -319,8 +326,9 @@ def test_mangled_files(tmp_path):
         for _ in range(rng.randint(1, 3)):
             content = rng.choice([insert, flip, drop_column, cut, relabel, crlf, encoded])(content or b"\n")
         path.write_bytes(content)
+        other = rng.choice(["qqp", "stsb", "cola", "sst2", "mnli"])
         for call in (functools.partial(data.read_split, task="rte"), data.own_task,
-                     functools.partial(data.read_split, task=rng.choice(["qqp", "stsb", "cola", "sst2", "mnli"])),
+                     functools.partial(data.read_split, task=other),
                      functools.partial(data.read_split, task="rte", labelled=False)):
             try:
                 result = call(path)
@@ -372,8 +380,9 @@ def zipped(members):
 
 def rte_zip(folder="RTE", **more):
     row = "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n"
-    members = {f"{folder}/": "", f"{folder}/train.tsv": row, f"{folder}/dev.tsv": row, f"{folder}/test.tsv": row,
-               f"{folder}/original/train.tsv": "something else", f"__MACOSX/{folder}/._train.tsv": "x"}
+    members = {f"{folder}/": "", f"{folder}/train.tsv": row, f"{folder}/dev.tsv": row,
+               f"{folder}/test.tsv": row, f"{folder}/original/train.tsv": "something else",
+               f"__MACOSX/{folder}/._train.tsv": "x"}
     return zipped({**members, **more})
 
 
@@ -391,6 +400,11 @@ def test_fetch(server, tmp_path, capsys):
             assert "something else" not in (folder / "train.tsv").read_text()
         assert len(list((tmp_path / f"{length}").iterdir())) == 3
     assert data.load_task("rte", tmp_path / "right")["dev"] == Split([("a", "b")], [0])
+    body = zipped({"RTE/train.tsv": "", "RTE/dev.tsv": ""})  # an archive need not hold the test split
+    pages["/glue/data/RTE.zip"] = (200, body, len(body))
+    data.fetch_task("rte", tmp_path / "no test", address)
+    assert sorted(p.name for p in (tmp_path / "no test" / "RTE").iterdir()) == ["dev.tsv", "train.tsv"]
+    pages["/glue/data/RTE.zip"] = (200, rte_zip(), None)
     # a file that is there stays, whatever the archive holds
     folder = tmp_path / "right" / "RTE"
     rte_file(folder / "dev.tsv", 7)
@@ -410,7 +424,8 @@ def test_fetch_mrpc(server, tmp_path):
         assert list(tmp_path.iterdir()) == []
         pages[path] = (200, body, len(body))
     data.fetch_task("mrpc", tmp_path, address)
-    assert data.load_task("mrpc", tmp_path) == {"train": Split([("a", "b")], [1]), "dev": Split([("c", "d")], [0])}
+    assert data.load_task("mrpc", tmp_path) == {"train": Split([("a", "b")], [1]),
+                                                "dev": Split([("c", "d")], [0])}
 
 
 def symlink_zip():
@@ -432,14 +447,15 @@ def spoilt_zip():
 
 @pytest.mark.parametrize("kind, status, body, length", [
     (OSError, 200, rte_zip(), 10_000), (OSError, 404, b"", 0), (OSError, 500, b"sorry", 5),
-    (OSError, 200, rte_zip(), "many"), (ValueError, 200, b"<html>moved</html>", 18), (ValueError, 200, b"", 0),
+    (OSError, 200, rte_zip(), "many"), (ValueError, 200, b"<html>moved</html>", 18),
+    (ValueError, 200, b"", 0),
     (ValueError, 200, rte_zip()[:-30], None), (ValueError, 200, spoilt_zip(), None),
     (ValueError, 200, symlink_zip(), None), (ValueError, 200, zipped({"RTE/train.tsv": "x"}), None),
     (ValueError, 200, rte_zip(**{"train.tsv": "x"}), None)]
     + [(ValueError, 200, rte_zip(**{name: "x"}), None) for name in
        ("../train.tsv", "/tmp/x.tsv", "RTE/../../x", "..\\x", "C:\\x.tsv", "\\x")])
 def test_fetch_refuses(server, tmp_path, kind, status, body, length):
-    """Oracle: one sentence with the address and the way out, and not one file written, in the folder or beside."""
+    """Oracle: one sentence with the address and the way out, and no file left in the folder or beside."""
     address, pages, _ = server
     pages["/glue/data/RTE.zip"] = (status, body, length)
     message = refusal(kind, data.fetch_task, "rte", tmp_path / "glue", address)
@@ -477,12 +493,12 @@ def test_interrupted_fetch_leaves_nothing(server, tmp_path, monkeypatch):
 # ---- tokenizers and encoding -------------------------------------------------------------------------------
 
 def test_load_tokenizer(minilm, tmp_path, monkeypatch):
-    """Oracle: no padding and no truncation, though the file has both; spm.model only without tokenizer.json."""
+    """Oracle: no padding, no truncation, though the file has both; spm.model only without tokenizer.json."""
     baked = Tokenizer.from_file(str(minilm / "tokenizer.json"))
     assert baked.padding and baked.truncation
     tokenizer = data.load_tokenizer(minilm)
     assert tokenizer.padding is None and tokenizer.truncation is None
-    assert tokenizer.encode("hello world").ids == [101, 7592, 2088, 102]  # BERT's ids, known from its vocabulary
+    assert tokenizer.encode("hello world").ids == [101, 7592, 2088, 102]  # BERT's well-known ids
     message = refusal(ValueError, data.load_tokenizer, tmp_path)
     assert "tokenizer.json" in message and "spm.model" in message
     (tmp_path / "spm.model").write_bytes(b"model")
@@ -502,13 +518,13 @@ def test_corrupt_tokenizer(content, tmp_path):
 
 
 def test_spoilt_tokenizer(minilm, tmp_path):
-    """Oracle: the promise. A real file that is cut, spliced or shuffled is read, or refused with ValueError."""
+    """Oracle: the promise. A real file that is cut or spliced is read, or refused with ValueError."""
     text, rng, path = (minilm / "tokenizer.json").read_text(), random.Random(0), tmp_path / "tokenizer.json"
     head, tail = text[:6000], text[-3000:]
     for _ in range(60):
         a, b = sorted(rng.randrange(6000) for _ in range(2))
-        small = head[:a] + rng.choice(["", "null", "-1", '"x"', "{}", "[]", "99999999999999999999"]) + head[b:]
-        path.write_text(small + rng.choice(["", tail]))
+        middle = rng.choice(["", "null", "-1", '"x"', "{}", "[]", "99999999999999999999"])
+        path.write_text(head[:a] + middle + head[b:] + rng.choice(["", tail]))
         try:
             data.load_tokenizer(tmp_path)
         except ValueError as error:
@@ -516,7 +532,7 @@ def test_spoilt_tokenizer(minilm, tmp_path):
 
 
 def longest_first(a, b, max_len, special):
-    """Independent truncation: the shorter text keeps up to half of the room, the longer one gets what is left."""
+    """Independent truncation: the shorter text keeps up to half of the room, the longer one gets the rest."""
     room, swap = max_len - special, len(a) > len(b)
     short, long = (b, a) if swap else (a, b)
     short = short[:room // 2] if len(a) + len(b) > room else short
@@ -530,13 +546,14 @@ def rows_of(examples):
 
 
 PAIRS = [("the quick brown fox " * i, "jumps over the lazy dog, naïve 漢字 🙂 " * j)
-         for i, j in [(1, 1), (1, 9), (9, 1), (4, 4), (5, 4), (4, 5), (0, 3), (3, 0), (30, 30), (2, 30), (30, 2)]]
+         for i, j in [(1, 1), (1, 9), (9, 1), (4, 4), (5, 4), (4, 5), (0, 3), (3, 0), (30, 30), (2, 30),
+                      (30, 2)]]
 
 
 @pytest.mark.parametrize("style", ["bert", "roberta"])
 @pytest.mark.parametrize("max_len", [6, 7, 12, 13, 40, 512])
 def test_encode(style, max_len, minilm, roberta):
-    """Oracle: the templates [CLS] A [SEP] B [SEP] and <s> A </s></s> B </s> around the tokens of single texts,
+    """Oracle: the templates [CLS] A [SEP] B [SEP] and <s> A </s></s> B </s> around the tokens of each text,
     cut by a rule written here; and transformers' fast tokenizers on the same lines."""
     if style == "bert":
         tokenizer, cls, sep, between, second = data.load_tokenizer(minilm), 101, 102, [102], 1
@@ -564,7 +581,7 @@ def test_encode(style, max_len, minilm, roberta):
     else:
         theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=roberta)
     encoded = theirs(*map(list, zip(*PAIRS)), truncation="longest_first", max_length=max_len,
-                     return_token_type_ids=True)  # as lists: a lone pair with an empty second text counts as single
+                     return_token_type_ids=True)  # lists, because a lone pair ("x", "") counts as one text
     assert list(zip(encoded["input_ids"], encoded["token_type_ids"])) == got
     encoded = theirs([p[0] for p in PAIRS if p[0]], truncation=True, max_length=max_len)["input_ids"]
     got = rows_of(data.encode(tokenizer, Split([p[:1] for p in PAIRS if p[0]], None), max_len))
@@ -585,14 +602,14 @@ def test_encode_refuses(minilm, roberta):
 
 
 def test_encode_labels_and_pieces(roberta):
-    """Oracle: each row encoded by itself, over more rows than a piece of encode holds; the labels as given."""
+    """Oracle: each row encoded by itself, over more rows than one piece of encode; the labels as given."""
     texts = [(f"the {i}",) for i in range(4100)]
     examples = data.encode(roberta, Split(texts, [i % 3 for i in range(4100)]), 16)
     rows = rows_of(examples)
     for i in (0, 1, 4095, 4096, 4099):
         assert rows[i][0] == roberta.encode(*texts[i]).ids
     assert examples.labels.dtype == torch.int64 and examples.labels.tolist() == [i % 3 for i in range(4100)]
-    assert (examples.ids.dtype, examples.types.dtype, examples.starts.dtype) == (torch.int32, torch.uint8, torch.int64)
+    assert [t.dtype for t in examples[:3]] == [torch.int32, torch.uint8, torch.int64]
     scores = data.encode(roberta, Split(texts[:2], [0.0, 2.5]), 16).labels
     assert scores.dtype == torch.float32 and scores.tolist() == [0.0, 2.5]
     assert data.encode(roberta, Split(texts[:2], None), 16).labels is None
@@ -607,10 +624,10 @@ def examples_of(lengths, max_len=512, seed=0):
     return data.Examples(ids, (ids % 2).to(torch.uint8), starts, torch.arange(len(lengths)) * 10, max_len, 0)
 
 
-@pytest.mark.parametrize("n, size, seed", [(1, 4, 0), (4, 4, 0), (5, 4, 1), (7, 1, 2), (3000, 8, None), (1001, 7, 3),
-                                           (641, 8, 4)])
+@pytest.mark.parametrize("n, size, seed", [(1, 4, 0), (4, 4, 0), (5, 4, 1), (7, 1, 2), (3000, 8, None),
+                                           (1001, 7, 3), (641, 8, 4)])
 def test_batches_hold_every_row_once(n, size, seed):
-    """Oracle: the flat rows themselves, one by one: every row in one batch, its tokens in front, padding behind."""
+    """Oracle: the flat rows, one by one: every row in one batch, its tokens in front, padding behind."""
     rng = random.Random(n)
     examples = examples_of([rng.randint(1, 60) for _ in range(n)], max_len=60)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -635,7 +652,7 @@ def test_batches_hold_every_row_once(n, size, seed):
 
 
 def test_batches_are_deterministic_and_resume():
-    """Oracle: the same generator state gives the same epoch; skip gives its tail, and leaves the state the same."""
+    """Oracle: equal generator states give equal epochs; skip gives the tail and leaves the same state."""
     examples = examples_of([random.Random(i).randint(1, 99) for i in range(900)])
     epochs = []
     for skip in (0, 0, 5, 56, 57, 99):
@@ -649,21 +666,25 @@ def test_batches_are_deterministic_and_resume():
     g, h = torch.Generator().manual_seed(7), torch.Generator().manual_seed(7)
     data.batches(examples, 16, generator=g)  # never iterated, yet the generator has moved on
     assert g.get_state().tolist() != h.get_state().tolist()
-    assert whole != [b.rows.tolist() for b in data.batches(examples, 16, generator=torch.Generator().manual_seed(8))]
+    other = data.batches(examples, 16, generator=torch.Generator().manual_seed(8))
+    assert whole != [b.rows.tolist() for b in other]
     ordered = [b.rows.tolist() for b in data.batches(examples, 16)]
     assert ordered == [b.rows.tolist() for b in data.batches(examples, 16)]
     for size, skip in ((0, 0), (-1, 0), (4, -1)):
         refusal(ValueError, data.batches, examples, size, skip=skip)
 
 
-def test_pools_mix():
-    """Oracle: a sort of the whole set would give 1,000 rows of different width the same mates in each epoch, and
+def test_pools_mix(monkeypatch):
+    """Oracle: a sort of the whole set would give 200 rows of different width the same mates each epoch, and
     batches in order of width."""
-    examples, g = examples_of([8 * (i + 1) for i in range(1000)], max_len=8000), torch.Generator().manual_seed(0)
-    first, second = ([frozenset(b.rows.tolist()) for b in data.batches(examples, 2, generator=g)] for _ in range(2))
-    assert len(set(first) & set(second)) < 100
+    monkeypatch.setattr(data, "POOL", 16)
+    examples = examples_of([8 * (i + 1) for i in range(200)], max_len=1600)
+    g = torch.Generator().manual_seed(0)
+    first, second = ([frozenset(b.rows.tolist()) for b in data.batches(examples, 2, generator=g)]
+                     for _ in range(2))
+    assert len(set(first) & set(second)) < 30
     steps = [max(b) > max(a) for a, b in zip(first, first[1:])]  # row number is width here
-    assert 0.4 < sum(steps) / len(steps) < 0.6
+    assert 0.35 < sum(steps) / len(steps) < 0.65
 
 
 @pytest.mark.parametrize("max_len", [1, 5, 50, 56, 510, 512])
@@ -676,8 +697,8 @@ def test_width_never_exceeds_max_len(max_len):
 @needs_glue
 @pytest.mark.parametrize("name, limit", [("rte", 1.10), ("mrpc", 1.10), ("stsb", 1.20), ("cola", 1.40)])
 def test_little_padding_much_mixing(name, limit, minilm):
-    """Oracle: tokens counted: processed / real at batch 32 on the real files. And how often two rows of one batch
-    meet again in the next epoch's: uniform shuffling gives 31 / N; sorting the whole set by length nearly 1."""
+    """Oracle: tokens counted: processed / real at batch 32 on the real files. And how often two rows of one
+    batch meet again in the next epoch: uniform shuffling gives 31 / N, a full sort by length nearly 1."""
     examples = data.encode(data.load_tokenizer(minilm), data.load_split(name, GLUE, "train"), 320)
     g, where = torch.Generator().manual_seed(0), []
     for _ in range(2):
@@ -699,6 +720,7 @@ def test_little_padding_much_mixing(name, limit, minilm):
 OWN = TASKS["cola"]._replace(metrics=("accuracy", "f1", "matthews"))
 
 
+@pytest.mark.filterwarnings("ignore:A single label")
 def test_classification_metrics_against_sklearn():
     """Oracle: scikit-learn."""
     sk = pytest.importorskip("sklearn.metrics")
@@ -710,7 +732,7 @@ def test_classification_metrics_against_sklearn():
             t = torch.randint(classes, (n,), generator=g)
             p = torch.where(torch.rand(n, generator=g) < .5, t, torch.randint(classes, (n,), generator=g))
             got = data.metrics(task, p, t)
-            assert list(got) == list(task.metrics) and all(type(value) is float for value in got.values())
+            assert list(got) == list(task.metrics) and {type(value) for value in got.values()} == {float}
             assert got["accuracy"] == pytest.approx(sk.accuracy_score(t, p), abs=1e-12)
             assert got["matthews"] == pytest.approx(sk.matthews_corrcoef(t, p), abs=1e-12)
             if classes == 2:
@@ -728,7 +750,7 @@ def test_regression_metrics_against_scipy():
             if len(t.unique()) < 2 or len(p.unique()) < 2:
                 continue
             got = data.metrics("stsb", p, t)
-            assert list(got) == ["pearson", "spearman"] and all(type(value) is float for value in got.values())
+            assert list(got) == ["pearson", "spearman"] and {type(value) for value in got.values()} == {float}
             assert got["pearson"] == pytest.approx(stats.pearsonr(p, t).statistic, abs=1e-9)
             assert got["spearman"] == pytest.approx(stats.spearmanr(p, t).statistic, abs=1e-9)
 
@@ -738,7 +760,7 @@ def test_metrics_by_hand():
     assert data.metrics(OWN, [1, 0, 1], [1, 0, 1]) == {"accuracy": 1.0, "f1": 1.0, "matthews": 1.0}
     assert data.metrics(OWN, [0, 1, 0], [1, 0, 1]) == {"accuracy": 0.0, "f1": 0.0, "matthews": -1.0}
     assert data.metrics("mrpc", [1, 1, 0, 0, 0], [1, 0, 1, 1, 0]) == {"accuracy": 0.4, "f1": 0.4}
-    assert data.metrics(OWN, [0, 0, 0], [1, 0, 1]) == {"accuracy": pytest.approx(1 / 3), "f1": 0.0, "matthews": 0.0}
+    assert data.metrics(OWN, [0, 0, 0, 0], [1, 0, 1, 1]) == {"accuracy": 0.25, "f1": 0.0, "matthews": 0.0}
     assert data.metrics(OWN, [0, 0], [0, 0]) == {"accuracy": 1.0, "f1": 0.0, "matthews": 0.0}
     assert data.metrics("stsb", [1., 2., 9.], [1., 2., 3.])["spearman"] == pytest.approx(1)
     assert data.metrics("stsb", [3., 2., 1.], [1., 2., 3.]) == {"pearson": pytest.approx(-1),
@@ -751,12 +773,13 @@ def test_metrics_by_hand():
 
 @pytest.mark.parametrize("task, p, t", [
     ("stsb", torch.zeros(3, 1), torch.zeros(3)), ("stsb", torch.zeros(3), torch.zeros(3, 1)),
-    ("stsb", torch.zeros(3, 1), torch.zeros(3, 1)), ("stsb", torch.zeros(1), torch.zeros(3)), ("stsb", [], []),
+    ("stsb", torch.zeros(3, 1), torch.zeros(3, 1)), ("stsb", torch.zeros(1), torch.zeros(3)),
+    ("stsb", [], []),
     ("stsb", [1.0, float("nan")], [1.0, 2.0]), ("stsb", [1.0, 2.0], [1.0, float("inf")]),
     ("rte", torch.zeros(3, 2), torch.zeros(3).long()), ("rte", torch.zeros(3), torch.zeros(3).long()),
     ("rte", [0, 2], [0, 1]), ("rte", [0, 1], [0, -1])])
 def test_metrics_refuse(task, p, t):
-    """Oracle: (N,) against (N,), class ids in range, finite scores; (N, 1) against (N,) must never broadcast."""
+    """Oracle: (N,) against (N,), class ids in range, finite scores; (N, 1) and (N,) must never broadcast."""
     refusal(ValueError, data.metrics, task, p, t)
 
 
@@ -809,7 +832,7 @@ def answer(question, sentence):
 
 @pytest.mark.parametrize("question, task", [("pretrain", data.DEMO_PRETRAIN), ("adapt", "demo")])
 def test_demo_language(question, task):
-    """Oracle: labels from the words by an independent reading; content of a dev sentence never in a train one."""
+    """Oracle: labels by an independent reading of the words; no dev sentence's content is in a train one."""
     splits = data.load_task(task)
     assert splits == data.load_task(task) != data.load_task(task, seed=1)
     assert {k: len(s.texts) for k, s in splits.items()} == data.get_task(task).rows
@@ -836,7 +859,8 @@ def test_demo_takes_the_same_path_as_glue():
     assert tokenizer.get_vocab_size() == 4 + 6 + 96 + 20 and tokenizer.token_to_id("[PAD]") == 0
     examples = data.encode(tokenizer, splits["train"], 16)
     for (ids, types), (text,) in zip(rows_of(examples), splits["train"].texts):
-        assert [tokenizer.id_to_token(i) for i in ids] == ["[CLS]", *text.split(), "[SEP]"] and set(types) == {0}
+        assert [tokenizer.id_to_token(i) for i in ids] == ["[CLS]", *text.split(), "[SEP]"]
+        assert set(types) == {0}
     assert len(list(data.batches(examples, 32, generator=torch.Generator().manual_seed(0)))) == 2
     again = Tokenizer.from_str(tokenizer.to_str())  # as a saved tokenizer.json would bring it back
     assert again.encode("cue0 nonsense").ids == [1, tokenizer.token_to_id("cue0"), 3, 2]
@@ -852,8 +876,8 @@ def test_mnli_size(minilm, tmp_path):
     rng = random.Random(0)
     words = "the man who was there said that nothing of the sort had been seen by anyone in two years".split()
     rows = ((str(i), "1", "1n", "fiction", "( p )", "( h )", "(ROOT)", "(ROOT)",
-             " ".join(rng.choices(words, k=rng.randint(8, 40))), " ".join(rng.choices(words, k=rng.randint(5, 20))),
-             "neutral", "neutral") for i in range(392702))
+             " ".join(rng.choices(words, k=rng.randint(8, 40))),
+             " ".join(rng.choices(words, k=rng.randint(5, 20))), "neutral", "neutral") for i in range(392702))
     write(tmp_path / "MNLI" / "train.tsv", [HEADERS["mnli"].split(), *rows])
     start = time.time()
     split = data.load_split("mnli", tmp_path, "train")
@@ -862,4 +886,4 @@ def test_mnli_size(minilm, tmp_path):
     assert len(examples.labels) == 392702
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # GB, of the whole test process
     print(f"{seconds:.0f} s, {memory:.2f} GB, {len(examples.ids) / 392702:.0f} tokens a row")
-    assert seconds < 60 and memory < 2.5
+    assert seconds < 120 and memory < 2.5  # on a busy machine, and with pytest and its plugins in memory

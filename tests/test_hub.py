@@ -1,0 +1,270 @@
+"""Tests of hub.py through the real huggingface_hub client, against a small Hub on 127.0.0.1.
+
+The client reads its settings when it is imported, so each situation is a fresh interpreter that calls
+from_pretrained() and load_tokenizer() as a user does. Nothing leaves this machine.
+"""
+import hashlib
+import http.server
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save
+
+import hub
+import model as M
+from test_model import NARROW, build
+
+ROOT = Path(__file__).parent.parent
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+DEBERTA = "microsoft/deberta-v3-base"
+
+# --- a Hub -------------------------------------------------------------------------------------------------
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """HEAD and GET of /{repository}/resolve/{revision}/{file}; the repository's name says what goes wrong."""
+
+    def do_HEAD(self):
+        self.answer(with_body=False)
+
+    def do_GET(self):
+        self.answer(with_body=True)
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, with_body):
+        found = re.fullmatch(r"/(.+)/resolve/main/([^/]+)", self.path)
+        repository, file = found.groups() if found else (self.path, "")
+        self.server.requests.append((self.command, repository, file))
+        refused = {"no/such": (401, "RepoNotFound"), "no/such-404": (404, "RepoNotFound"),
+                   "gated/asked": (403, "GatedRepo"), "gated/anonymous": (401, "GatedRepo"),
+                   "private/bare401": (401, None), "broken/500": (500, None), "broken/503": (503, None),
+                   "busy/429": (429, None), "no/revision": (404, "RevisionNotFound")}
+        if repository in refused:
+            return self.send(*refused[repository], {"Retry-After": "300"} if repository == "busy/429" else {})
+        if repository == "hangs/forever":
+            return time.sleep(15)
+        if repository == "portal/login":                     # a hotel's login page answers everything
+            return self.send(200, None, {}, b"<html>Please log in</html>" if with_body else b"")
+        content = self.server.files.get(("some/model" if repository.startswith("cut/") else repository, file))
+        if content is None:
+            return self.send(404, "EntryNotFound", {"X-Repo-Commit": COMMIT})
+        headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT,
+                   "Content-Length": str(len(content))}
+        if with_body and file == "model.safetensors":
+            if repository == "cut/short":                    # a whole answer that is not the whole file
+                content, headers["Content-Length"] = content[:10], "10"
+            first = self.server.requests.count(("GET", repository, file)) == 1
+            if repository == "cut/always" or repository == "cut/once" and first:
+                content = content[:len(content) // 2]        # the connection ends before the announced length
+        self.send(200, None, headers, content if with_body else b"")
+
+    def send(self, status, error, headers, body=b""):
+        self.send_response(status)
+        headers = {"Content-Length": str(len(body))} | headers | ({"X-Error-Code": error} if error else {})
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def as_bytes(weights, **options):
+    buffer = io.BytesIO()
+    torch.save(weights, buffer, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def server():
+    """A Hub with DeBERTaV3-base's files as they are (no safetensors, fp16, spm.model), and others."""
+    deberta, bert = (build(NARROW[family]).state_dict() for family in ("deberta", "bert"))
+    backbone = {key: t.half() for key, t in deberta.items() if key.startswith("deberta.")}
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    parts = [dict(list(bert.items())[i::2]) for i in range(2)]
+    index = {"weight_map": {key: name for name, part in zip(names, parts) for key in part}}
+    tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
+                 "pre_tokenizer": None, "post_processor": None, "decoder": None,
+                 "model": {"type": "WordLevel", "vocab": {"low": 0, "[UNK]": 1}, "unk_token": "[UNK]"}}
+    files = {
+        (DEBERTA, "config.json"): NARROW["deberta"],
+        (DEBERTA, "pytorch_model.bin"): as_bytes(backbone | {"lm_predictions.lm_head.bias": torch.ones(3).half()}),
+        ("some/model", "config.json"): NARROW["bert"], ("some/model", "model.safetensors"): save(bert),
+        ("some/model", "tokenizer.json"): tokenizer, ("some/sharded", "config.json"): NARROW["bert"],
+        ("some/sharded", "model.safetensors.index.json"): index,
+        ("some/sharded", names[0]): save(parts[0]), ("some/sharded", names[1]): save(parts[1]),
+        ("no/weights", "config.json"): NARROW["bert"], ("no/config", "model.safetensors"): save(bert),
+        ("onename", "config.json"): NARROW["bert"], ("onename", "model.safetensors"): save(bert)}
+    found = sorted((ROOT / "tests" / "data").glob("*.model"))
+    if found:
+        files[DEBERTA, "spm.model"] = found[0].read_bytes()
+    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    running.daemon_threads = True
+    running.requests = []
+    running.files = {key: content if isinstance(content, bytes) else json.dumps(content).encode()
+                     for key, content in files.items()}
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    yield running
+    running.shutdown()
+    running.server_close()
+
+
+# --- a user ------------------------------------------------------------------------------------------------
+
+USER = """
+import json, sys, time
+import model
+for name in sys.argv[1:]:
+    start, told = time.time(), {}
+    try:
+        if name.startswith("tokenizer of "):
+            import data
+            told["ids"] = data.load_tokenizer(name[13:]).encode("low").ids
+        else:
+            told["sum"] = sum(p.double().abs().sum().item() for n, p in
+                              model.from_pretrained(name, num_labels=2).named_parameters() if "embeddings" in n)
+    except Exception as e:
+        told = {"type": type(e).__name__, "error": str(e), "caught": isinstance(e, (OSError, ValueError))}
+    print(json.dumps(told | {"seconds": time.time() - start}))
+"""
+
+
+def user(home, endpoint, *names, **settings):
+    """Loads the checkpoints one after the other in a fresh interpreter; what it was told, one dict a name."""
+    environment = {key: value for key, value in os.environ.items()
+                   if not key.startswith(("HF_", "HUGGING")) and not key.lower().endswith("_proxy")}
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"} | settings
+    run = subprocess.run([sys.executable, "-c", USER, *names], cwd=ROOT, env=environment, text=True,
+                         capture_output=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def address(server):
+    return f"http://127.0.0.1:{server.server_address[1]}"
+
+
+GONE = "http://127.0.0.1:9"                                        # nobody listens on the discard port
+
+
+def check_failure(told, *words):
+    """One line of a kind that the command line prints, soon, with the three ways out."""
+    assert told.get("caught"), told
+    assert "\n" not in told["error"] and len(told["error"]) < 700, told
+    assert told["seconds"] < 10, told
+    for word in (*words, "--model FOLDER", "HF_HUB_OFFLINE", "HF_ENDPOINT", "Hub"):
+        assert word in told["error"], (word, told)
+
+
+def test_first_time_second_time_and_offline(server, tmp_path):
+    """Oracle: the sum of the weights that the server has; later runs need no server, not even for absent files."""
+    names = [DEBERTA, "some/model", "some/sharded", "onename", "tokenizer of some/model"]
+    first = user(tmp_path, address(server), *names)
+    expected = [sum(t.double().abs().sum().item() for key, t in build(NARROW[family]).state_dict().items()
+                    if "embeddings" in key) for family in ("deberta", "bert", "bert", "bert")]
+    for told, value in zip(first, expected):
+        assert told["sum"] == pytest.approx(value, rel=1e-3), told
+    assert first[-1]["ids"] == [0]
+    asked = [file for method, name, file in server.requests if name == DEBERTA]
+    assert {"config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"} == set(asked)
+    assert [r for r in server.requests if r[:2] == ("GET", DEBERTA)] == [
+        ("GET", DEBERTA, "config.json"), ("GET", DEBERTA, "pytorch_model.bin")]
+    gone = user(tmp_path, GONE, *names)
+    offline = user(tmp_path, GONE, *names, "other/model", HF_HUB_OFFLINE="1")
+    check_failure(offline[-1], "other/model/config.json is not in the cache", "HF_HUB_OFFLINE is set")
+    for later in (gone, offline):
+        for told, before in zip(later, first):
+            assert told.get("sum") == before.get("sum") and told.get("ids") == before.get("ids"), told
+
+
+def test_spm_model_through_the_hub(server, tmp_path):
+    """Oracle: the ids of the same file read from a folder; tokenizer.json is asked for first and is not there."""
+    if (DEBERTA, "spm.model") not in server.files:
+        pytest.skip("no spm.model at hand")
+    import data
+    (tmp_path / "spm.model").write_bytes(server.files[DEBERTA, "spm.model"])
+    expected = data.load_tokenizer(tmp_path).encode("low").ids
+    for endpoint in (address(server), GONE):
+        assert user(tmp_path / "home", endpoint, "tokenizer of " + DEBERTA)[0]["ids"] == expected
+
+
+def test_failures_are_one_line_and_prompt(server, tmp_path):
+    """Oracle: the sentence. Missing, gated, private, a broken, busy or wrong server, a download cut or resumed."""
+    names = ["no/such", "no/such-404", "gated/asked", "gated/anonymous", "private/bare401", "broken/500",
+             "broken/503", "busy/429", "no/revision", "portal/login", "cut/always", "cut/short", "cut/once",
+             "hangs/forever", "tokenizer of broken/500", "bad name!", "no/weights", "no/config"]
+    told = dict(zip(names, user(tmp_path, address(server), *names, HF_HUB_ETAG_TIMEOUT="1")))
+    for name in ("no/such", "no/such-404"):
+        check_failure(told[name], f"{name} is neither a folder here nor a repository on the Hub", "hf auth login")
+    for name in ("gated/asked", "gated/anonymous"):
+        check_failure(told[name], f"{name} is gated", "hf auth login")
+    for name, word in (("private/bare401", "401"), ("broken/500", "500"), ("broken/503", "503"),
+                       ("busy/429", "429"), ("no/revision", "Revision"), ("portal/login", "X-Repo-Commit"),
+                       ("hangs/forever", "timed out")):
+        check_failure(told[name], f"{name}/config.json is not in the cache and did not arrive from "
+                                  f"{address(server)}", word)
+    for name in ("cut/always", "cut/short"):
+        check_failure(told[name], f"{name}/model.safetensors is not in the cache and did not arrive")
+    assert told["cut/once"]["sum"] > 0
+    check_failure(told["tokenizer of broken/500"], "broken/500/tokenizer.json is not in the cache", "500")
+    check_failure(told["bad name!"], "'bad name!' is neither a folder nor a Hub name")
+    assert "no/weights has no model.safetensors and no pytorch_model.bin" in told["no/weights"]["error"]
+    assert "no/config has no config.json" in told["no/config"]["error"]
+    # What was cut is not taken for a file; with a sound server the same cache works.
+    sound = user(tmp_path, GONE, "cut/always", "cut/once")
+    check_failure(sound[0], "model.safetensors is not in the cache")
+    assert sound[1]["sum"] == told["cut/once"]["sum"]
+
+
+def test_server_out_of_reach(tmp_path):
+    """Oracle: the sentence, within seconds, for a name that was never loaded."""
+    told, tokenizer = user(tmp_path, GONE, DEBERTA, "tokenizer of " + DEBERTA)
+    check_failure(told, f"{DEBERTA}/config.json is not in the cache and did not arrive from {GONE}", "refused")
+    check_failure(tokenizer, f"{DEBERTA}/tokenizer.json is not in the cache")
+
+
+# --- folders -----------------------------------------------------------------------------------------------
+
+def test_find_in_folders(tmp_path, monkeypatch):
+    """Oracle: the path. A folder is never mistaken for a Hub name nor the other way round."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert hub.find("a", "config.json") == Path("a/config.json")
+    assert hub.find(tmp_path / "a", "config.json") == tmp_path / "a" / "config.json"
+    assert hub.find("~/a", "config.json") == tmp_path / "a" / "config.json"
+    assert hub.find("a", "pytorch_model.bin") is None
+    for name in ("./b", "~/b", "~nobody/b", "../b/c", str(tmp_path / "b"), "a/b/c", tmp_path / "b"):
+        with pytest.raises(FileNotFoundError, match=f"there is no folder {name}: give a checkpoint folder or a Hub"):
+            hub.find(name, "config.json")
+    with pytest.raises(OSError, match="is a file: give the folder"):
+        hub.find("a/config.json", "config.json")
+
+
+def test_network_is_not_asked_for_extra_files(tmp_path, monkeypatch):
+    """Oracle: a client that fails when called."""
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "download", lambda *_: pytest.fail("the network was asked"))
+    assert hub.find("some/model", "vocab.txt", network=False) is None
+    assert hub.tokenizer_files("some/model") == []
+    (tmp_path / "folder").mkdir()
+    for name in ("vocab.txt", "tokenizer.json", "model.safetensors"):
+        (tmp_path / "folder" / name).write_text("")
+    assert [path.name for path in hub.tokenizer_files(tmp_path / "folder")] == ["tokenizer.json", "vocab.txt"]
+
+
+def test_one_line():
+    """Oracle: by hand."""
+    assert hub.one_line(ValueError("a\n  b\tc")) == "a b c" and hub.one_line(KeyError()) == "KeyError"
+    assert hub.one_line(ValueError("x" * 300)) == "x" * 200 + " ..."
+    assert M.hub is hub
