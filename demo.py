@@ -13,6 +13,7 @@ import torch
 import data
 import hub
 import model as models
+import options
 import runs
 import train
 
@@ -45,7 +46,7 @@ def pretrain(out, seed):
         elif name.endswith("bias"):
             torch.nn.init.zeros_(parameter)
     write_checkpoint(out / "random", config, net.state_dict())
-    run = train.start(train.parse(["--task", "demo", "--method", "full", "--model", str(out / "random"), "--out",
+    run = train.start(options.parse(["--task", "demo", "--method", "full", "--model", str(out / "random"), "--out",
                                    str(out / "pretraining"), "--overwrite", "--lr", "2e-3", "--batch-size", "64",
                                    "--epochs", "6", "--eval-steps", "100", "--stop-at", "0.995", "--seed", str(seed)]),
                       data.DEMO_PRETRAIN)
@@ -60,12 +61,12 @@ def main(given):
     print("1. Pretraining a small DeBERTa. The question: of which class is the word that the cue names?\n")
     pretrain(out, seed)
     print("\n2. A new question for the frozen model: is the word of role 3 of class 2 or 3?")
-    for way, options in WAYS.items():
+    for way, extra in WAYS.items():
         print(f"\n{way}")
-        folder = out / options[1]
-        train.complete(train.start(train.parse(["--task", "demo", "--model", str(out / "base"), "--out", str(folder),
-                                                "--overwrite", "--seed", str(seed)] + options)))
-    results = {way: hub.read_json(out / options[1] / "result.json") for way, options in WAYS.items()}
+        folder = out / extra[1]
+        train.complete(train.start(options.parse(["--task", "demo", "--model", str(out / "base"), "--out", str(folder),
+                                                "--overwrite", "--seed", str(seed)] + extra)))
+    results = {way: hub.read_json(out / extra[1] / "result.json") for way, extra in WAYS.items()}
     print("\n3. On 1,000 sentences that were never seen:\n\n" + " " * 19
           + "accuracy    adapter       head  kept singular values")
     for way, result in results.items():

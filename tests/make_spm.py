@@ -18,12 +18,13 @@ DATA = Path(__file__).parent / "data"
 RULES = {
     "\t": " ", "\n": " ", "\r": " ", "\u00a0": " ", "\u3000": " ", "\u200b": " ", "\u0001": "", "\u007f": "",
     "\ufb01": "fi", "\ufb03": "ffi", "\u00bd": "1\u20442", "\u2026": "...", "\u2122": "TM",
-    "\u00a8": " \u0308", "\uff21": "A", "\uff41": "a", "\uff11": "1", "\u212b": "\u00c5", "\U0001d400": "A", "colour": "color",
+    "\u00a8": " \u0308", "\uff21": "A", "\uff41": "a", "\uff11": "1", "\u212b": "\u00c5", "\U0001d400": "A",
     "e\u0301": "\u00e9", "a\u0302": "\u00e2", "a\u0302\u0301": "\u1ea5", "\u00e2\u0301": "\u1ea5",
-    "\u0301\u0308": "\u0344", "\u0344": "\u0308\u0301", "\U0001f1e9\U0001f1ea": "de",
-    "\u304b\u3099": "\u304c", "\u1112\u1161": "\ud558", "\u1112\u1161\u11ab": "\ud55c", "\ud558\u11ab": "\ud55c",
+    "\u0301\u0308": "\u0344", "\u0344": "\u0308\u0301", "\U0001f1e9\U0001f1ea": "de", "colour": "color",
+    "\u304b\u3099": "\u304c", "\u1112\u1161": "\ud558", "\u1112\u1161\u11ab": "\ud55c",
+    "\ud558\u11ab": "\ud55c",
 }
-SYMBOLS = ["<ent>", "\uff21\uff29", "lo ra", "aaaa", "\u00e9t"]  # user-defined pieces; two begin like a rule
+SYMBOLS = ["<ent>", "\uff21\uff29", "lo ra", "wxyz", "e\u0301t"]  # user-defined pieces; two begin like a rule
 
 PROSE = """
 A language model reads numbers, not letters, and a tokenizer is the part that turns a text into these numbers.
@@ -60,8 +61,8 @@ MARKS = [
     "1\ufe0f\u20e3", "\u263a\ufe0f", "\U0001f600", "\U0001f1e9\U0001f1ea", "\U0001f1e9\U0001f1ea\U0001f1eb",
     "\r\n", "  ", " \u2581 ", "\u2581\u2581", "\t \t", " \xa0 ", "[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]",
     "[CLS", "CLS]", "<unk>", "<s>", "</s>", "<pad>", "[", "]", " [CLS]", "\u4e2d\u6587\u5206\u8bcd",
-    "\u05e9\u05dc\u05d5\u05dd", "\u0645\u0631\u062d\u0628\u0627", "\u0928\u092e\u0938\u094d\u0924\u0947", *SYMBOLS,
-    "colour", "colou", "aaaaaa", "a" * 50, "9" * 7, "...", "--", "''", "\\n", "%", "<>", "x" * 300,
+    "\u05e9\u05dc\u05d5\u05dd", "\u0645\u0631\u062d\u0628\u0627", "\u0928\u092e\u0938\u094d\u0924\u0947",
+    *SYMBOLS, "colour", "colou", "wxyzwxy", "a" * 50, "9" * 7, "...", "--", "''", "\\n", "%", "<>", "x" * 300,
 ]
 AROUND = ["*", "**", "a*", "*b", "the*cat", "the * cat", " *", "* ", "caf*\u0301 *", "man *"]
 HARD = ["", " ", "  ", "Hello, world!", *TEXT[:10], *(

@@ -105,6 +105,15 @@ def write(folder, config, weights, file="model.safetensors"):
     return folder
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These models are so small that threads only wait for each other, for long where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 # --- transformers as the oracle ----------------------------------------------------------------------------
 
 @pytest.fixture

@@ -1,0 +1,438 @@
+"""spm.py against the SentencePiece library, against ids it gave (make_spm.py), and on damaged files."""
+import json
+import random
+import re
+import struct
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tokenizers import normalizers
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+from make_spm import DATA, HARD, RULES, SYMBOLS, TEXT, train  # noqa: E402
+from spm import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED  # noqa: E402
+from spm import SpmNormalizer, read_charsmap, read_model, read_spm  # noqa: E402
+
+SMALL = DATA / "spm_small.model"
+GLUE = Path(__file__).parents[2] / "shared" / "glue"
+BYTE_TEXT = re.compile("<0x[0-9A-F]{2}>")
+MODELS = {  # every option that changes what a text becomes
+    "nmt_nfkc": {"vocab_size": 500, "normalization_rule_name": "nmt_nfkc"},
+    "nmt_nfkc_cf": {"vocab_size": 500, "normalization_rule_name": "nmt_nfkc_cf"},
+    "identity": {"vocab_size": 1000, "normalization_rule_name": "identity"},
+    "symbols": {"vocab_size": 500, "normalization_rule_name": "nmt_nfkc", "user_defined_symbols": [
+        *SYMBOLS, "[MASK]", "1\ufe0f\u20e3", "\u1112\u1161", "\uff41", "\u00e9"]},
+    "byte_fallback": {"vocab_size": 700, "normalization_rule_name": "nmt_nfkc", "byte_fallback": True},
+    "spaces kept": {"vocab_size": 500, "normalization_rule_name": "nfkc", "remove_extra_whitespaces": False},
+    "no prefix": {"vocab_size": 500, "normalization_rule_name": "identity", "add_dummy_prefix": False},
+    "across words": {"vocab_size": 500, "normalization_rule_name": "nfkc_cf", "split_by_whitespace": False},
+}
+
+
+# ---- a protobuf writer, for models that no trainer makes -----------------------------------------
+
+def varint(number):
+    return bytes([number]) if number < 128 else bytes([number & 127 | 128]) + varint(number >> 7)
+
+
+def field(number, value):
+    """One field on the wire; int, float, str or bytes (which may be a message)."""
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    if isinstance(value, float):
+        return varint(number << 3 | 5) + struct.pack("<f", value)
+    value = value.encode() if isinstance(value, str) else value
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+SPECIAL = [("[PAD]", 0.0, CONTROL), ("[CLS]", 0.0, CONTROL), ("[SEP]", 0.0, CONTROL), ("[UNK]", 0.0, UNKNOWN)]
+
+
+def model(pieces, trainer=b"", normalizer=b""):
+    """Bytes of a model: SPECIAL, then pieces (text, score) or (text, score, type)."""
+    pieces = SPECIAL + [(*piece, NORMAL)[:3] for piece in pieces]
+    pieces = [field(1, text) + field(2, score) + field(3, kind) for text, score, kind in pieces]
+    return b"".join(field(1, piece) for piece in pieces) + field(2, trainer) + field(3, normalizer)
+
+
+def charsmap(units, replacements=b"x\0"):
+    """units {index: unit} of the double array, the others 0 -> precompiled_charsmap"""
+    size = 256 * (max(units) // 256 + 1)
+    return struct.pack(f"<I{size}I", 4 * size, *(units.get(index, 0) for index in range(size))) + replacements
+
+
+# The trie with the one key "a": root (base 256) -> unit 256 ^ ord("a") (base 512) -> leaf
+LEAF, HAS_LEAF, A = 1 << 31, 1 << 8, 256 ^ 97
+KEY_A = {0: 256 << 10, A: 97 | HAS_LEAF | (A ^ 512) << 10, 512: LEAF}
+
+
+@pytest.fixture
+def read(tmp_path):
+    """bytes of a model -> its tokenizer"""
+    def read(data):
+        (tmp_path / "spm.model").write_bytes(data)
+        return read_spm(tmp_path / "spm.model")
+    return read
+
+
+def ids_of(tokenizer, texts):
+    return [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+
+# ---- the oracle ----------------------------------------------------------------------------------
+
+def viterbi(data, text, float32):
+    """The ids of the best segmentation, slowly, after unigram_model.cc; sums in float32 or float64."""
+    def rounded(number):
+        return struct.unpack("f", struct.pack("f", number))[0] if float32 else number
+
+    pieces, _, normalizer, rules = read_model(data)
+    text = SpmNormalizer(rules, [text for text, _, kind in pieces if kind == USER_DEFINED],
+                         normalizer.get("add_dummy_prefix", True),
+                         normalizer.get("remove_extra_whitespaces", True)).apply(text)
+    known = {text: (rounded(0.1 * (len(text.encode()) - 1)) if kind == USER_DEFINED else score, number)
+             for number, (text, score, kind) in enumerate(pieces) if kind in (NORMAL, USER_DEFINED)}
+    unknown = (rounded(min(score for _, score, kind in pieces if kind == NORMAL) - 10), 3)
+    longest = max(map(len, known))
+    best = [(0.0, 0, None)] + [None] * len(text)  # at each end: sum of scores, start and id of the last piece
+    for start in range(len(text)):
+        for end in range(start + 1, min(len(text), start + longest) + 1):
+            score, number = known.get(text[start:end], unknown if end == start + 1 else (None, None))
+            if number is not None:
+                total = rounded(best[start][0] + score)
+                if best[end] is None or total > best[end][0]:
+                    best[end] = (total, start, number)
+    ids, end = [], len(text)
+    while end:
+        _, end, number = best[end]
+        ids += [number] * (not (ids and ids[-1] == number == 3))
+    return ids[::-1]
+
+
+def assert_sentencepiece_ids(data, tokenizer, texts, ties=0):
+    """SentencePiece's ids for all texts but at most `ties`, and there float32 rounding makes the difference."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    oracle = sentencepiece.SentencePieceProcessor(model_proto=data)
+    differing = [(text, ours, theirs) for text, ours, theirs
+                 in zip(texts, ids_of(tokenizer, texts), oracle.encode(texts)) if ours != theirs]
+    for text, ours, theirs in differing:
+        assert viterbi(data, text, float32=True) == theirs != ours == viterbi(data, text, float32=False), text
+    assert len(differing) <= ties, [text for text, _, _ in differing]
+
+
+def random_texts(data, count):
+    """Texts of rules, characters of rules, pieces, hard bits and any characters, in any order."""
+    pieces, _, _, rules = read_model(data)
+    pick = random.Random(0)
+    keys = list(rules) or ["a"]
+    sources = [keys, [char for key in keys for char in key], [text for text, _, _ in pieces], HARD[:500],
+               [" ", "\u2581", "\t", "\u3000", "  "], [chr(code) for code in range(0x3000)],
+               [chr(code) for code in range(0xE000, 0x110000, 97)]]
+    return ["".join(pick.choice(pick.choice(sources)) for _ in range(pick.randrange(12)))
+            for _ in range(count)]
+
+
+def glue_texts():
+    """Every line of every GLUE file, and every column."""
+    if not GLUE.is_dir():
+        pytest.skip("no GLUE files")
+    lines = [line for path in sorted(GLUE.rglob("*")) if path.suffix in (".tsv", ".txt")
+             for line in path.read_bytes().decode("utf-8-sig").split("\n")]
+    return lines, list(dict.fromkeys(column for line in lines for column in line.split("\t")))
+
+
+# ---- ids -----------------------------------------------------------------------------------------
+
+def test_golden_ids():
+    """Oracle: the ids that SentencePiece gave when make_spm.py made the model."""
+    golden, tokenizer = json.loads((DATA / "spm_small.json").read_text()), read_spm(SMALL)
+    assert len(HARD) == len(golden["ids"]) > 1000
+    for text, ids in zip(HARD, golden["ids"]):
+        assert tokenizer.encode(text, add_special_tokens=False).ids == ids, repr(text)
+
+
+def test_golden_ids_are_sentencepieces():
+    """Oracle: the SentencePiece library, as installed, on the committed model."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    oracle = sentencepiece.SentencePieceProcessor(model_file=str(SMALL))
+    assert oracle.encode(HARD) == json.loads((DATA / "spm_small.json").read_text())["ids"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ids_and_normalised_text_of_every_kind_of_model(read, name):
+    """Oracle: SentencePiece's normalize() and encode(), on hard and on random texts."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    data = train(TEXT, **MODELS[name])
+    tokenizer, oracle = read(data), sentencepiece.SentencePieceProcessor(model_proto=data)
+    texts = HARD + random_texts(data, 4000)
+    for text in texts:
+        assert tokenizer.normalizer.normalize_str(text) == oracle.normalize(text), ascii(text)
+    if name == "byte_fallback":
+        texts = [text for text in texts if not BYTE_TEXT.search(text)]
+    assert_sentencepiece_ids(data, tokenizer, texts, ties=3 * (name != "byte_fallback"))
+
+
+def test_ids_of_glue(read):
+    """Oracle: SentencePiece on every line and column of the GLUE files, with a model trained on them."""
+    pytest.importorskip("sentencepiece")
+    lines, columns = glue_texts()
+    data = train([text for text in columns if len(text) > 20], **{**MODELS["nmt_nfkc"], "vocab_size": 8000})
+    assert len(lines) > 30000
+    assert_sentencepiece_ids(data, read(data), lines + columns, ties=100)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [500, 2000, 8000])
+@pytest.mark.parametrize("name", MODELS)
+def test_ids_of_glue_with_every_kind_of_model(read, name, size):
+    """Oracle: as above."""
+    pytest.importorskip("sentencepiece")
+    lines, columns = glue_texts()
+    data = train([text for text in columns if len(text) > 20], **{**MODELS[name], "vocab_size": size})
+    assert_sentencepiece_ids(data, read(data), lines + columns, ties=100)
+
+
+def test_long_texts(read):
+    """Oracle: SentencePiece. Up to a million characters are normalised, and in linear time."""
+    data, n = SMALL.read_bytes(), 10 ** 5
+    texts = ["word" * n, "e\u0301" * n, "\u0301" * n, " " * n * 10, "a\n" * n, "\0" * n, "\U0001f600" * n]
+    start = time.perf_counter()
+    assert_sentencepiece_ids(data, read(data), texts)
+    assert time.perf_counter() - start < 20
+
+
+def test_equal_sums_may_break_differently(read):
+    """The first of the two exceptions, exactly: float32 sums give SentencePiece's ids, float64 sums ours.
+
+    Oracle: viterbi() above. "9" + "99" and "99" + "9" have equal sums: in float64 "99" comes last.
+    """
+    data = model([("\u2581", -2.3), ("9", -5.1), ("99", -7.7), ("a", -3.3)])
+    texts = ["9" * n + "a" * m for n in range(30) for m in range(10)]
+    tokenizer = read(data)
+    assert ids_of(tokenizer, texts) == [viterbi(data, text, float32=False) for text in texts]
+    assert tokenizer.encode("999", add_special_tokens=False).ids == [4, 5, 6]
+    sentencepiece = pytest.importorskip("sentencepiece")
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=data).encode(texts)
+    assert theirs == [viterbi(data, text, float32=True) for text in texts]
+    assert theirs != ids_of(tokenizer, texts)
+
+
+def test_text_that_spells_a_byte(read):
+    """The second exception, exactly: only with byte_fallback, and only "<0x..>" with two capital hex digits.
+
+    Oracle: SentencePiece, which takes it as any other text.
+    """
+    pytest.importorskip("sentencepiece")
+    bytes_ = [(f"<0x{byte:02X}>", 0.0, BYTE) for byte in range(256)]
+    data = model([("\u2581", -2.0), ("b", -3.0), *bytes_], trainer=field(35, 1))
+    tokenizer = read(data)
+    assert_sentencepiece_ids(data, tokenizer, [*HARD, "<0x4>", "<0xab>", "0x41>", "b\u00e9b", "<0x41"])
+    assert tokenizer.encode("b<0x41>", add_special_tokens=False).ids == [4, 5, 6 + 0x41]
+    data = model([("\u2581", -2.0), ("b", -3.0)])
+    assert_sentencepiece_ids(data, read(data), ["b<0x41>"])
+
+
+def test_scores_of_unknown_unused_and_special_pieces(read):
+    """Oracle: by hand. An unknown character costs the lowest score of a normal piece minus 10, and a run of
+    them is one id; unused and special pieces match no text; a user-defined piece scores above 0."""
+    tokenizer = read(model([("\u2581", -1.0), ("xy", -24.5), ("y", -5.0), ("z", -4.0), ("yz", -1.0, UNUSED),
+                            ("lo", 0.0, USER_DEFINED), ("lot", -0.1), ("o", -1.0), ("t", -25.0)]))
+
+    def ids(text):
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    assert ids("xy") == [4, 5]  # -24.5, against -35 for an unknown x and -5 for y
+    assert ids("qxq") == [4, 3]
+    assert ids("yz") == [4, 6, 7]
+    assert ids("qloq") == [4, 3, 9, 3]
+    assert ids("lot") == [4, 10]  # a piece around it may still score better, as in SentencePiece
+    assert ids("[CLS]") == [4, 3]
+
+
+# ---- the tokenizer around them -------------------------------------------------------------------
+
+def test_special_tokens_and_pairs():
+    """Oracle: DeBERTaV3's layout, [CLS] A [SEP] and [CLS] A [SEP] B [SEP]; [MASK] follows the 400 pieces."""
+    tokenizer = read_spm(SMALL)
+    names = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[UNK]": 3, "[MASK]": 400}
+    for name, number in names.items():
+        assert tokenizer.token_to_id(name) == number and tokenizer.id_to_token(number) == name
+    a, b = (tokenizer.encode(text, add_special_tokens=False).ids for text in ("A man", "a dog is running"))
+    single, pair = tokenizer.encode("A man"), tokenizer.encode("A man", "a dog is running")
+    assert single.ids == [1, *a, 2] and single.type_ids == [0] * len(single)
+    assert single.tokens[0] == "[CLS]" and single.tokens[-1] == "[SEP]"
+    assert pair.ids == [1, *a, 2, *b, 2]
+    assert pair.type_ids == [0] * (len(a) + 2) + [1] * (len(b) + 1)
+    assert tokenizer.encode("").ids == [1, 2] and tokenizer.encode("", "").ids == [1, 2, 2]
+    assert tokenizer.padding is None and tokenizer.truncation is None
+
+
+def test_special_tokens_spelt_out_are_text():
+    """Oracle: SentencePiece's rule that no text makes a control piece."""
+    tokenizer = read_spm(SMALL)
+    for name in ("[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"):
+        for text in (name, f"a {name} b", f"a{name}b", f" {name}"):
+            assert not {0, 1, 2, 400} & set(tokenizer.encode(text, add_special_tokens=False).ids), text
+
+
+def test_mask_of_the_file_is_used(read):
+    """Oracle: by hand; a model that has its own [MASK] piece keeps its id."""
+    for kind in (CONTROL, USER_DEFINED):
+        tokenizer = read(model([("[MASK]", 0.0, kind), ("\u2581", -1.0)]))
+        assert tokenizer.token_to_id("[MASK]") == 4 and tokenizer.id_to_token(4) == "[MASK]"
+
+
+@pytest.mark.slow
+def test_speed(read):
+    """100,000 sentences in under 20 seconds."""
+    pytest.importorskip("sentencepiece")
+    sentences = [text for text in glue_texts()[1] if len(text) > 20]
+    tokenizer = read(train(sentences, vocab_size=8000, normalization_rule_name="nmt_nfkc"))
+    start = time.perf_counter()
+    tokenizer.encode_batch((sentences * 5)[:100000])
+    assert time.perf_counter() - start < 20
+
+
+# ---- the charsmap --------------------------------------------------------------------------------
+
+def test_charsmap_holds_the_rules_it_was_made_of():
+    """Oracle: the table that make_spm.py gave to SentencePiece's trainer, which leaves out a rule only where
+    others do the same."""
+    rules = read_model(SMALL.read_bytes())[3]
+    assert rules.items() <= RULES.items() and len(rules) >= len(RULES) - 3
+    normalizer = SpmNormalizer(rules, add_dummy_prefix=False, remove_extra_whitespaces=False)
+    for text, replacement in RULES.items():
+        assert normalizer.apply(text) == replacement.replace(" ", "\u2581"), ascii(text)
+
+
+def test_the_precompiled_normaliser_of_tokenizers_would_not_do():
+    """Oracle: the rules. Longest match needs the custom normaliser; when this fails, Precompiled may do."""
+    pieces, _, normalizer, rules = read_model(SMALL.read_bytes())
+    precompiled = normalizers.Precompiled(normalizer["precompiled_charsmap"])
+    exact = SpmNormalizer(rules, add_dummy_prefix=False)
+    assert exact.apply("a\u0302\u0301") == "\u1ea5" and exact.apply("\u304b\u3099") == "\u304c"
+    assert precompiled.normalize_str("a\u0302\u0301") != "\u1ea5"
+    assert precompiled.normalize_str("\u304b\u3099") != "\u304c"
+
+
+def test_no_charsmap_no_rules():
+    """Oracle: by hand."""
+    assert read_charsmap(b"") == {} == read_charsmap(charsmap({0: 0}))
+    assert read_charsmap(charsmap(KEY_A)) == {"a": "x"}
+
+
+# ---- files that cannot be read -------------------------------------------------------------------
+
+def refuses(read, data, *words):
+    """read(data) is one ValueError with the file's name, these words, and advice."""
+    with pytest.raises(ValueError) as caught:
+        read(data)
+    assert type(caught.value) is ValueError
+    for word in ("spm.model", *words):
+        assert word in str(caught.value), str(caught.value)
+    assert "download it again" in str(caught.value) or "tokenizer.json" in str(caught.value)
+
+
+def test_missing_file(tmp_path):
+    """Oracle: open()."""
+    with pytest.raises(FileNotFoundError):
+        read_spm(tmp_path / "spm.model")
+    with pytest.raises(OSError):
+        read_spm(tmp_path)
+
+
+def test_truncated_files(read):
+    """A file cut anywhere is refused, and the message says where it ends."""
+    data = SMALL.read_bytes()
+    for size in {*range(0, 200), *range(0, len(data), 11), *range(len(data) - 300, len(data))}:
+        refuses(read, data[:size], f"truncated at byte {size})", "download it again")
+
+
+def test_files_of_another_format(read):
+    """Oracle: by hand; what a failed download leaves behind."""
+    for data in (b"<!DOCTYPE html><html><body>Not found</body></html>", b"version https://git-lfs", b"{}",
+                 b"PK\3\4" + bytes(100), b"\x1f\x8b\x08" + bytes(100), bytes(999), b"\xff" * 999, b"\n" * 99):
+        refuses(read, data, "download it again")
+
+
+def test_damaged_bytes(read):
+    """Flipped bytes give a ValueError, or a tokenizer that works (no format notices a changed letter)."""
+    data, pick, refused = SMALL.read_bytes(), random.Random(0), 0
+    begin = data.index(read_model(data)[2]["precompiled_charsmap"])
+    for n in range(1500):
+        damaged = bytearray(data)
+        for _ in range(pick.choice([1, 1, 3, 30])):  # every second time in the charsmap
+            damaged[pick.randrange(begin * (n % 2), len(data))] = pick.randrange(256)
+        try:
+            read(bytes(damaged)).encode("The caf\u00e9 a\u0302\u0301 \ufb01 \0 99999 [CLS]")
+        except ValueError as error:
+            refused += 1
+            assert "spm.model" in str(error)
+    assert refused > 500
+
+
+def test_random_bytes(read):
+    """No file that is not a model gets through."""
+    pick = random.Random(0)
+    for _ in range(2000):
+        refuses(read, pick.randbytes(pick.randrange(100)), "download it again")
+
+
+@pytest.mark.parametrize("blob", [
+    b"\0", charsmap(KEY_A)[:-1], charsmap(KEY_A, b""), charsmap(KEY_A, b"x"), charsmap(KEY_A)[:99],
+    *(struct.pack("<I", size) + bytes(100) for size in (0, 6, 100, 104, 2 ** 31, 2 ** 32 - 1)),
+    charsmap({**KEY_A, 512: LEAF | 2}), charsmap({**KEY_A, 512: LEAF | 7}),  # a leaf beyond the replacements
+    charsmap({**KEY_A, A: 97 | HAS_LEAF | 1024 << 10}),  # a base beyond the units
+    charsmap({**KEY_A, 0: HAS_LEAF | 512 << 10, 7: 1 << 9 | 4 << 10}),  # the same with the shifted offset
+    charsmap({**KEY_A, A: 97 | 97 << 10}),  # "a" is its own child
+    charsmap({0: 256 << 10, **{256 ^ byte: byte | byte << 10 for byte in range(1, 256)}}),  # all of all
+    charsmap({0: 256 << 10, **{256 * level ^ byte: byte | (256 * level ^ byte ^ 256 * (level + 1)) << 10
+                               for level in range(1, 9) for byte in range(1, 256)}, 2559: 0}),  # 255 ** 8 paths
+    charsmap(KEY_A, b"\xff\0"), charsmap({**KEY_A, A: 0, 256 ^ 255: 255 | HAS_LEAF | (1023) << 10})])
+def test_damaged_charsmaps(read, blob):
+    """Sizes that do not fit, leaves and bases out of range, loops: refused, in less than a second."""
+    start = time.perf_counter()
+    refuses(read, model([("a", -1.0)], normalizer=field(2, blob)), "download it again")
+    assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize("data, words", [
+    (model([("a", float("nan"))]), "without score"), (model([("a", float("inf"))]), "without score"),
+    (model([("", -1.0)]), "without text"), (model([("a", -1.0), ("a", -2.0)]), "twice"),
+    (model([]), "wrong type"), (model([("a", -1.0), ("b", -1.0, UNKNOWN)]), "wrong type"),
+    (model([("a", -1.0, 9)]), "wrong type"), (model([("a", -1.0), ("<0x00>", 0.0, BYTE)]), "wrong type"),
+    (model([("a", -1.0), ("<0x00>", 0.0, BYTE)], trainer=field(35, 1)), "wrong type"),
+    (field(1, 7), "pieces with wire type 0"), (field(1, field(2, "x")), "score with wire type 2"),
+    (field(1, field(1, b"\xff")), "utf-8"), (b"\x0b" + model([("a", -1.0)]), "no field at byte 0"),
+    (b"\x80" * 20, "endless varint")])
+def test_models_with_damaged_pieces(read, data, words):
+    """Oracle: by hand, after model_interface.cc and unigram_model.cc."""
+    refuses(read, data, words, "download it again")
+
+
+@pytest.mark.parametrize("data, words", [
+    (model([("a", -1.0)], trainer=field(3, 2)), "BPE"), (model([("a", -1.0)], trainer=field(3, 3)), "WORD"),
+    (model([("a", -1.0)], trainer=field(3, 4)), "CHAR"), (model([("a", -1.0)], trainer=field(3, 77)), "77"),
+    (model([("a", -1.0)], trainer=field(24, 1)), "treat_whitespace_as_suffix"),
+    (model([("a", -1.0)], normalizer=field(5, 0)), "escape_whitespaces"),
+    (model([("a", -1.0)]).replace(b"[CLS]", b"<cls>").replace(b"[SEP]", b"</s>!"), "no [CLS] [SEP]"),
+    (model([("a", -1.0)], normalizer=field(2, charsmap(KEY_A, b"x  y\0"))), "two spaces")])
+def test_models_of_another_kind(read, data, words):
+    """Sound models that would get other ids than SentencePiece's are refused by name."""
+    refuses(read, data, words, "tokenizer.json")
+
+
+def test_other_kinds_from_the_trainer(read):
+    """Oracle: SentencePiece's own models of the other types."""
+    pytest.importorskip("sentencepiece")
+    for model_type in ("bpe", "word", "char"):
+        refuses(read, train(TEXT, vocab_size=300, model_type=model_type), model_type.upper())
+
+
+def test_fields_we_do_not_know_are_skipped(read):
+    """Oracle: the protobuf rule that unknown fields of any wire type are skipped."""
+    unknown = field(5, b"") + field(99, 1) + field(300, "x") + field(301, 1.0) + varint(302 << 3 | 1) + bytes(8)
+    data = SMALL.read_bytes()
+    assert ids_of(read(unknown + data + unknown), HARD) == ids_of(read(data), HARD)
