@@ -23,7 +23,7 @@ METHODS = ("lora2", "adalora", "lora", "sora", "bitfit", "full", "head")
 
 
 class LoRALinear(LoRA2Linear):
-    """y = x W0ᵀ + b + scale · (x Aᵀ) Bᵀ with A (r, d_in) kaiming-uniform and B (d_out, r) zero. k and init unused."""
+    """y = x W0ᵀ + b + scale · (x Aᵀ) Bᵀ, A (r, d_in) kaiming-uniform, B (d_out, r) zero. k, init: unused."""
 
     def __init__(self, base, k=None, r=8, alpha=32, init=None):
         nn.Module.__init__(self)
@@ -31,8 +31,8 @@ class LoRALinear(LoRA2Linear):
         self.base = base.requires_grad_(False)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.k, self.r, self.scale = r, r, alpha / r
-        self.dtype = torch.promote_types(base.weight.dtype, torch.float32)
-        self.add_factors(lambda *shape: nn.Parameter(base.weight.new_zeros(shape, dtype=self.dtype)))
+        dtype = torch.promote_types(base.weight.dtype, torch.float32)
+        self.add_factors(lambda *shape: nn.Parameter(base.weight.new_zeros(shape, dtype=dtype)))
         self.train(base.training)
 
     def add_factors(self, new):
@@ -55,22 +55,21 @@ class LoRALinear(LoRA2Linear):
         """x (..., d_in) → (..., d_out)."""
         rows = x.reshape(-1, self.in_features)
         y = self.base(rows)                                # (N, d_out)
-        down, up = (factor.to(y.dtype) for factor in self.down_up())
+        down, up = (factor.to(y.dtype) for factor in self.down_up())           # (d_in, r), (r, d_out)
         y = y.addmm_(rows.to(y.dtype) @ down, up, alpha=self.scale)
         return y.view(*x.shape[:-1], self.out_features)
 
 
 class AdaLoRALinear(LoRALinear):
-    """ΔWᵀ = scale · P Λ Q. P and Q stand where LoRA² has u and U, which is why RankPruner fits: AdaLoRA is LoRA²
-    without the inner scale k. u is P (d_in, r), U is Q (r, d_out)."""
+    """ΔWᵀ = scale · P Λ Q, LoRA² without the scale k. P (d_in, r) and Q (r, d_out) ~ N(0, 0.02²), Λ = 0."""
 
     def add_factors(self, new):
-        self.u, self.lam, self.U = new(self.in_features, self.r), new(self.r), new(self.r, self.out_features)
-        nn.init.normal_(self.u, std=0.02)
-        nn.init.normal_(self.U, std=0.02)
+        self.P, self.lam, self.Q = new(self.in_features, self.r), new(self.r), new(self.r, self.out_features)
+        nn.init.normal_(self.P, std=0.02)
+        nn.init.normal_(self.Q, std=0.02)
 
     def down_up(self):
-        return self.u * self.lam, self.U
+        return self.P * self.lam, self.Q
 
 
 class SoRALinear(LoRALinear):
@@ -86,71 +85,75 @@ class SoRALinear(LoRALinear):
 
 
 class AdaLoRAPruner(RankPruner):
-    """RankPruner with AdaLoRA's triplets, whose rows have 1 + d_in + d_out numbers: they differ between layers."""
+    """RankPruner with AdaLoRA's scores: 1 + d_in + d_out numbers, all there are, for each singular value."""
 
     def _scored(self, what):
-        rows = []
-        for layer in self.layers:
-            lam, P, Q = (getattr(getattr(layer, name), what) for name in ("lam", "u", "U"))
-            if lam is None or P is None or Q is None:
-                raise RuntimeError("an adapter has no gradient: call pruner.step() after backward() and "
-                                   "optimizer.step(), before zero_grad()")
-            rows.append(torch.cat([lam[:, None], P.T, Q], dim=1).flatten())
-        return torch.cat(rows)
+        factors = [getattr(getattr(layer, name), what) for layer in self.layers for name in ("lam", "P", "Q")]
+        if any(factor is None for factor in factors):
+            raise RuntimeError("an adapter has no gradient: call pruner.step() after backward() and "
+                               "optimizer.step(), before zero_grad()")
+        return torch.cat([factor.flatten() for factor in factors])
 
     def scores(self):
-        """S(Λ_i) + mean over d_in of S(P_·i) + mean over d_out of S(Q_i·), (n, r). (AdaLoRA, Eq. 10.)"""
-        S = self.sensitivity * self.uncertainty
-        sizes = [(1, layer.in_features, layer.out_features) for layer in self.layers]
-        rows = S.split([self.r * sum(size) for size in sizes])
-        return torch.stack([sum(part.mean(1) for part in row.view(self.r, -1).split(size, dim=1))
-                            for row, size in zip(rows, sizes)])
+        """S(Λ_i) + mean over d_in of S(P_·i) + mean over d_out of S(Q_i·), (n, r), from S(w) = Ī · Ū."""
+        S = iter((self.sensitivity * self.uncertainty).split(
+            [factor.numel() for layer in self.layers for factor in (layer.lam, layer.P, layer.Q)]))
+        return torch.stack([lam + P.view(-1, self.r).mean(0) + Q.view(self.r, -1).mean(1)
+                            for lam, P, Q in zip(S, S, S)])
 
 
 class SparseGates:
     """SoRA's sparsifier, called like a pruner: the proximal step of ξ‖g‖₁ after each optimizer step.
 
-    The exact soft threshold g ← sign(g) · max(|g| − ξ, 0). (The released code shrinks first and then zeroes what is
-    below ξ: a dead zone of 2ξ.)
+    That is the soft threshold g ← sign(g) · max(|g| − ξ, 0). (The released code shrinks first and then zeroes
+    what is below ξ: a dead zone of 2ξ.) ξ is of one step, as there: T steps take at most T ξ off a gate.
     """
 
     def __init__(self, model, threshold):
-        if not threshold >= 0:
+        if not 0 <= threshold < math.inf:
             raise ValueError(f"threshold = {threshold!r}: give 0 or a positive number")
         self.layers, self.threshold = lora2_layers(model), threshold
 
     @torch.no_grad()
     def step(self):
-        """Shrink all gates; returns None: how many live is known to the device alone until kept() asks."""
+        """Shrink all gates. Returns None: how many still live only kept() asks the device, not every step."""
         gates = [layer.gate for _, layer in self.layers]
-        sizes = torch._foreach_abs(gates)
-        torch._foreach_sub_(sizes, self.threshold)
-        torch._foreach_clamp_min_(sizes, 0.0)
-        for gate, size in zip(gates, sizes):
-            gate.copy_(gate.sign() * size)
+        shrunk = nn.functional.softshrink(torch.stack(gates), self.threshold)              # (n, r)
+        torch._foreach_copy_(gates, list(shrunk.unbind()))
 
     def kept(self):
         """{adapter: gates that are not 0}."""
         return {name: int((layer.gate != 0).sum()) for name, layer in self.layers}
 
     def state_dict(self):
-        return {}
+        return {}                                          # it keeps nothing: the gates are parameters
 
     def load_state_dict(self, state):
         pass
 
 
+LAYERS = {"lora2": LoRA2Linear, "lora": LoRALinear, "adalora": AdaLoRALinear, "sora": SoRALinear}
+
+
 def add_method(method, model, targets, head, k, r, alpha, init):
     """Freeze what `method` freezes and add what it adds, in place. Returns the names of the adapted layers.
 
-    targets: layer names; head: the parts of parameter names that make up the head, as for add_lora2.
+    targets: layer names; head: the parts of parameter names that make up the head, as for add_lora2. The
+    others may be None for a method without use for them. ValueError for what matches nothing.
     """
-    layers = {"lora2": LoRA2Linear, "lora": LoRALinear, "adalora": AdaLoRALinear, "sora": SoRALinear}
-    if method in layers:
-        return add_lora2(model, targets, k or 1, r, alpha, init or "gaussian", trainable=head, layer=layers[method])
-    for name, parameter in model.named_parameters():
-        in_head = not set(head).isdisjoint(name.split("."))
-        parameter.requires_grad_(method == "full" or in_head or (method == "bitfit" and name.endswith(".bias")))
+    if method in LAYERS:
+        return add_lora2(model, targets, k or 1, r, alpha, init or "gaussian", head, LAYERS[method])
+    if method not in METHODS:
+        raise ValueError(f"there is no method {method!r}: the methods are {', '.join(METHODS)}")
+    parameters = dict(model.named_parameters())
+    in_head = {name for name in parameters if not set(head).isdisjoint(name.split("."))}
+    chosen = {"full": set(parameters), "head": in_head,
+              "bitfit": {name for name in parameters if name.endswith("bias")} - in_head}[method]
+    if not chosen:
+        what = "there is no bias outside the head" if method == "bitfit" else f"no parameter is under {head}"
+        raise ValueError(f"{method} finds nothing to train: {what}")
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in chosen | in_head)
     return []
 
 
@@ -158,10 +161,10 @@ def regulariser(method, model, terms):
     """What `method` adds to the loss, before gamma: a scalar, or None."""
     if method == "lora2":
         return orthogonality_loss(model, terms)
-    if method == "adalora":                                # mean of the *unsquared* norms of its 2N matrices
+    if method == "adalora":                                # the mean of ‖PᵀP−I‖ and ‖QQᵀ−I‖, not squared
         layers = [layer for _, layer in lora2_layers(model)]
-        grams = [gram for layer in layers for gram in (layer.u.T @ layer.u, layer.U @ layer.U.T)]     # (r, r) each
-        grams = torch.stack(grams)
+        grams = [gram for layer in layers for gram in (layer.P.T @ layer.P, layer.Q @ layer.Q.T)]
+        grams = torch.stack(grams)                         # (2N, r, r)
         return (grams - torch.eye(grams.shape[-1], device=grams.device)).norm(dim=(1, 2)).mean()
     return None
 
@@ -173,5 +176,25 @@ def regulariser_floor(method, k, r, terms):
 
 def make_pruner(method, model, target_rank, total_steps, warmup, final, interval, importance):
     """The RankPruner of "lora2" or "adalora"; the arguments are RankPruner's."""
+    if method == "adalora" and importance == "full":
+        raise ValueError("importance = 'full' is Eq. 8 of LoRA²: AdaLoRA has no v and V to add")
     kind = RankPruner if method == "lora2" else AdaLoRAPruner
     return kind(model, target_rank, total_steps, warmup, final, interval, importance=importance or "reduced")
+
+
+def surviving_parameters(model, kept, trained):
+    """How many of the `trained` adapter parameters are still needed when what was pruned is taken out.
+
+    kept: {adapter: singular values, or gates, that are left}; None for a method that does not prune, where
+    all survive. A pruned singular value takes its column and row along, the last one of LoRA² also v and V.
+    """
+    if not kept:
+        return trained
+    total = 0
+    for name, layer in lora2_layers(model):
+        n, ends = kept[name], layer.in_features + layer.out_features
+        if type(layer) is LoRA2Linear:
+            total += n * (1 + 2 * layer.k) + (layer.k * ends if n else 0)
+        else:
+            total += n * (1 + ends)                        # AdaLoRA: Λ_i, P_·i, Q_i·. SoRA: g_i, A_i·, B_·i
+    return total

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import hub
 
@@ -353,8 +354,7 @@ def from_pretrained(name_or_dir, num_labels, head_dropout=None):
     config = check_config(hub.read_json(path), path)
     if head_dropout is not None:
         config[HEAD_DROPOUT[config["model_type"]]] = head_dropout
-    with torch.device("meta"):                     # shapes only; the tensors of the file become the weights
-        model = SequenceClassifier(config, num_labels)
+    model = skeleton(config, num_labels)           # the tensors of the file become its weights
     model.source, model.new_weights = str(name_or_dir), []
     weights = convert(hub.read_weights(name_or_dir), model)
     modules = {key.rpartition(".")[0] for key in weights}
@@ -370,6 +370,20 @@ def from_pretrained(name_or_dir, num_labels, head_dropout=None):
         raise ValueError(f"the weights of {name_or_dir} do not fit its config.json and {num_labels} label(s): "
                          f"{hub.one_line(e, 600)}") from e
     return model
+
+
+class SkipInit(TorchFunctionMode):
+    """with SkipInit(): modules are made without random numbers, which on the meta device cost 2 s of imports."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        is_init = getattr(function, "__module__", None) == "torch.nn.init"
+        return None if is_init else function(*args, **(kwargs or {}))
+
+
+def skeleton(config, num_labels):
+    """The model without numbers: only its shapes, on the meta device."""
+    with torch.device("meta"), SkipInit():
+        return SequenceClassifier(config, num_labels)
 
 
 def check_config(raw, path):
@@ -426,8 +440,7 @@ def save_pretrained(model, folder):
     Files are written beside and renamed. ValueError for a model that still has adapters (merge it first: no
     other software knows their keys); OSError if the folder cannot be written.
     """
-    with torch.device("meta"):
-        plain = SequenceClassifier(model.config, model.num_labels).state_dict().keys()
+    plain = skeleton(model.config, model.num_labels).state_dict().keys()
     state = {key: tensor.detach().contiguous() for key, tensor in model.state_dict().items()}
     if state.keys() != plain:
         raise ValueError(f"{min(state.keys() ^ plain)} is no plain weight: merge the adapters before saving")

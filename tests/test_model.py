@@ -148,6 +148,7 @@ def differences(theirs, ours, batch):
         expected = theirs(ids, attention_mask=mask, token_type_ids=types, output_hidden_states=True)
         hidden, logits = states(ours, batch)
     assert len(hidden) == len(expected.hidden_states) and logits.shape == expected.logits.shape
+    assert logits.isfinite().all() and all(h.isfinite().all() for h in hidden)
     real, pooled = mask.bool(), mask[:, 0].bool()      # with padding in front, the pooled first token is none
     return max((a - b).abs()[which].max().item() for a, b, which in
                [*((a, b, real) for a, b in zip(hidden, expected.hidden_states)), (logits, expected.logits, pooled)])
@@ -829,9 +830,9 @@ def test_peak_memory_while_loading(tmp_path, name):
     if "legacy" in name:
         torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     del weights
-    # Started by a small process of its own: a child's peak begins with the size of the process that forks it.
-    run = subprocess.run([sys.executable, "-c", MEASURE, str(folder)], cwd=ROOT, text=True, capture_output=True,
-                         check=True)
+    # A shell in between: the peak of a process begins with the size of the one that started it, which is large here.
+    run = subprocess.run(["sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-c", MEASURE, str(folder)], cwd=ROOT,
+                         text=True, capture_output=True, check=True)
     ratio, size = map(float, run.stdout.split())
     print(f"\npeak memory, {name}: {ratio:.2f} x {size / 1e6:.0f} MB")
-    assert ratio <= 1.7
+    assert 0.9 < ratio <= 1.7

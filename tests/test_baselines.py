@@ -1,0 +1,529 @@
+"""Tests of baselines.py: each method against the paper's counts, closed forms, peft, and LoRA² where they coincide.
+
+Offline, on the CPU, in seconds. Those that ask peft are skipped without it.
+"""
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import baselines
+import model as M
+from lora2 import (LoRA2Linear, RankPruner, load_lora2_state_dict, lora2_layers, lora2_state_dict, merge_lora2,
+                   orthogonality_loss)
+
+V3_BASE = {"model_type": "deberta-v2", "relative_attention": True, "position_buckets": 256,
+           "norm_rel_ebd": "layer_norm", "share_att_key": True, "pos_att_type": "p2c|c2p",
+           "position_biased_input": False, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+           "intermediate_size": 3072, "vocab_size": 128100}
+ROBERTA_LARGE = {"model_type": "roberta", "type_vocab_size": 1, "hidden_size": 1024, "num_hidden_layers": 24,
+                 "num_attention_heads": 16, "intermediate_size": 4096, "vocab_size": 50265,
+                 "max_position_embeddings": 514}
+BERT = {"model_type": "bert", "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3,
+        "intermediate_size": 40, "vocab_size": 50, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+SIX = ("q", "k", "v", "o", "f1", "f2")
+ADAPTERS = ("lora2", "lora", "adalora", "sora")
+HEAD = ["pooler", "classifier"]
+
+
+def skeleton(config):
+    """A model of the real shapes whose memory is reserved but never touched."""
+    with torch.device("meta"):
+        model = M.SequenceClassifier(M.check_config(dict(config), "config.json"), 2)
+    return model.to_empty(device="cpu")
+
+
+def trained(model, head):
+    """(numbers trained outside the head, numbers trained in it)."""
+    sizes = [0, 0]
+    for name, p in model.named_parameters():
+        sizes[not set(head).isdisjoint(name.split("."))] += p.numel() * p.requires_grad
+    return tuple(sizes)
+
+
+def bert(seed=0):
+    """A small BERT with random weights in float64."""
+    torch.manual_seed(seed)
+    return M.SequenceClassifier(M.check_config(dict(BERT), "config.json"), 2).double()
+
+
+def adapted(method, seed=0, r=3, k=2, alpha=6):
+    """A small BERT with `method` in it, and the names of its adapted layers."""
+    model = bert(seed)
+    names = baselines.add_method(method, model, M.target_modules(model, SIX), HEAD, k, r, alpha, "gaussian")
+    return model, names
+
+
+def stir(model, seed=1):
+    """Random values for all that is trained: no factor stays 0."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * 0.3)
+    return model
+
+
+IDS, MASK = torch.randint(1, 50, (4, 7), generator=torch.Generator().manual_seed(0)), torch.ones(4, 7)
+
+
+def net(seed=0, d=(6, 8, 8, 4)):
+    """A perceptron of three Linear layers in float64 with random data for it: (net, x, targets)."""
+    generator = torch.Generator().manual_seed(seed)
+    new = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    layers = [nn.Linear(a, b).double() for a, b in zip(d, d[1:])]
+    for layer in layers:
+        layer.weight.data, layer.bias.data = new(*layer.weight.shape), new(*layer.bias.shape)
+    return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2]), new(32, d[0]), new(32, d[-1])
+
+
+def adapt(method, base, r=3, k=None, alpha=6.0, seed=0):
+    """A copy of `base` with `method` on all its layers."""
+    model = copy.deepcopy(base)
+    torch.manual_seed(seed)
+    baselines.add_method(method, model, ["0", "2", "4"], [], k, r, alpha, None)
+    return model
+
+
+def losses(model, x, y, steps=8, gamma=0.0, method=None, pruner=None):
+    """The loss before each of `steps` steps of AdamW, in the order of train.py's loop."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02, weight_decay=0.01)
+    values = []
+    for _ in range(steps):
+        loss = F.mse_loss(model(x), y)
+        values.append(loss.item())
+        loss.backward()
+        if gamma:
+            (gamma * baselines.regulariser(method, model, ("uv", "UV", "PQ"))).backward()
+        optimizer.step()
+        if pruner:
+            pruner.step()
+        optimizer.zero_grad()
+    assert values[-1] < values[0]
+    return values
+
+
+# --- counts -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("config, method, k, r, targets, count", [
+    (V3_BASE, "lora2", 1, 8, ("q", "k"), 37_440),          # Table 4 prints 37.4k
+    (V3_BASE, "lora2", 1, 8, ("q", "k", "v"), 56_160),     # 56.2k
+    (V3_BASE, "lora2", 1, 8, SIX, 167_616),                # 167.6k, 0.17M
+    (V3_BASE, "lora2", 8, 8, SIX, 1_336_896),              # 1.33M
+    (V3_BASE, "lora2", 8, 4, SIX, 1_332_000),
+    (V3_BASE, "lora", None, 1, SIX, 165_888),              # 0.17M
+    (V3_BASE, "lora", None, 8, SIX, 1_327_104),            # 1.33M
+    (V3_BASE, "adalora", None, 2, SIX, 2 * (165_888 + 72)),
+    (V3_BASE, "sora", None, 1, SIX, 165_888 + 72),
+    (V3_BASE, "sora", None, 8, SIX, 8 * (165_888 + 72)),
+    (V3_BASE, "bitfit", None, None, SIX, 102_912),         # 0.1M
+    (V3_BASE, "head", None, None, SIX, 0),
+    (ROBERTA_LARGE, "lora2", 1, 8, SIX, 445_824),          # 0.4M
+    (ROBERTA_LARGE, "lora", None, 8, SIX, 8 * 442_368),
+])
+def test_counts(config, method, k, r, targets, count):
+    """Oracle: the closed forms and the paper's printed counts, to the unit; 592,130 numbers of DeBERTa's head apart,
+    and of RoBERTa's d(d + 1) + 2(d + 1)."""
+    model = skeleton(config)
+    head = [part for part in HEAD if any(part in name.split(".") for name, _ in model.named_parameters())]
+    names = baselines.add_method(method, model, M.target_modules(model, targets), head, k, r, 32, "gaussian")
+    assert trained(model, head) == (count, 592_130 if config is V3_BASE else 1_051_650)
+    assert len(names) == (0 if r is None else config["num_hidden_layers"] * len(targets))
+
+
+def test_full_trains_every_parameter():
+    """Oracle: the size of the checkpoint, 184 million, of which nothing is frozen."""
+    model = skeleton(V3_BASE)
+    assert baselines.add_method("full", model, [], HEAD, None, None, None, None) == []
+    assert sum(trained(model, HEAD)) == sum(p.numel() for p in model.parameters()) == 184_423_682
+
+
+@pytest.mark.parametrize("method, kept, count", [
+    ("adalora", {"0": 3, "2": 0, "4": 1}, 3 * (1 + 6 + 8) + 0 + 1 * (1 + 8 + 4)),
+    ("sora", {"0": 3, "2": 0, "4": 1}, 3 * (1 + 6 + 8) + 0 + 1 * (1 + 8 + 4)),
+    ("lora2", {"0": 3, "2": 0, "4": 1}, (2 * 14 + 3 * 5) + 0 + (2 * 12 + 1 * 5)),
+    ("lora2", {"0": 3, "2": 3, "4": 3}, 2 * (14 + 16 + 12) + 9 * 5),
+    ("lora", None, 3 * (14 + 16 + 12))])
+def test_surviving_parameters(method, kept, count):
+    """Oracle: by hand, layers 6×8, 8×8, 8×4 with r = 3, k = 2; all kept is all trained."""
+    model = adapt(method, net()[0], k=2)
+    all_trained = trained(model, [])[0]
+    assert baselines.surviving_parameters(model, kept, all_trained) == count
+    if kept is None or all(n == 3 for n in kept.values()):
+        assert count == all_trained
+
+
+def test_head_and_bitfit_train_the_same_head_and_nothing_else():
+    """Oracle: the names of a BERT checkpoint."""
+    names = {}
+    for method in ("head", "bitfit"):
+        model = bert()
+        baselines.add_method(method, model, [], HEAD, None, None, None, None)
+        names[method] = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert names["head"] == {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight",
+                             "classifier.bias"}
+    biases = {name for name in dict(bert().named_parameters()) if name.endswith(".bias")}
+    assert names["bitfit"] == names["head"] | biases and len(biases) == 19
+
+
+# --- peft as the oracle -------------------------------------------------------------------------------------
+
+class WithLoss(nn.Module):
+    """A net that returns what peft's AdaLoRA expects: an object with a loss."""
+
+    def __init__(self, inner, x, y):
+        super().__init__()
+        self.inner, self.x, self.y = inner, x, y
+
+    def forward(self):
+        return SimpleNamespace(loss=F.mse_loss(self.inner(self.x), self.y))
+
+
+def same_gradients(pairs):
+    for mine, theirs in pairs:
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_lora_is_pefts_lora():
+    """Oracle: peft.LoraConfig with the same A and B: output, gradients of A and B, merged weight; and its init."""
+    peft = pytest.importorskip("peft")
+    base, x, y = net()
+    ours = stir(adapt("lora", base, r=3, alpha=5.0))
+    config = peft.LoraConfig(r=3, lora_alpha=5, lora_dropout=0.0, target_modules=["0", "2", "4"])
+    theirs = peft.get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False)
+    layers = [(mine, theirs.base_model.model[int(name)]) for name, mine in lora2_layers(ours)]
+    for mine, layer in layers:
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        assert A.shape == mine.A.shape and B.abs().max() == 0 and A.abs().max() <= mine.in_features ** -0.5
+        A.data, B.data = mine.A.data.clone(), mine.B.data.clone()
+    F.mse_loss(ours(x), y).backward()
+    F.mse_loss(theirs(x), y).backward()
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-9, atol=1e-9)
+    same_gradients([(mine.A, layer.lora_A["default"].weight) for mine, layer in layers]
+                   + [(mine.B, layer.lora_B["default"].weight) for mine, layer in layers])
+    merged = theirs.merge_and_unload()
+    for name, mine in lora2_layers(ours):
+        torch.testing.assert_close(mine.weight, merged[int(name)].weight, rtol=1e-9, atol=1e-9)
+
+
+def test_lora_starts_as_the_release_does():
+    """Oracle: kaiming_uniform with a = √5 is uniform in ±1/√d_in, so its variance is 1 / (3 d_in); B is 0."""
+    torch.manual_seed(0)
+    layer = baselines.LoRALinear(nn.Linear(400, 300), r=100, alpha=1)
+    bound = 400 ** -0.5
+    assert 0.999 * bound < layer.A.abs().max() <= bound and layer.B.abs().max() == 0
+    assert layer.A.var().item() == pytest.approx(bound ** 2 / 3, rel=0.02)
+
+
+def test_adalora_is_pefts_adalora_over_50_steps():
+    """Oracle: peft.AdaLoraConfig from the same weights, each side with its own AdamW: in every one of 50 steps the
+    same loss and regulariser, gradients, weights, smoothed importance and kept set.
+
+    peft's rule is well defined where its kthvalue has something to prune (k ≥ 1, from the first pruning step on, as
+    the budget is rounded down) and no two scores are equal (float64, all scores > 0). It divides by r + 1e-5, here a
+    matter of alpha. From step T − tf on the two differ by design, so the 50 steps end before it: peft leaves that
+    step's gradients out of the last selection.
+    """
+    peft = pytest.importorskip("peft")
+    r, target, T, tinit, tfinal, interval, gamma = 4, 1, 60, 5, 9, 2, 0.3
+    base, x, y = net()
+    ours = adapt("adalora", base, r=r, alpha=8 * r / (r + 1e-5))
+    pruner = baselines.make_pruner("adalora", ours, target, T, tinit, tfinal, interval, None)
+    config = peft.AdaLoraConfig(init_r=r, target_r=target, tinit=tinit, tfinal=tfinal, deltaT=interval, lora_alpha=8,
+                                total_step=T, orth_reg_weight=gamma, target_modules=["0", "2", "4"])
+    theirs = peft.get_peft_model(WithLoss(copy.deepcopy(base), x, y), config, autocast_adapter_dtype=False).double()
+    layers = [(f"base_model.model.inner.{name}", mine, theirs.base_model.model.inner[int(name)])
+              for name, mine in lora2_layers(ours)]
+    pairs = [(mine, layer, *names) for _, mine, layer in layers
+             for names in (("P", "lora_A"), ("lam", "lora_E"), ("Q", "lora_B"))]
+    shaped = lambda tensor, like: tensor.view(like.shape) if tensor.dim() == 1 else tensor.T
+    for mine, layer, name, theirs_name in pairs:           # A is Pᵀ, E is Λ as a column, B is Qᵀ
+        p = getattr(layer, theirs_name)["default"]
+        p.data = shaped(getattr(mine, name).data, p).clone()
+    mine_optimizer, theirs_optimizer = (
+        torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=0.02) for m in (ours, theirs))
+
+    sets = set()
+    for step in range(1, 51):
+        my_loss = F.mse_loss(ours(x), y) + gamma * baselines.regulariser("adalora", ours, None)
+        my_loss.backward()
+        loss = theirs.base_model().loss                    # PeftModel itself would leave the regulariser out
+        loss.backward()
+        assert my_loss.item() == pytest.approx(loss.item(), rel=1e-9)
+        for mine, layer, name, theirs_name in pairs:
+            p = getattr(layer, theirs_name)["default"]
+            torch.testing.assert_close(shaped(getattr(mine, name).grad, p), p.grad, rtol=1e-6, atol=1e-9)
+        mine_optimizer.step()
+        theirs_optimizer.step()
+        kept_total = pruner.step()
+        theirs.base_model.update_and_allocate(step)
+        mine_optimizer.zero_grad()
+        theirs_optimizer.zero_grad()
+
+        allocator = theirs.base_model.rankallocator
+        budget, selects = allocator.budget_schedule(step)
+        assert kept_total == pruner.budget(step) == budget or not selects
+        S = pruner.scores()
+        for i, (prefix, mine, layer) in enumerate(layers):
+            element = lambda name: allocator._element_score(f"{prefix}.{name}.default".removeprefix("base_model.model."))
+            score = element("lora_E").view(-1) + element("lora_A").mean(1) + element("lora_B").mean(0)
+            torch.testing.assert_close(S[i], score, rtol=1e-5, atol=1e-16)
+            E = layer.lora_E["default"].detach().view(-1)
+            torch.testing.assert_close(mine.lam.detach(), E, rtol=1e-6, atol=1e-9)
+            if selects:
+                assert ((E != 0) == pruner.keep[i]).all()
+        sets.add(tuple(pruner.keep.flatten().tolist()))
+    assert len(sets) >= 5 and kept_total == 3              # it did prune, several times, and to the target
+
+
+# --- closed forms -------------------------------------------------------------------------------------------
+
+def test_sparse_gates_are_the_proximal_step():
+    """Oracle: argmin over z of ½(z − g)² + ξ|z|, found on a fine grid, for gates of all sizes around ξ and 2ξ; and
+    that the released code's dead zone, 2ξ, is not there."""
+    model = adapt("sora", net()[0], r=3)
+    gates = torch.tensor([[0.5, -0.5, 0.3], [0.31, -0.29, 0.0], [-0.45, 0.6, 0.59]], dtype=torch.float64)
+    for (_, layer), gate in zip(lora2_layers(model), gates):
+        layer.gate.data = gate.clone()
+    sparsifier = baselines.SparseGates(model, 0.3)
+    sparsifier.step()
+    grid = torch.linspace(-1, 1, 200_001, dtype=torch.float64)
+    for (_, layer), gate in zip(lora2_layers(model), gates):
+        best = grid[(0.5 * (grid - gate[:, None]) ** 2 + 0.3 * grid.abs()).argmin(1)]
+        torch.testing.assert_close(layer.gate.detach(), best, rtol=0, atol=2e-5)
+    assert sparsifier.kept() == {"0": 2, "2": 1, "4": 3}   # 0.5 and 0.31 live: 0.2 and 0.01 are below ξ
+
+
+def test_sparse_gates_of_threshold_zero_change_nothing():
+    """Oracle: the identity, bit for bit."""
+    model = adapt("sora", net()[0])
+    before = [layer.gate.detach().clone() for _, layer in lora2_layers(model)]
+    baselines.SparseGates(model, 0).step()
+    assert all(torch.equal(layer.gate, gate) for (_, layer), gate in zip(lora2_layers(model), before))
+
+
+def test_adalora_regulariser():
+    """Oracle: by hand. P and Q with orthonormal columns and rows give 0; P = Q = 0 give ‖I_r‖ = √r."""
+    model = adapt("adalora", net()[0], r=4)
+    for _, layer in lora2_layers(model):
+        nn.init.zeros_(layer.P), nn.init.zeros_(layer.Q)
+    assert baselines.regulariser("adalora", model, None).item() == pytest.approx(2)
+    for _, layer in lora2_layers(model):
+        nn.init.orthogonal_(layer.P), nn.init.orthogonal_(layer.Q)
+    assert baselines.regulariser("adalora", model, None).item() == pytest.approx(0, abs=1e-12)
+    nn.init.zeros_(lora2_layers(model)[0][1].P)            # one of 2N = 6 matrices: the mean, not the sum
+    assert baselines.regulariser("adalora", model, None).item() == pytest.approx(2 / 6)
+    assert baselines.regulariser_floor("adalora", None, 4, None) == 0
+    assert baselines.regulariser("lora", model, None) is None and baselines.regulariser("sora", model, None) is None
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_one_formula(method):
+    """Oracle: y = x (W0 + ΔW)ᵀ + b with delta_weight(), and B A of to_lora(); ΔW itself from one-hot factors."""
+    layer = lora2_layers(stir(adapt(method, net()[0], r=3, k=2)))[0][1]
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    dense = F.linear(x, layer.base.weight + layer.delta_weight(), layer.base.bias)
+    torch.testing.assert_close(layer(x), dense, rtol=1e-10, atol=1e-10)
+    A, B = layer.to_lora()
+    torch.testing.assert_close(B @ A, layer.delta_weight(), rtol=1e-10, atol=1e-12)
+
+    for p in layer.parameters():
+        if p.requires_grad:
+            nn.init.zeros_(p)
+    ones = {"lora": ("A", "B"), "adalora": ("P", "lam", "Q"), "sora": ("A", "gate", "B"),
+            "lora2": ("v", "u", "lam", "U", "V")}[method]
+    for name in ones:
+        getattr(layer, name).data.view(-1)[0] = 3.0
+    expected = torch.zeros(8, 6, dtype=torch.float64)
+    expected[0, 0] = 3.0 ** len(ones) * 2                  # scale = alpha / r = 6 / 3
+    assert torch.equal(layer.delta_weight(), expected)
+
+
+# --- where the methods coincide -----------------------------------------------------------------------------
+
+def inner_identity(base, r=4, alpha=8.0):
+    """LoRA² with k = r and u = U = I, frozen, and AdaLoRA whose P, Λ, Q are its v, Λ, V."""
+    two, ada = adapt("lora2", base, r=r, k=r, alpha=alpha), adapt("adalora", base, r=r, alpha=alpha)
+    for (_, a), (_, b) in zip(lora2_layers(two), lora2_layers(ada)):
+        for factor in (a.u, a.U):
+            nn.init.eye_(factor.requires_grad_(False))
+        b.P.data, b.lam.data, b.Q.data = a.v.data.clone(), a.lam.data.clone(), a.V.data.clone()
+    return two, ada
+
+
+def test_lora2_with_identity_inside_is_adalora():
+    """Oracle: v I Λ I V = P Λ Q: the same output, gradients, ΔW and, over 8 steps, the same losses."""
+    base, x, y = net()
+    two, ada = inner_identity(base)
+    for (_, a), (_, b) in zip(lora2_layers(two), lora2_layers(ada)):
+        a.lam.data = torch.linspace(-1, 2, 4, dtype=torch.float64)
+        b.lam.data = a.lam.data.clone()
+    for model in (two, ada):
+        F.mse_loss(model(x), y).backward()
+    torch.testing.assert_close(two(x), ada(x), rtol=1e-10, atol=1e-10)
+    for (_, a), (_, b) in zip(lora2_layers(two), lora2_layers(ada)):
+        same_gradients([(a.v, b.P), (a.lam, b.lam), (a.V, b.Q)])
+        torch.testing.assert_close(a.delta_weight(), b.delta_weight(), rtol=1e-10, atol=1e-12)
+    two, ada = inner_identity(base)
+    assert losses(two, x, y) == pytest.approx(losses(ada, x, y), rel=1e-8)
+
+
+def test_sora_with_open_gates_is_lora():
+    """Oracle: LoRA from the same A. With g = 1, held, and ξ = 0 the losses are LoRA's over 8 steps."""
+    base, x, y = net()
+    sora, lora = adapt("sora", base), adapt("lora", base)
+    for (_, a), (_, b) in zip(lora2_layers(sora), lora2_layers(lora)):
+        nn.init.ones_(a.gate.requires_grad_(False))
+        b.A.data = a.A.data.clone()
+    assert losses(sora, x, y, pruner=baselines.SparseGates(sora, 0)) == pytest.approx(losses(lora, x, y), rel=1e-10)
+
+
+def test_adalora_with_unit_singular_values_is_lora():
+    """Oracle: LoRA with Aᵀ = P and B = 0. With Λ = 1, held, and Q = 0 the losses are LoRA's over 8 steps."""
+    base, x, y = net()
+    ada, lora = adapt("adalora", base), adapt("lora", base)
+    for (_, a), (_, b) in zip(lora2_layers(ada), lora2_layers(lora)):
+        nn.init.ones_(a.lam.requires_grad_(False))
+        nn.init.zeros_(a.Q)
+        b.A.data = a.P.data.T.contiguous()
+    assert losses(ada, x, y) == pytest.approx(losses(lora, x, y), rel=1e-8)
+
+
+@pytest.mark.parametrize("method", ["lora2", "adalora", "sora"])
+def test_extras_switched_off(method):
+    """Oracle: the loop without the extra. gamma = 0 and target = r, or ξ = 0, give the same losses bit for bit; with
+    the extra on they differ (so that the comparison can fail)."""
+    base, x, y = net()
+    run = lambda gamma, pruner: losses(model := adapt(method, base, r=4, k=2), x, y, 8, gamma, method, pruner(model))
+    if method == "sora":
+        off, on = (lambda model: baselines.SparseGates(model, 0)), (lambda model: baselines.SparseGates(model, 0.1))
+    else:
+        off, on = (lambda model, target=target: baselines.make_pruner(method, model, target, 8, 1, 2, 1, None)
+                   for target in (4, 1))
+    plain = run(0.0, lambda model: None)
+    assert run(0.0, off) == plain != run(0.0, on)
+    if method != "sora":
+        assert run(0.5, off) != plain
+
+
+@pytest.mark.parametrize("method", ADAPTERS + ("bitfit", "head", "full"))
+def test_every_method_starts_from_the_base_model(method):
+    """Oracle: the logits of the model before anything was added, bit for bit."""
+    before = bert().eval()(IDS, MASK)
+    model, _ = adapted(method)
+    assert torch.equal(model.eval()(IDS, MASK), before)
+
+
+# --- saving, loading, merging, pruning ----------------------------------------------------------------------
+
+@pytest.mark.parametrize("method", ADAPTERS + ("bitfit", "head", "full"))
+def test_save_load_merge(method):
+    """Oracle: the model itself. Its state in a fresh copy gives its logits bit for bit, merged they agree to
+    rounding, the state holds all that was trained and no base weight, and merging leaves a plain model."""
+    model, names = adapted(method)
+    logits = stir(model).eval()(IDS, MASK)
+    state = lora2_state_dict(model)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} <= state.keys()
+    assert not any(n.endswith("base.weight") for n in state) and len(names) == (12 if method in ADAPTERS else 0)
+    fresh, _ = adapted(method)
+    assert not torch.allclose(fresh.eval()(IDS, MASK), logits)
+    load_lora2_state_dict(fresh, state)
+    assert torch.equal(fresh(IDS, MASK), logits)
+    merged = merge_lora2(fresh)
+    torch.testing.assert_close(merged(IDS, MASK), logits, rtol=1e-9, atol=1e-9)
+    assert merged.state_dict().keys() == bert().state_dict().keys()
+    assert not any(isinstance(m, LoRA2Linear) for m in merged.modules())
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora", "sora"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_base_in_half_precision(method, dtype):
+    """Oracle: the same layer in float32. The factors stay float32, output and merged weight have the base's dtype."""
+    base, x, _ = net()
+    half = adapt(method, base.to(dtype))
+    full = adapt(method, base.float())
+    stir(half), stir(full)
+    assert {p.dtype for p in half.parameters() if p.requires_grad} == {torch.float32}
+    layer, same = lora2_layers(half)[0][1], lora2_layers(full)[0][1]
+    y = layer(x.to(dtype))
+    assert y.dtype == layer.weight.dtype == dtype
+    torch.testing.assert_close(y.float(), same(x.to(dtype).float()), rtol=0.05, atol=0.1)
+
+
+def test_adalora_prunes_to_its_budget_and_holds_it():
+    """Oracle: the budget of Algorithm 1, N · target, after the run, with every other Λ exactly 0 under AdamW's
+    momentum and weight decay; state and counts survive a save and load of the pruner."""
+    base, x, y = net()
+    model = adapt("adalora", base, r=4)
+    pruner = baselines.make_pruner("adalora", model, 2, 12, 2, 5, 1, "reduced")
+    losses(model, x, y, 12, 0.1, "adalora", pruner)
+    assert pruner.kept_total == sum(pruner.kept().values()) == 6
+    for i, (_, layer) in enumerate(lora2_layers(model)):
+        assert ((layer.lam != 0) == pruner.keep[i]).all()
+    other = baselines.make_pruner("adalora", model, 2, 12, 2, 5, 1, "reduced")
+    other.load_state_dict(pruner.state_dict())
+    assert other.kept() == pruner.kept() and torch.equal(other.scores(), pruner.scores())
+
+
+def test_adalora_scores():
+    """Oracle: S = Ī Ū and Eq. 10 of AdaLoRA, element by element in plain Python, on layers of three shapes."""
+    base, x, y = net()
+    model = adapt("adalora", base, r=2)
+    pruner = baselines.make_pruner("adalora", model, 1, 100, 1, 1, 1, None)
+    smooth = {}
+    for _ in range(3):
+        stir(model, seed=len(smooth))
+        model.zero_grad()
+        F.mse_loss(model(x), y).backward()
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                I = (p * p.grad).detach().abs()
+                mean, spread = smooth.get(name, (0 * I, 0 * I))
+                mean = 0.85 * mean + 0.15 * I
+                smooth[name] = mean, 0.85 * spread + 0.15 * (I - mean).abs()
+        pruner.step()
+    S = {name: mean * spread for name, (mean, spread) in smooth.items()}
+    for row, name in zip(pruner.scores(), ("0", "2", "4")):
+        for i in range(2):
+            P, Q = S[f"{name}.P"][:, i].tolist(), S[f"{name}.Q"][i].tolist()
+            by_hand = S[f"{name}.lam"][i].item() + sum(P) / len(P) + sum(Q) / len(Q)
+            assert row[i].item() == pytest.approx(by_hand, rel=1e-9)
+
+
+# --- mistakes -----------------------------------------------------------------------------------------------
+
+def test_mistakes_are_named():
+    """Oracle: the sentence each is to end with; nothing is silently ignored or trained."""
+    model = bert()
+    with pytest.raises(ValueError, match="no method 'dora'"):
+        baselines.add_method("dora", model, [], HEAD, None, None, None, None)
+    with pytest.raises(ValueError, match="head finds nothing to train: no parameter is under"):
+        baselines.add_method("head", model, [], ["nothing"], None, None, None, None)
+    with pytest.raises(ValueError, match="bitfit finds nothing to train: there is no bias"):
+        baselines.add_method("bitfit", nn.Sequential(nn.Linear(2, 2, bias=False)), [], [], None, None, None, None)
+    with pytest.raises(ValueError, match="r = 25"):
+        baselines.add_method("lora", model, M.target_modules(model, SIX), HEAD, None, 25, 32, None)
+    assert not lora2_layers(model) and all(p.requires_grad for p in model.parameters())
+    ada = adapt("adalora", net()[0])
+    with pytest.raises(ValueError, match="Eq. 8"):
+        baselines.make_pruner("adalora", ada, 1, 10, 1, 1, 1, "full")
+    with pytest.raises(RuntimeError, match="no gradient"):
+        baselines.make_pruner("adalora", ada, 1, 10, 1, 1, 1, None).step()
+    for threshold in (-1e-9, math.nan, math.inf):
+        with pytest.raises(ValueError, match="threshold"):
+            baselines.SparseGates(ada, threshold)
+
+
+def test_lora2_goes_through_unchanged():
+    """Oracle: lora2.py's own calls: the layer, the regulariser, its floor and the pruner are the same objects' results."""
+    base, _, _ = net()
+    model = adapt("lora2", base, r=4, k=2)
+    assert type(lora2_layers(model)[0][1]) is LoRA2Linear
+    assert torch.equal(baselines.regulariser("lora2", model, ("uv",)), orthogonality_loss(model, ("uv",)))
+    assert baselines.regulariser_floor("lora2", 1, 8, ("uv", "UV", "PQ")) == 14
+    pruner = baselines.make_pruner("lora2", model, 1, 10, 1, 1, 1, "full")
+    assert type(pruner) is RankPruner and pruner.full
