@@ -1,7 +1,9 @@
-"""The files of a checkpoint: found in a folder, the local cache or the Hugging Face Hub, in that order, and read."""
+"""The files of a checkpoint: from a folder, the cache or the Hugging Face Hub, in that order."""
 import contextlib
 import json
 import os
+import pickle
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -10,10 +12,12 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-WAYS_OUT = ("download its files by hand and give --model FOLDER, or run once where the Hub can be reached (a proxy "
-            "or HF_ENDPOINT may help); a complete cached copy works without it, also under HF_HUB_OFFLINE=1")
+WAYS_OUT = ("download its files by hand and give --model FOLDER, or run once where the Hub can be reached (a "
+            "proxy or HF_ENDPOINT may help); a complete cached copy works without it, also under "
+            "HF_HUB_OFFLINE=1")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "spm.model", "vocab.txt", "vocab.json", "merges.txt")
 
@@ -21,7 +25,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 def find(name_or_dir, filename, network=True):
     """Path of `filename` in a folder or Hub repository, or None if that exists but has no such file.
 
-    The cache is asked before the network, so a second run contacts nobody; network=False never asks it. Raises
+    The cache is asked before the network, so a second run contacts nobody; network=False never does. Raises
     OSError with one sentence that names the ways out where folder, repository or network are not to be had.
     """
     name, folder = str(name_or_dir), Path(os.path.expanduser(name_or_dir))
@@ -34,30 +38,32 @@ def find(name_or_dir, filename, network=True):
                                 "microsoft/deberta-v3-base")
     try:
         cached = try_to_load_from_cache(name, filename)
-        if cached is not None or not network:              # a path, or the marker for "known not to be there"
+        if cached is not None or not network:      # a path, or the marker for "known not to be there"
             return Path(cached) if isinstance(cached, str) else None
         return download(name, filename)
     except GatedRepoError as e:
-        raise OSError(f"{name} is gated: accept its terms on the Hub and run `hf auth login`; or {WAYS_OUT}") from e
+        raise OSError(f"{name} is gated: accept its terms on the Hub and run `hf auth login`; "
+                      f"or {WAYS_OUT}") from e
     except RepositoryNotFoundError as e:
-        raise OSError(f"{name} is neither a folder here nor a repository on the Hub that this account can read "
-                      f"(look at the spelling; `hf auth login` if it is private); or {WAYS_OUT}") from e
+        raise OSError(f"{name} is neither a folder here nor a repository on the Hub that this account can "
+                      f"read (look at the spelling; `hf auth login` if it is private); or {WAYS_OUT}") from e
     except HFValidationError as e:
-        raise FileNotFoundError(f"{name!r} is neither a folder nor a Hub name like microsoft/deberta-v3-base; "
-                                f"correct it, or {WAYS_OUT}") from e
-    except Exception as e:                                 # no network, a server error, a cut download, a full disk
+        raise OSError(f"{name!r} is neither a folder nor a Hub name like microsoft/deberta-v3-base; "
+                      f"correct it, or {WAYS_OUT}") from e
+    except Exception as e:                         # no network, a server error, a cut download, a full disk
         cause = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else one_line(e)
         raise OSError(f"{name}/{filename} is not in the cache and did not arrive from {constants.ENDPOINT} "
                       f"({cause}): {WAYS_OUT}") from e
 
 
 def download(repository, filename):
-    """Path of a file that is in the cache from now on; None if the repository has none, which is cached too."""
-    with contextlib.suppress(EntryNotFoundError):          # one question that fails at once if there is no answer:
-        get_hf_file_metadata(hf_hub_url(repository, filename))     # hf_hub_download would ask for 23 seconds
+    """Path of a file that is in the cache from now on; None if there is no such file, which is cached too."""
+    # Asked once first, since hf_hub_download repeats a question without an answer for 23 seconds.
+    with contextlib.suppress(EntryNotFoundError):
+        get_hf_file_metadata(hf_hub_url(repository, filename))
     try:
         return Path(hf_hub_download(repository, filename))
-    except LocalEntryNotFoundError:                        # is an EntryNotFoundError, but means no answer
+    except LocalEntryNotFoundError:                # is an EntryNotFoundError, but means no answer
         raise
     except EntryNotFoundError:
         return None
@@ -79,7 +85,7 @@ def read_json(path):
     """The object in a JSON file; ValueError that names the file if it is not one."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:              # no UTF-8, no JSON, a million digits, [[[[[...
+    except (ValueError, RecursionError) as e:      # no UTF-8, no JSON, a million digits, [[[[[...
         raise ValueError(f"{path} is not valid JSON ({one_line(e)}): download it again") from e
     if not isinstance(content, dict):
         raise ValueError(f"{path} does not hold a JSON object: download it again")
@@ -103,12 +109,33 @@ def read_weights(name_or_dir):
         for path in paths:
             try:
                 weights |= read(path)
-            except Exception as e:                         # whatever a damaged file makes its parser raise
+            except Exception as e:                 # whatever a damaged file makes its parser raise
                 raise ValueError(f"{path} cannot be read as weights ({one_line(e)}): get it again") from e
         return weights
-    raise ValueError(f"{name_or_dir} has no model.safetensors and no pytorch_model.bin: give a whole checkpoint")
+    raise ValueError(f"{name_or_dir} has no model.safetensors and no pytorch_model.bin: "
+                     "give a checkpoint with its weights")
 
 
 def read_bin(path):
     """A .bin is a pickle: read tensors only. Files from before torch 1.6 are no zip and cannot be mapped."""
-    return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)))
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)))
+    except pickle.UnpicklingError as e:            # torch's own text tells how to load it all the same
+        raise ValueError("it is damaged, or holds more than tensors: such a file can run code") from e
+
+
+def write_checkpoint(folder, config, weights, tokenizer_of):
+    """Write config.json, model.safetensors and the tokenizer files of another checkpoint."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        save_file(weights, folder / "model.safetensors.tmp", metadata={"format": "pt"})
+    except SafetensorError as e:                   # a full disk, for one
+        raise OSError(f"{folder}/model.safetensors.tmp cannot be written: {one_line(e)}") from e
+    (folder / "config.json.tmp").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    written = ["model.safetensors", "config.json"]
+    for path in tokenizer_files(tokenizer_of):
+        shutil.copyfile(path, folder / f"{path.name}.tmp")
+        written.append(path.name)
+    for name in written:                           # a file with its final name is whole
+        os.replace(folder / f"{name}.tmp", folder / name)

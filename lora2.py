@@ -17,29 +17,20 @@ themselves products through a second, smaller scale k (Eq. 4, row vectors; here 
     V        (k, d_out)   N(0, 0.02²)   no        takes k numbers up to the output
     scale    alpha / r                            with the initial r: pruning does not change it
 
-So rank ΔW ≤ min(k, r): with k = 1 the update is some LoRA of rank 1. Use:
-
-    add_lora2(model, ["query", "value"], k=8, trainable=["classifier"])      # freeze, wrap, return the names
-    pruner = RankPruner(model, target_rank=2, total_steps=T, warmup=T // 10, final=T // 2, interval=10)
-    for batch in loader:                                                     # T optimizer steps
-        loss = task_loss(model, batch) + 0.1 * orthogonality_loss(model)
-        loss.backward(); optimizer.step(); pruner.step(); optimizer.zero_grad()
+So rank ΔW ≤ min(k, r); with k = 1 the updates are exactly those of LoRA with r = 1. demo() shows a whole run.
 """
-import math
 import re
-from collections import Counter
 
 import torch
 from torch import nn
 
 
 class LoRA2Linear(nn.Module):
-    """A frozen nn.Linear plus the LoRA² update of Eq. 4.
+    """A frozen nn.Linear plus the LoRA² update of Eq. 4, in fp32 whatever the base is (fp64 on an fp64 base).
 
     base: the nn.Linear, kept as it is. k: projected dimension. r: number of singular values. alpha: scale =
     alpha / r. init: "gaussian", N(0, 0.02²) as in the authors' code (the paper: "random Gaussian"), or
-    "orthonormal" (ours): Eq. 5 starts at its floor and Λ has useful gradients from the first step. The factors
-    are fp32 (fp64 on an fp64 base). TypeError or ValueError if the base cannot be adapted.
+    "orthonormal" (ours): Eq. 5 starts at its floor and Λ gets useful gradients from the first step.
     """
 
     def __init__(self, base, k=1, r=8, alpha=32, init="gaussian"):
@@ -50,100 +41,97 @@ class LoRA2Linear(nn.Module):
         self.k, self.r, self.scale = k, r, alpha / r
         dtype = torch.promote_types(base.weight.dtype, torch.float32)
         new = lambda *shape: nn.Parameter(torch.zeros(shape, dtype=dtype, device=base.weight.device))
-        self.v, self.V = new(base.in_features, k), new(k, base.out_features)
-        self.u, self.U = new(k, r), new(r, k)
-        self.lam = new(r)                                  # Λ = 0: at the start the model is the base model
+        self.v, self.u, self.lam = new(base.in_features, k), new(k, r), new(r)             # Λ = 0, so ΔW = 0
+        self.U, self.V = new(r, k), new(k, base.out_features)
         for factor in (self.v, self.u, self.U, self.V):
             nn.init.normal_(factor, std=0.02) if init == "gaussian" else nn.init.orthogonal_(factor)
         self.train(base.training)
 
     def core(self):
-        """C = scale · u diag(Λ) U, (k, k): all of the update that lies between v and V."""
-        return self.scale * (self.u * self.lam) @ self.U
+        """C = scale · u diag(Λ) U, (k, k): all that lies between v and V. Not rounded by autocast."""
+        with torch.autocast(self.u.device.type, enabled=False):
+            return self.scale * (self.u * self.lam) @ self.U
 
     def delta_weight(self):
-        """ΔW, (d_out, d_in) as in nn.Linear. The one formula: forward, merge and export must agree with it."""
-        return (self.v @ self.core() @ self.V).T
+        """ΔW, (d_out, d_in) as in nn.Linear: the one formula that forward, merge and export agree with."""
+        with torch.autocast(self.u.device.type, enabled=False):
+            return (self.v @ self.core() @ self.V).T
 
+    @torch.no_grad()
     def to_lora(self):
-        """The update as a plain LoRA of rank k, exactly: A (k, d_in), B (d_out, k), B @ A = ΔW with scale in B.
-
-        In peft's terms r = lora_alpha = k, so that its own scale lora_alpha / r is 1.
-        """
-        return self.v.T.detach().clone(), (self.core() @ self.V).T.detach().clone()
+        """ΔW = B @ A exactly, as a LoRA of rank k: A (k, d_in), B (d_out, k). (peft: r = lora_alpha = k.)"""
+        with torch.autocast(self.u.device.type, enabled=False):
+            A, B = self.v.T, (self.core() @ self.V).T
+        return A.clone(memory_format=torch.contiguous_format), B.contiguous()
 
     def forward(self, x):
-        """x (..., d_in) → (..., d_out). Never builds ΔW (the authors' forward does: +134 % FLOPs at 128 tokens)."""
+        """x (..., d_in) → (..., d_out), without building ΔW (the authors do: +134 % FLOPs at 128 tokens)."""
         rows = x.reshape(-1, self.in_features)             # (N, d_in)
         y = self.base(rows)                                # (N, d_out), in the base's dtype or autocast's
-        h = rows.to(y.dtype) @ self.v.to(y.dtype)          # (N, k)
-        h = h @ self.core().to(y.dtype)                    # (N, k)
-        y = y.addmm_(h, self.V.to(y.dtype))                # (N, d_out): adds in place, no second output
+        if self.base._forward_hooks or self.base._backward_hooks or self.base._backward_pre_hooks:
+            y = y.clone()                                  # (N, d_out): a hook may hold y; else it is ours
+        h = rows.to(y.dtype) @ self.v.to(y.dtype) @ self.core().to(y.dtype)        # (N, k), and again (N, k)
+        y.addmm_(h, self.V.to(y.dtype))                    # in place: no second tensor of that size
         return y.view(*x.shape[:-1], self.out_features)
 
     @property
     def weight(self):
-        """W0 + ΔW in the base's dtype: for merging, and for parents that read the matrix instead of calling the
-        layer (the fast path of nn.TransformerEncoder). Dense and slow, but never silently without the update."""
+        """W0 + ΔW in the base's dtype: for merging, and for parents that read the matrix instead of calling
+        the layer (the fast path of nn.TransformerEncoder). Dense and slow, but never without the update."""
         return (self.base.weight + self.delta_weight()).to(self.base.weight.dtype)
 
-    @property
-    def bias(self):
-        return self.base.bias
+    bias = property(lambda self: self.base.bias)
 
-    def extra_repr(self):
-        return f"k={self.k}, r={self.r}, scale={self.scale:g}"
+
+def require(condition, message, error=ValueError):
+    """Every check of what the user gives: the message says what is wrong and what to do."""
+    if not condition:
+        raise error(message)
 
 
 def check_base(name, base, k, r, alpha, init):
-    """Raise unless `base` is what LoRA² can adapt rightly, an nn.Linear with a weight of its own, and k, r fit."""
-    if type(base) is not nn.Linear:      # a subclass computes something else, or is read without being called
-        raise TypeError(f"{name} is a {type(base).__name__}; LoRA² adapts plain nn.Linear layers only")
-    if base.weight.is_meta or not isinstance(base.weight, nn.Parameter):
-        raise TypeError(f"{name} has no weight of its own (meta device, re-parametrised): load real weights first")
-    smaller = min(base.in_features, base.out_features)
-    for symbol, value in (("k", k), ("r", r)):
-        if type(value) is not int or not 1 <= value <= smaller:
-            raise ValueError(f"{symbol} = {value!r} does not fit {name}: give an integer from 1 to {smaller}")
-    if not 0 < alpha < math.inf or init not in ("gaussian", "orthonormal"):
-        raise ValueError(f"alpha = {alpha!r} must be positive, init = {init!r} be 'gaussian' or 'orthonormal'")
+    """Only an nn.Linear with a plain weight of its own is adapted, with k and r that fit into it: a subclass
+    computes something else, or its parent reads it without calling it, as nn.MultiheadAttention does."""
+    require(type(base) is nn.Linear, f"{name} is a {type(base).__name__}, not an nn.Linear", TypeError)
+    W, most = base.weight, min(base.in_features, base.out_features)
+    require(type(W) is nn.Parameter and W.is_floating_point() and not W.is_meta,
+            f"{name} has no plain weight of its own: meta device, quantised or re-parametrised", TypeError)
+    require(type(k) is type(r) is int and 1 <= k <= most and 1 <= r <= most,
+            f"k = {k!r} or r = {r!r} does not fit {name}: give integers from 1 to {most}")
+    require(0 < alpha < float("inf") and init in ("gaussian", "orthonormal"),
+            f"alpha = {alpha!r} must be positive, init = {init!r} 'gaussian' or 'orthonormal'")
 
 
 def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(), layer=LoRA2Linear):
-    """Freeze `model` and wrap its target layers in LoRA2Linear, in place. Returns the adapted names, in order.
+    """Freeze `model` and wrap its target layers in LoRA2Linear, in place. Return their names, in order.
 
     targets: module names; one matches a module called exactly so or ending in "." + it ("query" matches
-    "encoder.layer.0.attention.self.query"). trainable: dotted parts of parameter names that stay trainable, such
-    as "classifier"; layers under them are trained in full and never adapted. All is adapted or nothing touched:
-    ValueError for a name that matches nothing, for a layer or weight used in two places and for a model that has
-    adapters; TypeError for a match that is no plain nn.Linear.
+    "encoder.layer.0.attention.self.query"). trainable: dotted parts of parameter names that stay trainable,
+    such as "classifier"; modules under them are trained in full, never adapted. layer: LoRA2Linear or a
+    subclass. If a name matches nothing or a match cannot be adapted, it says so and leaves all as it was.
     """
-    if isinstance(targets, str) or isinstance(trainable, str):
-        raise TypeError("targets and trainable are lists of names, not one string")
-    if lora2_layers(model):
-        raise ValueError("the model has LoRA² adapters already: name all targets in one call of add_lora2")
-    modules = dict(model.named_modules(remove_duplicate=False))
+    require(not lora2_layers(model), "the model has LoRA² adapters already: name all targets in one call")
+    targets, trainable = ({part} if isinstance(part, str) else set(part) for part in (targets, trainable))
+    modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    uses = Counter([*modules.values(), *parameters.values()])        # under how many names is each one known?
-    kept = {part: [name for name in parameters if part in name.split(".")] for part in trainable}
-    found = {target: [name for name in modules if f".{name}".endswith(f".{target}")
-                      and set(trainable).isdisjoint(name.split("."))] for target in targets}
-
-    missing = [name for name, matches in [*found.items(), *kept.items()] if not matches]
-    if missing or not found:
-        linears = sorted({re.sub(r"\b\d+\b", "*", n) for n, m in modules.items() if type(m) is nn.Linear})
-        raise ValueError(f"{missing or 'an empty list'} matches nothing; the Linear layers are {linears}")
-    names = [name for name in modules if any(name in matches for matches in found.values())]
+    parts = lambda name: set(name.split("."))
+    hit = lambda name, target: f".{name}".endswith(f".{target}")
+    kept = {n for n, p in parameters.items() if parts(n) & trainable and p.is_floating_point()}
+    names = [n for n in modules if any(hit(n, target) for target in targets) and not parts(n) & trainable]
+    missing = sorted(target for target in targets if not any(hit(n, target) for n in names))
+    missing += sorted(trainable.difference(*map(parts, kept)))
+    linears = sorted({re.sub(r"\b\d+\b", "*", n) for n, m in modules.items() if type(m) is nn.Linear})
+    require(names and not missing, f"{missing or 'no name'} matches nothing; the Linear layers are {linears}")
     for name in names:
         check_base(name, modules[name], k, r, alpha, init)
-        if uses[modules[name]] > 1 or uses[modules[name].weight] > 1:
-            raise ValueError(f"{name} or its weight is used in two places: an adapter would change both")
-
+        uses = sum(parameter is modules[name].weight for parameter in parameters.values())
+        require(uses == 1, f"{name}, or its weight, is used in {uses} places: all of them would change")
+    adapters = {name: layer(modules[name], k, r, alpha, init) for name in names}
     for name, parameter in parameters.items():
-        parameter.requires_grad_(any(name in matches for matches in kept.values()))
+        parameter.requires_grad_(name in kept)
     for name in names:
         parent, _, child = name.rpartition(".")
-        setattr(modules[parent], child, layer(modules[name], k, r, alpha, init))
+        setattr(model.get_submodule(parent), child, adapters[name])
     return names
 
 
@@ -155,151 +143,128 @@ def lora2_layers(model):
 def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
     """R of Eq. 5, a scalar: the mean over the adapters, without gamma. Add it once per optimizer step.
 
-    Per adapter ‖vᵀv−I‖² + ‖uuᵀ−I‖² ("uv"), ‖VVᵀ−I‖² + ‖UᵀU−I‖² ("UV") and ‖PᵀP−I‖² + ‖QQᵀ−I‖² ("PQ"), squared
-    Frobenius norms; `terms` chooses groups, as Table 3 does. ValueError for other terms or no adapters.
-
-    Paper: "uv" on the large sides, vvᵀ (d_in × d_in) and uᵀu. As ‖AAᵀ−I_n‖² = ‖AᵀA−I_k‖² + n − k, that is a
-    constant more and the same gradient, so every Gram matrix here is k × k. Authors' code: unsquared norms, P and
-    Q detached, and an UnboundLocalError. Neither says how to combine layers: a plain sum over 72 matrices would
-    swamp the task loss (gamma · sum = 135 at k = 1), hence the mean.
+    Per adapter, in squared Frobenius norms: ‖vᵀv−I‖² + ‖uuᵀ−I‖² ("uv"), ‖VVᵀ−I‖² + ‖UᵀU−I‖² ("UV"),
+    ‖PᵀP−I‖² + ‖QQᵀ−I‖² ("PQ"); `terms` chooses, as Table 3 does. Paper: "uv" on the large sides, vvᵀ and uᵀu;
+    as ‖AAᵀ−I_n‖² = ‖AᵀA−I_k‖² + n − k, that is a constant more and the same gradient. Authors' code: norms
+    not squared, P and Q detached, an UnboundLocalError. Neither says how to combine layers; a sum over 72
+    would swamp the task loss (gamma · sum = 135 at k = 1), so ours is the mean.
     """
-    layers = [layer for _, layer in lora2_layers(model)]
-    if not layers or isinstance(terms, str) or not terms or not set(terms) <= {"uv", "UV", "PQ"}:
-        raise ValueError(f"terms = {terms!r}: name some of 'uv', 'UV', 'PQ', on a model with LoRA² adapters")
-    groups = {}                                            # layers of one shape are stacked and computed at once
-    for layer in layers:
-        groups.setdefault((layer.v.shape, layer.u.shape, layer.V.shape), []).append(layer)
-    total = 0.0
-    for group in groups.values():
-        v, u, U, V = (torch.stack([getattr(layer, name) for layer in group]) for name in ("v", "u", "U", "V"))
-        I = torch.eye(v.shape[-1], dtype=v.dtype, device=v.device)
-        with torch.autocast(v.device.type, enabled=False):                     # in full precision always
-            Gv, Gu, GU, GV = v.mT @ v, u @ u.mT, U.mT @ U, V @ V.mT            # each (n, k, k)
-            for term, pair in (("uv", (Gv, Gu)), ("UV", (GV, GU))):
-                if term in terms:
-                    total = total + sum((G - I).square().sum() for G in pair)
-            if "PQ" in terms:                              # ‖PᵀP−I_r‖² = tr(MM) − 2 tr(M) + r, M = (vᵀv)(uuᵀ)
-                for M in (Gv @ Gu, GU @ GV):
-                    total = total + (M * M.mT).sum() - 2 * (M * I).sum() + len(group) * u.shape[-1]
-    return total / len(layers)
+    groups = {}                                            # layers of one shape are multiplied together
+    for _, layer in lora2_layers(model):
+        groups.setdefault((layer.in_features, layer.out_features), []).append(layer)
+    require(groups and terms and set(terms) <= {"uv", "UV", "PQ"},
+            f"terms = {terms!r}: list some of 'uv', 'UV', 'PQ', on a model with LoRA² adapters")
+    layers, bmm = sum(groups.values(), []), torch.bmm
+    stack = lambda name, group: torch.stack([getattr(layer, name) for layer in group])
+    with torch.autocast(layers[0].u.device.type, enabled=False):
+        Gv = torch.cat([bmm(v.mT, v) for v in (stack("v", group) for group in groups.values())])   # (n, k, k)
+        GV = torch.cat([bmm(V, V.mT) for V in (stack("V", group) for group in groups.values())])   # (n, k, k)
+        u, U = stack("u", layers), stack("U", layers)                          # (n, k, r), (n, r, k)
+        grams = {"uv": (Gv, bmm(u, u.mT)), "UV": (GV, bmm(U.mT, U)),           # (n, k, k)
+                 "PQ": (bmm(u.mT, bmm(Gv, u)), bmm(U, bmm(GV, U.mT)))}         # (n, r, r), as PᵀP = uᵀ(vᵀv)u
+        eye = lambda G: torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
+        pairs = [torch.cat(grams[term]) for term in grams if term in terms]
+        return sum((G - eye(G)).square().sum() for G in pairs) / len(layers)
 
 
 def orthogonality_floor(k, r, terms=("uv", "UV", "PQ")):
     """The least value of R: 2|k − r| with all terms, because P, Q, u and U have rank min(k, r) at most."""
-    return sum(2 * max(r - k, 0) if term == "PQ" else max(k - r, 0) for term in terms)
+    return sum(2 * max(r - k, 0) if term == "PQ" else max(k - r, 0) for term in set(terms))
 
 
 class RankPruner(nn.Module):
     """Algorithm 1: keep the b(t) most important singular values of the whole model and hold the others at 0.
 
-    target_rank: singular values per adapter, on average, at the end. total_steps: T, in optimizer steps (never
+    target_rank: singular values per adapter at the end, on average. total_steps: T, in optimizer steps (never
     micro-batches). Of t = 1 .. T the first `warmup` keep all; then the budget falls along a cubic, with a new
-    selection every `interval` steps, in which a pruned value may return; the last `final` steps hold one fixed
-    selection. importance: "reduced" (Eq. 9) or "full" (Eq. 8). ValueError for an impossible schedule.
-
-    Call step() after optimizer.step() and before zero_grad(). It needs this step's gradients; the weights it
-    multiplies them with are those after the step, as in AdaLoRA's loop. A Module for its state_dict() alone.
+    selection every `interval` steps, in which a pruned value may return; the last `final` steps hold the last
+    selection. importance: "reduced" (Eq. 9) or "full" (Eq. 8). A Module for its state_dict() alone.
+    Call step() after optimizer.step() and before zero_grad(): it needs this step's gradients, and multiplies
+    them with the weights after the step, as AdaLoRA's loop does.
     """
 
     def __init__(self, model, target_rank, total_steps, warmup, final, interval, beta1=0.85, beta2=0.85,
                  importance="reduced"):
         super().__init__()
-        self.names = [name for name, _ in lora2_layers(model)]
-        self.layers = [layer for _, layer in lora2_layers(model)]
-        sizes = {(layer.k, layer.r) for layer in self.layers}
-        if len(sizes) != 1:
-            raise ValueError(f"the pruner needs adapters of one (k, r), the model has {sorted(sizes) or 'none'}")
-        self.k, self.r = sizes.pop()
-        if type(target_rank) is not int or not 0 <= target_rank <= self.r:
-            raise ValueError(f"target_rank = {target_rank!r}: give an integer from 0 to r = {self.r}")
-        if (any(type(n) is not int or n < 0 for n in (total_steps, warmup, final, interval))
-                or interval < 1 or warmup + final >= total_steps):
-            raise ValueError(f"warmup + final = {warmup} + {final} must be less than the {total_steps} steps "
-                             f"there are, interval = {interval} at least 1: lower them or train longer")
-        if not (0 < beta1 < 1 and 0 < beta2 < 1) or importance not in ("reduced", "full"):
-            raise ValueError(f"beta1, beta2 = {beta1}, {beta2} must lie between 0 and 1, importance = "
-                             f"{importance!r} be 'reduced' or 'full'")
-        self.target_rank, self.total_steps = target_rank, total_steps
+        found = lora2_layers(model)
+        kinds = {(layer.k, layer.r, layer.lam.dtype, layer.lam.device) for _, layer in found}
+        require(len(kinds) == 1, f"the pruner needs adapters of one (k, r, dtype, device), not {kinds or 0}")
+        [(self.k, self.r, _, device)] = kinds
+        require(type(target_rank) is int and 0 <= target_rank <= self.r,
+                f"target_rank = {target_rank!r}: give an integer from 0 to r = {self.r}")
+        steps = (total_steps, warmup, final, interval)
+        require(all(type(n) is int and n >= 0 for n in steps) and interval and warmup + final < total_steps,
+                f"total_steps, warmup, final, interval = {steps}: warmup + final must be less, interval not 0")
+        require(importance in ("reduced", "full"), f"importance = {importance!r}: give 'reduced' or 'full'")
+        self.names, self.layers = zip(*found)
+        self.target_rank, self.total_steps, self.beta1, self.beta2 = target_rank, total_steps, beta1, beta2
         self.warmup, self.final, self.interval = warmup, final, interval
-        self.beta1, self.beta2, self.full, self.t = beta1, beta2, importance == "full", 0
-        self.register_buffer("sensitivity", torch.zeros_like(self._scored("data")))       # Ī
-        self.register_buffer("uncertainty", torch.zeros_like(self.sensitivity))           # Ū
-        keep = torch.ones(len(self.layers), self.r, dtype=torch.bool, device=self.sensitivity.device)
-        self.register_buffer("keep", keep)
-        self.kept_total = keep.numel()
+        self.t, self.full, self.kept_total = 0, importance == "full", len(found) * self.r
+        self.register_buffer("sensitivity", torch.zeros_like(self._scored("data")))        # Ī, as _scored()
+        self.register_buffer("uncertainty", torch.zeros_like(self.sensitivity))            # Ū, as _scored()
+        self.register_buffer("keep", torch.ones(len(found), self.r, device=device).bool())
 
     def budget(self, t):
         """b(t): how many singular values of the whole model to keep at step t = 1 .. T."""
         start, end = len(self.layers) * self.r, len(self.layers) * self.target_rank
-        if t <= self.warmup:
-            return start
-        if t > self.total_steps - self.final:
-            return end
         progress = (t - self.warmup) / (self.total_steps - self.final - self.warmup)
-        return int(end + (start - end) * (1 - progress) ** 3)
+        return int(end + (start - end) * (1 - min(max(progress, 0), 1)) ** 3)
 
     @torch.no_grad()
     def step(self):
-        """Algorithm 1 for one optimizer step. Returns the kept count, without waiting for the device.
-
-        RuntimeError without gradients, or after more steps than were announced.
-        """
-        if self.t == self.total_steps:
-            raise RuntimeError(f"step() was called more than total_steps = {self.total_steps} times")
-        t, last_phase = self.t + 1, self.total_steps - self.final + 1
-        if t < last_phase:                                 # in the last phase scores and selection are frozen
+        """Algorithm 1 for one optimizer step. Returns the kept count, without waiting for the device."""
+        require(self.t < self.total_steps, f"step() came more than {self.total_steps} times", RuntimeError)
+        t, last = self.t + 1, self.total_steps - self.final        # after step `last` the selection is fixed
+        if t <= last:
             # The paper has "??" for these in Algorithm 1; they are AdaLoRA's:  I = |w · ∂L/∂w|,
-            # Ī ← β1 Ī + (1−β1) I,  Ū ← β2 Ū + (1−β2) |I − Ī|.
-            I = (self._scored("data") * self._scored("grad")).abs_()
+            # Ī ← β1 Ī + (1−β1) I,  Ū ← β2 Ū + (1−β2) |I − Ī|.  Ours: I = 0 in a step that overflowed in fp16.
+            I = (self._scored("data") * self._scored("grad")).abs_().nan_to_num_(0.0, 0.0, 0.0)
             self.sensitivity.lerp_(I, 1 - self.beta1)
             self.uncertainty.lerp_((I - self.sensitivity).abs_(), 1 - self.beta2)
         self.t = t
-        on_time = t % self.interval == 0 or t == last_phase - 1
-        if (self.warmup < t < last_phase and on_time) or t == last_phase:
+        choose = self.warmup < t <= last and (t % self.interval == 0 or t == last)
+        if choose:
             self.kept_total = self.budget(t)
             # Exactly this many: the authors' "score <= kthvalue" prunes all of them when scores are equal.
             best = self.scores().flatten().argsort(descending=True, stable=True)[:self.kept_total]
             self.keep.view(-1).fill_(False).index_fill_(0, best, True)
-        elif t < last_phase:
-            return self.kept_total
-        lams = [layer.lam for layer in self.layers]        # Adam's momentum moves a zeroed Λ: zero it each step
-        torch._foreach_mul_(lams, list(self.keep.to(lams[0].dtype).unbind()))
+        if choose or t > last:                             # momentum moves a zeroed Λ: zero it every step
+            masks = self.keep.to(self.sensitivity.dtype).unbind()                          # n × (r,)
+            torch._foreach_mul_([layer.lam for layer in self.layers], masks)
         return self.kept_total
 
     def _scored(self, what):
-        """All numbers that count for the scores, in one row. what: "data" or "grad".
-
-        First the triplets (n, r, 1 + 2k): Λ_i, column i of u and row i of U. At k = 1, r = 8 on 768 × 768 these are
-        24 of 1,560 numbers, the paper's 98.5 % fewer sensitivities. (Its Section 3.2 swaps the letters of 3.1; only
-        leaving out the big v and V gives that figure.) For Eq. 8 every v and V follows.
-        """
-        pick = lambda name: [getattr(getattr(layer, name), what) for layer in self.layers]
-        if any(x is None for name in ("v", "u", "lam", "U", "V") for x in pick(name)):
-            raise RuntimeError("an adapter has no gradient: call pruner.step() after backward() and "
-                               "optimizer.step(), before zero_grad()")
-        lam, u, U = (torch.stack(pick(name)) for name in ("lam", "u", "U"))
-        triplets = torch.cat([lam[..., None], u.mT, U], dim=-1).flatten()
-        return torch.cat([triplets] + [x.flatten() for x in pick("v") + pick("V")]) if self.full else triplets
+        """All numbers that count for the scores, in one row: all Λ, all u, all U. what: "data" or "grad".
+        At k = 1, r = 8 on 768 × 768 that is 24 of 1,560 numbers, the paper's 98.5 % fewer. (Its Section 3.2
+        swaps the letters of 3.1; only leaving out the big v and V gives that figure.) Eq. 8 needs all."""
+        factors = ("lam", "u", "U", "v", "V") if self.full else ("lam", "u", "U")
+        columns = [[getattr(layer, factor) for layer in self.layers] for factor in factors]
+        columns = [[w.grad for w in column] for column in columns] if what == "grad" else columns
+        require(all(x is not None for column in columns for x in column), "an adapter has no gradient: call "
+                "pruner.step() after backward() and optimizer.step(), before zero_grad()", RuntimeError)
+        row = [torch.stack(column).flatten() for column in columns[:3]]        # n·r, n·k·r and n·r·k numbers
+        if self.full:                                                          # v below v, V beside V
+            row += [torch.cat(columns[3]).flatten(), torch.cat(columns[4], dim=1).flatten()]
+        return torch.cat(row)
 
     def scores(self):
         """Importance of every singular value, (n, r), from S(w) = Ī · Ū.
-
         Eq. 9 ("reduced"): S(Λ_i) + mean over k of S(u_·i) + mean over k of S(U_i·).
-        Eq. 8 ("full") adds (ΣS(v) + ΣS(V)) / k, the same for every i of an adapter: the order inside one adapter
-        cannot change, as the paper says, but the selection over all adapters can.
-        """
+        Eq. 8 ("full") adds (ΣS(v) + ΣS(V)) / k, the same for every i of an adapter: the order inside one
+        adapter cannot change, as the paper says, but the selection over all adapters can."""
         n, r, k = len(self.layers), self.r, self.k
-        big = [layer.v.numel() for layer in self.layers] + [layer.V.numel() for layer in self.layers]
-        S, *big = (self.sensitivity * self.uncertainty).split([n * r * (1 + 2 * k)] + (big if self.full else []))
-        S = S.view(n, r, 1 + 2 * k)
-        total = S[..., 0] + S[..., 1:1 + k].mean(-1) + S[..., 1 + k:].mean(-1)
-        if self.full:
-            total += torch.stack([s.sum() for s in big]).view(2, n, 1).sum(0) / k
+        S = self.sensitivity * self.uncertainty
+        lam, u, U, rest = S.split([n * r, n * k * r, n * r * k, len(S) - n * r * (1 + 2 * k)])
+        total = lam.view(n, r) + u.view(n, k, r).mean(1) + U.view(n, r, k).mean(2)
+        if self.full:                                      # S ≥ 0: the sum over one v or V is its 1-norm
+            d_in, d_out = zip(*((layer.in_features, layer.out_features) for layer in self.layers))
+            v, V = rest[:k * sum(d_in)].view(-1, k), rest[k * sum(d_in):].view(k, -1)
+            sums = torch.stack(torch._foreach_norm(v.split(d_in) + V.split(d_out, dim=1), 1))          # (2n,)
+            total += sums.view(2, n, 1).sum(0) / k
         return total
 
     def kept(self):
-        """{adapter: singular values kept by the last selection}, the data of Figure 3. (Not the rank of ΔW, which
-        is at most min(k, kept).)"""
+        """{adapter: singular values kept by the last selection}: Figure 3. (rank ΔW ≤ min(k, kept).)"""
         return dict(zip(self.names, self.keep.sum(1).tolist()))
 
     def get_extra_state(self):
@@ -309,21 +274,13 @@ class RankPruner(nn.Module):
         self.t, self.kept_total = state["t"], state["kept_total"]
 
 
-def _trained(model):
-    """{name: tensor} of all that fine-tuning made: the factors, every other trainable parameter, and the buffers
-    that live beside one (the statistics of a trained BatchNorm)."""
-    live = {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
-    owner = lambda name: name.rpartition(".")[0]
-    adapters = {name for name, _ in lora2_layers(model)}
-    owners = {owner(n) for n, t in live.items() if t.requires_grad}
-    return {n: t for n, t in live.items() if owner(n) in adapters
-            or owner(n) in owners and (t.requires_grad or not isinstance(t, nn.Parameter))}
-
-
 def lora2_state_dict(model):
-    """{name: copy} of the factors, of every tensor kept trainable, and of each adapter's scale and 16 entries of
-    its W0 (".scale", ".base_sample"), by which loading knows another alpha and another base model."""
-    state = {name: tensor.detach().clone() for name, tensor in _trained(model).items()}
+    """{name: copy} of all that fine-tuning made, that is every trainable parameter and the buffers beside one
+    (BatchNorm's); and, to know another alpha or base by, each adapter's scale and 16 entries of its W0."""
+    tensors = {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
+    owners = {n.rpartition(".")[0] for n, t in tensors.items() if t.requires_grad}
+    state = {n: t.detach().clone() for n, t in tensors.items() if n.rpartition(".")[0] in owners
+             and (t.requires_grad or not isinstance(t, nn.Parameter))}
     for name, layer in lora2_layers(model):
         weight = layer.base.weight.detach().flatten()
         state[f"{name}.scale"] = torch.tensor(layer.scale)
@@ -331,62 +288,63 @@ def lora2_state_dict(model):
     return state
 
 
-@torch.no_grad()
 def load_lora2_state_dict(model, state):
-    """Load lora2_state_dict() into a model prepared by the same add_lora2 call. Strict: a missing, unexpected or
-    mis-shaped tensor, another alpha and another base are a ValueError that names it, and nothing is loaded."""
-    own, live = lora2_state_dict(model), _trained(model)
-    for name in sorted(own.keys() ^ state.keys()):
-        raise ValueError(f"{name} is {'missing in the file' if name in own else 'not in this model'}: use the "
-                         "base model, targets, k, r and trainable names that the file was made with")
+    """Load lora2_state_dict() into a model prepared by the same add_lora2 call. Strict: a missing, unexpected
+    or mis-shaped tensor, another alpha, another base is a ValueError that names it, and nothing is loaded."""
+    own = lora2_state_dict(model)
+    missing, stray = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    require(not missing and not stray, f"missing in the file: {missing[:3]}, not in this model: {stray[:3]}: "
+            "use the base model, targets, k, r and trainable names that the file was made with")
     for name, mine in own.items():
-        theirs = state[name].to(mine.device)
-        if theirs.shape != mine.shape:
-            raise ValueError(f"{name} is {tuple(theirs.shape)} in the file and {tuple(mine.shape)} here: "
-                             "use the same base model, k and r")
-        if name not in live and not torch.allclose(theirs, mine, rtol=0.02):   # 2 %: it may be held in bf16
-            raise ValueError(f"{name} differs between file and model: " + (
-                "use the same alpha" if name.endswith(".scale") else "the file belongs to another base model"))
-    for name, tensor in live.items():
-        tensor.copy_(state[name])
+        require(state[name].shape == mine.shape, f"{name} is {tuple(state[name].shape)} in the file and "
+                f"{tuple(mine.shape)} here: use the base model, k and r that the file was made with")
+    for name in sorted(own.keys() - model.state_dict().keys()):    # each adapter's .scale and .base_sample
+        tolerance = 1e-6 if name.endswith(".scale") else 0.02      # W0 may be in bf16 on one side
+        require(torch.allclose(state[name].to(own[name]), own[name], tolerance, 1e-7),
+                f"{name} differs between file and model: use the file's alpha and base model")
+    model.load_state_dict(state, strict=False)             # not strict: the file leaves out what is frozen
 
 
 @torch.no_grad()
 def merge_lora2(model):
-    """Fold every ΔW into its W0 (summed in fp32, cast once), put the plain nn.Linear back, return the model."""
-    modules = dict(model.named_modules())
+    """Fold every ΔW into its W0 (summed in fp32, cast once), put the nn.Linear back. Returns the model."""
     for name, layer in lora2_layers(model):
         layer.base.weight.copy_(layer.weight)
-        parent, _, child = name.rpartition(".")
-        if not name:
+        if not name:                                       # the model itself is an adapter
             return layer.base
-        setattr(modules[parent], child, layer.base)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.base)
     return model
 
 
-def demo(steps=400, gamma=0.1):
-    """Find a planted rank-2 change of one layer among three, pruning 24 singular values to 6."""
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
-    x, planted = torch.randn(2048, 32), torch.randn(32, 2) @ torch.randn(2, 32) / 4
-    add_lora2(net, ["0", "2", "4"], k=4, r=8, alpha=8, init="orthonormal")
-    h = net[1](net[0](x))
-    target = net[4](net[3](net[2](h) + h @ planted.T)).detach()
-    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2, weight_decay=0)
-    pruner = RankPruner(net, target_rank=2, total_steps=steps, warmup=50, final=100, interval=10)
-    print("planted: a change of rank 2 in layer 2\nstep    loss  R - floor  kept per layer")
+def demo(seed=0, steps=300, gamma=0.1):
+    """Four frozen layers, a change of rank 4 planted in one: which of 32 singular values does LoRA² keep?"""
+    torch.manual_seed(seed)
+    layers = [nn.Linear(32, 32) for _ in range(4)]
+    net = nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2], nn.Tanh(), layers[3])
+    x, planted = torch.randn(512, 32), torch.randn(32, 4) @ torch.randn(4, 32) / 32
+    for layer in layers:
+        nn.init.normal_(layer.weight, std=0.4)
+    layers[2].weight.data += planted
+    target = net(x).detach()
+    layers[2].weight.data -= planted
+    add_lora2(net, ["0", "2", "4", "6"], k=8, r=8, alpha=8, init="orthonormal")
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.01, weight_decay=0)
+    pruner = RankPruner(net, target_rank=1, total_steps=steps, warmup=30, final=90, interval=5)
+    print("planted: a change of rank 4 in layer 4\nstep     loss  R - floor  kept in layers 0, 2, 4, 6")
     for step in range(1, steps + 1):
         loss, R = nn.functional.mse_loss(net(x), target), orthogonality_loss(net)
         (loss + gamma * R).backward()
         optimizer.step()
         pruner.step()
         optimizer.zero_grad()
-        if step in (1, 50, 100, 200, 300, steps):
-            print(f"{step:4d}  {loss:6.4f}  {R - orthogonality_floor(4, 8):9.4f}  {pruner.kept()}")
-    y, (A, B) = net(x), net[2].to_lora()
-    print(f"as a plain LoRA of rank {len(A)}: B @ A = ΔW to {(B @ A - net[2].delta_weight()).abs().max():.0e}")
+        if step in (1, 30, 60, 90, 150, 210, steps):
+            print(f"{step:4d}  {loss:.5f}  {R - orthogonality_floor(8, 8):9.5f}  {[*pruner.kept().values()]}")
+    y, (A, B), update = net(x), net[4].to_lora(), net[4].delta_weight()
+    print(f"exported as a plain LoRA of rank {len(A)}: B @ A = ΔW to {(B @ A - update).abs().max():.0e}")
     print(f"merged into plain layers: the same output to {(merge_lora2(net)(x) - y).abs().max():.0e}")
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)                               # the matrices are tiny: threads would only wait
     demo()

@@ -11,16 +11,11 @@ transformers' ...ForSequenceClassification. The three families share all but emb
                          └──────────────┘              └──────────────────────────┘
 """
 import functools
-import json
 import math
-import os
 import re
-import shutil
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -85,7 +80,8 @@ class Embeddings(nn.Module):
         self.word_embeddings = nn.Embedding(c["vocab_size"], c["hidden_size"], padding_idx=self.pad)
         self.position_embeddings = self.token_type_embeddings = None
         if c["model_type"] != "deberta-v2":
-            self.position_embeddings = nn.Embedding(c["max_position_embeddings"], c["hidden_size"])
+            unused = self.pad if self.roberta else None
+            self.position_embeddings = nn.Embedding(c["max_position_embeddings"], c["hidden_size"], unused)
         if c["type_vocab_size"] > 0:
             self.token_type_embeddings = nn.Embedding(c["type_vocab_size"], c["hidden_size"])
         self.LayerNorm = nn.LayerNorm(c["hidden_size"], c["layer_norm_eps"])
@@ -127,12 +123,12 @@ class DisentangledSelfAttention(nn.Module):
         score[i, j] = ( q_i · k_j  +  q_i · K_δ  +  k_j · Q_δ ) / sqrt(3e)           δ = bucket(i − j)
                         content    content→position  position→content
 
-    K_δ and Q_δ are the key and query projections of row δ of a learned table of relative positions, by the very
-    same matrices that project tokens (so that an adapter on them acts here too).
+    K_δ and Q_δ are the key and query projections of row δ of a learned table of relative positions, by the
+    very same matrices that project tokens (so that an adapter on them acts here too).
 
-    A gather of q_i · K_δ over all i, j would need a (T, T) index per head and row. Instead both position products
-    are made against the table in order of distance, (.., T, W) with W = 2T − 1, and read along diagonals: one row
-    down, the wanted column moves by one, which is a *view* with other strides. See along_diagonals().
+    A gather of q_i · K_δ over all i, j would need a (T, T) index per head and row. Instead both position
+    products are made against the table in order of distance, (.., T, W) with W = 2T − 1, and read along
+    diagonals: one row down, the wanted column moves by one, a *view* with other strides: along_diagonals().
     """
 
     def __init__(self, c):
@@ -195,7 +191,7 @@ def relative_rows(T, buckets, max_position, device):
     log_size = torch.log(magnitude / mid) / torch.log(torch.tensor((max_position - 1) / mid))  # 0 .. 1
     far = (torch.ceil(log_size * (mid - 1)) + mid) * distance.sign()
     bucket = torch.where(distance.abs() <= mid, distance, far.long())
-    rows = (bucket + buckets).clamp(0, 2 * buckets - 1)
+    rows = bucket + buckets                                                     # 1 .. 2·buckets − 1
     first, last = rows[0].item(), rows[-1].item()
     order = None if last - first == 2 * T - 2 else (rows - first).to(device)
     return first, last + 1, order
@@ -327,7 +323,7 @@ class SequenceClassifier(nn.Module):
 
 
 def target_modules(model, names):
-    """Dotted names of the modules that the paper's short names mean, e.g. ["q", "f2"]; ValueError for others."""
+    """Dotted names of the modules behind the paper's short names, e.g. ["q", "f2"]; ValueError for others."""
     kind = model.config["model_type"]
     unknown = [name for name in names if name not in TARGETS[kind]]
     if unknown or not names:
@@ -342,11 +338,10 @@ def target_modules(model, names):
 def from_pretrained(name_or_dir, num_labels, head_dropout=None):
     """Build the model that a checkpoint (Hub name or folder) describes and load its weights, in fp32.
 
-    Every weight of the backbone must be there, and every weight in the file must be used or be a known leftover
-    of pretraining. Head weights come from the file if it has them; else they are drawn from N(0, sd²), with
-    initializer_range as sd and torch's global generator, and listed in `model.new_weights`. head_dropout: None
-    for the checkpoint's. Raises OSError if files cannot be had, ValueError if they cannot be used; each says
-    what to do.
+    Every weight of the backbone must be there, and every weight in the file must be used or be a known
+    leftover of pretraining. Head weights come from the file if it has them; else they are drawn from
+    N(0, initializer_range²) with torch's global generator and listed in `model.new_weights`. head_dropout:
+    None for the checkpoint's. Raises OSError if files cannot be had, ValueError if they cannot be used.
     """
     path = hub.find(name_or_dir, "config.json")
     if path is None:
@@ -367,13 +362,13 @@ def from_pretrained(name_or_dir, num_labels, head_dropout=None):
     try:
         model.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as e:                      # lists all that is missing, unexpected or of another shape
-        raise ValueError(f"the weights of {name_or_dir} do not fit its config.json and {num_labels} label(s): "
-                         f"{hub.one_line(e, 600)}") from e
+        raise ValueError(f"the weights of {name_or_dir} do not fit its config.json and {num_labels} "
+                         f"label(s): {hub.one_line(e, 600)}") from e
     return model
 
 
 class SkipInit(TorchFunctionMode):
-    """with SkipInit(): modules are made without random numbers, which on the meta device cost 2 s of imports."""
+    """Within it modules are made without random numbers, which on the meta device cost 2 s of imports."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         is_init = getattr(function, "__module__", None) == "torch.nn.init"
@@ -402,7 +397,8 @@ def check_config(raw, path):
         d, heads, longest = c["hidden_size"], c["num_attention_heads"], c["max_position_embeddings"]
         rules = {"num_attention_heads": lambda n: d % n == 0, "attention_head_size": [None, d // heads],
                  "embedding_size": [None, d], "pooler_hidden_size": [None, d],
-                 "pad_token_id": range(c["vocab_size"]), "max_relative_positions": [None, -1, 0, longest],
+                 "pad_token_id": range(min(c["vocab_size"], longest)),
+                 "max_relative_positions": [None, -1, 0, longest],
                  "position_buckets": range(2, 2 * longest - 2)}
         wrong = [name for name, allowed in rules.items() if name in c and not fits(c[name], allowed)]
     if wrong:
@@ -418,7 +414,7 @@ def fits(value, allowed):
 def convert(weights, model):
     """{a file's key: tensor} → {the model's key: fp32 tensor}, without the leftovers of pretraining.
 
-    A file of the encoder alone has no prefix; the oldest files call a LayerNorm's weight and bias gamma, beta.
+    A file of the encoder alone has no prefix; in the oldest files a LayerNorm has gamma and beta.
     """
     kind, known, converted = model.config["model_type"], model.state_dict().keys(), {}
     for name, tensor in weights.items():
@@ -435,10 +431,10 @@ def convert(weights, model):
 
 
 def save_pretrained(model, folder):
-    """Write config.json, model.safetensors and the tokenizer's files so that transformers' Auto classes open them.
+    """Write config.json, model.safetensors and the tokenizer's files for transformers' Auto classes to open.
 
-    Files are written beside and renamed. ValueError for a model that still has adapters (merge it first: no
-    other software knows their keys); OSError if the folder cannot be written.
+    ValueError for a model that still has adapters (merge it first: no other software knows their keys);
+    OSError if the folder cannot be written.
     """
     plain = skeleton(model.config, model.num_labels).state_dict().keys()
     state = {key: tensor.detach().contiguous() for key, tensor in model.state_dict().items()}
@@ -451,13 +447,4 @@ def save_pretrained(model, folder):
         "id2label": labels, "label2id": {str(label): int(i) for i, label in labels.items()},
         "architectures": [ARCHITECTURE[model.config["model_type"]] + "ForSequenceClassification"],
         "torch_dtype": str(next(iter(state.values())).dtype).removeprefix("torch.")}
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / "model.safetensors.tmp", metadata={"format": "pt"})
-    (folder / "config.json.tmp").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-    written = ["model.safetensors", "config.json"]
-    for path in hub.tokenizer_files(model.source):
-        shutil.copyfile(path, folder / f"{path.name}.tmp")
-        written.append(path.name)
-    for name in written:
-        os.replace(folder / f"{name}.tmp", folder / name)
+    hub.write_checkpoint(folder, config, state, tokenizer_of=model.source)

@@ -5,14 +5,20 @@
 With it, plain pytest compares model.py with transformers where transformers is not installed. Weights need no file:
 formula_weights() gives the same numbers everywhere. All values are computed in float64.
 """
+import contextlib
 import json
+import math
 import zlib
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 GOLDEN = Path(__file__).parent / "data" / "golden_model.json"
-TINY = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+DROPOUT = {"hidden_dropout_prob": 0.11, "attention_probs_dropout_prob": 0.23, "pooler_dropout": 0.07,
+           "cls_dropout": 0.31, "classifier_dropout": 0.31}
+TINY = DROPOUT | {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+                  "intermediate_size": 24}
 DEBERTA = TINY | {"model_type": "deberta-v2", "type_vocab_size": 0, "relative_attention": True, "position_buckets": 8,
                   "max_position_embeddings": 64, "norm_rel_ebd": "layer_norm", "share_att_key": True,
                   "pos_att_type": "p2c|c2p", "max_relative_positions": -1, "position_biased_input": False}
@@ -49,6 +55,32 @@ def inputs(config, lengths):
     return ids, mask, types
 
 
+@contextlib.contextmanager
+def visible_dropout():
+    """Dropout that can be compared: instead of noise a fixed factor for each column, which depends on p.
+
+    Yields the list of its places, (p, number of columns). Attention gets it where the documentation of
+    F.scaled_dot_product_attention puts it.
+    """
+    places, dropout, attention = [], F.dropout, F.scaled_dot_product_attention
+
+    def visible(x, p=0.5, training=True, inplace=False):
+        if not training or p == 0:
+            return x
+        places.append((p, x.shape[-1]))
+        return x * (1 + p * torch.cos(torch.arange(x.shape[-1], dtype=x.dtype) * 3 + p))
+
+    def plain_attention(q, k, v, attn_mask=None, dropout_p=0.0, **_):
+        scores = q @ k.mT / math.sqrt(q.shape[-1]) + (0 if attn_mask is None else attn_mask)
+        return visible(scores.softmax(-1), dropout_p, dropout_p > 0) @ v
+
+    F.dropout, F.scaled_dot_product_attention = visible, plain_attention
+    try:
+        yield places
+    finally:
+        F.dropout, F.scaled_dot_product_attention = dropout, attention
+
+
 def sample(states):
     """Of hidden states [(B, T, d), ...]: four numbers of every seventh token."""
     return [state[:, ::7, :4].tolist() for state in states]
@@ -65,11 +97,14 @@ def main():
         model = transformers.AutoModelForSequenceClassification.from_config(made).double().eval()
         model.load_state_dict(formula_weights({key: t.shape for key, t in model.state_dict().items()}))
         ids, mask, types = inputs(config, lengths)
-        out = model(ids, attention_mask=mask, token_type_ids=types, output_hidden_states=True)
+        with visible_dropout():                  # with no row padded, so that the masks of all families look alike
+            first = [t[:1, :lengths[0]] for t in (ids, mask, types)]
+            trained = model.train()(first[0], attention_mask=first[1].double(), token_type_ids=first[2]).logits
+        out = model.eval()(ids, attention_mask=mask, token_type_ids=types, output_hidden_states=True)
         out.logits.square().sum().backward()
         real = mask[..., None].bool()
         golden["cases"][name] = {
-            "logits": out.logits.tolist(),
+            "logits": out.logits.tolist(), "training logits": trained.tolist(),
             "hidden": sample([state.masked_fill(~real, 0) for state in out.hidden_states]),
             "gradients": {key: p.grad.norm().item() for key, p in model.named_parameters()},
         }
