@@ -1,10 +1,11 @@
 """`python train.py --task demo`: the whole method in a minute, without a download.
 
-A small DeBERTa is pretrained on a made-up language (data.demo_language), saved and loaded as a checkpoint like any
-other, frozen, and adapted to a question that its hidden states do not answer. A new head alone fails; LoRA² at k = 1
-succeeds, because the answer only needs attention to be re-routed, a rank-1 change. Everything goes through the
-train.start() and train.complete() of a GLUE run, and what is printed comes from the result.json files.
+A small DeBERTa is pretrained on a made-up language (data.demo_language), saved and loaded as a checkpoint like
+any other, frozen, and adapted to a question that its hidden states do not answer. A new head alone fails, LoRA²
+at k = 1 succeeds: the answer only needs attention to be re-routed, a rank-1 change. All goes through start()
+and complete() as a GLUE run does, and what is printed at the end comes from the result.json files.
 """
+import os
 from pathlib import Path
 
 import safetensors.torch
@@ -17,17 +18,22 @@ import options
 import runs
 import train
 
+# A feed-forward layer this narrow cannot hold what all six roles say and choose between them later. So the
+# model learns to attend to the word that the cue names, and its output says nothing of the others.
 CONFIG = {"model_type": "deberta-v2", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-          "intermediate_size": 128, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
-          "max_position_embeddings": 32, "position_buckets": 16, "initializer_range": 0.05, "norm_rel_ebd": "layer_norm",
-          "relative_attention": True, "position_biased_input": False, "share_att_key": True, "pos_att_type": "p2c|c2p"}
+          "intermediate_size": 32, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+          "max_position_embeddings": 32, "position_buckets": 16, "initializer_range": 0.05,
+          "norm_rel_ebd": "layer_norm", "relative_attention": True, "position_biased_input": False,
+          "share_att_key": True, "pos_att_type": "p2c|c2p"}
+PRETRAINING = ["--method", "full", "--lr", "2e-3", "--batch-size", "64", "--epochs", "6",
+               "--eval-steps", "100", "--stop-at", "0.995"]
 WAYS = {"head only": ["--method", "head", "--lr", "5e-3"],
         "LoRA² k=1, pruned": ["--method", "lora2", "--k", "1", "--init", "orthonormal"],
         "full fine-tuning": ["--method", "full", "--lr", "1e-3"]}
 
 
 def write_checkpoint(folder, config, weights):
-    """A folder as the Hub ships a pretrained model: config, the encoder's weights without a head, the tokenizer."""
+    """A folder as the Hub ships a pretrained model: config, the encoder's weights, the tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     backbone = {name: tensor.contiguous() for name, tensor in weights.items() if name.startswith("deberta.")}
     runs.write_json(folder / "config.json", config)
@@ -35,42 +41,54 @@ def write_checkpoint(folder, config, weights):
     runs.write_file(folder / "tokenizer.json", data.demo_tokenizer().to_str())
 
 
-def pretrain(out, seed):
-    """Pretrain from random weights until the cued word's class is told in 99.5 % of unseen sentences."""
+def write_random_model(folder, seed):
+    """A checkpoint with weights drawn from the seed; returns its config."""
     config = CONFIG | {"vocab_size": data.demo_tokenizer().get_vocab_size()}
     torch.manual_seed(seed)
-    net = models.SequenceClassifier(models.check_config(dict(config), "the demo's config") | {"cls_dropout": 0.0}, 4)
+    net = models.SequenceClassifier(models.check_config(dict(config), folder) | {"cls_dropout": 0.0}, 4)
     for name, parameter in net.named_parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=config["initializer_range"])
         elif name.endswith("bias"):
             torch.nn.init.zeros_(parameter)
-    write_checkpoint(out / "random", config, net.state_dict())
-    run = train.start(options.parse(["--task", "demo", "--method", "full", "--model", str(out / "random"), "--out",
-                                   str(out / "pretraining"), "--overwrite", "--lr", "2e-3", "--batch-size", "64",
-                                   "--epochs", "6", "--eval-steps", "100", "--stop-at", "0.995", "--seed", str(seed)]),
-                      data.DEMO_PRETRAIN)
+    write_checkpoint(folder, config, net.state_dict())
+    return config
+
+
+def train_one(model, out, seed, extra, task=None):
+    """One run, as by `train.py --task demo` with these options; returns the finished run."""
+    given = options.parse(["--task", "demo", "--model", str(model), "--out", str(out), "--overwrite",
+                           "--seed", str(seed), *extra])
+    run = train.start(given, task)
     train.complete(run)
-    write_checkpoint(out / "base", config, run.net.state_dict())
+    return run
 
 
 def main(given):
     """Run the demo in the folder given["out"]; {way: its result.json}."""
+    with runs.refusing():
+        strange = given.keys() - {"task", "out", "seed", "overwrite"}
+        out, seed = Path(given.get("out", "runs/demo")), given.get("seed", 0)
+        if strange or os.environ.get("WORLD_SIZE", "1") != "1":
+            raise ValueError("the demo is one process and takes --out and --seed alone: for more, give its "
+                             f"model as --model {out / 'base'}")
+        if "out" in given and "overwrite" not in given and out.exists() and any(out.iterdir()):
+            raise ValueError(f"{out} is not empty: replace it by --overwrite, or give another --out")
     torch.set_num_threads(1)                               # matrices this small are slower on several cores
-    out, seed = Path(given.get("out", "runs/demo")), given.get("seed", 0)
     print("1. Pretraining a small DeBERTa. The question: of which class is the word that the cue names?\n")
-    pretrain(out, seed)
+    config = write_random_model(out / "random", seed)
+    pretrained = train_one(out / "random", out / "pretraining", seed, PRETRAINING, data.DEMO_PRETRAIN)
+    write_checkpoint(out / "base", config, pretrained.net.state_dict())
     print("\n2. A new question for the frozen model: is the word of role 3 of class 2 or 3?")
     for way, extra in WAYS.items():
         print(f"\n{way}")
-        folder = out / extra[1]
-        train.complete(train.start(options.parse(["--task", "demo", "--model", str(out / "base"), "--out", str(folder),
-                                                "--overwrite", "--seed", str(seed)] + extra)))
+        train_one(out / "base", out / extra[1], seed, extra)
     results = {way: hub.read_json(out / extra[1] / "result.json") for way, extra in WAYS.items()}
     print("\n3. On 1,000 sentences that were never seen:\n\n" + " " * 19
           + "accuracy    adapter       head  kept singular values")
     for way, result in results.items():
         kept = f"{result['kept']} of {result['budget']}" if result["kept"] is not None else "-"
-        print(f"{way:19}{result['last']['scores']['dev']['accuracy']:8.3f} {result['adapter_parameters']:10,} "
-              f"{result['head_parameters']:10,}  {kept}")
+        accuracy = result["last"]["scores"]["dev"]["accuracy"]
+        numbers = "".join(f"{result[name]:11,}" for name in ("adapter_parameters", "head_parameters"))
+        print(f"{way:19}{accuracy:8.3f}{numbers}  {kept}")
     return results

@@ -194,7 +194,7 @@ class RankPruner(nn.Module):
                 f"target_rank = {target_rank!r}: give an integer from 0 to r = {self.r}")
         steps = (total_steps, warmup, final, interval)
         require(all(type(n) is int and n >= 0 for n in steps) and interval and warmup + final < total_steps,
-                f"total_steps, warmup, final, interval = {steps}: warmup + final must be less, interval not 0")
+                f"T, warmup, final, interval = {steps}: keep warmup + final < T and interval > 0")
         require(importance in ("reduced", "full"), f"importance = {importance!r}: give 'reduced' or 'full'")
         self.names, self.layers = zip(*found)
         self.target_rank, self.total_steps, self.beta1, self.beta2 = target_rank, total_steps, beta1, beta2

@@ -350,20 +350,20 @@ def from_pretrained(name_or_dir, num_labels, head_dropout=None):
     if head_dropout is not None:
         config[HEAD_DROPOUT[config["model_type"]]] = head_dropout
     model = skeleton(config, num_labels)           # the tensors of the file become its weights
-    model.source, model.new_weights = str(name_or_dir), []
+    model.source, shapes = str(name_or_dir), model.state_dict()
     weights = convert(hub.read_weights(name_or_dir), model)
-    modules = {key.rpartition(".")[0] for key in weights}
-    for key, empty in model.state_dict().items():
-        if re.match(HEAD, key) and key.rpartition(".")[0] not in modules:
-            model.new_weights.append(key)
-            weights[key] = torch.zeros(empty.shape)
-            if key.endswith("weight"):
-                weights[key].normal_(std=config["initializer_range"])
+    loaded = {key.rpartition(".")[0] for key in weights}   # modules
+    new = {key: shapes[key] for key in shapes if re.match(HEAD, key) and key.rpartition(".")[0] not in loaded}
     try:
-        model.load_state_dict(weights, strict=True, assign=True)
+        model.load_state_dict(weights | new, strict=True, assign=True)
     except RuntimeError as e:                      # lists all that is missing, unexpected or of another shape
-        raise ValueError(f"the weights of {name_or_dir} do not fit its config.json and {num_labels} "
-                         f"label(s): {hub.one_line(e, 600)}") from e
+        raise ValueError(f"{name_or_dir} does not fit its config.json and {num_labels} label(s), give a "
+                         f"checkpoint that does: {hub.one_line(e, 600)}") from e
+    for module in dict.fromkeys(key.rpartition(".")[0] for key in new):
+        linear = model.get_submodule(module).to_empty(device="cpu")
+        nn.init.normal_(linear.weight, std=config["initializer_range"])
+        nn.init.zeros_(linear.bias)
+    model.new_weights = list(new)
     return model
 
 

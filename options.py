@@ -1,4 +1,4 @@
-"""The command line of train.py: presets, every option once with type, default and help, and what they resolve to."""
+"""The command line of train.py: presets, every option with type, default and help, and how they resolve."""
 import argparse
 import math
 
@@ -6,8 +6,8 @@ import baselines
 import data
 
 # The authors' released settings: batch 32, AdamW, clip 1.0, linear decay after a warm-up, dropout 0.1 in the
-# backbone. ti, tf and dT (Algorithm 1) are steps of the T steps of a full-length run; runs of another length use the
-# same fractions of theirs. QNLI has the longest texts; MRPC and RTE choose anew at every step.
+# backbone. ti, tf and dT (Algorithm 1) are steps of the T steps of a full-length run; runs of another length
+# use the same fractions of theirs. QNLI has the longest texts; MRPC and RTE choose anew at every step.
 PRESETS = {task: dict(zip(("lr", "epochs", "T", "warmup", "max_len", "head_dropout", "weight_decay", "alpha",
                            "ti", "tf", "dT", "r", "target_rank", "reg", "seed"), row)) for task, row in {
     #        lr      epochs  T       warmup  len  drop  decay  alpha  ti    tf     dT   r  target reg  seed
@@ -22,8 +22,8 @@ PRESETS = {task: dict(zip(("lr", "epochs", "T", "warmup", "max_len", "head_dropo
     "demo": (5e-3,   7,      441,    20,     16,  0,    0,     32,    50,   150,   5,   8, 2,     .1,  0),
     "own":  (8e-4,   10,     1000,   60,     128, .10,  .01,   32,    120,  450,   10,  8, 2,     .1,  0),
 }.items()}
-# What a method, or a method on one task, wants otherwise. alpha 16 at r = 8 is scale 2, the setting of LoRA's and
-# SoRA's authors (LoRA at alpha 32 collapsed on CoLA); full fine-tuning needs small steps.
+# What a method, or a method on one task, wants otherwise. alpha 16 at r = 8 is scale 2, the setting of LoRA's
+# and SoRA's authors (LoRA at alpha 32 collapsed on CoLA); full fine-tuning needs small steps.
 EXCEPTIONS = {
     "full": {"lr": 2e-5}, "lora": {"r": 8, "alpha": 16}, "adalora": {"r": 2, "target_rank": 1},
     "sora": {"r": 8, "alpha": 16, "weight_decay": .1, "warmup": .06},
@@ -31,14 +31,14 @@ EXCEPTIONS = {
     ("adalora", "qnli"): {"lr": 5e-4}, ("full", "demo"): {"lr": 1e-3}}
 
 TASK = "from the preset"
-# (name, type, default, help). Types: a class; a tuple of choices; list for a,b,c; bool for a switch; "steps" for a
-# number of optimizer steps or, below 1, a fraction of them all.
+# (name, type, default, help). Types: a class; a tuple of choices; list for a,b,c; bool for a switch; "steps"
+# for a number of optimizer steps or, below 1, a fraction of them all.
 OPTIONS = {
     "data and model": (
         ("task", str, None, "one of " + ", ".join(data.TASKS)),
         ("model", str, "microsoft/deberta-v3-base", "name on the Hub, or a folder"),
         ("data-dir", str, "glue", "folder that holds CoLA/, RTE/ ...; a missing task is fetched into it"),
-        ("train-file", str, None, "your own TSV: columns sentence (or sentence1, sentence2) and label or score"),
+        ("train-file", str, None, "your own TSV: columns sentence (or sentence1, sentence2), label or score"),
         ("dev-file", str, None, "the same, to evaluate on"),
         ("limit-train", int, None, "use only the first N rows"),
         ("limit-dev", int, None, "use only the first N rows")),
@@ -48,7 +48,7 @@ OPTIONS = {
         ("r", int, TASK, "singular values per matrix; the rank of lora, adalora and sora"),
         ("target-rank", int, TASK, "singular values per matrix that pruning leaves, at most r"),
         ("alpha", float, TASK, "the update is scaled by alpha / r"),
-        ("targets", list, "q,k,v,o,f1,f2", "matrices to adapt: query, key, value, attention output, feed-forward"),
+        ("targets", list, "q,k,v,o,f1,f2", "query, key, value, attention output, feed-forward matrices"),
         ("init", ("gaussian", "orthonormal"), "gaussian", "of v, u, U and V"),
         ("reg", float, TASK, "gamma, the weight of the regulariser"),
         ("reg-terms", list, "uv,UV,PQ", "groups of Eq. 5"),
@@ -73,7 +73,7 @@ OPTIONS = {
         ("eval-steps", int, None, "evaluate every N steps too, besides each epoch and the end")),
     "machine": (
         ("device", str, None, "cuda, mps or cpu; by default the first there is"),
-        ("dtype", ("fp32", "bf16"), None, "bf16 is autocast; by default bf16 on a GPU that has it, else fp32"),
+        ("dtype", ("fp32", "bf16"), None, "bf16 is autocast; by default on a GPU that has it, else fp32"),
         ("compile", bool, False, "torch.compile the model")),
     "files": (
         ("out", str, None, "run folder; by default runs/TASK-METHOD-sSEED"),
@@ -86,43 +86,50 @@ OPTIONS = {
         ("export-peft", str, None, "write the best adapter to this folder as peft's LoRA")),
 }
 DEFAULTS = {name.replace("-", "_"): default for group in OPTIONS.values() for name, _, default, _ in group}
-# What does not change the function that is learnt: not stored in an adapter, free to differ on --resume.
+# Where things are and what is done with them: changes nothing that is learnt, is not stored in an adapter.
 INCIDENTAL = ({name.replace("-", "_") for name, *_ in OPTIONS["files"]}
               | {"data_dir", "train_file", "dev_file", "device"})
-PRUNING = ("lora2", "adalora")
-ADAPTERS = ("lora2", "adalora", "lora", "sora")
-ONLY_FOR = {"k": ("lora2",), "init": ("lora2",), "reg_terms": ("lora2",), "importance": PRUNING, "reg": PRUNING,
-            "target_rank": PRUNING, "prune_warmup": PRUNING, "prune_final": PRUNING, "prune_interval": PRUNING,
-            "r": ADAPTERS, "alpha": ADAPTERS, "targets": ADAPTERS, "export_peft": ADAPTERS,
-            "sora_threshold": ("sora",)}
+AFTERWARDS = {"predict", "merge", "export_peft"}           # what can be asked of a finished adapter
+WITH_RESUME = AFTERWARDS | {"model", "data_dir", "train_file", "dev_file", "device", "save_steps"}
+WITH_EVAL = AFTERWARDS | {"eval", "model", "data_dir", "dev_file", "limit_dev", "batch_size", "device",
+                          "dtype", "compile"}
+PRUNING, ADAPTERS = ("lora2", "adalora"), ("lora2", "adalora", "lora", "sora")
+ONLY_FOR = {**dict.fromkeys(("k", "init", "reg_terms"), ("lora2",)), "sora_threshold": ("sora",),
+            **dict.fromkeys(("r", "alpha", "targets", "export_peft"), ADAPTERS),
+            **dict.fromkeys(("importance", "reg", "target_rank", "prune_warmup", "prune_final",
+                             "prune_interval"), PRUNING)}
+# (least value, what it must stay below). k, r, alpha, target-rank and schedules are judged where the matrices
+# and the number of steps are known.
+COUNT, AMOUNT = (1, 10**9), (0, math.inf)
+RANGES = {**dict.fromkeys(("epochs", "max_steps", "batch_size", "accum", "eval_steps", "save_steps",
+                           "max_len", "limit_train", "limit_dev"), COUNT),
+          **dict.fromkeys(("lr", "head_lr", "reg", "weight_decay", "sora_threshold", "stop_at"), AMOUNT),
+          "seed": (0, 2**32), "head_dropout": (0, 1)}
+LISTS = {"targets": ("q", "k", "v", "o", "f1", "f2"), "reg_terms": ("uv", "UV", "PQ")}
 
 
 def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def parse(argv, description=None):
-    """Command line → {name: value} of the options that were given, and only those. ValueError on a mistake."""
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise ValueError(f"{message}: python train.py --help lists the options")
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(f"{message}: python train.py --help lists the options")
 
+
+def parse(argv, description=None):
+    """Command line → {name: value} of the options that were given and only those. ValueError on a mistake."""
     def steps(text):
         value = float(text)
-        if not (0 <= value < 1 or value == int(value) >= 1):
+        if not (0 <= value < 1 or 1 <= value < COUNT[1] and value == int(value)):
             raise argparse.ArgumentTypeError(f"{text} is neither a number of steps nor a fraction below 1")
         return value
 
     def names(text):
         return [part.strip() for part in text.split(",")]
 
-    presets = "\n".join(f"  {task:5}" + "".join(f" {name} {value:g}," for name, value in row.items()).rstrip(",")
-                        for task, row in PRESETS.items())
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                    epilog="S: a number of optimizer steps, or a fraction below 1 of them all.\n\nPresets (T: steps of"
-                    " a full-length run, in which ti, tf and dT are --prune-warmup, --prune-final\nand "
-                    f"--prune-interval; another length keeps the fractions):\n{presets}")
+    parser = Parser(description=description, epilog=epilog(), allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     for title, options in OPTIONS.items():
         group = parser.add_argument_group(title)
         for name, kind, default, text in options:
@@ -132,43 +139,107 @@ def parse(argv, description=None):
             elif isinstance(kind, tuple):
                 group.add_argument(f"--{name}", choices=kind, help=text)
             else:
-                group.add_argument(f"--{name}", type={"steps": steps, list: names}.get(kind, kind), help=text,
-                                   metavar={"steps": "S", int: "N", float: "X", list: "A,B"}.get(kind, "NAME"))
+                metavar = {"steps": "S", int: "N", float: "X", list: "A,B"}.get(kind, "NAME")
+                group.add_argument(f"--{name}", help=text, metavar=metavar,
+                                   type={"steps": steps, list: names}.get(kind, kind))
     return vars(parser.parse_args(argv))
 
 
+def epilog():
+    """What --help says about S and the presets: a table with a column for each task."""
+    names = {"T": "all steps", "ti": "prune-warmup", "tf": "prune-final", "dT": "prune-interval"}
+    rows = [f"  {names.get(name, name.replace('_', '-')):14}"
+            + "".join(f"{row[name]:8g}" for row in PRESETS.values()) for name in PRESETS["rte"]]
+    others = [f"  {key if isinstance(key, str) else ' on '.join(key)}: "
+              + ", ".join(f"{flag(name)} {value:g}" for name, value in changes.items())
+              for key, changes in EXCEPTIONS.items()]
+    return "\n".join(["S: a number of optimizer steps, or a fraction below 1 of them all.", "",
+                      "presets:        " + "".join(f"{task:>8}" for task in PRESETS), *rows, "",
+                      "Steps are those of a full-length run; a run of another length keeps the fractions.",
+                      "Other methods have presets of their own:", *others])
+
+
 def resolve(given):
-    """Options given → all settings, a plain dict. ValueError for what cannot be or does not go together."""
-    own = "train_file" in given
-    task, method = given.get("task", "own" if own else None), given.get("method", "lora2")
-    if task not in PRESETS or own != (task == "own") or own != ("dev_file" in given):
-        what = "no --task" if task is None else f"--task {task}"
-        raise ValueError(f"{what}: give one of {', '.join(data.TASKS)}; or your own --train-file and --dev-file")
-    unused = [name for name in given if method not in ONLY_FOR.get(name, baselines.METHODS)]
-    if unused:
-        raise ValueError(f"{flag(unused[0])} means nothing to --method {method}: leave it out")
-    T = PRESETS[task]["T"]
-    preset = PRESETS[task] | {"warmup": PRESETS[task]["warmup"] / T, "prune_warmup": PRESETS[task]["ti"] / T,
-                              "prune_final": PRESETS[task]["tf"] / T, "prune_interval": PRESETS[task]["dT"] / T}
+    """Options given → all settings of a new run, a plain dict. ValueError for what cannot be or not fit."""
+    own, method = bool(given.keys() & {"train_file", "dev_file"}), given.get("method", "lora2")
+    task = given.get("task", "own" if own else None)
+    if own and (task != "own" or not given.keys() >= {"train_file", "dev_file"}):
+        raise ValueError("your own data need both --train-file and --dev-file, and no --task")
+    if not own and task not in data.TASKS:
+        raise ValueError(("there is no --task" if task is None else f"--task {task} is unknown")
+                         + f": give one of {', '.join(data.TASKS)}, or your own --train-file and --dev-file")
+    preset = PRESETS[task]
+    T = preset["T"]
+    preset = preset | {"warmup": preset["warmup"] / T, "prune_warmup": preset["ti"] / T,
+                       "prune_final": preset["tf"] / T, "prune_interval": preset["dT"] / T}
     preset |= EXCEPTIONS.get(method, {}) | EXCEPTIONS.get((method, task), {})
 
     settings = {name: preset[name] if default is TASK else default for name, default in DEFAULTS.items()}
-    settings |= {"targets": settings["targets"].split(","), "reg_terms": settings["reg_terms"].split(",")}
-    settings |= given | {"task": task}
+    settings |= {name: settings[name].split(",") for name in LISTS} | given | {"task": task}
     if "target_rank" not in given:
         settings["target_rank"] = min(settings["target_rank"], settings["r"])
-    settings |= {name: None for name, methods in ONLY_FOR.items() if method not in methods}
+    settings |= {name: None for name, methods in ONLY_FOR.items()
+                 if method not in methods and name not in given}
     if settings["head_lr"] is None:
         settings["head_lr"] = settings["lr"]
     settings["out"] = settings["out"] or f"runs/{task}-{method}-s{settings['seed']}"
+    return checked(settings)
 
-    counts = ("epochs", "max_steps", "batch_size", "accum", "eval_steps", "save_steps", "limit_train", "limit_dev")
-    numbers = {"lr": math.inf, "head_lr": math.inf, "reg": math.inf, "weight_decay": math.inf, "head_dropout": 1,
-               "sora_threshold": math.inf}
-    for name, low, below in [(n, 1, math.inf) for n in counts] + [(n, 0, top) for n, top in numbers.items()]:
+
+def schedule(settings, T):
+    """Steps, of T: warm-up of the learning rate, then prune-warmup, prune-final and prune-interval."""
+    def steps(value):
+        """Fractions are rounded down, so that a sum of them that is below 1 stays below T."""
+        return 0 if value is None else int(round(value * T, 6)) if value < 1 else int(value)
+
+    warmup = steps(settings["warmup"])
+    if warmup >= T:
+        raise ValueError(f"--warmup {warmup} must be less than the {T} steps of this run")
+    return (warmup, steps(settings["prune_warmup"]), steps(settings["prune_final"]),
+            max(1, steps(settings["prune_interval"])))
+
+
+def resume(settings, given):
+    """The settings of an interrupted run, with what may differ taken from the command line."""
+    folder, given = given["resume"], {name: given[name] for name in given if name != "resume"}
+    fixed = {name: settings[name] for name in settings if name not in ("out", "overwrite", "eval")}
+    return checked(settings | agreed(fixed, given, WITH_RESUME, "--resume") | {"out": folder})
+
+
+def evaluate(stored, given):
+    """The settings with which to evaluate an adapter that stores its own."""
+    settings = checked(DEFAULTS | stored | agreed(stored, given, WITH_EVAL, "--eval"))
+    if settings["model"] is None:
+        raise ValueError(f"{given['eval']} belongs to a model in a folder: give that folder as --model")
+    if settings["task"] == "own" and settings["dev_file"] is None:
+        raise ValueError(f"{given['eval']} was trained on a file of your own: give one to evaluate it on as "
+                         "--dev-file")
+    return settings
+
+
+def agreed(fixed, given, free, what):
+    """`given`; ValueError that names all options in it that are not free and not as in `fixed`."""
+    differ = [f"{flag(name)} {fixed[name]}, not {given[name]}" if name in fixed else f"no {flag(name)}"
+              for name in given.keys() - free if name not in fixed or given[name] != fixed[name]]
+    if differ:
+        raise ValueError(f"{what} has to keep {'; '.join(sorted(differ))}: leave that out")
+    return given
+
+
+def checked(settings):
+    """The settings; ValueError for a value out of range or an option that means nothing here."""
+    method = settings["method"]
+    for name, methods in ONLY_FOR.items():
+        if settings[name] is not None and method not in methods:
+            raise ValueError(f"{flag(name)} means nothing to --method {method}: leave it out")
+    for name, (low, below) in RANGES.items():
         if settings[name] is not None and not low <= settings[name] < below:
             raise ValueError(f"{flag(name)} {settings[name]}: give at least {low}"
                              + (f" and less than {below}" if below < math.inf else ""))
+    for name, known in LISTS.items():
+        values = settings[name]
+        if values is not None and (len(set(values)) < len(values) or not set(values) <= set(known)):
+            raise ValueError(f"{flag(name)} {','.join(values)}: give some of {','.join(known)}, each once")
     if settings["stop_at"] is not None and method in PRUNING:
-        raise ValueError(f"--stop-at could end --method {method} before its pruning: give --epochs or --max-steps")
+        raise ValueError(f"--stop-at could end --method {method} before its pruning: give --max-steps")
     return settings

@@ -22,7 +22,8 @@ import data
 import model as models
 import options
 import runs
-from lora2 import load_lora2_state_dict, lora2_state_dict
+import show
+from lora2 import load_lora2_state_dict
 
 LOG_STEPS = 10                                             # between two lines of the log
 
@@ -30,82 +31,87 @@ LOG_STEPS = 10                                             # between two lines o
 # --- set-up: everything that a user's mistake can break happens here ----------------------------------------
 
 def set_up(settings, task=None, facts=None):
-    """Settings → a run: one namespace with the settings, data, model, adapters. Nothing is written yet.
+    """Settings → a run: one namespace with the settings, data, model and adapters. Nothing is written.
 
-    task: a data.Task where settings["task"] cannot name it. facts: what an adapter file to be evaluated says.
+    task: a data.Task where settings["task"] cannot name it. facts: of the adapter that is to be evaluated.
     Raises ValueError, TypeError or OSError with one sentence.
     """
-    run = SimpleNamespace(**settings, settings=settings, step=0, evaluations=[], best=None, pruner=None,
-                          budget=None, seconds=0.0, started=time.monotonic())
-    run.device = pick_device(run.device)
+    run = SimpleNamespace(**settings, step=0, evaluations=[], best=None, pruner=None, budget=None,
+                          seconds=0.0, started=time.monotonic())
+    run.device = runs.pick_device(run.device)
     run.rank, run.world = runs.join_processes(run.device)
     bf16 = run.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     run.dtype = run.dtype or ("bf16" if bf16 else "fp32")
+    run.settings = settings | {"dtype": run.dtype}
 
-    splits, run.row = load_splits(run, task)
+    splits, run.row = load_splits(run, task, facts)
     labels = run.row.labels                                # () for a regression
     tokenizer = data.load_tokenizer(run.model)
     torch.manual_seed(run.seed)                            # before the head and the adapters are drawn
     run.net = net = models.from_pretrained(run.model, max(1, len(labels)), run.head_dropout)
-    run.base = runs.fingerprint(net, net.new_weights)
+    run.base = runs.fingerprint(net, tokenizer)
+    if facts and facts["base"] != run.base:
+        raise ValueError(f"{run.model} is not the model of {run.eval}, or another version of it: give the "
+                         f"right one as --model, {facts['settings']['model'] or 'a folder'}")
+    run.pad = net.config["pad_token_id"]
     if labels:
         net.config["id2label"] = {str(i): label for i, label in enumerate(labels)}
-    if tokenizer.get_vocab_size() > net.config["vocab_size"]:
-        raise ValueError(f"{run.model}: its tokenizer has {tokenizer.get_vocab_size()} tokens, its embedding "
-                         f"{net.config['vocab_size']} rows: they do not belong together")
     if run.max_len > net.max_len:
         raise ValueError(f"--max-len {run.max_len}: this model takes {net.max_len} tokens at most")
-    if facts:
-        runs.check_facts(run, facts)
-    runs.check_destinations(run)
-    encode = lambda split: data.encode(tokenizer, split, run.max_len)
-    run.data = {name: encode(split) for name, split in splits.items()}
-    run.to_predict = encode(data.read_split(run.predict, run.row, labelled=False)) if run.predict else None
+    if run.predict:
+        splits["to predict"] = data.read_split(run.predict, run.row, labelled=False)
+    run.data = {name: data.encode(tokenizer, split, run.max_len) for name, split in splits.items()}
+    ids, types = (max(int(getattr(examples, field).max()) for examples in run.data.values())
+                  for field in ("ids", "types"))
+    sizes = net.config["vocab_size"], max(2, net.config["type_vocab_size"])    # a single type is ignored
+    if ids >= sizes[0] or types >= sizes[1]:
+        raise ValueError(f"{run.model}: its tokenizer gives ids up to {ids} and types up to {types}, its "
+                         f"model has {sizes[0]} and {sizes[1]} of them: they do not belong together")
+    run.to_predict = run.data.pop("to predict", None)
+    run.rows = runs.digest(run.data)
 
-    parts = [set(name.split(".")) for name, _ in net.named_parameters()]
-    run.head = [part for part in ("pooler", "classifier") if any(part in names for names in parts)]
+    parts = {part for name, _ in net.named_parameters() for part in name.split(".")}
+    run.head = [part for part in ("pooler", "classifier") if part in parts]
     run.adapted = baselines.add_method(run.method, net, models.target_modules(net, run.targets or ["q"]),
                                        run.head, run.k, run.r, run.alpha, run.init)
-    net.to(run.device)
-    run.forward = torch.compile(net) if run.compile else net
     in_head = lambda name: not set(run.head).isdisjoint(name.split("."))
     trained = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
     run.head_parameters = [(name, p) for name, p in trained if in_head(name)]
     run.body_parameters = [(name, p) for name, p in trained if not in_head(name)]
+    net.to(run.device)
+    run.forward = torch.compile(net) if run.compile else net
     return run
 
 
-def pick_device(name):
-    """The torch.device of that name, or the first there is of cuda, mps and cpu."""
-    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.zeros((), device=name or found).device
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device {name} cannot be used here: leave it out or give {found}") from e
-
-
-def load_splits(run, task):
-    """({"train": Split, dev splits}, data.Task) of the task or of the user's own files."""
-    if run.train_file:
-        task = data.own_task(run.train_file)
-        train, dev = (data.read_split(path, task) for path in (run.train_file, run.dev_file))
-        return {"train": train.first(run.limit_train), "dev": dev.first(run.limit_dev)}, task
-    task = task or data.get_task(run.task)
-    if task.downloads and not (Path(run.data_dir) / task.folder).exists():
-        data.fetch_task(task, run.data_dir)
-    return data.load_task(task, run.data_dir, run.limit_train, run.limit_dev), task
+def load_splits(run, task, facts):
+    """({"train": Split, dev splits}, data.Task) of a task or of the user's files; no "train" to evaluate."""
+    if run.dev_file:
+        task = runs.stored_task(facts) if facts else data.own_task(run.train_file)
+        files = {"train": run.train_file, "dev": run.dev_file}
+        splits = {name: data.read_split(path, task) for name, path in files.items() if path}
+    else:
+        task = task or data.get_task(run.task)
+        if task.downloads and not (Path(run.data_dir) / task.folder).exists():
+            if run.rank == 0:
+                data.fetch_task(task, run.data_dir)
+            runs.wait_for_all()
+        if facts and not task.make:                        # to evaluate, train.tsv need not be there
+            task = task._replace(rows={name: n for name, n in task.rows.items() if name != "train"})
+        splits = data.load_task(task, run.data_dir)
+    limits = {"train": run.limit_train}
+    return {name: split.first(limits.get(name, run.limit_dev)) for name, split in splits.items()
+            if not (facts and name == "train")}, task
 
 
 def prepare_training(run):
     """Add to a run what training needs: number of steps, pruner, optimizer."""
     run.steps_per_epoch = math.ceil(len(run.data["train"].labels) / run.batch_size)
-    run.T = T = run.max_steps or run.epochs * run.steps_per_epoch
-    steps = lambda value: int(value * T) if value < 1 else int(value)   # rounded down, so that their sum stays < T
-    run.lr_warmup = steps(run.warmup)
+    run.T = run.max_steps or run.epochs * run.steps_per_epoch
+    run.lr_warmup, *run.phases = options.schedule(run.settings, run.T)
     if run.method in options.PRUNING:
-        run.phases = steps(run.prune_warmup), steps(run.prune_final), max(1, steps(run.prune_interval))
         run.budget = len(run.adapted) * run.target_rank
-        run.pruner = baselines.make_pruner(run.method, run.net, run.target_rank, T, *run.phases, run.importance)
+        run.pruner = baselines.make_pruner(run.method, run.net, run.target_rank, run.T, *run.phases,
+                                           run.importance)
     elif run.method == "sora":
         run.pruner = baselines.SparseGates(run.net, run.sora_threshold)
     run.floor = baselines.regulariser_floor(run.method, run.k, run.r, run.reg_terms)
@@ -118,6 +124,9 @@ def prepare_training(run):
     run.parameters = [p for group in groups.values() for p in group]
     run.optimizer = torch.optim.AdamW([{"params": group, "peak": lr, "lr": lr, "weight_decay": decay}
                                        for (lr, decay), group in groups.items()], fused=True)
+    run.bad_step = torch.zeros((), device=run.device)      # the first step with a non-finite loss or gradient
+    if run.rank > 0:
+        torch.manual_seed(run.seed + run.rank)             # another dropout mask in each process
 
 
 # --- the loop -----------------------------------------------------------------------------------------------
@@ -125,50 +134,46 @@ def prepare_training(run):
 def train(run, log, signals):
     """Train from run.step to the end, evaluating and saving on the way.
 
-    Nothing in a step waits for the device: a non-finite loss or gradient only sets a flag there, with which AdamW
-    leaves the weights as they are; it is read before anything is logged or saved.
+    Nothing in a step waits for the device: a non-finite loss or gradient only sets a flag there, by which
+    AdamW leaves weights and moments as they are; check_finite reads it before anything is logged or saved.
     """
-    bad_step = torch.zeros((), device=run.device)          # the first step with a non-finite loss or gradient
-    batches, tokens, started = stream(run), 0, time.monotonic()
+    batches, tokens = stream(run), 0
     while True:
-        if is_due(run) and run.step not in [e["step"] for e in run.evaluations]:
-            runs.stop_on(bad_step, run)
-            score = evaluate_and_keep(run, log, signals)
+        if is_due(run):
+            evaluate_and_keep(run, log, signals)
             runs.save(run)
-            if run.stop_at is not None and score >= run.stop_at:
-                break
-        elif run.save_steps and run.step and run.step % run.save_steps == 0:
-            runs.stop_on(bad_step, run)
+        elif run.save_steps and run.step % run.save_steps == 0:
             runs.save(run)
-        if run.step == run.T:
+        if is_over(run):
             break
         signals.check(run)
 
         batch = next(batches)
         run.step += 1
-        tokens += batch.input_ids.numel()
+        tokens += int(batch.attention_mask.sum())
         loss = torch.zeros((), device=run.device)
         for part in micro_batches(batch, run):
             part_loss = task_loss(run, part) * (len(part.rows) / len(batch.rows))
             part_loss.backward()
             loss += part_loss.detach()
         runs.sum_over_processes([loss] + runs.gradients(run.parameters))
-        R = baselines.regulariser(run.method, run.net, run.reg_terms)      # LoRA²: Eq. 5, once per optimizer step
+        R = baselines.regulariser(run.method, run.net, run.reg_terms)  # LoRA²: Eq. 5, once per optimizer step
         if R is not None:
             (run.reg * R).backward()
         norm = torch.nn.utils.clip_grad_norm_(run.parameters, 0.1 if run.method == "sora" else 1.0)
 
-        bad_step = torch.where((bad_step == 0) & ~torch.isfinite(loss + norm), float(run.step), bad_step)
-        run.optimizer.found_inf = (bad_step > 0).float()
+        is_bad = (run.bad_step == 0) & ~torch.isfinite(loss + norm)
+        run.bad_step = torch.where(is_bad, float(run.step), run.bad_step)
+        run.optimizer.found_inf = (run.bad_step > 0).float()
         for group in run.optimizer.param_groups:
             group["lr"] = group["peak"] * lr_factor(run.step, run.lr_warmup, run.T)
         run.optimizer.step()
-        kept = run.pruner.step() if run.pruner else None                   # LoRA²: Algorithm 1
+        kept = run.pruner.step() if run.pruner else None               # LoRA²: Algorithm 1
         run.optimizer.zero_grad()
 
         if run.step % LOG_STEPS == 0 or run.step in (1, run.T):
-            runs.stop_on(bad_step, run)
-            log.training(run, loss, R, kept, tokens / (time.monotonic() - started))
+            runs.check_finite(run)
+            log.training(run, loss, R, kept, tokens)
     if run.budget is not None and sum(run.pruner.kept().values()) != run.budget:
         raise RuntimeError(f"{sum(run.pruner.kept().values())} singular values are left, not {run.budget}")
 
@@ -178,7 +183,7 @@ def stream(run):
     epoch, skip = divmod(run.step, run.steps_per_epoch)
     while True:
         order = torch.Generator().manual_seed(run.seed * 1_000_003 + epoch)
-        yield from data.batches(run.data["train"], run.batch_size, run.net.config["pad_token_id"], order, skip)
+        yield from data.batches(run.data["train"], run.batch_size, run.pad, order, skip)
         epoch, skip = epoch + 1, 0
 
 
@@ -211,9 +216,16 @@ def lr_factor(step, warmup, T):
 # --- evaluation ---------------------------------------------------------------------------------------------
 
 def is_due(run):
-    """Whether an evaluation belongs after step run.step."""
-    return run.step > 0 and (run.step % run.steps_per_epoch == 0 or run.step == run.T
-                             or bool(run.eval_steps) and run.step % run.eval_steps == 0)
+    """Whether an evaluation belongs after step run.step and has not been made."""
+    last = run.evaluations[-1]["step"] if run.evaluations else 0
+    return run.step > last and (run.step == run.T or run.step % run.steps_per_epoch == 0
+                                or bool(run.eval_steps) and run.step % run.eval_steps == 0)
+
+
+def is_over(run):
+    """All steps are made, or an evaluation reached --stop-at."""
+    return run.step == run.T or bool(run.stop_at is not None and run.evaluations
+                                     and run.evaluations[-1]["score"] >= run.stop_at)
 
 
 @torch.no_grad()
@@ -221,59 +233,77 @@ def predict(run, examples, signals=None):
     """Predictions for a split, (N,): class ids, or scores of a regression. Processes share the batches."""
     outputs = torch.zeros(len(examples.starts) - 1, run.net.num_labels, device=run.device)
     run.net.eval()
-    for i, batch in enumerate(data.batches(examples, run.batch_size, run.net.config["pad_token_id"])):
+    for i, batch in enumerate(data.batches(examples, run.batch_size, run.pad)):
         if signals and run.world == 1:
             signals.check(run)
         if i % run.world == run.rank:
             outputs[batch.rows.to(run.device)] = predict_batch(run, batch)
     run.net.train()
     runs.sum_over_processes([outputs])
+    if not outputs.isfinite().all():
+        raise FloatingPointError(f"after step {run.step} the model's outputs are not finite: try --dtype "
+                                 "fp32 or a smaller --lr")
     return (outputs.argmax(1) if run.row.labels else outputs.squeeze(1)).cpu()
 
 
 def evaluate(run, signals=None):
     """({dev split: {metric: value}}, {dev split: predictions})."""
-    predictions = {name: predict(run, examples, signals) for name, examples in run.data.items() if name != "train"}
+    predictions = {name: predict(run, examples, signals) for name, examples in run.data.items()
+                   if name != "train"}
+    if run.rank == 0:
+        show.warn_if_equal(predictions)
     scores = {name: data.metrics(run.row, p, run.data[name].labels) for name, p in predictions.items()}
-    for name, p in predictions.items():
-        if len(p) > 1 and (p == p[0]).all() and run.rank == 0:
-            print(f"warning: all {len(p)} predictions for {name} are equal: the model may have collapsed; "
-                  "a smaller --lr or a longer --warmup may help", file=sys.stderr)
     return scores, predictions
 
 
 def evaluate_and_keep(run, log, signals):
-    """Evaluate after step run.step; write adapter.safetensors if this is the best so far. Returns the score."""
+    """Evaluate after step run.step; write adapter.safetensors if nothing before was better."""
+    runs.check_finite(run)
     scores, predictions = evaluate(run, signals)
-    evaluation = {"step": run.step, "scores": scores, "score": next(iter(scores.values()))[run.row.metrics[0]]}
+    score = next(iter(scores.values()))[run.row.metrics[0]]
+    evaluation = {"step": run.step, "scores": scores, "score": score}
+    if run.budget is not None:
+        evaluation["kept"] = sum(run.pruner.kept().values())
     run.evaluations.append(evaluation)
-    is_best = run.best is None or evaluation["score"] > run.best["score"]
-    if is_best:
+    if run.best is None or score >= run.best["score"]:     # of equals the later one, which is pruned more
         run.best = evaluation
-        runs.save_best(run, lora2_state_dict(run.net), predictions)
-    log.evaluation(evaluation, is_best)
-    return evaluation["score"]
+        runs.save_best(run, predictions)
+    log.evaluation(run, evaluation)
 
 
 # --- from the command line ----------------------------------------------------------------------------------
 
 def start(given, task=None):
-    """Options given → a run ready to go on after run.step, its folder made or found."""
-    state = runs.load_state(Path(given["resume"]) / "last.pt") if "resume" in given else None
-    run = set_up(runs.resumed_settings(state, given) if state else options.resolve(given), task)
-    prepare_training(run)
-    if state:
-        runs.restore(run, state)
-    elif run.rank == 0:
-        runs.prepare_folder(run.out, run.overwrite)
+    """Options given → a run: new, resumed, or with the adapter of --eval. --resume finds it from here on."""
+    with runs.refusing():
+        tensors = state = facts = None
+        if "eval" in given:
+            tensors, facts = runs.load_adapter(given["eval"])
+            settings = options.evaluate(facts["settings"], given)
+        elif "resume" in given:
+            state = runs.load_state(given["resume"])
+            settings = options.resume(state["settings"], given)
+        else:
+            settings = options.resolve(given)
+        runs.check_destinations(settings, resumed=bool(state))
+        run = set_up(settings, task, facts)
+        if tensors:
+            load_lora2_state_dict(run.net, tensors)
+            return run
+        prepare_training(run)
+        if state:
+            runs.restore(run, state)
+        else:
+            runs.prepare_folder(run)
+            runs.save(run)
     if run.rank == 0:
-        runs.announce(run)
+        show.announce(run)
     return run
 
 
 def complete(run):
     """Train a started run to its end and write what belongs there; returns the content of result.json."""
-    log = runs.Log(run)
+    log = show.Log(run)
     try:
         with runs.Signals() as signals:
             train(run, log, signals)
@@ -282,61 +312,55 @@ def complete(run):
         raise
     finally:
         log.close()
-    return runs.finish(run)
+    return show.finish(run)
 
 
-def evaluate_adapter(given):
-    """--eval: put an adapter onto its base model, evaluate it, and hand out what was asked for."""
-    tensors, facts = runs.load_adapter(given["eval"])
-    run = set_up(runs.evaluation_settings(facts, given), facts=facts)
-    load_lora2_state_dict(run.net, tensors)
-    scores, _ = evaluate(run)
-    if run.rank == 0:
-        print(runs.show_scores(scores))
-    return run
-
-
-def hand_out(run, adapter):
-    """--predict, --export-peft and --merge, with the adapter in that file."""
-    if run.predict or run.export_peft or run.merge:
-        load_lora2_state_dict(run.net, runs.load_adapter(adapter)[0])
+def hand_out(run):
+    """--predict, --export-peft and --merge, with the adapters that the model now holds."""
     if run.predict:
-        predictions = predict(run, run.to_predict)
+        predictions, folder = predict(run, run.to_predict), run.out or Path(run.eval).parent
         if run.rank == 0:
-            path = data.write_submission(Path(adapter).parent, run.row, predictions, Path(run.predict).stem)
+            path = data.write_submission(folder, run.row, predictions, Path(run.predict).stem)
             print(f"predictions for {run.predict} are in {path}")
     if run.rank == 0:
         runs.export(run)
 
 
+def act(given):
+    """Do what the options say: the demo, an evaluation, or a run from its start or from where it stopped."""
+    if given.get("task") == "demo" and not given.keys() & {"model", "resume", "eval"}:
+        import demo                                        # it uses this module
+        return demo.main(given)
+    if "resume" in given and runs.is_finished(given["resume"]):
+        given = show.finished(given)
+        if not given:                                      # nothing more is asked of its adapter
+            return
+    run = start(given)
+    if run.eval:
+        print(show.scores(evaluate(run)[0]))
+    else:
+        complete(run)
+        load_lora2_state_dict(run.net, runs.load_adapter(Path(run.out) / "adapter.safetensors")[0])
+    hand_out(run)
+
+
 def main(argv=None):
-    """The command line; returns the exit status. Only set-up turns exceptions into a line: a bug stays a bug."""
+    """The command line; returns the exit status. A user's mistake is one line, a bug keeps its traceback."""
     try:
-        given = options.parse(argv, __doc__)
-        if given.get("task") == "demo" and not given.keys() & {"model", "resume", "eval"}:
-            import demo                                    # it uses this module
-            demo.main(given)
-            return 0
-        if "resume" in given and runs.show_finished(given["resume"]):
-            return 0
-        run = evaluate_adapter(given) if "eval" in given else start(given)
-    except (ValueError, TypeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        if "eval" not in given:
-            complete(run)
-        hand_out(run, given.get("eval", Path(run.out) / "adapter.safetensors"))
+        with runs.refusing():
+            given = options.parse(argv, __doc__)
+        act(given)
+        return 0
+    except runs.Refused as error:
+        text, status = f"error: {error}", 2
+    except (FloatingPointError, OSError) as error:         # diverged; a full disk, a lost process
+        text, status = f"error: {error}", 1
     except runs.Stopped as stop:
-        print(f"stopped at step {run.step} of {run.T}; python train.py --resume {run.out} goes on", file=sys.stderr)
-        return 128 + stop.signal
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:                 # a full disk, a --predict file with a bad row
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        text, status = str(stop), stop.status
+    except KeyboardInterrupt:
+        text, status = "stopped: what was written before is whole", 130
+    print(text, file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python tests/make_golden.py
 
-With it, plain pytest compares model.py with transformers where transformers is not installed. Weights need no file:
-formula_weights() gives the same numbers everywhere. All values are computed in float64.
+With it, plain pytest compares model.py with transformers where transformers is not installed. Weights need no
+file: formula_weights() gives the same numbers everywhere. All values are computed in float64.
 """
 import contextlib
 import json
@@ -19,13 +19,14 @@ DROPOUT = {"hidden_dropout_prob": 0.11, "attention_probs_dropout_prob": 0.23, "p
            "cls_dropout": 0.31, "classifier_dropout": 0.31}
 TINY = DROPOUT | {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
                   "intermediate_size": 24}
-DEBERTA = TINY | {"model_type": "deberta-v2", "type_vocab_size": 0, "relative_attention": True, "position_buckets": 8,
-                  "max_position_embeddings": 64, "norm_rel_ebd": "layer_norm", "share_att_key": True,
-                  "pos_att_type": "p2c|c2p", "max_relative_positions": -1, "position_biased_input": False}
+DEBERTA = TINY | {"model_type": "deberta-v2", "type_vocab_size": 0, "relative_attention": True,
+                  "position_buckets": 8, "max_position_embeddings": 64, "norm_rel_ebd": "layer_norm",
+                  "share_att_key": True, "pos_att_type": "p2c|c2p", "max_relative_positions": -1,
+                  "position_biased_input": False}
 # name: (config.json, labels, lengths of the rows)
 CASES = {
-    "deberta short": (DEBERTA, 2, [5, 3, 1]),                       # T = 5: every distance has a row of its own
-    "deberta long": (DEBERTA, 3, [64, 17, 40]),                     # log-sized buckets up to the last one
+    "deberta short": (DEBERTA, 2, [5, 3, 1]),                      # every distance has a row of its own
+    "deberta long": (DEBERTA, 3, [64, 17, 40]),                    # log-sized buckets up to the last one
     "deberta token types": (DEBERTA | {"type_vocab_size": 2, "layer_norm_eps": 1e-5}, 1, [9, 6]),
     "roberta": (TINY | {"model_type": "roberta", "type_vocab_size": 1, "max_position_embeddings": 34,
                         "layer_norm_eps": 1e-5}, 2, [32, 2, 11]),
@@ -34,7 +35,7 @@ CASES = {
 
 
 def formula_weights(shapes):
-    """{key: shape} → {key: float64 tensor} of sines: about as large as trained weights, and no two rows alike."""
+    """{key: shape} → {key: float64 tensor} of sines, as large as trained weights, no two rows alike."""
     weights = {}
     for key, shape in sorted(shapes.items()):
         n = torch.arange(torch.Size(shape).numel(), dtype=torch.float64).view(shape)
@@ -51,6 +52,7 @@ def inputs(config, lengths):
     for row, length in enumerate(lengths):
         ids[row, :length] = 2 + (torch.arange(length) ** 2 * 7 + 5 * row) % 61
         mask[row, :length] = 1
+    ids[0, 3] = pad                              # attended to: its embedding gets no gradient all the same
     types = mask * (torch.arange(n) >= 4) if config.get("type_vocab_size", 2) > 1 else torch.zeros_like(ids)
     return ids, mask, types
 
@@ -97,9 +99,9 @@ def main():
         model = transformers.AutoModelForSequenceClassification.from_config(made).double().eval()
         model.load_state_dict(formula_weights({key: t.shape for key, t in model.state_dict().items()}))
         ids, mask, types = inputs(config, lengths)
-        with visible_dropout():                  # with no row padded, so that the masks of all families look alike
-            first = [t[:1, :lengths[0]] for t in (ids, mask, types)]
-            trained = model.train()(first[0], attention_mask=first[1].double(), token_type_ids=first[2]).logits
+        with visible_dropout():
+            row = [t[:1, :lengths[0]] for t in (ids, mask, types)]
+            trained = model.train()(row[0], attention_mask=row[1].double(), token_type_ids=row[2]).logits
         out = model.eval()(ids, attention_mask=mask, token_type_ids=types, output_hidden_states=True)
         out.logits.square().sum().backward()
         real = mask[..., None].bool()

@@ -448,6 +448,7 @@ def test_every_method_starts_from_the_base_model(method):
     """Oracle: the logits of the model before anything was added, bit for bit."""
     before = bert().eval()(IDS, MASK)
     model, _ = adapted(method)
+    assert all(module.training for module in model.modules())
     assert torch.equal(model.eval()(IDS, MASK), before)
 
 

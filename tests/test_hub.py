@@ -89,17 +89,18 @@ def as_bytes(weights, **options):
 def server():
     """A Hub with DeBERTaV3-base's files as they are (no safetensors, fp16, spm.model), and others."""
     deberta, bert = (build(NARROW[family]).state_dict() for family in ("deberta", "bert"))
-    backbone = {key: t.half() for key, t in deberta.items() if key.startswith("deberta.")}
+    pretrained = {key: t.half() for key, t in deberta.items() if key.startswith("deberta.")}
+    pretrained["lm_predictions.lm_head.bias"] = torch.ones(3).half()
     names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     parts = [dict(list(bert.items())[i::2]) for i in range(2)]
     index = {"weight_map": {key: name for name, part in zip(names, parts) for key in part}}
-    tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
-                 "pre_tokenizer": None, "post_processor": None, "decoder": None,
+    tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
+                 "normalizer": None, "pre_tokenizer": None, "post_processor": None, "decoder": None,
                  "model": {"type": "WordLevel", "vocab": {"low": 0, "[UNK]": 1}, "unk_token": "[UNK]"}}
     files = {
         (DEBERTA, "config.json"): NARROW["deberta"],
         (DEBERTA, "spm.model"): SPM.read_bytes(),
-        (DEBERTA, "pytorch_model.bin"): as_bytes(backbone | {"lm_predictions.lm_head.bias": torch.ones(3).half()}),
+        (DEBERTA, "pytorch_model.bin"): as_bytes(pretrained),
         ("some/model", "config.json"): NARROW["bert"], ("some/model", "model.safetensors"): save(bert),
         ("some/model", "tokenizer.json"): tokenizer, ("some/sharded", "config.json"): NARROW["bert"],
         ("some/sharded", "model.safetensors.index.json"): index,
@@ -129,8 +130,8 @@ for name in sys.argv[1:]:
             import data
             told["ids"] = data.load_tokenizer(name[13:]).encode("low").ids
         else:
-            told["sum"] = sum(p.double().abs().sum().item() for n, p in
-                              model.from_pretrained(name, num_labels=2).named_parameters() if "embeddings" in n)
+            weights = model.from_pretrained(name, num_labels=2).state_dict()
+            told["sum"] = sum(t.double().abs().sum().item() for k, t in weights.items() if "embeddings" in k)
     except Exception as e:
         told = {"type": type(e).__name__, "error": str(e), "caught": isinstance(e, (OSError, ValueError))}
     print(json.dumps(told | {"seconds": time.time() - start}))
@@ -166,8 +167,9 @@ def check_failure(told, *words):
 
 
 def test_first_time_second_time_and_offline(server, tmp_path):
-    """Oracle: the sum of the weights that the server has; later runs need no server, not even for absent files."""
-    names = [DEBERTA, "some/model", "some/sharded", "onename", "tokenizer of some/model", "tokenizer of " + DEBERTA]
+    """Oracle: the sum of the server's weights; later runs need no server, not even for absent files."""
+    names = [DEBERTA, "some/model", "some/sharded", "onename", "tokenizer of some/model",
+             "tokenizer of " + DEBERTA]
     first = user(tmp_path, address(server), *names)
     expected = [sum(t.double().abs().sum().item() for key, t in build(NARROW[family]).state_dict().items()
                     if "embeddings" in key) for family in ("deberta", "bert", "bert", "bert")]
@@ -175,8 +177,8 @@ def test_first_time_second_time_and_offline(server, tmp_path):
         assert told["sum"] == pytest.approx(value, rel=1e-3), told
     assert first[4]["ids"] == [0] and len(first[5]["ids"]) >= 3, first      # the latter is [CLS] low [SEP]
     asked = [file for method, name, file in server.requests if name == DEBERTA]
-    assert set(asked) == {"config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-                          "tokenizer.json", "spm.model"}
+    assert set(asked) == {"config.json", "model.safetensors", "model.safetensors.index.json",
+                          "pytorch_model.bin", "tokenizer.json", "spm.model"}
     assert [file for method, name, file in server.requests if (method, name) == ("GET", DEBERTA)] == [
         "config.json", "pytorch_model.bin", "spm.model"]
     gone = user(tmp_path, GONE, *names)
@@ -188,13 +190,13 @@ def test_first_time_second_time_and_offline(server, tmp_path):
 
 
 def test_failures_are_one_line_and_prompt(server, tmp_path):
-    """Oracle: the sentence. Missing, gated, private, a broken, busy or wrong server, a download cut or resumed."""
+    """Oracle: the sentence. Missing, gated, private; a broken, busy or wrong server; a download cut."""
     names = ["no/such", "no/such-404", "gated/asked", "gated/anonymous", "private/bare401", "broken/500",
              "broken/503", "busy/429", "no/revision", "portal/login", "cut/always", "cut/short", "cut/once",
              "hangs/forever", "tokenizer of broken/500", "bad name!", "no/weights", "no/config"]
     told = dict(zip(names, user(tmp_path, address(server), *names, HF_HUB_ETAG_TIMEOUT="1")))
     for name in ("no/such", "no/such-404"):
-        check_failure(told[name], f"{name} is neither a folder here nor a repository on the Hub", "hf auth login")
+        check_failure(told[name], f"{name} is neither a folder here nor a repository on", "hf auth login")
     for name in ("gated/asked", "gated/anonymous"):
         check_failure(told[name], f"{name} is gated", "hf auth login")
     for name, word in (("private/bare401", "401"), ("broken/500", "500"), ("broken/503", "503"),
@@ -210,10 +212,11 @@ def test_failures_are_one_line_and_prompt(server, tmp_path):
     assert "no/weights has no model.safetensors and no pytorch_model.bin" in told["no/weights"]["error"]
     assert "no/config has no config.json" in told["no/config"]["error"]
     # Now nobody listens. What was cut is not taken for a file, what was resumed is whole.
-    always, once, never, tokenizer = user(tmp_path, GONE, "cut/always", "cut/once", DEBERTA, "tokenizer of " + DEBERTA)
+    names = ["cut/always", "cut/once", DEBERTA, "tokenizer of " + DEBERTA]
+    always, once, never, tokenizer = user(tmp_path, GONE, *names)
     check_failure(always, "cut/always/model.safetensors is not in the cache")
     assert once["sum"] == told["cut/once"]["sum"]
-    check_failure(never, f"{DEBERTA}/config.json is not in the cache and did not arrive from {GONE}", "refused")
+    check_failure(never, f"{DEBERTA}/config.json is not in the cache and did not arrive", GONE, "refused")
     check_failure(tokenizer, f"{DEBERTA}/tokenizer.json is not in the cache")
 
 
@@ -230,7 +233,7 @@ def test_find_in_folders(tmp_path, monkeypatch):
     assert hub.find("~/a", "config.json") == tmp_path / "a" / "config.json"
     assert hub.find("a", "pytorch_model.bin") is None
     for name in ("./b", "~/b", "~nobody/b", "../b/c", str(tmp_path / "b"), "a/b/c", tmp_path / "b"):
-        with pytest.raises(FileNotFoundError, match=f"there is no folder {name}: give a checkpoint folder or a Hub"):
+        with pytest.raises(FileNotFoundError, match=f"there is no folder {name}: give a checkpoint"):
             hub.find(name, "config.json")
     with pytest.raises(OSError, match="is a file: give the folder"):
         hub.find("a/config.json", "config.json")

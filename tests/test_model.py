@@ -38,8 +38,8 @@ V3 = {  # as the released config.json files of DeBERTaV3 have it
     "position_biased_input": False, "type_vocab_size": 0, "pooler_dropout": 0, "pooler_hidden_act": "gelu"}
 ROBERTA = {
     "model_type": "roberta", "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu",
-    "hidden_dropout_prob": 0.1, "initializer_range": 0.02, "layer_norm_eps": 1e-5, "max_position_embeddings": 514, "pad_token_id": 1,
-    "type_vocab_size": 1}
+    "hidden_dropout_prob": 0.1, "initializer_range": 0.02, "layer_norm_eps": 1e-5,
+    "max_position_embeddings": 514, "pad_token_id": 1, "type_vocab_size": 1}
 BERT = {"model_type": "bert", "max_position_embeddings": 512, "type_vocab_size": 2, "pad_token_id": 0}
 
 
@@ -572,7 +572,7 @@ def test_files_as_they_are(tmp_path, family):
         headless = name.startswith(("encoder", "pretraining"))
         new = [key for key in weights if headless and key.startswith(("classifier", "pooler"))]
         assert loaded.new_weights == new, name
-        stored = {None: torch.float32, "half": torch.float16, "bin": torch.float16, "bfloat16": torch.bfloat16,
+        stored = {"half": torch.float16, "bin": torch.float16, "bfloat16": torch.bfloat16,
                   "pretraining, old": torch.float16}
         for key, t in loaded.state_dict().items():
             assert t.dtype == torch.float32 and not t.is_meta and t.is_contiguous(), (name, key)
@@ -598,8 +598,8 @@ def test_shards(tmp_path, stem, kind):
     loaded = M.from_pretrained(tmp_path, 2).state_dict()
     assert all(torch.equal(loaded[key], t) for key, t in weights.items())
     outside = weight_map | {"bert.embeddings.LayerNorm.bias": f"../{tmp_path.name}/{names[0]}"}
-    for content in ({"weight_map": outside}, {"weight_map": {}}, {"weight_map": [1]}, {"weight_map": {"a": 3}},
-                    {}, []):
+    for content in ({"weight_map": outside}, {"weight_map": {}}, {"weight_map": [1]},
+                    {"weight_map": {"a": 3}}, {}, []):
         index.write_text(json.dumps(content))
         with pytest.raises(ValueError, match="index.json (names weight files|does not hold)"):
             M.from_pretrained(tmp_path, 2)
@@ -616,16 +616,19 @@ def test_every_key_is_accounted_for(tmp_path, family):
     head = "classifier.out_proj" if family == "roberta" else "classifier"
     for key in weights:
         others = {k: t for k, t in weights.items() if k != key}
-        with pytest.raises(ValueError, match=f'do not fit .*Missing key.*"{key}"'):
+        with pytest.raises(ValueError, match=f'does not fit .*Missing key.*"{key}"'):
             M.from_pretrained(write(tmp_path, NARROW[family], others), 2)
-        with pytest.raises(ValueError, match=f"do not fit .*size mismatch for {key}"):
+        with pytest.raises(ValueError, match=f"does not fit .*size mismatch for {key}"):
             M.from_pretrained(write(tmp_path, NARROW[family], others | {key: torch.ones(2, 3, 5)}), 2)
     for key in ("foo.bar", f"{prefix}.encoder.layer.2.output.dense.weight", f"{prefix}.embeddings.extra",
                 f"{prefix}.cls.weight", "lm_headless.weight", "classifier.x"):
-        with pytest.raises(ValueError, match=f'do not fit .*Unexpected key.*"{key}"'):
+        with pytest.raises(ValueError, match=f'does not fit .*Unexpected key.*"{key}"'):
             M.from_pretrained(write(tmp_path, NARROW[family], weights | {key: torch.ones(2)}), 2)
-    with pytest.raises(ValueError, match=f"3 label.s.: .*size mismatch for {head}.weight"):
+    with pytest.raises(ValueError, match=f"3 label.s., .*size mismatch for {head}.weight"):
         M.from_pretrained(write(tmp_path, NARROW[family], weights), 3)
+    vast = sized(NARROW[family], 10**6, 1, 40)                    # a new head for it would take 4 TB
+    with pytest.raises(ValueError, match="does not fit .*size mismatch"):
+        M.from_pretrained(write(tmp_path, vast, pretraining(family, weights)), 2)
     twice = weights | {"embeddings.LayerNorm.bias": torch.ones(24)}
     with pytest.raises(ValueError, match="embeddings.LayerNorm.bias of .* is there twice"):
         M.from_pretrained(write(tmp_path, NARROW[family], twice), 2)
@@ -701,10 +704,12 @@ def test_code_in_a_pickle_does_not_run(tmp_path):
 
 @pytest.mark.parametrize("family, change", [
     ("deberta", {"model_type": "deberta"}), ("deberta", {"model_type": "electra"}),
-    ("deberta", {"model_type": None}), ("deberta", {"model_type": ["bert"]}), ("deberta", {"conv_kernel_size": 3}),
+    ("deberta", {"model_type": None}), ("deberta", {"model_type": ["bert"]}),
+    ("deberta", {"conv_kernel_size": 3}),
     ("deberta", {"relative_attention": False}), ("deberta", {"relative_attention": ...}),
     ("deberta", {"pos_att_type": None}), ("deberta", {"pos_att_type": ...}),
-    ("deberta", {"pos_att_type": "c2p"}), ("deberta", {"pos_att_type": ["p2c"]}), ("deberta", {"pos_att_type": "p2c|c2p|p2p"}),
+    ("deberta", {"pos_att_type": "c2p"}), ("deberta", {"pos_att_type": ["p2c"]}),
+    ("deberta", {"pos_att_type": "p2c|c2p|p2p"}),
     ("deberta", {"pos_att_type": 7}), ("deberta", {"position_biased_input": True}),
     ("deberta", {"position_biased_input": ...}), ("deberta", {"share_att_key": False}),
     ("deberta", {"norm_rel_ebd": "none"}), ("deberta", {"position_buckets": -1}),
@@ -715,7 +720,8 @@ def test_code_in_a_pickle_does_not_run(tmp_path):
     ("deberta", {"cls_dropout": 2}), ("deberta", {"type_vocab_size": -1}),
     ("roberta", {"hidden_act": "relu"}), ("roberta", {"position_embedding_type": "relative_key"}),
     ("roberta", {"is_decoder": True}), ("roberta", {"type_vocab_size": 0}),
-    ("roberta", {"pad_token_id": None}), ("roberta", {"pad_token_id": 300}), ("roberta", {"classifier_dropout": "0.1"}),
+    ("roberta", {"pad_token_id": None}), ("roberta", {"pad_token_id": 300}),
+    ("roberta", {"classifier_dropout": "0.1"}),
     ("bert", {"num_attention_heads": 5}), ("bert", {"hidden_size": 0}), ("bert", {"hidden_size": ...}),
     ("bert", {"vocab_size": 30522.0}), ("bert", {"num_hidden_layers": True}),
     ("bert", {"num_hidden_layers": 10**6}),
@@ -743,7 +749,8 @@ def test_configurations_as_they_are():
         c = M.check_config(least | {"pos_att_type": spelling}, "config.json")
         assert sorted(c["pos_att_type"]) == ["c2p", "p2c"]
     for same in ({"max_relative_positions": 512}, {"max_relative_positions": 0},
-                 {"max_relative_positions": -1}, {"embedding_size": 24}, {"attention_head_size": 8}, {"pooler_hidden_size": 24},
+                 {"max_relative_positions": -1}, {"embedding_size": 24},
+                 {"attention_head_size": 8}, {"pooler_hidden_size": 24},
                  {"conv_kernel_size": 0}, {"cls_dropout": None}, {"vocab_type": "spm"}):
         M.check_config(least | same, "config.json")
     for kind, pad in (("bert", 0), ("roberta", 1)):
@@ -843,8 +850,8 @@ def test_peak_memory_while_loading(tmp_path, name):
     del weights
     # A shell in between: a process's peak begins with the size of the one that started it, here a large one.
     command = [sys.executable, "-c", MEASURE, str(folder)]
-    run = subprocess.run(["sh", "-c", '"$@"; exit $?', "sh", *command], cwd=ROOT, text=True, capture_output=True,
-                         check=True)
+    run = subprocess.run(["sh", "-c", '"$@"; exit $?', "sh", *command],
+                         cwd=ROOT, text=True, capture_output=True, check=True)
     ratio, size = map(float, run.stdout.split())
     print(f"\npeak memory, {name}: {ratio:.2f} x {size / 1e6:.0f} MB")
     assert 0.9 < ratio <= 1.7

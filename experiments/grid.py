@@ -1,0 +1,219 @@
+"""What the paper's tables consist of, as runs of train.py, and which of those runs are finished.
+
+A table has rows and tasks; a cell is one run, of a row on a task with a seed, in a folder of its own. A
+finished run is trusted only if every setting in its result.json is the one asked for.
+"""
+import functools
+import itertools
+import json
+import math
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import options
+import runs
+import tables
+
+TUNE_SEED = 1000                                           # of the runs that choose, never of a reported one
+PRESETS = {
+    "paper": {                                             # train.py's own presets are the authors' settings
+        "model": "microsoft/deberta-v3-base", "flags": {}, "lrs": (), "scales": (),
+        "base": "lora2-k1",                                # the LoRA² of Tables 3, 4 and so on
+        "timed_steps": 200,                                # of a run in Table 2
+        "notes": ["The authors' scripts leave k = 1, RoBERTa-large, BitFit and full fine-tuning open: these "
+                  "run with the task's settings for LoRA², full fine-tuning with a learning rate of 2e-5."]},
+    "small": {
+        "model": "sentence-transformers/all-MiniLM-L6-v2", "flags": {"limit-train": 2000, "epochs": 6},
+        "lrs": (3e-4, 1e-3, 3e-3), "scales": (2, 8), "base": "lora2-k1-orthonormal", "timed_steps": 40,
+        "notes": ["The first 2,000 training rows, the whole dev set, 6 epochs: neither the paper's model nor "
+                  "its data.",
+                  "Each method has on each task the learning rate and scale with the best score on seed "
+                  f"{TUNE_SEED}, which is not reported, of one grid for all (full fine-tuning: a tenth of "
+                  "the rates).",
+                  "SoRA's gates lose 3e-4 a step: in runs this short 0.11 at most, so that few close."]}}
+# Row: label, options of train.py. LoRA and SoRA have their authors' alpha / r = 2 where it is not tuned. What
+# AdaLoRA calls r = 2 is what pruning leaves (0.32M survive); it begins with 1.5 times as many.
+ROWS = {
+    "full": ("full fine-tuning", {"method": "full"}), "head": ("head alone", {"method": "head"}),
+    "bitfit": ("BitFit", {"method": "bitfit"}),
+    "lora-r1": ("LoRA r=1", {"method": "lora", "r": 1, "alpha": 2}),
+    "lora-r8": ("LoRA r=8", {"method": "lora", "r": 8, "alpha": 16}),
+    "adalora-r2": ("AdaLoRA r=2", {"method": "adalora", "r": 3, "target-rank": 2}),
+    "adalora-r8": ("AdaLoRA r=8", {"method": "adalora", "r": 12, "target-rank": 8}),
+    "sora-r1": ("SoRA r=1", {"method": "sora", "r": 1, "alpha": 2}),
+    "sora-r8": ("SoRA r=8", {"method": "sora", "r": 8, "alpha": 16}),
+    "lora2-k1": ("LoRA² k=1", {"k": 1}), "lora2-k8": ("LoRA² k=8", {"k": 8}),
+    "lora2-k1-orthonormal": ("LoRA² k=1, orthonormal init", {"k": 1, "init": "orthonormal"})}
+VARIANTS = {                                               # of the preset's base row, whose tuning they share
+    "left": ("u, v", {"reg-terms": "uv"}), "right": ("U, V", {"reg-terms": "UV"}),
+    "factors": ("u, v, U, V", {"reg-terms": "uv,UV"}), "products": ("P, Q", {"reg-terms": "PQ"}),
+    "noreg": ("no regulariser", {"reg": 0}), "qk": ("query, key", {"targets": "q,k"}),
+    "qv": ("query, value", {"targets": "q,v"}), "qkv": ("query, key, value", {"targets": "q,k,v"}),
+    "eq8": ("importance of Eq. 8", {"importance": "full"}), "unpruned": ("not pruned", {"target-rank": "r"})}
+
+METHODS = {
+    "paper": ("cola sst2 mrpc qqp stsb mnli qnli rte",
+              "full bitfit adalora-r2 lora-r1 sora-r1 lora2-k1 adalora-r8 lora-r8 sora-r8 lora2-k8"),
+    "small": ("stsb cola mrpc rte",
+              "full head bitfit adalora-r2 lora-r1 sora-r1 lora2-k1 lora2-k1-orthonormal lora-r8 lora2-k8")}
+TIMED, GROUPS = "adalora-r8 lora2-k1 lora2-k8", "*-noreg *-left *-right *-factors *-products *"
+FOUR, TWO = "cola mrpc stsb rte", "stsb cola"
+# Table: title; for each preset tasks and rows ("*" is its base row); pairs of rows whose difference is shown.
+TABLES = {
+    "tune": ("Learning rates and scales", METHODS, []),
+    "table1": ("Table 1: the methods", METHODS, [
+        "lora2-k1 lora-r1", "lora2-k1-orthonormal lora-r1", "lora2-k1-orthonormal lora2-k1",
+        "lora2-k1 adalora-r2", "lora2-k8 lora-r8", "lora2-k8 lora2-k1"]),
+    "table2": ("Table 2: time per step", {"paper": ("cola sst2 mrpc qqp stsb mnli rte", TIMED),
+                                          "small": ("stsb cola mrpc", TIMED)}, []),
+    "table3": ("Table 3: groups of the regulariser", {"paper": ("mrpc stsb mnli rte", GROUPS),
+                                                      "small": (TWO, GROUPS)}, ["* *-noreg", "* *-factors"]),
+    "table4": ("Table 4: adapted matrices", {"paper": (FOUR, "*-qk *-qv *-qkv *"),
+                                             "small": (TWO, "*-qk *-qv *-qkv *")}, ["* *-qk", "* *-qkv"]),
+    "figure3": ("Figure 3: kept singular values", {"paper": ("mnli qqp mrpc sst2", "*"),
+                                                   "small": ("stsb cola mrpc", "*")}, []),
+    "pruning": ("Pruned against not pruned", {"paper": (FOUR, "*-unpruned *"),
+                                              "small": (TWO, "*-unpruned *")}, ["* *-unpruned"]),
+    "overlap": ("Eq. 8 against Eq. 9", {"paper": (FOUR, "* *-eq8"), "small": (TWO, "* *-eq8")}, ["*-eq8 *"])}
+
+
+class Cell(NamedTuple):
+    """One run of train.py: its row, task and seed in the table, its folder, its options (name, value)."""
+    row: str
+    task: str
+    seed: int
+    folder: Path
+    flags: tuple
+
+
+class Grid(NamedTuple):
+    """What was asked for: a table on a model, with all that decides what its runs are."""
+    table: str
+    preset: dict
+    model: str
+    data_dir: str
+    tasks: list
+    rows: dict                   # row → its name in paper.json
+    pairs: list
+    seeds: list
+    folder: Path                 # of the table's files and, below it, of all runs
+
+
+def row_of(name):
+    """(label, options, the row whose tuning it uses) of a row, or of a variant of one."""
+    base, _, variant = name.rpartition("-")
+    if variant in VARIANTS:
+        return VARIANTS[variant][0], ROWS[base][1] | VARIANTS[variant][1], base
+    return *ROWS[name], name
+
+
+def command_line(flags):
+    return [text for name, value in flags for text in (f"--{name}", str(value))]
+
+
+@functools.cache
+def settings_of(flags):
+    """All settings that train.py would run with; ValueError for what it would refuse."""
+    return options.resolve(options.parse(command_line(flags)))
+
+
+def make_cell(grid, row, task, seed, tuned, part="runs", tag="", **extra):
+    """A row's run on a task. tuned: {"lr": ..., "scale": ...}, or {} for train.py's presets."""
+    flags = {"task": task, "model": grid.model, "data-dir": grid.data_dir, "seed": seed}
+    flags |= grid.preset["flags"] | row_of(row)[1] | extra
+    r = settings_of(tuple((name, value) for name, value in flags.items() if value != "r"))["r"]
+    if flags.get("target-rank") == "r":
+        flags["target-rank"] = r
+    if "lr" in tuned:
+        flags["lr"] = tuned["lr"]
+    if "scale" in tuned:
+        flags["alpha"] = tuned["scale"] * r
+    return Cell(row, task, seed, grid.folder / part / task / f"{row}{tag}-s{seed}", tuple(flags.items()))
+
+
+def tunings(grid, row, task):
+    """[(tuning, its cell)]: one grid for all rows, but for the lower rates of full fine-tuning."""
+    method = row_of(row)[1].get("method", "lora2")
+    rates = [{"lr": float(f"{lr / 10:g}") if method == "full" else lr} for lr in grid.preset["lrs"]]
+    scales = [{"scale": s} for s in grid.preset["scales"]] if method in options.ADAPTERS else [{}]
+    all_tuned = [rate | scale for rate, scale in itertools.product(rates, scales)]
+    tag = lambda tuned: "".join(f"-{name}{value:g}" for name, value in tuned.items())
+    return [(tuned, make_cell(grid, row, task, TUNE_SEED, tuned, "tune", tag(tuned))) for tuned in all_tuned]
+
+
+def choose(grid, row, task):
+    """The tuning with the best score, the first of equals. {}: nothing is tuned; None: no run is finished."""
+    scored = [(result["best"]["score"], tuned) for tuned, cell in tunings(grid, row_of(row)[2], task)
+              if (result := read(cell))]
+    return max(scored, key=lambda pair: pair[0])[1] if scored else None if grid.preset["lrs"] else {}
+
+
+def tuning_cells(grid, task):
+    """The tuning runs that the table's rows depend on, each once."""
+    rows = [] if grid.table == "table2" else dict.fromkeys(row_of(row)[2] for row in grid.rows)
+    return [cell for row in rows for _, cell in tunings(grid, row, task)]
+
+
+def reported_cells(grid, task):
+    """The runs of the table's rows, without those whose tuning has yet to run."""
+    if grid.table == "tune":
+        return []
+    if grid.table == "table2":                             # seed by seed, one method after the other
+        extra = {"max-steps": grid.preset["timed_steps"], "limit-dev": 32}
+        return [make_cell(grid, row, task, seed, {}, "timing", **extra)
+                for seed in grid.seeds for row in grid.rows]
+    tuned = {row: choose(grid, row, task) for row in grid.rows}
+    return [make_cell(grid, row, task, seed, tuned[row]) for row in grid.rows for seed in grid.seeds
+            if tuned[row] is not None]
+
+
+# --- what is there ------------------------------------------------------------------------------------------
+
+def read(cell):
+    """The result of a finished run; None without one, or a damaged one. ValueError if it is another run's."""
+    try:
+        result = json.loads((cell.folder / "result.json").read_text(encoding="utf-8"))
+        settings, numbers = dict(result["settings"]), [result["adapter_parameters"], result["steps"]]
+        for which in tables.WHICH:
+            numbers += tables.score(result, which, cell.task) + [result[which]["score"]]
+        if not all(math.isfinite(number) for number in numbers):
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    check(cell, settings)
+    return result
+
+
+def resumable(cell):
+    """Whether a begun run can go on: not from a damaged state. ValueError if the state is another run's."""
+    try:
+        state = runs.load_state(cell.folder / "last.pt")
+    except (ValueError, OSError):
+        return False
+    check(cell, state["settings"])
+    return True
+
+
+def check(cell, found):
+    """ValueError unless the settings found in a cell's folder are those asked for."""
+    asked = settings_of(cell.flags)
+    differ = [name for name in sorted((asked.keys() | found.keys()) - options.INCIDENTAL)
+              if asked.get(name) != found.get(name)]
+    if differ:
+        raise ValueError(f"{cell.folder} holds a run with " + ", ".join(
+            f"{options.flag(name)} {found.get(name)}, not {asked.get(name)}" for name in differ[:3])
+            + ": move it away, or give another --out")
+
+
+def finished(grid):
+    """{(row, task): {seed: (folder, result)}} of the table's finished runs."""
+    found = {(row, task): {} for row in grid.rows for task in grid.tasks}
+    for task in grid.tasks:
+        for cell in reported_cells(grid, task):
+            if result := read(cell):
+                found[cell.row, task][cell.seed] = cell.folder, result
+    return found

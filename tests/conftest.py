@@ -1,0 +1,91 @@
+"""What the tests of the training program share: small checkpoints made on the spot, small files, a way to run."""
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import data
+import model as models
+import train
+
+COMMON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
+          "max_position_embeddings": 40, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
+          "initializer_range": 0.05}
+CONFIGS = {
+    "deberta": COMMON | {"model_type": "deberta-v2", "relative_attention": True, "position_biased_input": False,
+                         "position_buckets": 8, "norm_rel_ebd": "layer_norm", "share_att_key": True,
+                         "pos_att_type": "p2c|c2p"},
+    "bert": COMMON | {"model_type": "bert"},
+    "roberta": COMMON | {"model_type": "roberta", "type_vocab_size": 1, "pad_token_id": 0}}
+
+
+def write_checkpoint(folder, name, seed=0, **changes):
+    """A folder as the Hub ships it: config.json, an encoder with random weights, the demo's tokenizer."""
+    folder.mkdir(parents=True)
+    tokenizer = data.demo_tokenizer()
+    config = CONFIGS[name] | {"vocab_size": tokenizer.get_vocab_size()} | changes
+    torch.manual_seed(seed)
+    net = models.SequenceClassifier(models.check_config(dict(config), folder), 2)
+    weights = {key: torch.randn_like(tensor) * 0.2 if tensor.dim() == 2 else tensor
+               for key, tensor in net.state_dict().items() if key.startswith(name) and "pooler" not in key}
+    save_file({key: tensor.contiguous() for key, tensor in weights.items()}, folder / "model.safetensors",
+              metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """{name: folder} of three small checkpoints; "still" is the DeBERTa without dropout."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return {name: write_checkpoint(folder / name, name) for name in CONFIGS} | {
+        "still": write_checkpoint(folder / "still", "deberta", **still)}
+
+
+@pytest.fixture
+def one_thread():
+    """Matrices this small are slower on several cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def cli(tiny, tmp_path, monkeypatch, capsys, one_thread):
+    """cli("--k 1", ...) runs train.py in this process, in an empty folder: its status, output and errors.
+
+    cli.tiny(...) is such a run of 12 steps, 6 to an epoch, with dropout; it takes about a fifth of a second.
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        status = train.main([part for word in words
+                             for part in ([str(word)] if isinstance(word, Path) else word.split())])
+        out, err = capsys.readouterr()
+        errors = [line for line in err.splitlines() if not line.startswith("warning: all")]
+        return SimpleNamespace(status=status, out=out, err=err, errors=errors)
+
+    run.models = tiny
+    run.tiny = lambda *words, model="deberta", out="run": run(
+        "--task demo --model", tiny[model], "--limit-train 96 --limit-dev 64 --batch-size 16 --lr 0.02 --max-steps 12 --out",
+        Path(out), *words)
+    return run
+
+
+def outcome(folder):
+    """What of a run must not depend on time, place and interruptions: {file: content}."""
+    folder = Path(folder)
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    result = json.loads((folder / "result.json").read_text())
+    for record in lines + [result, result["settings"]]:
+        for name in ("tokens_per_second", "seconds", "date", "out", "save_steps"):
+            record.pop(name, None)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()
+             if path.name not in ("last.pt", "log.jsonl", "result.json")}
+    return files | {"log.jsonl": lines, "result.json": result}
