@@ -50,18 +50,18 @@ class LoRA2Linear(nn.Module):
     def core(self):
         """C = scale · u diag(Λ) U, (k, k): all that lies between v and V. Not rounded by autocast."""
         with torch.autocast(self.u.device.type, enabled=False):
-            return self.scale * (self.u * self.lam) @ self.U
+            return self.scale * (self.u * self.lam) @ self.U               # (k, r) @ (r, k)
 
     def delta_weight(self):
         """ΔW, (d_out, d_in) as in nn.Linear: the one formula that forward, merge and export agree with."""
         with torch.autocast(self.u.device.type, enabled=False):
-            return (self.v @ self.core() @ self.V).T
+            return (self.v @ self.core() @ self.V).T       # ((d_in, k) @ (k, k) @ (k, d_out))ᵀ
 
     @torch.no_grad()
     def to_lora(self):
         """ΔW = B @ A exactly, as a LoRA of rank k: A (k, d_in), B (d_out, k). (peft: r = lora_alpha = k.)"""
         with torch.autocast(self.u.device.type, enabled=False):
-            A, B = self.v.T, (self.core() @ self.V).T
+            A, B = self.v.T, (self.core() @ self.V).T      # (k, d_in), (d_out, k)
         return A.clone(memory_format=torch.contiguous_format), B.contiguous()
 
     def forward(self, x):
@@ -70,8 +70,8 @@ class LoRA2Linear(nn.Module):
         y = self.base(rows)                                # (N, d_out), in the base's dtype or autocast's
         if self.base._forward_hooks or self.base._backward_hooks or self.base._backward_pre_hooks:
             y = y.clone()                                  # (N, d_out): a hook may hold y; else it is ours
-        h = rows.to(y.dtype) @ self.v.to(y.dtype) @ self.core().to(y.dtype)        # (N, k), and again (N, k)
-        y.addmm_(h, self.V.to(y.dtype))                    # in place: no second tensor of that size
+        h = rows.to(y.dtype) @ self.v.to(y.dtype) @ self.core().to(y.dtype)        # (N, k) twice
+        y.addmm_(h, self.V.to(y.dtype))                    # (N, d_out), in place: no second one
         return y.view(*x.shape[:-1], self.out_features)
 
     @property
@@ -255,7 +255,7 @@ class RankPruner(nn.Module):
         n, r, k = len(self.layers), self.r, self.k
         S = self.sensitivity * self.uncertainty
         lam, u, U, rest = S.split([n * r, n * k * r, n * r * k, len(S) - n * r * (1 + 2 * k)])
-        total = lam.view(n, r) + u.view(n, k, r).mean(1) + U.view(n, r, k).mean(2)
+        total = lam.view(n, r) + u.view(n, k, r).mean(1) + U.view(n, r, k).mean(2)         # (n, r)
         if self.full:                                      # S ≥ 0: the sum over one v or V is its 1-norm
             d_in, d_out = zip(*((layer.in_features, layer.out_features) for layer in self.layers))
             v, V = rest[:k * sum(d_in)].view(-1, k), rest[k * sum(d_in):].view(k, -1)

@@ -191,7 +191,7 @@ def read(cell):
 def resumable(cell):
     """Whether a begun run can go on: not from a damaged state. ValueError if the state is another run's."""
     try:
-        state = runs.load_state(cell.folder / "last.pt")
+        state = runs.load_state(cell.folder)
     except (ValueError, OSError):
         return False
     check(cell, state["settings"])
@@ -201,7 +201,8 @@ def resumable(cell):
 def check(cell, found):
     """ValueError unless the settings found in a cell's folder are those asked for."""
     asked = settings_of(cell.flags)
-    differ = [name for name in sorted((asked.keys() | found.keys()) - options.INCIDENTAL)
+    free = options.INCIDENTAL | {"dtype"}                  # which the device decides; tables tell it
+    differ = [name for name in sorted((asked.keys() | found.keys()) - free)
               if asked.get(name) != found.get(name)]
     if differ:
         raise ValueError(f"{cell.folder} holds a run with " + ", ".join(

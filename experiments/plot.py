@@ -94,7 +94,7 @@ def figure3(found, labels, stem):
 
 
 def read_run(folder):
-    """(title, r, kept counts or None, log lines with a loss) of a run folder; ValueError if something lacks."""
+    """(title, r, kept counts or None, log lines with a loss) of a run folder; ValueError for a gap."""
     folder = Path(folder)
     try:
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))

@@ -10,9 +10,9 @@
     table4    adapted matrices       figure3  kept singular values      pruning  pruned against not pruned
     overlap   what Eq. 8 and Eq. 9 keep
 
-Each run is one call of train.py in a folder of its own below OUT/PRESET-MODEL (grid.py says which). However it
-was stopped, the same command goes on: finished runs are read, begun ones resumed, damaged ones run again. Tables
-are made from the files of finished runs alone (tables.py). As many runs go at once as there are GPUs, else one.
+Each run is one call of train.py in a folder of its own below OUT/PRESET-MODEL (grid.py says which). However
+it was stopped, the same command goes on: finished runs are read, begun ones resumed, damaged ones run again.
+Tables are made from the files of finished runs alone (tables.py). As many runs go at once as there are GPUs.
 """
 import argparse
 import itertools
@@ -51,7 +51,7 @@ def execute(cell, resume, device, processes):
         argv = ["--resume", str(cell.folder), "--data-dir", dict(cell.flags)["data-dir"]]
     env = os.environ | ({"CUDA_VISIBLE_DEVICES": device} if device else {})
     process = subprocess.Popen(TRAIN + argv, env=env, text=True, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE)
+                               stderr=subprocess.PIPE, start_new_session=True)             # Ctrl-C is ours
     processes.append(process)
     _, said = process.communicate()
     return process.returncode, (said.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
@@ -63,7 +63,7 @@ def tidy(cell, keep):
     if last.exists() and (cell.folder / "ranks.json").exists():
         runs.write_json(cell.folder / "kept.json", {
             name.removesuffix(".lam"): tensor.nonzero().flatten().tolist()
-            for name, tensor in runs.load_state(last)["weights"].items() if name.endswith(".lam")})
+            for name, tensor in runs.load_state(cell.folder)["weights"].items() if name.endswith(".lam")})
     for path in [last, cell.folder / "adapter.safetensors", *cell.folder.glob("predictions_*.tsv")]:
         if not keep:
             path.unlink(missing_ok=True)
@@ -97,7 +97,14 @@ def run_all(args, cells, progress):
     def work(cell):
         device = devices.get()
         try:
-            return (1, "stopped") if stop.is_set() else execute(cell, resume[cell], device, processes)
+            if stop.is_set():
+                return 1, "stopped"
+            outcome = execute(cell, resume[cell], device, processes)
+            if resume[cell] and outcome[0] == 2:           # its state does not fit the other files: begin anew
+                outcome = execute(cell, False, device, processes)
+            if outcome[0] == 2:
+                stop.set()
+            return outcome
         finally:
             devices.put(device)
 
@@ -247,8 +254,8 @@ def parse(argv):
         raise ValueError(f"there is no task {unknown[0]!r}: the tasks are {', '.join(tables.COLUMNS)}")
     seeds = args.seeds.split(",")
     if not all(seed.isdecimal() and int(seed) != grids.TUNE_SEED for seed in seeds):
-        raise ValueError(f"--seeds {args.seeds}: give numbers such as 0,1,2 and not {grids.TUNE_SEED}, by which "
-                         "learning rates are chosen")
+        raise ValueError(f"--seeds {args.seeds}: give numbers such as 0,1,2 and not {grids.TUNE_SEED}, by "
+                         "which learning rates are chosen")
     model = args.model or preset["model"]
     full = lambda row: row.replace("*", preset["base"])
     rows = {full(row): row.replace("*", "lora2-k1") for row in rows}

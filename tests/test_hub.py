@@ -79,9 +79,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-def as_bytes(weights, **options):
+def as_bytes(weights):
     buffer = io.BytesIO()
-    torch.save(weights, buffer, **options)
+    torch.save(weights, buffer)
     return buffer.getvalue()
 
 

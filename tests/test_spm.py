@@ -451,7 +451,8 @@ def test_damaged_charsmaps(read, blob):
     (model([("a", -1.0), ("<0x00>", 0.0, BYTE)], trainer=field(35, 1)), "wrong type"),
     (field(1, 7), "pieces with wire type 0"), (field(1, field(2, "x")), "score with wire type 2"),
     (field(1, field(1, b"\xff")), "utf-8"), (b"\x0b" + model([("a", -1.0)]), "no field at byte 0"),
-    (b"\x80" * 20, "endless varint"), (model([("a", -1.0)], normalizer=field(2, charsmap(KEY_A, b"\xff\0"))), "utf-8"),
+    (b"\x80" * 20, "endless varint"),
+    (model([("a", -1.0)], normalizer=field(2, charsmap(KEY_A, b"\xff\0"))), "utf-8"),
     (model([("a", -1.0)])[:-4], "truncated"), (model([("a", -1.0)])[:-2], "truncated"),
     (model([("a", -1.0)])[:-4] + field(3, b""), "truncated")])
 def test_models_with_damaged_pieces(read, data, words):

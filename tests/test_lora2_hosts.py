@@ -1,0 +1,234 @@
+"""lora2.py where people will drop it: models of transformers with random weights, and peft as a reader of the
+exported LoRA. Every test names its oracle."""
+import copy
+import hashlib
+import io
+
+import pytest
+import torch
+
+from lora2 import (LoRA2Linear, RankPruner, add_lora2, load_lora2_state_dict, lora2_layers, lora2_state_dict,
+                   merge_lora2, orthogonality_loss)
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")           # renamed methods of transformers
+
+
+@pytest.fixture(autouse=True)
+def single_threaded():
+    """The models are tiny: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def ids(*shape, vocabulary=60):
+    return torch.randint(1, vocabulary, shape, generator=torch.Generator().manual_seed(0))
+
+
+def llama():
+    config = transformers.LlamaConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=False)
+    targets = ["q_proj", "v_proj", "o_proj", "down_proj"]
+    return transformers.LlamaForCausalLM(config), targets, ["lm_head"], text()
+
+
+def gpt_neox():
+    config = transformers.GPTNeoXConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=32, hidden_dropout=0.0, attention_dropout=0.0)
+    targets = ["query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h"]
+    return transformers.GPTNeoXForCausalLM(config), targets, ["final_layer_norm"], text()
+
+
+def bert():
+    config = transformers.BertConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=32, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    targets = ["query", "key", "value", "attention.output.dense", "intermediate.dense"]
+    labels = torch.tensor([0, 2, 1])
+    return (transformers.BertForSequenceClassification(config), targets, ["pooler", "classifier"],
+            {"input_ids": ids(3, 7), "attention_mask": torch.arange(7) < torch.tensor([[7], [4], [5]]),
+             "labels": labels})
+
+
+def vit():
+    config = transformers.ViTConfig(
+        image_size=16, patch_size=8, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model = transformers.ViTForImageClassification(config)
+    linears = [name for name, m in model.vit.named_modules() if isinstance(m, torch.nn.Linear)]
+    targets = [name.partition(".0.")[2] for name in linears if ".0." in name]
+    assert len(targets) == 6, linears                      # the six matrices of a layer, under any names
+    pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    return model, targets, ["classifier"], {"pixel_values": pixels, "labels": torch.tensor([0, 2, 1])}
+
+
+def t5():
+    config = transformers.T5Config(
+        vocab_size=60, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0,
+        decoder_start_token_id=0, pad_token_id=0)
+    return (transformers.T5ForConditionalGeneration(config), ["q", "v", "wi", "wo"], ["final_layer_norm"],
+            {"input_ids": ids(3, 7), "labels": ids(3, 5)})
+
+
+def text():
+    return {"input_ids": ids(3, 7), "labels": ids(3, 7)}
+
+
+HOSTS = {make.__name__: make for make in (llama, gpt_neox, bert, vit, t5)}
+
+
+def frozen_hash(model):
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            digest.update(parameter.detach().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return model.eval()(**batch).logits
+
+
+def train(model, batch, steps=5):
+    """A few steps with regulariser and pruning; returns the losses."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    pruner, losses = RankPruner(model, 2, steps, 1, 1, 1), []
+    model.train()
+    for _ in range(steps):
+        loss = model(**batch).loss
+        (loss + 0.1 * orthogonality_loss(model)).backward()
+        optimizer.step()
+        pruner.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert sum(pruner.kept().values()) == 2 * len(pruner.names)
+    return losses
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_add_train_save_load_merge(host):
+    """Oracle: the model itself. Adding changes no bit of the logits; training lowers the loss and leaves the
+    base alone; a fresh copy of the base with the saved adapters gives the same logits, bit for bit, and merging
+    gives the original modules with those logits to 1e-5."""
+    torch.manual_seed(0)
+    model, targets, trainable, batch = HOSTS[host]()
+    base, before = copy.deepcopy(model), logits(model, batch)
+    names = add_lora2(model, targets, k=2, r=4, alpha=8, init="orthonormal", trainable=trainable)
+    assert len(names) >= 2 * len(targets)                  # in every layer
+    assert torch.equal(logits(model, batch), before)
+
+    frozen = frozen_hash(model)
+    losses = train(model, batch)
+    assert losses[-1] < losses[0] and frozen_hash(model) == frozen
+    after, file = logits(model, batch), io.BytesIO()
+    assert not torch.allclose(after, before, atol=1e-2)
+
+    torch.save(lora2_state_dict(model), file)
+    file.seek(0)
+    fresh = copy.deepcopy(base)
+    add_lora2(fresh, targets, k=2, r=4, alpha=8, trainable=trainable)
+    load_lora2_state_dict(fresh, torch.load(file, weights_only=True))
+    assert torch.equal(logits(fresh, batch), after)
+
+    merged = merge_lora2(fresh)
+    assert [type(module) for module in merged.modules()] == [type(module) for module in base.modules()]
+    assert list(merged.state_dict()) == list(base.state_dict())
+    torch.testing.assert_close(logits(merged, batch), after, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("host", ["llama", "bert", "t5"])
+def test_gradient_checkpointing_of_the_host(host):
+    """Oracle: the gradients without it. The input embeddings are frozen: no input needs a gradient."""
+    torch.manual_seed(0)
+    model, targets, trainable, batch = HOSTS[host]()
+    add_lora2(model, targets, k=2, r=4, init="orthonormal")
+    for _, layer in lora2_layers(model):
+        torch.nn.init.normal_(layer.lam)
+    grads = []
+    for switch in (model.gradient_checkpointing_disable,
+                   lambda: model.gradient_checkpointing_enable({"use_reentrant": False})):
+        switch()
+        model.zero_grad()
+        model.train()(**batch).loss.backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    assert len(grads[0]) == 5 * len(lora2_layers(model)) and all(grad.any() for grad in grads[0])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("host", ["llama", "gpt_neox", "bert"])
+def test_the_export_is_what_peft_reads_as_lora(host):
+    """Oracle: peft's own LoRA layers, r = lora_alpha = k, filled with A and B: the same logits to 1e-5."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model, targets, _, batch = HOSTS[host]()
+    base = copy.deepcopy(model)
+    names = add_lora2(model, targets, k=2, r=4)
+    for _, layer in lora2_layers(model):
+        for name in ("v", "u", "lam", "U", "V"):
+            torch.nn.init.normal_(getattr(layer, name), std=0.5)
+    theirs = peft.get_peft_model(base, peft.LoraConfig(r=2, lora_alpha=2, target_modules=names))
+    before = logits(theirs, batch)
+    with torch.no_grad():
+        for name, layer in lora2_layers(model):
+            lora, (A, B) = theirs.base_model.model.get_submodule(name), layer.to_lora()
+            lora.lora_A["default"].weight.copy_(A)
+            lora.lora_B["default"].weight.copy_(B)
+    torch.testing.assert_close(logits(theirs, batch), logits(model, batch), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(before, logits(model, batch), atol=1e-2)
+
+
+def test_conv1d_of_gpt2_is_refused_by_name():
+    """Oracle: the type there. transformers' Conv1D holds its weight transposed and is no nn.Linear."""
+    config = transformers.GPT2Config(vocab_size=60, n_embd=32, n_layer=1, n_head=4)
+    model = transformers.GPT2LMHeadModel(config)
+    with pytest.raises(TypeError, match="transformer.h.0.attn.c_attn is a Conv1D, not an nn.Linear"):
+        add_lora2(model, ["c_attn"], k=2, r=4)
+    with pytest.raises(ValueError, match="lm_head, or its weight, is used in 2 places"):
+        add_lora2(model, ["lm_head"], k=2, r=4)            # GPT-2 ties it to the token embedding
+    assert not lora2_layers(model) and all(p.requires_grad for p in model.parameters())
+
+
+def test_a_tied_head_is_refused_and_an_untied_one_adapted():
+    """Oracle: the tie in the configuration."""
+    for tied in (True, False):
+        config = transformers.LlamaConfig(
+            vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+            tie_word_embeddings=tied)
+        model = transformers.LlamaForCausalLM(config)
+        if tied:
+            with pytest.raises(ValueError, match="lm_head, or its weight, is used in 2 places"):
+                add_lora2(model, ["lm_head"], k=2, r=4)
+        else:
+            assert add_lora2(model, ["lm_head"], k=2, r=4) == ["lm_head"]
+            assert type(model.lm_head) is LoRA2Linear
+
+
+def test_no_match_lists_the_linear_layers_of_the_host():
+    """Oracle: the names of a BERT, with layer numbers folded into one star."""
+    with pytest.raises(ValueError, match=r"bert.encoder.layer.\*.attention.self.query"):
+        add_lora2(bert()[0], ["q_proj"], k=2, r=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_host(dtype):
+    """Oracle: the merged model. Adapters stay in fp32, logits in the base's dtype; T5 asks for wo.weight."""
+    for make in (llama, t5):
+        torch.manual_seed(0)
+        model, targets, _, batch = make()
+        model.to(dtype)
+        add_lora2(model, targets, k=2, r=4, alpha=4)
+        for _, layer in lora2_layers(model):
+            assert layer.u.dtype == torch.float32
+            for name in ("v", "u", "lam", "U", "V"):
+                torch.nn.init.normal_(getattr(layer, name), std=0.2)
+        model(**batch).loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+        y = logits(model, batch)
+        assert y.dtype == dtype
+        torch.testing.assert_close(logits(merge_lora2(model), batch), y, rtol=0.1, atol=0.1)
