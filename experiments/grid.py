@@ -30,11 +30,14 @@ PRESETS = {
         "model": "sentence-transformers/all-MiniLM-L6-v2", "flags": {"limit-train": 2000, "epochs": 6},
         "lrs": (3e-4, 1e-3, 3e-3), "scales": (2, 8), "base": "lora2-k1-orthonormal", "timed_steps": 40,
         "notes": ["The first 2,000 training rows, the whole dev set, 6 epochs: neither the paper's model nor "
-                  "its data.",
-                  "Each method has on each task the learning rate and scale with the best score on seed "
-                  f"{TUNE_SEED}, which is not reported, of one grid for all (full fine-tuning: a tenth of "
-                  "the rates).",
-                  "SoRA's gates lose 3e-4 a step: in runs this short 0.11 at most, so that few close."]}}
+                  "its data. Tables 3 and 4 and what follows are of LoRA² with orthonormal init."]}}
+TUNED = (f"Each method has on each task the learning rate and scale with the best score on seed {TUNE_SEED}, "
+         "which is not reported, of one grid for all (full fine-tuning: a tenth of the rates).")
+NOTES = {
+    "table1": ["SoRA's gates lose 3e-4 a step, so that few close in a short run."],
+    "table2": ["One method after the other, seed by seed, on the same batches. The time is that of the training "
+               "steps alone, from the log."],
+    "overlap": ["Two runs of one seed begin as the same model and see the same batches in the same order."]}
 # Row: label, options of train.py. LoRA and SoRA have their authors' alpha / r = 2 where it is not tuned. What
 # AdaLoRA calls r = 2 is what pruning leaves (0.32M survive); it begins with 1.5 times as many.
 ROWS = {

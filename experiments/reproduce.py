@@ -211,7 +211,9 @@ def write_table(args):
     facts["date"] = list(dict.fromkeys(facts["date"][:1] + facts["date"][-1:]))        # the first, the last
     about = {"command": args.command, "model": grid.model, "runs": len(results), **facts,
              "hours": round(sum(result.get("seconds", 0) for result in results) / 3600, 2),
-             "notes": PAPER.get(grid.table, {}).get("notes", []) + grid.preset["notes"]}
+             "notes": [*PAPER.get(grid.table, {}).get("notes", []), *[PAPER["source"]] * (grid.table in PAPER),
+                       *grids.NOTES.get(grid.table, []), *grid.preset["notes"],
+                       *[grids.TUNED] * bool(grid.preset["lrs"] and grid.table != "table2")]}
     facts = "; ".join(f"{name} {', '.join(values) or '–'}" for name, values in facts.items())
     notes = [*about["notes"], f"{about['runs']} runs, {about['hours']} hours; {facts}", f"`{args.command}`"]
     runs.write_json(grid.folder / f"{grid.table}.json", about | {"table": table})
