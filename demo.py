@@ -87,8 +87,7 @@ def main(given):
     print("\n3. On 1,000 sentences that were never seen:\n\n" + " " * 19
           + "accuracy    adapter       head  kept singular values")
     for way, result in results.items():
-        r, target = result["settings"]["r"], result["settings"]["target_rank"]
-        kept = f"{result['kept']} of {result['budget'] // target * r}" if result["kept"] is not None else "-"
+        kept = f"{result['kept']} of {result['budget']}" if result["kept"] is not None else "-"
         accuracy = result["last"]["scores"]["dev"]["accuracy"]
         numbers = "".join(f"{result[name]:11,}" for name in ("adapter_parameters", "head_parameters"))
         print(f"{way:19}{accuracy:8.3f}{numbers}  {kept}")

@@ -98,10 +98,10 @@ ONLY_FOR = {**dict.fromkeys(("k", "init", "reg_terms"), ("lora2",)), "sora_thres
             **dict.fromkeys(("r", "alpha", "targets", "export_peft"), ADAPTERS),
             **dict.fromkeys(("importance", "reg", "target_rank", "prune_warmup", "prune_final",
                              "prune_interval"), PRUNING)}
-# (least value, what it must stay below). k, r, alpha, target-rank and schedules are judged where the matrices
-# and the number of steps are known.
+# (least value, what it must stay below). alpha, target-rank, schedules, and whether k and r are too large are
+# judged where the matrices and the number of steps are known.
 COUNT, AMOUNT = (1, 10**9), (0, math.inf)
-RANGES = {**dict.fromkeys(("epochs", "max_steps", "batch_size", "accum", "eval_steps", "save_steps",
+RANGES = {**dict.fromkeys(("k", "r", "epochs", "max_steps", "batch_size", "accum", "eval_steps", "save_steps",
                            "max_len", "limit_train", "limit_dev"), COUNT),
           **dict.fromkeys(("lr", "head_lr", "reg", "weight_decay", "sora_threshold", "stop_at"), AMOUNT),
           "seed": (0, 2**32), "head_dropout": (0, 1)}

@@ -97,28 +97,30 @@ def fingerprint(net, tokenizer):
     """Hash of all that makes a base model compute what it does; a new head is not part of it."""
     weights = {name: tensor for name, tensor in net.state_dict().items() if name not in net.new_weights}
     config = {name: net.config[name] for name in models.OPTIONS[net.config["model_type"]]}
-    probe = tokenizer.encode("It's a Naïve TEST № ½ (3.5 %).", "Is it?")
-    return digest(weights, config, str(sorted(tokenizer.get_vocab().items())), probe.ids, probe.type_ids)
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    some = [word for word, _ in vocabulary[::len(vocabulary) // 100 + 1]]      # shows how text is cut and cased
+    probe = tokenizer.encode(" ".join(some + [word.swapcase() for word in some]), "It's a Naïve TEST № ½ (3.5 %).")
+    return digest(weights, config, str(vocabulary), probe.ids, probe.type_ids)
 
 
 # --- the run folder -----------------------------------------------------------------------------------------
 
 def check_destinations(settings, resumed):
     """OSError or ValueError unless whatever will be written has a place of its own that holds nothing yet."""
-    places = [(name, Path(settings[name]).absolute()) for name in ("out", "merge", "export_peft")
-              if settings[name]]
-    for name, folder in places:
-        nearest = next(place for place in (folder, *folder.parents) if place.exists())
+    folders = {name: Path(settings[name]) for name in ("out", "merge", "export_peft") if settings[name]}
+    for name, folder in folders.items():
+        nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise OSError(f"{flag(name)} {folder}: {nearest} is no folder to write to: give another")
-        empty = nearest != folder or not any(folder.iterdir())
-        if not empty and name == "out" and not (resumed or settings["overwrite"]):
+        if not folder.exists() or all(path.suffix == ".tmp" for path in folder.iterdir()):    # cut off writes
+            continue
+        if name != "out":
+            raise ValueError(f"{flag(name)} {folder}: this folder is not empty: give a new or an empty one")
+        if not (resumed or settings["overwrite"]):
             way = f"go on with its run by --resume {folder}, " if (folder / "last.pt").exists() else ""
             raise ValueError(f"{folder} is not empty: {way}replace it by --overwrite, or give another --out")
-        if not empty and name != "out":
-            raise ValueError(f"{flag(name)} {folder}: this folder is not empty: give a new or an empty one")
-    if len(dict(places).values()) != len(set(dict(places).values())):
-        raise ValueError(f"{' and '.join(flag(name) for name, _ in places)} need a folder each")
+    if len({folder.absolute() for folder in folders.values()}) < len(folders):
+        raise ValueError(f"{', '.join(map(flag, folders))} need a folder each")
 
 
 def is_finished(folder):

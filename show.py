@@ -177,9 +177,11 @@ def evaluation_of(content, folder):
 def finished(given):
     """Show the finished run that --resume names; the options for what else is asked of its adapter, or {}."""
     folder = given["resume"]
-    content = hub.read_json(Path(folder) / "result.json")
-    print("this run is finished:")
-    show_result(content, folder)
-    if not given.keys() & options.AFTERWARDS:
-        return {}
-    return evaluation_of(content, folder) | {name: given[name] for name in given if name != "resume"}
+    path = Path(folder) / "result.json"
+    with runs.reading(path, f"remove it, and --resume {folder} makes it anew"):
+        content = hub.read_json(path)
+        print("this run is finished:")
+        show_result(content, folder)
+        again = evaluation_of(content, folder)
+    wanted = {name: given[name] for name in given if name != "resume"}
+    return again | wanted if wanted.keys() & options.AFTERWARDS else {}

@@ -332,7 +332,8 @@ def act(given):
         import demo                                        # it uses this module
         return demo.main(given)
     if "resume" in given and runs.is_finished(given["resume"]):
-        given = show.finished(given)
+        with runs.refusing():
+            given = show.finished(given)
         if not given:                                      # nothing more is asked of its adapter
             return
     run = start(given)

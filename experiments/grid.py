@@ -35,8 +35,8 @@ TUNED = (f"Each method has on each task the learning rate and scale with the bes
          "which is not reported, of one grid for all (full fine-tuning: a tenth of the rates).")
 NOTES = {
     "table1": ["SoRA's gates lose 3e-4 a step, so that few close in a short run."],
-    "table2": ["One method after the other, seed by seed, on the same batches. The time is that of the training "
-               "steps alone, from the log."],
+    "table2": ["One method after the other, seed by seed, on the same batches. The time is that of the "
+               "training steps alone, from the log."],
     "overlap": ["Two runs of one seed begin as the same model and see the same batches in the same order."]}
 # Row: label, options of train.py. LoRA and SoRA have their authors' alpha / r = 2 where it is not tuned. What
 # AdaLoRA calls r = 2 is what pruning leaves (0.32M survive); it begins with 1.5 times as many.

@@ -45,7 +45,8 @@ PAPER = json.loads((grids.ROOT / "experiments" / "paper.json").read_text(encodin
 
 def execute(cell, resume, device, processes):
     """Run train.py to its end; (exit status, what it said last)."""
-    (cell.folder / "result.json").unlink(missing_ok=True)                  # there only if damaged
+    for name in ("result.json", "kept.json"):              # there only if damaged, or of a damaged run
+        (cell.folder / name).unlink(missing_ok=True)
     argv = grids.command_line(cell.flags) + ["--out", str(cell.folder), "--overwrite"]
     if resume:
         argv = ["--resume", str(cell.folder), "--data-dir", dict(cell.flags)["data-dir"]]
@@ -59,9 +60,9 @@ def execute(cell, resume, device, processes):
 
 def tidy(cell, keep):
     """Note which singular values a finished run kept; then remove what no table needs, unless `keep`."""
-    last = cell.folder / "last.pt"
-    if last.exists() and (cell.folder / "ranks.json").exists():
-        runs.write_json(cell.folder / "kept.json", {
+    last, kept = cell.folder / "last.pt", cell.folder / "kept.json"
+    if last.exists() and (cell.folder / "ranks.json").exists() and not kept.exists():
+        runs.write_json(kept, {
             name.removesuffix(".lam"): tensor.nonzero().flatten().tolist()
             for name, tensor in runs.load_state(cell.folder)["weights"].items() if name.endswith(".lam")})
     for path in [last, cell.folder / "adapter.safetensors", *cell.folder.glob("predictions_*.tsv")]:
@@ -90,6 +91,8 @@ def run_all(args, cells, progress):
     waiting = [cell for cell in cells if grids.read(cell) is None]
     resume = {cell: grids.resumable(cell) for cell in waiting}             # ends here at another run's folder
     progress.done += len(cells) - len(waiting)
+    for cell in set(cells) - set(waiting):                 # one that was stopped between its end and this
+        tidy(cell, args.keep)
     devices, processes, failures, stop = queue.Queue(), [], [], threading.Event()
     for i in range(args.jobs):
         devices.put(args.gpus[i % len(args.gpus)] if args.gpus else None)
@@ -100,7 +103,7 @@ def run_all(args, cells, progress):
             if stop.is_set():
                 return 1, "stopped"
             outcome = execute(cell, resume[cell], device, processes)
-            if resume[cell] and outcome[0] == 2:           # its state does not fit the other files: begin anew
+            if resume[cell] and outcome[0] == 2:           # its files do not fit together: begin anew
                 outcome = execute(cell, False, device, processes)
             if outcome[0] == 2:
                 stop.set()
@@ -196,6 +199,13 @@ def contents(grid, found):
     return table, text
 
 
+def notes_of(grid):
+    """The sentences below a table."""
+    notes = [*PAPER[grid.table]["notes"], PAPER["source"]] if grid.table in PAPER else []
+    notes += grids.NOTES.get(grid.table, []) + grid.preset["notes"]
+    return notes + [grids.TUNED] * bool(grid.preset["lrs"] and grid.table != "table2")
+
+
 def write_table(args):
     """Write TABLE.json and TABLE.md from the files of finished runs; returns the path of the latter."""
     grid = args.grid
@@ -211,9 +221,7 @@ def write_table(args):
     facts["date"] = list(dict.fromkeys(facts["date"][:1] + facts["date"][-1:]))        # the first, the last
     about = {"command": args.command, "model": grid.model, "runs": len(results), **facts,
              "hours": round(sum(result.get("seconds", 0) for result in results) / 3600, 2),
-             "notes": [*PAPER.get(grid.table, {}).get("notes", []), *[PAPER["source"]] * (grid.table in PAPER),
-                       *grids.NOTES.get(grid.table, []), *grid.preset["notes"],
-                       *[grids.TUNED] * bool(grid.preset["lrs"] and grid.table != "table2")]}
+             "notes": notes_of(grid)}
     facts = "; ".join(f"{name} {', '.join(values) or '–'}" for name, values in facts.items())
     notes = [*about["notes"], f"{about['runs']} runs, {about['hours']} hours; {facts}", f"`{args.command}`"]
     runs.write_json(grid.folder / f"{grid.table}.json", about | {"table": table})

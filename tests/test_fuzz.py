@@ -1,0 +1,268 @@
+"""Spoilt files of every kind, made at random: each is used rightly or refused with a sentence, and nothing hangs."""
+import contextlib
+import json
+import random
+import shutil
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import outcome
+from test_train import logits, sentences, write_task
+
+import data
+import hub
+import runs
+import train
+
+
+@contextlib.contextmanager
+def soon(what, seconds=30):
+    """Fail if it takes longer."""
+    def late(*_):
+        raise AssertionError(f"{what} hangs")
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+# --- ways to spoil ------------------------------------------------------------------------------------------
+
+JUNK = [b"\0", b'"', b'"a\tb"', b"\t", b"\n", b"\r", b"\r\n", b"\xef\xbb\xbf", b"\xff\xfe", b"\xe2\x80\xa8", b"\x85", b"\x1a",
+        b"-", b"x" * 100_000, b"\t" * 3000, b"\xc3", b"nan", b"1e999", b"{", b"]", b"\\u0000", b" ", b""]
+
+
+def insert(rng, content):
+    at = rng.randrange(len(content) + 1)
+    return content[:at] + rng.choice(JUNK) + content[at:]
+
+
+def flip(rng, content):
+    content = bytearray(content)
+    for _ in range(rng.randint(1, 5)):
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    return bytes(content)
+
+
+def cut(rng, content):
+    return content[:rng.randrange(len(content))]
+
+
+def move(rng, content):
+    """A piece twice, or at another place."""
+    a, b = sorted(rng.randrange(len(content) + 1) for _ in range(2))
+    at = rng.randrange(len(content) + 1)
+    return content[:at] + content[a:b] + content[at:] if rng.random() < 0.5 else content[:a] + content[b:]
+
+
+def columns(rng, content):
+    which, share = rng.randrange(4), rng.choice([0.05, 1])
+    rows = [row.split(b"\t") for row in content.split(b"\n")]
+    spoilt = [row[:which] + row[which + 1:] if rng.random() < 0.5 else row[:which] + row[which:which + 1] + row[which:]
+              for row in rows]
+    return b"\n".join(b"\t".join(new if rng.random() < share else row) for row, new in zip(rows, spoilt))
+
+
+def relabel(rng, content):
+    old = rng.choice([b"entailment", b"neutral", b"0", b"1", b"2.0"])
+    return content.replace(old, rng.choice([b"", b"Entailment", b"2", b" 1", b"nan", b"1_0", b"-1", b"7"]), rng.randint(1, 30))
+
+
+def line_ends(rng, content):
+    return content.replace(b"\n", rng.choice([b"\r\n", b"\r", b"\n\n", b"\x85", b"\xe2\x80\xa9"]))
+
+
+def encoding(rng, content):
+    kind = rng.choice(["utf-16", "utf-32", "utf-8-sig", "utf-7", "cp037"])
+    return content.decode(errors="replace").encode(kind, errors="replace")
+
+
+def value(rng, content):
+    """Another value at a random place of a JSON file."""
+    tree = json.loads(content)
+    places = []
+
+    def walk(node):
+        for key in node if isinstance(node, dict) else range(len(node)):
+            places.append((node, key))
+            if isinstance(node[key], (dict, list)) and node[key]:
+                walk(node[key])
+    walk(tree)
+    node, key = rng.choice(rng.choice([places, [place for place in places if place[0] is tree]]))
+    if rng.random() < 0.2:
+        del node[key]
+    else:
+        node[key] = rng.choice([None, True, -1, 0, 1, 2, 3, 7, 10**9, 10**30, 0.5, 1e-30, 1e30, "", "x", "gelu", [], {}, [[1]]])
+    return json.dumps(tree).encode()
+
+
+# --- 2,000 task files ---------------------------------------------------------------------------------------
+
+def reading(content, task):
+    """What a file says, read in the plainest way: a Split's two lists, or None where it is not in order."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return None
+    lines = [line[:-1] if line.endswith("\r") else line for line in text.split("\n")]
+    while lines and lines[-1] == "":
+        lines.pop()
+    if "\0" in text or not lines:
+        return None
+    header = list(task.header) or lines.pop(0).split("\t")
+    rows = [line.split("\t") for line in lines]
+    names = [*task.texts, task.label]
+    if not rows or any(header.count(name) != 1 for name in names) or any(len(row) != len(header) for row in rows):
+        return None
+    fields = [[row[header.index(name)] for name in names] for row in rows]
+    labels = []
+    for *_, label in fields:
+        try:
+            labels.append(task.labels.index(label) if task.labels else float(label))
+        except ValueError:
+            return None
+        if not task.labels and not 0 <= labels[-1] <= 5:
+            return None
+    return [tuple(row[:-1]) for row in fields], labels
+
+
+def test_spoilt_task_files(tmp_path):
+    """Oracle: an independent reading of the same bytes. Equal to it, or a ValueError with the file's name."""
+    rng, path, outcomes = random.Random(1), tmp_path / "train.tsv", Counter()
+    spoil = [insert, flip, cut, move, columns, relabel, line_ends, encoding]
+    names = [name for name in data.TASKS if name != "demo"]
+    whole = {name: write_task(name, tmp_path / "glue", n=12)["train"].read_bytes() for name in names}
+    with soon("reading", 60):
+        for _ in range(2000):
+            name = rng.choice(names)
+            content = whole[name]
+            for _ in range(rng.randint(1, 3)):
+                content = rng.choice(spoil)(rng, content or b"\n")
+            path.write_bytes(content)
+            expected = reading(content, data.TASKS[name])
+            try:
+                split = data.read_split(path, name)
+                assert (split.texts, split.labels) == expected, content
+                outcomes["read"] += 1
+            except ValueError as error:
+                assert expected is None, (error, content)
+                assert str(error).startswith(str(path)) and "\n" not in str(error) and len(str(error)) < 900
+                outcomes["refused"] += 1
+    assert min(outcomes.values()) > 200, outcomes
+
+
+# --- 500 checkpoints, tokenizers, adapters, states ----------------------------------------------------------
+
+@pytest.fixture
+def finished(cli):
+    """A finished run on a copy of a checkpoint, and small data: all that can be spoilt, and what is right."""
+    for name, seed in (("train", 0), ("dev", 1)):
+        Path(f"{name}.tsv").write_text("sentence\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in sentences(24, seed)))
+    for kind in ("deberta", "bert"):
+        shutil.copytree(cli.models[kind], kind)
+        if kind == "deberta":                              # as the Hub ships DeBERTaV3
+            torch.save(hub.read_weights(kind), Path(kind, "pytorch_model.bin"))
+            Path(kind, "model.safetensors").unlink()
+        assert cli(f"--train-file train.tsv --dev-file dev.tsv --model {kind} --out run-{kind} --max-len 32 --lr 0.02",
+                   "--batch-size 8 --max-steps 6 --init orthonormal").status == 0
+    return cli
+
+
+WEIGHTS = {"deberta": "pytorch_model.bin", "bert": "model.safetensors"}
+FILES = [("{kind}/config.json", [value, value, value, flip, cut, insert, encoding]),
+         ("{kind}/tokenizer.json", [value, value, value, flip, flip, cut, insert, move]),
+         ("{kind}/{weights}", [flip, flip, cut, insert, move]),
+         ("run-{kind}/adapter.safetensors", [flip, flip, cut, insert, move])]
+
+
+def test_spoilt_checkpoints_and_adapters(finished):
+    """Oracle: the logits of the whole files, bit for bit; or one sentence. Nothing in between may pass."""
+    rng, outcomes = random.Random(2), Counter()
+    with soon("loading", 200):
+        for kind in ("deberta", "bert"):
+            given = {"eval": f"run-{kind}/adapter.safetensors", "model": kind, "dev_file": "dev.tsv"}
+            right = logits(train.start(dict(given)))
+            for pattern, ways in FILES:
+                path = Path(pattern.format(kind=kind, weights=WEIGHTS[kind]))
+                whole = path.read_bytes()
+                for _ in range(45):
+                    path.write_bytes(rng.choice(ways)(rng, whole))
+                    try:
+                        assert torch.equal(logits(train.start(dict(given))), right), path
+                        outcomes[path.name, "used"] += 1
+                    except runs.Refused as error:
+                        assert 20 < len(str(error)) < 2000 and "\n" not in str(error), error
+                        outcomes[path.name, "refused"] += 1
+                path.write_bytes(whole)
+    assert all(outcomes[name, "refused"] > 20 for name in ("config.json", "tokenizer.json", *WEIGHTS.values(),
+                                                          "adapter.safetensors")), outcomes
+    assert outcomes["adapter.safetensors", "refused"] == 90 - outcomes["adapter.safetensors", "used"]
+
+
+def test_spoilt_checkpoints_in_training(finished):
+    """Oracle: the promise. A base model is the user's own: what loads must train, or be refused before it begins."""
+    rng, outcomes = random.Random(3), Counter()
+    words = "--train-file train.tsv --dev-file dev.tsv --out new --overwrite --max-len 32 --batch-size 8 --max-steps 1"
+    with soon("training", 120):
+        for kind in ("deberta", "bert"):
+            for pattern, ways in FILES[:3]:
+                path = Path(pattern.format(kind=kind, weights=WEIGHTS[kind]))
+                whole = path.read_bytes()
+                for _ in range(15):
+                    path.write_bytes(rng.choice(ways)(rng, whole))
+                    done = finished(words, "--model", kind)
+                    assert done.status in (0, 1, 2) and len(done.errors) == (done.status > 0), (done.err, path)
+                    assert "not finite" in done.err if done.status == 1 else True
+                    outcomes[done.status] += 1
+                path.write_bytes(whole)
+    assert outcomes[0] > 5 and outcomes[2] > 20, outcomes
+
+
+def test_spoilt_states(finished):
+    """Oracle: the state that was saved; or one sentence with the file's name."""
+    rng, outcomes, path = random.Random(4), Counter(), Path("run-bert/last.pt")
+    whole, right = path.read_bytes(), runs.digest(runs.load_state("run-bert"))
+    with soon("loading", 60):
+        for _ in range(100):
+            path.write_bytes(rng.choice([flip, cut, insert, move])(rng, whole))
+            try:
+                assert runs.digest(runs.load_state("run-bert")) == right
+                outcomes["used"] += 1
+            except (ValueError, OSError) as error:
+                assert str(path) in str(error) and "\n" not in str(error)
+                outcomes["refused"] += 1
+    assert outcomes["refused"] > 60, outcomes
+
+
+# --- 40 through the command line ----------------------------------------------------------------------------
+
+def test_spoilt_files_from_the_command_line(finished):
+    """Oracle: the promise: the outcome of the whole files, or one error line, and status 2 or (diverged) 1."""
+    rng, outcomes = random.Random(5), Counter()
+    Path("run-bert/result.json").rename("result.json")
+    places = {"train.tsv": [insert, flip, cut, columns, line_ends], "dev.tsv": [insert, flip, cut, columns, encoding],
+              "bert/config.json": [value, flip, cut], "bert/tokenizer.json": [value, flip, cut],
+              "bert/model.safetensors": [flip, cut, insert], "run-bert/last.pt": [flip, cut],
+              "run-bert/adapter.safetensors": [flip, cut], "run-bert/result.json": [value, flip, cut]}
+    Path("result.json").rename("run-bert/result.json")
+    before = outcome("run-bert")
+    with soon("the command line", 120):
+        for i in range(40):
+            path = Path(list(places)[i % len(places)])
+            whole = path.read_bytes()
+            path.write_bytes(rng.choice(places[str(path)])(rng, whole))
+            done = finished({"last.pt": "--resume run-bert", "result.json": "--resume run-bert",
+                             "adapter.safetensors": "--eval run-bert/adapter.safetensors --dev-file dev.tsv --model bert"}.get(
+                path.name, "--train-file train.tsv --dev-file dev.tsv --model bert --out new --overwrite --max-len 32 "
+                           "--batch-size 8 --max-steps 2"))
+            assert done.status in (0, 1, 2) and len(done.errors) == (done.status > 0), (path, done.err)
+            assert all(line.startswith("error: ") for line in done.errors), done.err
+            outcomes[done.status] += 1
+            path.write_bytes(whole)
+    assert outcome("run-bert") == before and outcomes[2] > 15, outcomes
