@@ -114,6 +114,7 @@ def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
     targets, trainable = ({part} if isinstance(part, str) else set(part) for part in (targets, trainable))
     modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     parameters = dict(model.named_parameters(remove_duplicate=False))
+
     parts = lambda name: set(name.split("."))
     hit = lambda name, target: f".{name}".endswith(f".{target}")
     kept = {n for n, p in parameters.items() if parts(n) & trainable and p.is_floating_point()}
@@ -214,7 +215,7 @@ class RankPruner(nn.Module):
     def step(self):
         """Algorithm 1 for one optimizer step. Returns the kept count, without waiting for the device."""
         require(self.t < self.total_steps, f"step() came more than {self.total_steps} times", RuntimeError)
-        t, last = self.t + 1, self.total_steps - self.final        # after step `last` the selection is fixed
+        t, last = self.t + 1, self.total_steps - self.final        # after step `last` the scores are frozen
         if t <= last:
             # The paper has "??" for these in Algorithm 1; they are AdaLoRA's:  I = |w · ∂L/∂w|,
             # Ī ← β1 Ī + (1−β1) I,  Ū ← β2 Ū + (1−β2) |I − Ī|.  Ours: I = 0 in a step that overflowed in fp16.
@@ -222,13 +223,12 @@ class RankPruner(nn.Module):
             self.sensitivity.lerp_(I, 1 - self.beta1)
             self.uncertainty.lerp_((I - self.sensitivity).abs_(), 1 - self.beta2)
         self.t = t
-        choose = self.warmup < t <= last and (t % self.interval == 0 or t == last)
-        if choose:
+        if t % self.interval == 0 or t >= last:
             self.kept_total = self.budget(t)
             # Exactly this many: the authors' "score <= kthvalue" prunes all of them when scores are equal.
             best = self.scores().flatten().argsort(descending=True, stable=True)[:self.kept_total]
             self.keep.view(-1).fill_(False).index_fill_(0, best, True)
-        if choose or t > last:                             # momentum moves a zeroed Λ: zero it every step
+            # Momentum moves a zeroed Λ again, so it can come back; in the last phase it is 0 after each step.
             masks = self.keep.to(self.sensitivity.dtype).unbind()                          # n × (r,)
             torch._foreach_mul_([layer.lam for layer in self.layers], masks)
         return self.kept_total

@@ -271,7 +271,7 @@ def test_dtypes(base_dtype, autocast):
     x = torch.randn(2, 7, 16, dtype=base_dtype)
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
         y, plain = layer(x), base(x)
-    assert y.dtype == plain.dtype
+    assert y.dtype == plain.dtype and layer.weight.dtype == base_dtype
     precise = copy.deepcopy(layer).double()
     exact = F.linear(x.double(), precise.base.weight + dense(precise), precise.bias)
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 0.01}.get(y.dtype, 0.06)
@@ -732,16 +732,21 @@ def test_scores_against_a_slow_version(full):
         torch.testing.assert_close(pruner.scores(), slow.scores(), rtol=1e-10, atol=1e-12)
 
 
-def test_at_step_1_only_lambda_has_a_gradient():
-    """Oracle: Eq. 4 with Λ = 0 by the chain rule: exactly 0 for v, u, U, V; and scores of 0, as Λ = 0."""
-    model, x = adapted(randomise=False), torch.randn(6, 8)
+def test_at_step_1_only_lambda_counts():
+    """Oracle: Eq. 4 at Λ = 0 by the chain rule: gradients of exactly 0 for v, u, U and V, so the scores are
+    those of Λ alone, after the optimizer step moved it; R gives the others gradients of their own."""
+    model, x = adapted(randomise=False, dtype=torch.float64), torch.randn(6, 8, dtype=torch.float64)
     pruner = everything(model)
     model(x).square().sum().backward()
     for _, layer in lora2_layers(model):
         assert layer.lam.grad.any()
         assert not any(getattr(layer, name).grad.any() for name in ("v", "u", "U", "V"))
+    torch.optim.SGD(trainable_parameters(model), lr=0.1).step()
     pruner.step()
-    assert not pruner.scores().any()
+    I = torch.stack([0.1 * layer.lam.grad.square() for _, layer in lora2_layers(model)])
+    torch.testing.assert_close(pruner.scores(), 0.15 * I * 0.15 * (I - 0.15 * I), rtol=1e-10, atol=0)
+    orthogonality_loss(model).backward()
+    assert all(getattr(layer, name).grad.any() for _, layer in lora2_layers(model) for name in FACTORS)
 
 
 def test_the_weights_are_those_after_the_step():
@@ -891,16 +896,31 @@ def test_a_whole_run_against_a_slow_version(ties):
         assert sum(pruner.kept().values()) == n * target == alive
 
 
-@pytest.mark.parametrize("target", [0, 1, 3, 4])
-def test_exactly_as_many_as_asked_are_kept_when_all_scores_are_equal(target):
+@pytest.mark.parametrize("n, target", [(2, 0), (1, 1), (2, 3), (2, 4)])
+def test_exactly_as_many_as_asked_are_kept_when_all_scores_are_equal(n, target):
     """Oracle: counting. "score <= kthvalue" would prune every one of them, and cannot prune none."""
-    model = stack_of(2, k=1, r=4)
+    model = stack_of(n, k=1, r=4)
     pruner = RankPruner(model, target, 3, 0, 1, 1)
     for _ in range(3):
         give_gradients(model, 0.0)
         kept = pruner.step()
-    assert kept == 2 * target == sum(pruner.kept().values())
-    assert sum(int((layer.lam != 0).sum()) for layer in model) == 2 * target
+    assert kept == n * target == sum(pruner.kept().values())
+    assert sum(int((layer.lam != 0).sum()) for layer in model) == n * target
+
+
+def test_in_the_last_phase_scores_are_frozen_and_no_gradient_is_asked_for():
+    """Oracle: scores and selection of the step before it."""
+    model = stack_of(2, k=1, r=3)
+    pruner = RankPruner(model, 1, 8, 1, 4, 1)
+    for t in range(1, 9):
+        give_gradients(model)
+        randomised(model)
+        if t == 5:
+            frozen, kept = pruner.scores().clone(), pruner.keep.clone()
+        if t == 7:
+            torch.optim.SGD(trainable_parameters(model)).zero_grad()
+        pruner.step()
+    assert torch.equal(pruner.scores(), frozen) and torch.equal(pruner.keep, kept)
 
 
 def test_a_pruned_value_may_return_but_not_in_the_last_phase():

@@ -1,5 +1,6 @@
 """What the tests of the training program share: small checkpoints made on the spot, small files, a way to run."""
 import json
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,9 @@ from safetensors.torch import save_file
 import data
 import model as models
 import train
+
+# A shell that starts the tests in the background has them, and the programs they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 COMMON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
           "max_position_embeddings": 40, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,

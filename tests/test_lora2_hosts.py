@@ -113,8 +113,8 @@ def train(model, batch, steps=5):
 @pytest.mark.parametrize("host", HOSTS)
 def test_add_train_save_load_merge(host):
     """Oracle: the model itself. Adding changes no bit of the logits; training lowers the loss and leaves the
-    base alone; a fresh copy of the base with the saved adapters gives the same logits, bit for bit, and merging
-    gives the original modules with those logits to 1e-5."""
+    base alone; a fresh copy of the base with the saved adapters gives the same logits, bit for bit; merging
+    gives the original modules, with those logits to 1e-5."""
     torch.manual_seed(0)
     model, targets, trainable, batch = HOSTS[host]()
     base, before = copy.deepcopy(model), logits(model, batch)
