@@ -365,7 +365,7 @@ def test_transformer_encoder_fast_path_reads_the_adapted_matrix(monkeypatch):
     assert len(add_lora2(model, ["linear1", "linear2"], k=2, r=4)) == 4
     fast, calls = torch._transformer_encoder_layer_fwd, []
     monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", lambda *a: calls.append(1) or fast(*a))
-    base = copy.deepcopy(model)
+    before = copy.deepcopy(model)
     for change in range(2):
         randomised(model)
         with torch.no_grad():
@@ -377,8 +377,8 @@ def test_transformer_encoder_fast_path_reads_the_adapted_matrix(monkeypatch):
         kept = ~padding
         slow = model(x, src_key_padding_mask=padding)
         torch.testing.assert_close(padded[kept], slow[kept], rtol=1e-4, atol=1e-4)
-        assert not torch.allclose(y, base(x), atol=1e-3)
-        base = copy.deepcopy(model)
+        assert not torch.allclose(y, before(x), atol=1e-3)                     # it follows every change
+        before = copy.deepcopy(model)
     with pytest.raises(TypeError, match="self_attn.out_proj is a NonDynamicallyQuantizableLinear"):
         add_lora2(nn.TransformerEncoder(layer, 1), ["out_proj"], k=2, r=4)
 
@@ -411,9 +411,9 @@ def test_adds_to_the_named_layers_and_freezes_the_rest():
 def test_adding_keeps_the_base_modules_as_they_are():
     """Oracle: identity and hash of the layers from before; training mode follows the base."""
     model = Block().eval()
-    before, bases, weights = sha(model.state_dict()), model.query, model.query.weight
+    before, base, weight = sha(model.state_dict()), model.query, model.query.weight
     add_lora2(model, TARGETS, k=2, r=4)
-    assert model.query.base is bases and model.query.base.weight is weights and not weights.requires_grad
+    assert model.query.base is base and base.weight is weight and not weight.requires_grad
     assert not model.query.training
     plain = {name.replace(".base.", "."): t for name, t in model.state_dict().items()
              if name.rpartition(".")[2] not in FACTORS}
