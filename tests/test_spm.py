@@ -241,20 +241,17 @@ def test_text_that_spells_a_byte(read):
 
 
 def test_scores_of_unknown_unused_and_special_pieces(read):
-    """Oracle: by hand. An unknown character costs the lowest score of a normal piece minus 10, and a run of
-    them is one id; unused and special pieces match no text; a user-defined piece scores above 0."""
-    tokenizer = read(model([("\u2581", -1.0), ("xy", -24.5), ("y", -5.0), ("z", -4.0), ("yz", -1.0, UNUSED),
-                            ("lo", 0.0, USER_DEFINED), ("lot", -0.1), ("o", -1.0), ("t", -25.0)]))
-
-    def ids(text):
-        return tokenizer.encode(text, add_special_tokens=False).ids
-
-    assert ids("xy") == [4, 5]  # -24.5, against -35 for an unknown x and -5 for y
-    assert ids("qxq") == [4, 3]
-    assert ids("yz") == [4, 6, 7]
-    assert ids("qloq") == [4, 3, 9, 3]
-    assert ids("lot") == [4, 10]  # a piece around it may still score better, as in SentencePiece
-    assert ids("[CLS]") == [4, 3]
+    """Oracle: by hand, and the library. An unknown character costs the lowest score of a normal piece - 10,
+    -35 here, and a run of them is one id; unused and special pieces match no text."""
+    data = model([("\u2581", -1.0), ("xy", -25.0), ("z", -14.0), ("yz", -1.0), ("q", -20.0), ("r", -20.0),
+                  ("qr", -1.0, UNUSED), ("y", -5.0)])
+    tokenizer = read(data)
+    texts = {"xy": [4, 5],  # -25, against -35 for an unknown x and -5 for y
+             "xyz": [4, 3, 7],  # -35 for an unknown x and -1 for yz, against -25 for xy and -14 for z
+             "xxyz": [4, 3, 7], "axa": [4, 3], "aya": [4, 3, 11, 3], "qr": [4, 8, 9], "[CLS]": [4, 3]}
+    for text, ids in texts.items():
+        assert tokenizer.encode(text, add_special_tokens=False).ids == ids, text
+    assert_sentencepiece_ids(data, tokenizer, list(texts))
 
 
 def test_scores_of_user_defined_pieces(read):
