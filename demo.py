@@ -1,9 +1,9 @@
 """`python train.py --task demo`: the whole method in a minute, without a download.
 
-A small DeBERTa is pretrained on a made-up language (data.demo_language), saved and loaded as a checkpoint like
-any other, frozen, and adapted to a question that its hidden states do not answer. A new head alone fails, LoRA²
-at k = 1 succeeds: the answer only needs attention to be re-routed, a rank-1 change. All goes through start()
-and complete() as a GLUE run does, and what is printed at the end comes from the result.json files.
+A small DeBERTa is pretrained on a made-up language (data.demo_language), saved and loaded as a checkpoint
+like any other, frozen, and adapted to a question that its hidden states do not answer. A new head alone
+fails; with LoRA² at k = 1 it succeeds: attention has to be re-routed, a rank-1 change. All goes through
+start() and complete() as a GLUE run does, and what is printed at the end comes from the result.json files.
 """
 import os
 from pathlib import Path
@@ -87,7 +87,7 @@ def main(given):
     print("\n3. On 1,000 sentences that were never seen:\n\n" + " " * 19
           + "accuracy    adapter       head  kept singular values")
     for way, result in results.items():
-        kept = f"{result['kept']} of {result['budget']}" if result["kept"] is not None else "-"
+        kept = f"{result['kept']} of {result['singular_values']}" if result["kept"] is not None else "-"
         accuracy = result["last"]["scores"]["dev"]["accuracy"]
         numbers = "".join(f"{result[name]:11,}" for name in ("adapter_parameters", "head_parameters"))
         print(f"{way:19}{accuracy:8.3f}{numbers}  {kept}")

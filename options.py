@@ -188,15 +188,18 @@ def resolve(given):
 
 def schedule(settings, T):
     """Steps, of T: warm-up of the learning rate, then prune-warmup, prune-final and prune-interval."""
-    def steps(value):
+    def steps(name):
         """Fractions are rounded down, so that a sum of them that is below 1 stays below T."""
-        return 0 if value is None else int(round(value * T, 6)) if value < 1 else int(value)
+        value = settings[name] or 0
+        return int(round(value * T, 6)) if value < 1 else int(value)
 
-    warmup = steps(settings["warmup"])
+    warmup, start, final = steps("warmup"), steps("prune_warmup"), steps("prune_final")
     if warmup >= T:
         raise ValueError(f"--warmup {warmup} must be less than the {T} steps of this run")
-    return (warmup, steps(settings["prune_warmup"]), steps(settings["prune_final"]),
-            max(1, steps(settings["prune_interval"])))
+    if start + final >= T:
+        raise ValueError(f"--prune-warmup {start} and --prune-final {final} together must be less than the {T} "
+                         "steps of this run")
+    return warmup, start, final, max(1, steps("prune_interval"))
 
 
 def resume(settings, given):

@@ -1,4 +1,4 @@
-"""What keeps a run safe: whole files or none, resuming, signals, several processes; adapters to hand out.
+"""What keeps a run safe: whole files or none, and going on after a stop; what a finished run hands out.
 
 A run folder holds
     last.pt               all that --resume needs: tensors and plain values
@@ -7,8 +7,8 @@ A run folder holds
     log.jsonl             one object for each logged step and each evaluation
     ranks.json            kept singular values of each adapted matrix
     result.json           best, last, counts, settings, seconds, versions; a run that has it is finished
-Every file but the log is written beside and renamed: at any moment it is whole or absent. After a kill the log
-may be ahead of last.pt, which knows how long it was; so may adapter.safetensors, which knows the best score.
+Every file but the log is written beside and renamed: at any moment it is whole or absent. After a kill the
+log may be ahead of last.pt, which knows how long it was; so may adapter.safetensors, which knows the best.
 """
 import contextlib
 import hashlib
@@ -16,7 +16,6 @@ import io
 import json
 import os
 import shutil
-import signal
 import time
 from pathlib import Path
 
@@ -28,19 +27,21 @@ import torch.distributed as dist
 import data
 import hub
 import model as models
+import processes
 from lora2 import load_lora2_state_dict, lora2_layers, lora2_state_dict, merge_lora2
 from options import INCIDENTAL, flag
 
 
 # --- files --------------------------------------------------------------------------------------------------
 
-def write_file(path, content):
+def write_file(path, *parts):
     """Write bytes or text so that `path` is either as before or complete, also if the power fails."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.tmp")
     try:
         with open(beside, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            for part in parts:
+                file.write(part.encode() if isinstance(part, str) else part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -72,35 +73,30 @@ def reading(path, advice):
         raise ValueError(f"{path} is damaged or another kind of file ({cause}): {advice}") from e
 
 
-def digest(*content):
-    """Hash of tensors and plain values in dicts, lists and tuples: the file formats here check no content."""
+def digest(*parts):
+    """Hash of texts, bytes, tensors and dicts of them: the formats of our files notice no changed bit."""
     hasher = hashlib.blake2b(digest_size=16)
-
-    def add(value):
-        if isinstance(value, torch.Tensor):
-            hasher.update(f"{value.dtype} {tuple(value.shape)} ".encode())
-            hasher.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        elif isinstance(value, dict):
-            add(sorted(value.items(), key=lambda item: str(item[0])))
-        elif isinstance(value, (list, tuple)):
-            hasher.update(f"{len(value)} ".encode())
-            for item in value:
-                add(item)
-        else:
-            hasher.update(f"{value!r} ".encode())
-
-    add(content)
+    for part in parts:
+        if isinstance(part, torch.Tensor):
+            hasher.update(f"{part.dtype} {tuple(part.shape)} ".encode())
+            part = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        elif isinstance(part, dict):
+            part = digest(*(item for name in sorted(part) for item in (name, part[name])))
+        part = part.encode() if isinstance(part, str) else part
+        hasher.update(f"{len(part)} ".encode())
+        hasher.update(part)
     return hasher.hexdigest()
 
 
 def fingerprint(net, tokenizer):
     """Hash of all that makes a base model compute what it does; a new head is not part of it."""
     weights = {name: tensor for name, tensor in net.state_dict().items() if name not in net.new_weights}
-    config = {name: net.config[name] for name in models.OPTIONS[net.config["model_type"]]}
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    some = [word for word, _ in vocabulary[::len(vocabulary) // 100 + 1]]      # shows how text is cut and cased
-    probe = tokenizer.encode(" ".join(some + [word.swapcase() for word in some]), "It's a Naïve TEST № ½ (3.5 %).")
-    return digest(weights, config, str(vocabulary), probe.ids, probe.type_ids)
+    config = [(name, net.config[name]) for name in models.OPTIONS[net.config["model_type"]]]
+    words = sorted(tokenizer.get_vocab())[::tokenizer.get_vocab_size() // 100 + 1]
+    probe = " ".join(words + [word.swapcase() for word in words])              # how text is cut and cased
+    probe = tokenizer.encode(probe, "It's a Naïve TEST № ½ (3.5 %).")
+    return digest(weights, str(config), str(sorted(tokenizer.get_vocab().items())), str(probe.ids),
+                  str(probe.type_ids))
 
 
 # --- the run folder -----------------------------------------------------------------------------------------
@@ -112,8 +108,8 @@ def check_destinations(settings, resumed):
         nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise OSError(f"{flag(name)} {folder}: {nearest} is no folder to write to: give another")
-        if not folder.exists() or all(path.suffix == ".tmp" for path in folder.iterdir()):    # cut off writes
-            continue
+        if not folder.exists() or all(path.suffix == ".tmp" for path in folder.iterdir()):
+            continue                                       # .tmp: a write that was cut off
         if name != "out":
             raise ValueError(f"{flag(name)} {folder}: this folder is not empty: give a new or an empty one")
         if not (resumed or settings["overwrite"]):
@@ -123,50 +119,50 @@ def check_destinations(settings, resumed):
         raise ValueError(f"{', '.join(map(flag, folders))} need a folder each")
 
 
-def is_finished(folder):
-    return (Path(folder) / "result.json").exists()
-
-
 def prepare_folder(run):
     """Make the run folder without an older run. Its result goes first: half removed is not finished."""
     if run.rank == 0:
         folder = Path(run.out)
         folder.mkdir(parents=True, exist_ok=True)
         for pattern in ("result.json", "last.pt", "adapter.safetensors", "log.jsonl", "ranks.json",
-                        "predictions_*.tsv"):
+                        "predictions_*.tsv", "*_predictions.tsv", *run.row.submissions.values()):
             for path in folder.glob(pattern):
                 path.unlink()
 
 
 def save(run):
-    """Write last.pt: everything on which the rest of the run depends."""
+    """Write everything on which the rest of the run depends."""
     check_finite(run)
-    rng = [{"cpu": torch.get_rng_state()}]
+    mine = {"cpu": torch.get_rng_state()}
     if run.device.type == "cuda":
-        rng[0]["cuda"] = torch.cuda.get_rng_state(run.device)
+        mine["cuda"] = torch.cuda.get_rng_state(run.device)
+    rng = [mine] * run.world
     if run.world > 1:
-        mine, rng = rng[0], [None] * run.world
-        together(dist.all_gather_object, rng, mine)
+        processes.together(dist.all_gather_object, rng, mine)
+    log = Path(run.out) / "log.jsonl"
     if run.rank == 0:
-        log = Path(run.out) / "log.jsonl"
-        state = {"settings": run.settings, "base": run.base, "rows": run.rows, "step": run.step,
-                 "evaluations": run.evaluations, "log_bytes": log.stat().st_size if log.exists() else 0,
-                 "seconds": run.seconds + time.monotonic() - run.started, "rng": rng,
-                 "weights": lora2_state_dict(run.net), "optimizer": run.optimizer.state_dict(),
-                 "pruner": run.pruner.state_dict() if run.pruner else {}}
-        buffer = io.BytesIO()
-        torch.save({"format": 1, "digest": digest(state), "state": state}, buffer)
-        write_file(Path(run.out) / "last.pt", buffer.getbuffer())
+        write_state(run.out, {
+            "settings": run.settings, "base": run.base, "rows": run.rows, "step": run.step, "rng": rng,
+            "evaluations": run.evaluations, "log_bytes": log.stat().st_size if log.exists() else 0,
+            "seconds": run.seconds + time.monotonic() - run.started, "weights": lora2_state_dict(run.net),
+            "optimizer": run.optimizer.state_dict(), "pruner": run.pruner.state_dict() if run.pruner else {}})
+
+
+def write_state(folder, state):
+    """last.pt: what torch.save makes, and its hash."""
+    buffer = io.BytesIO()
+    torch.save(state | {"format": 1}, buffer)
+    write_file(Path(folder) / "last.pt", buffer.getbuffer(), digest(buffer.getbuffer()))
 
 
 def load_state(folder):
-    """What save() wrote to that folder, on the CPU."""
+    """What write_state() wrote to that folder, on the CPU."""
     path = Path(folder) / "last.pt"
     with reading(path, "there is no run to resume"):
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if content["format"] != 1 or content["digest"] != digest(content["state"]):
-            raise ValueError("its content does not fit its digest")
-        return content["state"]
+        content = path.read_bytes()
+        if content[-32:] != digest(content[:-32]).encode():
+            raise ValueError("its hash does not fit")
+        return torch.load(io.BytesIO(content[:-32]), map_location="cpu", weights_only=True)
 
 
 def restore(run, state):
@@ -203,15 +199,8 @@ def facts(run):
     settings = {name: value for name, value in run.settings.items() if name not in INCIDENTAL}
     if Path(run.model).is_dir():
         settings["model"] = None
-    task = run.row
-    columns = [list(task.texts), task.label, list(task.labels), list(task.metrics)]
+    columns = {name: getattr(run.row, name) for name in ("texts", "label", "labels", "metrics")}
     return {"format": 1, "settings": settings, "columns": columns, "base": run.base, "best": run.best}
-
-
-def stored_task(facts):
-    """The data.Task of the user's own files on which an adapter was trained."""
-    texts, label, labels, metrics = facts["columns"]
-    return data.Task("", {}, tuple(texts), label, tuple(labels), tuple(metrics))
 
 
 def save_best(run, predictions):
@@ -221,24 +210,31 @@ def save_best(run, predictions):
             values = [run.row.labels[value] if run.row.labels else value for value in values.tolist()]
             rows = "".join(f"{i}\t{value}\n" for i, value in enumerate(values))
             write_file(Path(run.out) / f"predictions_{name}.tsv", "index\tprediction\n" + rows)
-        tensors, mine = lora2_state_dict(run.net), facts(run)
-        text = json.dumps(mine | {"digest": digest(tensors, mine)}, sort_keys=True)
-        write_tensors(Path(run.out) / "adapter.safetensors", tensors, {"lora2": text})
+        tensors, mine = lora2_state_dict(run.net), json.dumps(facts(run), sort_keys=True)
+        write_tensors(Path(run.out) / "adapter.safetensors", tensors,
+                      {"lora2": json.dumps([mine, digest(tensors, mine)])})
 
 
 def load_adapter(path):
     """({name: tensor}, facts) of an adapter.safetensors."""
     with reading(path, "give the adapter.safetensors of a run"):
         with safetensors.safe_open(path, "pt") as file:
-            stored = json.loads(file.metadata()["lora2"])
+            stored, hash_ = json.loads(file.metadata()["lora2"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if stored.pop("digest") != digest(tensors, stored) or stored["format"] != 1:
-            raise ValueError("its content does not fit its digest")
+        if hash_ != digest(tensors, stored):
+            raise ValueError("its hash does not fit")
+        stored = json.loads(stored)
+        stored["columns"] = {name: tuple(value) if isinstance(value, list) else value
+                             for name, value in stored["columns"].items()}
         return tensors, stored
 
 
-def export(run):
-    """--export-peft, then --merge, of the adapters that the model now holds."""
+def hand_out(run, predictions):
+    """--predict, --export-peft and --merge, of the adapters that the model now holds."""
+    if predictions is not None:
+        folder = run.out or Path(run.eval).parent
+        path = data.write_submission(folder, run.row, predictions, Path(run.predict).stem)
+        print(f"predictions for {run.predict} are in {path}")
     if run.export_peft:
         export_peft(run, Path(run.export_peft))
         print(f"the adapter as a LoRA for peft is in {run.export_peft}")
@@ -263,7 +259,7 @@ def export_peft(run, folder):
         "target_modules": run.adapted, "modules_to_save": run.head})
 
 
-# --- what ends a run early ----------------------------------------------------------------------------------
+# --- mistakes and divergence --------------------------------------------------------------------------------
 
 class Refused(Exception):
     """What a user gave cannot be used; the message says what to do."""
@@ -284,96 +280,3 @@ def check_finite(run):
         raise FloatingPointError(
             f"loss or gradient was not finite at step {bad_step}; no update was made from it. The last good "
             f"state is in {Path(run.out) / 'last.pt'}: try a smaller --lr, a longer --warmup or --dtype fp32")
-
-
-class Stopped(Exception):
-    """Ctrl-C or SIGTERM arrived, and the run can be saved. status: for the shell."""
-
-    def __init__(self, number, run):
-        way = f"python train.py --resume {run.out} goes on"
-        super().__init__(f"stopped after step {run.step} of {run.T}: {way}")
-        self.status = 128 + number
-
-
-class Signals:
-    """Inside `with`, Ctrl-C and SIGTERM are only noted; check() raises Stopped where the state is whole."""
-
-    def __enter__(self):
-        self.number = 0
-        self.previous = {n: signal.signal(n, self.note) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def note(self, number, frame):
-        if self.number:
-            raise KeyboardInterrupt                        # the second one does not wait
-        self.number = number
-
-    def check(self, run):
-        """Several processes agree first, so that none waits for another that has stopped."""
-        number = self.number
-        if run.world > 1:
-            highest = torch.tensor(float(number), device=run.device)
-            together(dist.all_reduce, highest, dist.ReduceOp.MAX)
-            number = int(highest.item())
-        if number:
-            raise Stopped(number, run)
-
-    def __exit__(self, *exception):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-
-# --- devices and processes --------------------------------------------------------------------------------
-
-def pick_device(name):
-    """The torch.device of that name, or the first there is of cuda, mps and cpu."""
-    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.zeros(1, device=name or found).device
-        assert device.type in ("cuda", "mps", "cpu")
-    except (RuntimeError, AssertionError) as e:            # unknown, or this torch was built without it
-        raise ValueError(f"--device {name} cannot be used here: leave it out or give {found}") from e
-    return device
-
-
-def join_processes(device):
-    """(rank, number of processes); joins the others when torchrun started this one."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        return 0, 1
-    if not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), world
-
-
-def together(operation, *arguments):
-    """An operation of all processes. Where one has died the others end with a sentence instead of waiting."""
-    try:
-        operation(*arguments)
-    except RuntimeError as e:
-        raise ConnectionError(f"another process of this run has ended ({hub.one_line(e, 100)}): see what it "
-                              "says; --resume goes on from last.pt") from e
-
-
-def wait_for_all():
-    if dist.is_initialized():
-        together(dist.barrier)
-
-
-def sum_over_processes(tensors):
-    """Add up tensors over all processes, in place and in one message."""
-    if dist.is_initialized():
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        together(dist.all_reduce, flat)
-        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(part.view_as(tensor))
-
-
-def gradients(parameters):
-    """The gradients; zeros for a parameter that got none, as in a process without a row of a small batch."""
-    for p in parameters:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    return [p.grad for p in parameters]

@@ -1,4 +1,7 @@
-"""What a person sees of a run: settings and counts before it, bar or lines during it, table and map after."""
+"""What a person sees of a run: settings and counts before it, bar or lines during it, table and map after.
+
+Of several processes the first one speaks and writes.
+"""
 import json
 import platform
 import shlex
@@ -15,8 +18,13 @@ import options
 import runs
 
 
+LOG_STEPS = 10                                             # between two lines of the log
+
+
 def announce(run):
     """Before the first step: settings, counts, matches, schedule."""
+    if run.rank > 0:
+        return
     print("settings  " + "  ".join(
         f"{name}={value:.4g}" if isinstance(value, float) else
         f"{name}={','.join(value)}" if isinstance(value, list) else f"{name}={value}"
@@ -49,7 +57,7 @@ def counts(run):
 
 
 class Log:
-    """log.jsonl, and the bar on a terminal or about 20 lines elsewhere. Only the first process writes."""
+    """log.jsonl, and the bar on a terminal or about 20 lines elsewhere."""
 
     def __init__(self, run):
         self.path, self.bar = Path(run.out) / "log.jsonl", None
@@ -85,7 +93,7 @@ class Log:
         if self.bar:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(run.step - self.bar.n)
-        elif run.step == run.T or run.step * 20 // run.T > (run.step - 10) * 20 // run.T:
+        elif run.step == run.T or run.step * 20 // run.T > (run.step - LOG_STEPS) * 20 // run.T:
             left = seconds / (run.step - self.first) * (run.T - run.step)
             print(f"step {run.step}/{run.T}  {text}  {left:.0f} s left", flush=True)
 
@@ -102,10 +110,10 @@ class Log:
             self.bar.close()
 
 
-def warn_if_equal(predictions):
+def warn_if_equal(run, predictions):
     """Say so if all predictions for a dev split, {split: (N,)}, are one and the same."""
     for name, p in predictions.items():
-        if len(p) > 1 and (p == p[0]).all():
+        if len(p) > 1 and (p == p[0]).all() and run.rank == 0:
             print(f"warning: all {len(p)} predictions for {name} are equal: the model may have collapsed; "
                   "a smaller --lr or a longer --warmup may help", file=sys.stderr)
 

@@ -5,7 +5,7 @@
     python train.py --task cola --k 8 --model roberta-large --data-dir ~/glue --out runs/cola
     python train.py --resume runs/cola                       # go on after a stop, or show the result
     python train.py --eval runs/cola/adapter.safetensors --predict ~/glue/CoLA/test.tsv
-    python train.py --train-file mine.tsv --dev-file dev.tsv # columns sentence and label, see below
+    python train.py --train-file mine.tsv --dev-file dev.tsv # columns sentence and label, or as below
     torchrun --nproc_per_node=2 train.py --task mnli --k 8   # several devices, the same batches
 """
 import math
@@ -21,25 +21,22 @@ import baselines
 import data
 import model as models
 import options
+import processes
 import runs
 import show
 from lora2 import load_lora2_state_dict
-
-LOG_STEPS = 10                                             # between two lines of the log
-
 
 # --- set-up: everything that a user's mistake can break happens here ----------------------------------------
 
 def set_up(settings, task=None, facts=None):
     """Settings → a run: one namespace with the settings, data, model and adapters. Nothing is written.
 
-    task: a data.Task where settings["task"] cannot name it. facts: of the adapter that is to be evaluated.
-    Raises ValueError, TypeError or OSError with one sentence.
+    task: a data.Task where settings["task"] cannot name it; facts: of the adapter that is to be evaluated.
+    ValueError, TypeError or OSError with one sentence for whatever a user can have wrong.
     """
     run = SimpleNamespace(**settings, step=0, evaluations=[], best=None, pruner=None, budget=None,
                           seconds=0.0, started=time.monotonic())
-    run.device = runs.pick_device(run.device)
-    run.rank, run.world = runs.join_processes(run.device)
+    run.device, run.rank, run.world = processes.join(run.device)
     bf16 = run.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     run.dtype = run.dtype or ("bf16" if bf16 else "fp32")
     run.settings = settings | {"dtype": run.dtype}
@@ -53,11 +50,11 @@ def set_up(settings, task=None, facts=None):
     if facts and facts["base"] != run.base:
         raise ValueError(f"{run.model} is not the model of {run.eval}, or another version of it: give the "
                          f"right one as --model, {facts['settings']['model'] or 'a folder'}")
+    if run.max_len > net.max_len:
+        raise ValueError(f"--max-len {run.max_len}: this model takes {net.max_len} tokens at most")
     run.pad = net.config["pad_token_id"]
     if labels:
         net.config["id2label"] = {str(i): label for i, label in enumerate(labels)}
-    if run.max_len > net.max_len:
-        raise ValueError(f"--max-len {run.max_len}: this model takes {net.max_len} tokens at most")
     if run.predict:
         splits["to predict"] = data.read_split(run.predict, run.row, labelled=False)
     run.data = {name: data.encode(tokenizer, split, run.max_len) for name, split in splits.items()}
@@ -68,7 +65,7 @@ def set_up(settings, task=None, facts=None):
         raise ValueError(f"{run.model}: its tokenizer gives ids up to {ids} and types up to {types}, its "
                          f"model has {sizes[0]} and {sizes[1]} of them: they do not belong together")
     run.to_predict = run.data.pop("to predict", None)
-    run.rows = runs.digest(run.data)
+    run.rows = runs.digest(*(part for name, examples in run.data.items() for part in (name, *examples[:4])))
 
     parts = {part for name, _ in net.named_parameters() for part in name.split(".")}
     run.head = [part for part in ("pooler", "classifier") if part in parts]
@@ -86,21 +83,20 @@ def set_up(settings, task=None, facts=None):
 def load_splits(run, task, facts):
     """({"train": Split, dev splits}, data.Task) of a task or of the user's files; no "train" to evaluate."""
     if run.dev_file:
-        task = runs.stored_task(facts) if facts else data.own_task(run.train_file)
-        files = {"train": run.train_file, "dev": run.dev_file}
-        splits = {name: data.read_split(path, task) for name, path in files.items() if path}
+        task = data.Task("", {}, **facts["columns"]) if facts else data.own_task(run.train_file)
+        files = ("train", run.train_file), ("dev", run.dev_file)
+        splits = {name: data.read_split(path, task) for name, path in files if path}
     else:
         task = task or data.get_task(run.task)
         if task.downloads and not (Path(run.data_dir) / task.folder).exists():
             if run.rank == 0:
                 data.fetch_task(task, run.data_dir)
-            runs.wait_for_all()
+            processes.wait_for_all()
         if facts and not task.make:                        # to evaluate, train.tsv need not be there
             task = task._replace(rows={name: n for name, n in task.rows.items() if name != "train"})
         splits = data.load_task(task, run.data_dir)
-    limits = {"train": run.limit_train}
-    return {name: split.first(limits.get(name, run.limit_dev)) for name, split in splits.items()
-            if not (facts and name == "train")}, task
+    return {name: split.first(run.limit_train if name == "train" else run.limit_dev)
+            for name, split in splits.items() if not (facts and name == "train")}, task
 
 
 def prepare_training(run):
@@ -144,7 +140,8 @@ def train(run, log, signals):
             runs.save(run)
         elif run.save_steps and run.step % run.save_steps == 0:
             runs.save(run)
-        if is_over(run):
+        reached = run.stop_at is not None and run.evaluations and run.evaluations[-1]["score"] >= run.stop_at
+        if run.step == run.T or reached:
             break
         signals.check(run)
 
@@ -156,7 +153,7 @@ def train(run, log, signals):
             part_loss = task_loss(run, part) * (len(part.rows) / len(batch.rows))
             part_loss.backward()
             loss += part_loss.detach()
-        runs.sum_over_processes([loss] + runs.gradients(run.parameters))
+        processes.sum_up([loss] + processes.gradients(run.parameters))
         R = baselines.regulariser(run.method, run.net, run.reg_terms)  # LoRA²: Eq. 5, once per optimizer step
         if R is not None:
             (run.reg * R).backward()
@@ -171,11 +168,10 @@ def train(run, log, signals):
         kept = run.pruner.step() if run.pruner else None               # LoRA²: Algorithm 1
         run.optimizer.zero_grad()
 
-        if run.step % LOG_STEPS == 0 or run.step in (1, run.T):
+        if run.step % show.LOG_STEPS == 0 or run.step in (1, run.T):
             runs.check_finite(run)
             log.training(run, loss, R, kept, tokens)
-    if run.budget is not None and sum(run.pruner.kept().values()) != run.budget:
-        raise RuntimeError(f"{sum(run.pruner.kept().values())} singular values are left, not {run.budget}")
+    assert run.budget is None or run.budget == sum(run.pruner.kept().values()), run.pruner.kept()
 
 
 def stream(run):
@@ -219,13 +215,7 @@ def is_due(run):
     """Whether an evaluation belongs after step run.step and has not been made."""
     last = run.evaluations[-1]["step"] if run.evaluations else 0
     return run.step > last and (run.step == run.T or run.step % run.steps_per_epoch == 0
-                                or bool(run.eval_steps) and run.step % run.eval_steps == 0)
-
-
-def is_over(run):
-    """All steps are made, or an evaluation reached --stop-at."""
-    return run.step == run.T or bool(run.stop_at is not None and run.evaluations
-                                     and run.evaluations[-1]["score"] >= run.stop_at)
+                                or run.eval_steps and run.step % run.eval_steps == 0)
 
 
 @torch.no_grad()
@@ -239,7 +229,7 @@ def predict(run, examples, signals=None):
         if i % run.world == run.rank:
             outputs[batch.rows.to(run.device)] = predict_batch(run, batch)
     run.net.train()
-    runs.sum_over_processes([outputs])
+    processes.sum_up([outputs])
     if not outputs.isfinite().all():
         raise FloatingPointError(f"after step {run.step} the model's outputs are not finite: try --dtype "
                                  "fp32 or a smaller --lr")
@@ -250,10 +240,9 @@ def evaluate(run, signals=None):
     """({dev split: {metric: value}}, {dev split: predictions})."""
     predictions = {name: predict(run, examples, signals) for name, examples in run.data.items()
                    if name != "train"}
-    if run.rank == 0:
-        show.warn_if_equal(predictions)
-    scores = {name: data.metrics(run.row, p, run.data[name].labels) for name, p in predictions.items()}
-    return scores, predictions
+    show.warn_if_equal(run, predictions)
+    score = lambda name: data.metrics(run.row, predictions[name], run.data[name].labels)
+    return {name: score(name) for name in predictions}, predictions
 
 
 def evaluate_and_keep(run, log, signals):
@@ -296,8 +285,7 @@ def start(given, task=None):
         else:
             runs.prepare_folder(run)
             runs.save(run)
-    if run.rank == 0:
-        show.announce(run)
+    show.announce(run)
     return run
 
 
@@ -305,9 +293,9 @@ def complete(run):
     """Train a started run to its end and write what belongs there; returns the content of result.json."""
     log = show.Log(run)
     try:
-        with runs.Signals() as signals:
+        with processes.Signals() as signals:
             train(run, log, signals)
-    except runs.Stopped:
+    except processes.Stopped:
         runs.save(run)
         raise
     finally:
@@ -315,34 +303,28 @@ def complete(run):
     return show.finish(run)
 
 
-def hand_out(run):
-    """--predict, --export-peft and --merge, with the adapters that the model now holds."""
-    if run.predict:
-        predictions, folder = predict(run, run.to_predict), run.out or Path(run.eval).parent
-        if run.rank == 0:
-            path = data.write_submission(folder, run.row, predictions, Path(run.predict).stem)
-            print(f"predictions for {run.predict} are in {path}")
-    if run.rank == 0:
-        runs.export(run)
-
-
 def act(given):
     """Do what the options say: the demo, an evaluation, or a run from its start or from where it stopped."""
     if given.get("task") == "demo" and not given.keys() & {"model", "resume", "eval"}:
         import demo                                        # it uses this module
         return demo.main(given)
-    if "resume" in given and runs.is_finished(given["resume"]):
+    if "resume" in given and (Path(given["resume"]) / "result.json").exists():
         with runs.refusing():
             given = show.finished(given)
         if not given:                                      # nothing more is asked of its adapter
             return
     run = start(given)
     if run.eval:
-        print(show.scores(evaluate(run)[0]))
+        scores, _ = evaluate(run)
+        if run.rank == 0:
+            print(show.scores(scores))
     else:
         complete(run)
-        load_lora2_state_dict(run.net, runs.load_adapter(Path(run.out) / "adapter.safetensors")[0])
-    hand_out(run)
+        if run.predict or run.merge or run.export_peft:
+            load_lora2_state_dict(run.net, runs.load_adapter(Path(run.out) / "adapter.safetensors")[0])
+    predictions = predict(run, run.to_predict) if run.predict else None
+    if run.rank == 0:
+        runs.hand_out(run, predictions)
 
 
 def main(argv=None):
@@ -356,7 +338,7 @@ def main(argv=None):
         text, status = f"error: {error}", 2
     except (FloatingPointError, OSError) as error:         # diverged; a full disk, a lost process
         text, status = f"error: {error}", 1
-    except runs.Stopped as stop:
+    except processes.Stopped as stop:
         text, status = str(stop), stop.status
     except KeyboardInterrupt:
         text, status = "stopped: what was written before is whole", 130

@@ -62,9 +62,10 @@ def tidy(cell, keep):
     """Note which singular values a finished run kept; then remove what no table needs, unless `keep`."""
     last, kept = cell.folder / "last.pt", cell.folder / "kept.json"
     if last.exists() and (cell.folder / "ranks.json").exists() and not kept.exists():
-        runs.write_json(kept, {
-            name.removesuffix(".lam"): tensor.nonzero().flatten().tolist()
-            for name, tensor in runs.load_state(cell.folder)["weights"].items() if name.endswith(".lam")})
+        weights = runs.load_state(cell.folder)["weights"]
+        lams = {name.removesuffix(".lam"): weights[name] for name in weights if name.endswith(".lam")}
+        if lams:                                           # what is pruned is 0 from the last phase on
+            runs.write_json(kept, {name: lam.nonzero().flatten().tolist() for name, lam in lams.items()})
     for path in [last, cell.folder / "adapter.safetensors", *cell.folder.glob("predictions_*.tsv")]:
         if not keep:
             path.unlink(missing_ok=True)
@@ -125,8 +126,7 @@ def run_all(args, cells, progress):
                 progress.done, progress.ran = progress.done + 1, progress.ran + 1
                 progress.show(f"{cell.folder.relative_to(args.grid.folder)} {said if status else 'done'}")
         except BaseException:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+            stop.set()                                     # what has not begun does not begin
             for process in processes:
                 process.terminate()                        # SIGTERM: train.py saves its state and ends
             raise

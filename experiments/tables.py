@@ -108,7 +108,7 @@ def score_markdown(table, tasks):
         if entry["paper"]:
             scores = {task: entry["paper"]["scores"].get(task, [None]) for task in tasks}
             cells = [" / ".join("–" if x is None else f"{x:.2f}" for x in scores[task]) for task in tasks]
-            known = all(any(columns) for columns in scores.values())
+            known = all(any(x is not None for x in columns) for columns in scores.values())
             lines.append(["", entry["paper"].get("parameters", ""), "paper", *cells,
                           f"{average(scores):.2f}" if known else "–"])
     head = ["", "adapter parameters", "", *(COLUMNS[task][0] for task in tasks), f"average of {len(tasks)}"]

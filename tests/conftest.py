@@ -1,4 +1,4 @@
-"""What the tests of the training program share: small checkpoints made on the spot, small files, a way to run."""
+"""What the tests of the training program share: small checkpoints made on the spot and a way to run it."""
 import json
 import signal
 from pathlib import Path
@@ -19,11 +19,14 @@ COMMON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "
           "max_position_embeddings": 40, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
           "initializer_range": 0.05}
 CONFIGS = {
-    "deberta": COMMON | {"model_type": "deberta-v2", "relative_attention": True, "position_biased_input": False,
-                         "position_buckets": 8, "norm_rel_ebd": "layer_norm", "share_att_key": True,
-                         "pos_att_type": "p2c|c2p"},
+    "deberta": COMMON | {"model_type": "deberta-v2", "relative_attention": True, "position_buckets": 8,
+                         "position_biased_input": False, "norm_rel_ebd": "layer_norm",
+                         "share_att_key": True, "pos_att_type": "p2c|c2p"},
     "bert": COMMON | {"model_type": "bert"},
     "roberta": COMMON | {"model_type": "roberta", "type_vocab_size": 1, "pad_token_id": 0}}
+
+
+SMALL = "--limit-train 96 --limit-dev 64 --batch-size 16 --lr 0.02 --max-steps 12"
 
 
 def write_checkpoint(folder, name, seed=0, **changes):
@@ -64,7 +67,7 @@ def one_thread():
 def cli(tiny, tmp_path, monkeypatch, capsys, one_thread):
     """cli("--k 1", ...) runs train.py in this process, in an empty folder: its status, output and errors.
 
-    cli.tiny(...) is such a run of 12 steps, 6 to an epoch, with dropout; it takes about a fifth of a second.
+    cli.tiny(...) is such a run: 12 steps, 6 to an epoch, with dropout, in about a fifth of a second.
     """
     monkeypatch.chdir(tmp_path)
 
@@ -77,9 +80,17 @@ def cli(tiny, tmp_path, monkeypatch, capsys, one_thread):
 
     run.models = tiny
     run.tiny = lambda *words, model="deberta", out="run": run(
-        "--task demo --model", tiny[model], "--limit-train 96 --limit-dev 64 --batch-size 16 --lr 0.02 --max-steps 12 --out",
-        Path(out), *words)
+        "--task demo --model", tiny[model], SMALL, "--out", Path(out), *words)
     return run
+
+
+def frozen(value):
+    """Tensors as bytes, in dicts and lists: what can be compared."""
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), tuple(value.shape), value.detach().contiguous().numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: frozen(item) for key, item in value.items()}
+    return [frozen(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def outcome(folder):

@@ -6,6 +6,7 @@ Offline. Most run no train.py: results are handmade or a stand-in's. The real on
 import itertools
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -118,6 +119,7 @@ def test_summary():
     """Oracle: by hand. 40, 50, 60: mean 50, sample standard deviation 10 (with n − 1, not 8.16)."""
     assert tables.summary([40, 50, 60]) == {"mean": 50, "std": 10, "n": 3}
     assert tables.summary([7]) == {"mean": 7, "std": None, "n": 1} and tables.summary([]) is None
+    assert tables.mean_of([0.0, 50.0]) == 25 and tables.mean_of([None, 50.0]) == 50
     assert tables.show(tables.summary([40, 50, 60])) == "50.00 ± 10.00 (3)"
     assert tables.show(tables.summary([7])) == "7.00 (1)" and tables.show(None) == "not run"
     assert tables.span([1640, 1560, 1600]) == "1,560–1,640"
@@ -344,6 +346,16 @@ def test_other_settings_are_refused(name, value, tmp_path, ran, capsys):
     assert not list(tmp_path.rglob("*.md"))
 
 
+def test_a_missing_setting_is_another_setting(tmp_path):
+    """Oracle: ValueError that names it: a result that does not say its learning rate is not trusted."""
+    cell = grids.reported_cells(grid_of(tmp_path, "table4", "--tasks", "cola", "--seeds", "0"), "cola")[0]
+    result = result_of(cell)
+    del result["settings"]["lr"]
+    write_run(cell, result)
+    with pytest.raises(ValueError, match="--lr None, not 0.0008"):
+        grids.read(cell)
+
+
 def test_what_cannot_change_a_result_may_differ(tmp_path):
     """Oracle: options.INCIDENTAL: another folder, data folder or device is the same run."""
     cell = grids.reported_cells(grid_of(tmp_path, "table4", "--tasks", "cola", "--seeds", "0"), "cola")[0]
@@ -359,7 +371,7 @@ def begin(cell, **settings):
 
 
 def save_state(cell, state):
-    torch.save({"format": 1, "digest": runs.digest(state), "state": state}, cell.folder / "last.pt")
+    runs.write_state(cell.folder, state)
 
 
 def test_begun_runs_are_resumed(tmp_path, ran, capsys):
@@ -472,7 +484,7 @@ if plan.get("sleep"):
     signal.signal(signal.SIGTERM, stop)
     time.sleep(plan["sleep"])
 for part, (status, text) in plan["fail"].items():
-    if part in folder:
+    if part in argv + [os.path.basename(folder)]:
         print("warning: first\\nerror: " + text, file=sys.stderr)
         sys.exit(status)
 os.makedirs(folder, exist_ok=True)
@@ -532,10 +544,21 @@ def test_a_mistake_ends_the_grid_a_failure_does_not(tmp_path, stand_in, capsys):
     assert captured.err == f"error: {cells[1].folder}: status 1, loss was not finite\n"
     text = (tmp_path / "out/paper-deberta-v3-base/table4.md").read_text(encoding="utf-8")
     assert text.count("not run") == 4                      # best and last, of CoLA and of the average
-    stand_in(cells, fail={"": (2, "there is no model x")})
+    stand_in(cells, fail={"--task": (2, "there is no model x")})
     (cells[3].folder / "result.json").unlink()
     assert reproduce.main(argv) == 2 and capsys.readouterr().err == "error: there is no model x\n"
     assert len(stand_in.calls()) == 5
+
+
+def test_what_cannot_be_resumed_begins_anew(tmp_path, stand_in):
+    """Oracle: the calls. train.py refuses to resume (an adapter is missing, say): the run begins anew."""
+    argv = ["table4", "--tasks", "cola", "--seeds", "0", "--out", str(tmp_path / "out")]
+    cells = grids.reported_cells(reproduce.parse(argv).grid, "cola")
+    begin(cells[3])
+    stand_in(cells, fail={"--resume": (2, "adapter.safetensors is missing")})
+    assert reproduce.main(argv) == 0
+    calls = [call[0] for call in stand_in.calls()]
+    assert len(calls) == 5 and calls[3][0] == "--resume" and calls[4][-2] == str(cells[3].folder)
 
 
 def test_runs_share_the_gpus(tmp_path, stand_in, monkeypatch):
@@ -560,12 +583,13 @@ def test_stopped(number, tmp_path, stand_in):
     driver = stand_in.here / "driver.py"
     driver.write_text(f"import sys\nsys.path.insert(0, {str(ROOT / 'experiments')!r})\nimport reproduce\n"
                       f"reproduce.TRAIN = {reproduce.TRAIN!r}\nsys.exit(reproduce.main({argv!r}))\n")
-    process = subprocess.Popen([sys.executable, str(driver)], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, str(driver)], stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
     deadline = time.monotonic() + 60
     while not (stand_in.here / "calls").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.3)                                        # the stand-in has begun to sleep
-    process.send_signal(number)
+    os.killpg(process.pid, number)                         # as a terminal does: to all of its group
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and said == "\nstopped: the same command goes on\n"
     assert (stand_in.here / "saved").read_text() == "x" and len(stand_in.calls()) == 1

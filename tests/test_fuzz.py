@@ -1,4 +1,4 @@
-"""Spoilt files of every kind, made at random: each is used rightly or refused with a sentence, and nothing hangs."""
+"""Spoilt files of every kind, made at random: each is used rightly or refused with a sentence, none hangs."""
 import contextlib
 import json
 import random
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import outcome
+from conftest import frozen, outcome
 from test_train import logits, sentences, write_task
 
 import data
@@ -34,8 +34,10 @@ def soon(what, seconds=30):
 
 # --- ways to spoil ------------------------------------------------------------------------------------------
 
-JUNK = [b"\0", b'"', b'"a\tb"', b"\t", b"\n", b"\r", b"\r\n", b"\xef\xbb\xbf", b"\xff\xfe", b"\xe2\x80\xa8", b"\x85", b"\x1a",
-        b"-", b"x" * 100_000, b"\t" * 3000, b"\xc3", b"nan", b"1e999", b"{", b"]", b"\\u0000", b" ", b""]
+JUNK = [b"\0", b'"', b'"a\tb"', b"\t", b"\n", b"\r", b"\r\n", b"\xef\xbb\xbf", b"\xff\xfe", b"\xe2\x80\xa8",
+        b"\x85", b"\x1a", b"-", b"x" * 100_000, b"\t" * 3000, b"\xc3", b"nan", b"1e999", b"{", b"]",
+        b"\\u0000", b" ", b""]
+VALUES = [None, True, -1, 0, 1, 2, 3, 7, 10**9, 10**30, 0.5, 1e-30, 1e30, "", "x", "gelu", [], {}, [[1]]]
 
 
 def insert(rng, content):
@@ -62,16 +64,17 @@ def move(rng, content):
 
 
 def columns(rng, content):
-    which, share = rng.randrange(4), rng.choice([0.05, 1])
+    """One column fewer or twice, in all rows or in few."""
+    at, share, drop = rng.randrange(4), rng.choice([0.05, 1]), rng.random() < 0.5
     rows = [row.split(b"\t") for row in content.split(b"\n")]
-    spoilt = [row[:which] + row[which + 1:] if rng.random() < 0.5 else row[:which] + row[which:which + 1] + row[which:]
-              for row in rows]
+    spoilt = [row[:at] + row[at + 1:] if drop else row[:at + 1] + row[at:] for row in rows]
     return b"\n".join(b"\t".join(new if rng.random() < share else row) for row, new in zip(rows, spoilt))
 
 
 def relabel(rng, content):
     old = rng.choice([b"entailment", b"neutral", b"0", b"1", b"2.0"])
-    return content.replace(old, rng.choice([b"", b"Entailment", b"2", b" 1", b"nan", b"1_0", b"-1", b"7"]), rng.randint(1, 30))
+    new = rng.choice([b"", b"Entailment", b"2", b" 1", b"nan", b"1_0", b"-1", b"7"])
+    return content.replace(old, new, rng.randint(1, 30))
 
 
 def line_ends(rng, content):
@@ -98,7 +101,7 @@ def value(rng, content):
     if rng.random() < 0.2:
         del node[key]
     else:
-        node[key] = rng.choice([None, True, -1, 0, 1, 2, 3, 7, 10**9, 10**30, 0.5, 1e-30, 1e30, "", "x", "gelu", [], {}, [[1]]])
+        node[key] = rng.choice(VALUES)
     return json.dumps(tree).encode()
 
 
@@ -118,7 +121,9 @@ def reading(content, task):
     header = list(task.header) or lines.pop(0).split("\t")
     rows = [line.split("\t") for line in lines]
     names = [*task.texts, task.label]
-    if not rows or any(header.count(name) != 1 for name in names) or any(len(row) != len(header) for row in rows):
+    if not rows or any(header.count(name) != 1 for name in names):
+        return None
+    if any(len(row) != len(header) for row in rows):
         return None
     fields = [[row[header.index(name)] for name in names] for row in rows]
     labels = []
@@ -159,18 +164,22 @@ def test_spoilt_task_files(tmp_path):
 
 # --- 500 checkpoints, tokenizers, adapters, states ----------------------------------------------------------
 
+OWN = "--train-file train.tsv --dev-file dev.tsv --max-len 32 --batch-size 8"
+
+
 @pytest.fixture
 def finished(cli):
     """A finished run on a copy of a checkpoint, and small data: all that can be spoilt, and what is right."""
     for name, seed in (("train", 0), ("dev", 1)):
-        Path(f"{name}.tsv").write_text("sentence\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in sentences(24, seed)))
+        rows = [f"{text}\t{label}\n" for text, label in sentences(24, seed)]
+        Path(f"{name}.tsv").write_text("sentence\tlabel\n" + "".join(rows))
     for kind in ("deberta", "bert"):
         shutil.copytree(cli.models[kind], kind)
         if kind == "deberta":                              # as the Hub ships DeBERTaV3
             torch.save(hub.read_weights(kind), Path(kind, "pytorch_model.bin"))
             Path(kind, "model.safetensors").unlink()
-        assert cli(f"--train-file train.tsv --dev-file dev.tsv --model {kind} --out run-{kind} --max-len 32 --lr 0.02",
-                   "--batch-size 8 --max-steps 6 --init orthonormal").status == 0
+        words = f"--model {kind} --out run-{kind} --lr 0.02 --max-steps 6 --init orthonormal"
+        assert cli(OWN, words).status == 0
     return cli
 
 
@@ -206,9 +215,8 @@ def test_spoilt_checkpoints_and_adapters(finished):
 
 
 def test_spoilt_checkpoints_in_training(finished):
-    """Oracle: the promise. A base model is the user's own: what loads must train, or be refused before it begins."""
+    """Oracle: the promise. A base model is the user's own: what loads must train, or be refused before."""
     rng, outcomes = random.Random(3), Counter()
-    words = "--train-file train.tsv --dev-file dev.tsv --out new --overwrite --max-len 32 --batch-size 8 --max-steps 1"
     with soon("training", 120):
         for kind in ("deberta", "bert"):
             for pattern, ways in FILES[:3]:
@@ -216,8 +224,8 @@ def test_spoilt_checkpoints_in_training(finished):
                 whole = path.read_bytes()
                 for _ in range(15):
                     path.write_bytes(rng.choice(ways)(rng, whole))
-                    done = finished(words, "--model", kind)
-                    assert done.status in (0, 1, 2) and len(done.errors) == (done.status > 0), (done.err, path)
+                    done = finished(OWN, f"--out new --overwrite --max-steps 1 --model {kind}")
+                    assert done.status in (0, 1, 2) and len(done.errors) == (done.status > 0), done.err
                     assert "not finite" in done.err if done.status == 1 else True
                     outcomes[done.status] += 1
                 path.write_bytes(whole)
@@ -227,12 +235,12 @@ def test_spoilt_checkpoints_in_training(finished):
 def test_spoilt_states(finished):
     """Oracle: the state that was saved; or one sentence with the file's name."""
     rng, outcomes, path = random.Random(4), Counter(), Path("run-bert/last.pt")
-    whole, right = path.read_bytes(), runs.digest(runs.load_state("run-bert"))
+    whole, right = path.read_bytes(), frozen(runs.load_state("run-bert"))
     with soon("loading", 60):
         for _ in range(100):
             path.write_bytes(rng.choice([flip, cut, insert, move])(rng, whole))
             try:
-                assert runs.digest(runs.load_state("run-bert")) == right
+                assert frozen(runs.load_state("run-bert")) == right
                 outcomes["used"] += 1
             except (ValueError, OSError) as error:
                 assert str(path) in str(error) and "\n" not in str(error)
@@ -243,24 +251,24 @@ def test_spoilt_states(finished):
 # --- 40 through the command line ----------------------------------------------------------------------------
 
 def test_spoilt_files_from_the_command_line(finished):
-    """Oracle: the promise: the outcome of the whole files, or one error line, and status 2 or (diverged) 1."""
-    rng, outcomes = random.Random(5), Counter()
-    Path("run-bert/result.json").rename("result.json")
-    places = {"train.tsv": [insert, flip, cut, columns, line_ends], "dev.tsv": [insert, flip, cut, columns, encoding],
-              "bert/config.json": [value, flip, cut], "bert/tokenizer.json": [value, flip, cut],
-              "bert/model.safetensors": [flip, cut, insert], "run-bert/last.pt": [flip, cut],
-              "run-bert/adapter.safetensors": [flip, cut], "run-bert/result.json": [value, flip, cut]}
-    Path("result.json").rename("run-bert/result.json")
-    before = outcome("run-bert")
+    """Oracle: the promise: it works, or there is one error line and status 2 or, where it diverged, 1."""
+    rng, outcomes, before = random.Random(5), Counter(), outcome("run-bert")
+    new = f"{OWN} --model bert --out new --overwrite --max-steps 2"
+    evaluation = "--eval run-bert/adapter.safetensors --dev-file dev.tsv --model bert"
+    places = {"train.tsv": (new, insert, flip, cut, columns, line_ends),
+              "dev.tsv": (new, insert, flip, cut, columns, encoding),
+              "bert/config.json": (new, value, flip, cut), "bert/tokenizer.json": (new, value, flip, cut),
+              "bert/model.safetensors": (new, flip, cut, insert),
+              "run-bert/adapter.safetensors": (evaluation, flip, cut),
+              "run-bert/result.json": ("--resume run-bert", value, flip, cut),
+              "run-bert/last.pt": ("--resume run-bert", flip, cut)}
     with soon("the command line", 120):
         for i in range(40):
             path = Path(list(places)[i % len(places)])
+            command, *ways = places[str(path)]
             whole = path.read_bytes()
-            path.write_bytes(rng.choice(places[str(path)])(rng, whole))
-            done = finished({"last.pt": "--resume run-bert", "result.json": "--resume run-bert",
-                             "adapter.safetensors": "--eval run-bert/adapter.safetensors --dev-file dev.tsv --model bert"}.get(
-                path.name, "--train-file train.tsv --dev-file dev.tsv --model bert --out new --overwrite --max-len 32 "
-                           "--batch-size 8 --max-steps 2"))
+            path.write_bytes(rng.choice(ways)(rng, whole))
+            done = finished(command)
             assert done.status in (0, 1, 2) and len(done.errors) == (done.status > 0), (path, done.err)
             assert all(line.startswith("error: ") for line in done.errors), done.err
             outcomes[done.status] += 1

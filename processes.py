@@ -1,0 +1,98 @@
+"""What a run has to do with the machine: its device, the other processes of torchrun, Ctrl-C and SIGTERM."""
+import os
+import signal
+
+import torch
+import torch.distributed as dist
+
+import hub
+
+
+def join(name):
+    """(torch.device, rank, number of processes); where torchrun started this one, together with the others.
+
+    The device of that name, or the first there is of cuda, mps and cpu; each process has a GPU of its own.
+    """
+    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    wanted = name or found
+    try:
+        gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        device = torch.zeros(1, device=gpu if wanted == "cuda" else wanted).device
+        assert device.type in ("cuda", "mps", "cpu")
+    except (RuntimeError, AssertionError) as e:            # unknown, absent, or torch was built without it
+        raise ValueError(f"--device {wanted} cannot be used here: leave it out or give {found}") from e
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, dist.get_rank() if world > 1 else 0, world
+
+
+def together(operation, *arguments):
+    """An operation of all processes. Where one has died the others end with a sentence instead of waiting."""
+    try:
+        operation(*arguments)
+    except RuntimeError as e:
+        raise ConnectionError(f"another process of this run has ended ({hub.one_line(e, 100)}): see what it "
+                              "says; --resume goes on from last.pt") from e
+
+
+def wait_for_all():
+    if dist.is_initialized():
+        together(dist.barrier)
+
+
+def sum_up(tensors):
+    """Add up tensors over all processes, in place and in one message."""
+    if dist.is_initialized():
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        together(dist.all_reduce, flat)
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(part.view_as(tensor))
+
+
+def gradients(parameters):
+    """The gradients; zeros for a parameter that got none, as in a process without a row of a small batch."""
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    return [p.grad for p in parameters]
+
+
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM arrived, and the run can be saved. status: for the shell."""
+
+    def __init__(self, number, run):
+        super().__init__(f"stopped after step {run.step} of {run.T}: --resume {run.out} goes on")
+        self.status = 128 + number
+
+
+class Signals:
+    """Inside `with`, Ctrl-C and SIGTERM are only noted; check() raises Stopped where the state is whole."""
+
+    def __enter__(self):
+        self.number = 0
+        self.previous = {n: signal.signal(n, self.note) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, frame):
+        if self.number:
+            raise KeyboardInterrupt                        # the second one does not wait
+        self.number = number
+
+    def check(self, run):
+        """Several processes agree first, every 10 steps, so that none waits for another that has stopped."""
+        if run.world == 1:
+            highest = self.number
+        elif run.step % 10 == 0:
+            highest = torch.tensor(float(self.number), device=run.device)
+            together(dist.all_reduce, highest, dist.ReduceOp.MAX)
+        else:
+            return
+        if highest:
+            raise Stopped(int(highest), run)
+
+    def __exit__(self, *exception):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,53 @@
+"""Tests of demo.py: what `--task demo` promises."""
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import demo
+import model as models
+import train
+from lora2 import lora2_layers
+
+
+def test_checkpoint_is_like_any_other(tmp_path):
+    """Oracle: what the loader of the Hub's checkpoints makes of the folder, seed by seed."""
+    nets = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        demo.write_random_model(tmp_path / name, seed)
+        nets.append(models.from_pretrained(tmp_path / name, 2).backbone.state_dict())
+    assert all(torch.equal(nets[0][key], nets[1][key]) for key in nets[0])
+    assert not torch.equal(*(nets[i]["embeddings.word_embeddings.weight"] for i in (0, 2)))
+    assert data.load_tokenizer(tmp_path / "a").get_vocab() == data.demo_tokenizer().get_vocab()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_demo(tmp_path, monkeypatch, capsys, seed):
+    """Oracle: the promised bounds; the formula of the count; the base model, with the adapter switched off."""
+    monkeypatch.chdir(tmp_path)
+    before, threads = time.process_time(), torch.get_num_threads()
+    results = demo.main({"task": "demo", "seed": seed})
+    torch.set_num_threads(threads)
+    seconds = time.process_time() - before
+    head, lora2, full = (result["last"]["scores"]["dev"]["accuracy"] for result in results.values())
+    text = capsys.readouterr().out
+    print(f"seed {seed}: head {head}, LoRA² {lora2}, full {full}, {seconds:.0f} s of one core")
+    assert head <= 0.80 and lora2 >= 0.95 and full >= 0.95 and seconds <= 60
+
+    adapted = results["LoRA² k=1, pruned"]
+    assert adapted["adapter_parameters"] == 2 * (4 * (128 + 24) + 2 * (96 + 24)) and adapted["kept"] == 2 * 6 * 2
+    row = text.splitlines()[-2].split()
+    assert row[-6:] == [f"{lora2:.3f}", "1,696", "4,290", "24", "of", "96"] and "layers 0 to 1" in text
+
+    run = train.start({"eval": "runs/demo/lora2/adapter.safetensors", "model": "runs/demo/base"})
+    base = models.from_pretrained("runs/demo/base", 2)
+    batch = next(data.batches(run.data["dev"], 100))
+    hidden = [net.eval().encode(*batch[:3]) for net in (run.net, base)]
+    assert not torch.allclose(*hidden, atol=0.1)
+    for _, layer in lora2_layers(run.net):
+        layer.lam.data.zero_()
+    assert torch.equal(run.net.encode(*batch[:3]), hidden[1])
+    assert Path("runs/demo/lora2/ranks.json").exists()
