@@ -66,13 +66,9 @@ class LoRA2Linear(nn.Module):
 
     def forward(self, x):
         """x (..., d_in) → (..., d_out), without building ΔW (the authors do: +134 % FLOPs at 128 tokens)."""
-        rows = x.reshape(-1, self.in_features)             # (N, d_in)
-        y = self.base(rows)                                # (N, d_out), in the base's dtype or autocast's
-        if self.base._forward_hooks or self.base._backward_hooks or self.base._backward_pre_hooks:
-            y = y.clone()                                  # (N, d_out): a hook may hold y; else it is ours
-        h = rows.to(y.dtype) @ self.v.to(y.dtype) @ self.core().to(y.dtype)        # (N, k) twice
-        y.addmm_(h, self.V.to(y.dtype))                    # (N, d_out), in place: no second one
-        return y.view(*x.shape[:-1], self.out_features)
+        y = self.base(x)                                   # (..., d_out), in the base's dtype or autocast's
+        h = x.to(y.dtype) @ self.v.to(y.dtype) @ self.core().to(y.dtype)       # (..., k) twice
+        return y + h @ self.V.to(y.dtype)
 
     @property
     def weight(self):
@@ -145,10 +141,13 @@ def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
     """R of Eq. 5, a scalar: the mean over the adapters, without gamma. Add it once per optimizer step.
 
     Per adapter, in squared Frobenius norms: ‖vᵀv−I‖² + ‖uuᵀ−I‖² ("uv"), ‖VVᵀ−I‖² + ‖UᵀU−I‖² ("UV"),
-    ‖PᵀP−I‖² + ‖QQᵀ−I‖² ("PQ"); `terms` chooses, as Table 3 does. Paper: "uv" on the large sides, vvᵀ and uᵀu;
-    as ‖AAᵀ−I_n‖² = ‖AᵀA−I_k‖² + n − k, that is a constant more and the same gradient. Authors' code: norms
-    not squared, P and Q detached, an UnboundLocalError. Neither says how to combine layers; a sum over 72
-    would swamp the task loss (gamma · sum = 135 at k = 1), so ours is the mean.
+    ‖PᵀP−I‖² + ‖QQᵀ−I‖² ("PQ"); `terms` chooses, as Table 3 does. Only k×k products are formed: with
+    X = (vᵀv)(uuᵀ), whose powers have the traces of those of PᵀP, ‖PᵀP−I_r‖² = tr((X−I_k)²) + r − k.
+
+    Paper: "uv" on the large sides, vvᵀ and uᵀu; as ‖AAᵀ−I_n‖² = ‖AᵀA−I_k‖² + n − k, that is a constant more
+    and the same gradient. Authors' code: norms not squared, P and Q detached, an UnboundLocalError. Neither
+    says how to combine layers; a sum over 72 would swamp the task loss (gamma · sum = 135 at k = 1), so ours
+    is the mean.
     """
     groups = {}                                            # layers of one shape are multiplied together
     for _, layer in lora2_layers(model):
@@ -161,11 +160,12 @@ def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
         Gv = torch.cat([bmm(v.mT, v) for v in (stack("v", group) for group in groups.values())])   # (n, k, k)
         GV = torch.cat([bmm(V, V.mT) for V in (stack("V", group) for group in groups.values())])   # (n, k, k)
         u, U = stack("u", layers), stack("U", layers)                          # (n, k, r), (n, r, k)
-        grams = {"uv": (Gv, bmm(u, u.mT)), "UV": (GV, bmm(U.mT, U)),           # (n, k, k)
-                 "PQ": (bmm(u.mT, bmm(Gv, u)), bmm(U, bmm(GV, U.mT)))}         # (n, r, r), as PᵀP = uᵀ(vᵀv)u
-        eye = lambda G: torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
-        pairs = [torch.cat(grams[term]) for term in grams if term in terms]
-        return sum((G - eye(G)).square().sum() for G in pairs) / len(layers)
+        Gu, GU = bmm(u, u.mT), bmm(U.mT, U)                                    # (n, k, k)
+        grams = {"uv": [Gv, Gu], "UV": [GV, GU], "PQ": [bmm(Gv, Gu), bmm(GV, GU)]}
+        k, r = u.shape[1:]
+        E = torch.cat([G for term in grams if term in terms for G in grams[term]])
+        E = E - torch.eye(k, dtype=E.dtype, device=E.device)                   # (2n · groups, k, k)
+        return (E * E.mT).sum() / len(layers) + 2 * (r - k) * ("PQ" in terms)  # tr(E²) of each
 
 
 def orthogonality_floor(k, r, terms=("uv", "UV", "PQ")):
