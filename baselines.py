@@ -16,6 +16,7 @@ import math
 import torch
 from torch import nn
 
+from fast import FastLoRA2Linear, linear_with_update
 from lora2 import (LoRA2Linear, RankPruner, add_lora2, check_base, lora2_layers, orthogonality_floor,
                    orthogonality_loss)
 
@@ -53,11 +54,8 @@ class LoRALinear(LoRA2Linear):
 
     def forward(self, x):
         """x (..., d_in) → (..., d_out)."""
-        rows = x.reshape(-1, self.in_features)
-        y = self.base(rows)                                # (N, d_out)
-        down, up = (factor.to(y.dtype) for factor in self.down_up())           # (d_in, r), (r, d_out)
-        y = y.addmm_(rows.to(y.dtype) @ down, up, alpha=self.scale)
-        return y.view(*x.shape[:-1], self.out_features)
+        down, up = self.down_up()
+        return linear_with_update(self.base, x, down, self.scale * up)
 
 
 class AdaLoRALinear(LoRALinear):
@@ -132,7 +130,7 @@ class SparseGates:
         pass
 
 
-LAYERS = {"lora2": LoRA2Linear, "lora": LoRALinear, "adalora": AdaLoRALinear, "sora": SoRALinear}
+LAYERS = {"lora2": FastLoRA2Linear, "lora": LoRALinear, "adalora": AdaLoRALinear, "sora": SoRALinear}
 
 
 def add_method(method, model, targets, head, k, r, alpha, init):
@@ -193,8 +191,8 @@ def surviving_parameters(model, kept, trained):
     total = 0
     for name, layer in lora2_layers(model):
         n, ends = kept[name], layer.in_features + layer.out_features
-        if type(layer) is LoRA2Linear:
-            total += n * (1 + 2 * layer.k) + (layer.k * ends if n else 0)
-        else:
+        if isinstance(layer, LoRALinear):
             total += n * (1 + ends)                        # AdaLoRA: Λ_i, P_·i, Q_i·. SoRA: g_i, A_i·, B_·i
+        else:
+            total += n * (1 + 2 * layer.k) + (layer.k * ends if n else 0)
     return total

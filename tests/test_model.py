@@ -248,8 +248,34 @@ def test_gradients_equal_transformers(hf, tmp_path, family, labels, T):
         assert gradients[name].norm() > 0, name
 
 
+@pytest.fixture
+def plain_dropout(monkeypatch):
+    """Our Dropout by F.dropout, which make_golden.visible_dropout() replaces."""
+    monkeypatch.setattr(M.Dropout, "forward", torch.nn.Dropout.forward)
+
+
+@pytest.mark.parametrize("p, shape", [(0.1, (331, 301)), (0.5, (7, 11, 1001)), (1e-6, (10,)), (1.0, (3, 5))])
+def test_dropout(p, shape):
+    """Oracle: the binomial distribution within five standard deviations, torch's nn.Dropout for the rest."""
+    ours, x = M.Dropout(p), torch.full(shape, 3.0, requires_grad=True)
+    torch.manual_seed(0)
+    y = ours(x)
+    y.sum().backward()
+    kept, n = (y != 0).sum().item(), y.numel()
+    assert abs(kept - n * (1 - p)) <= 5 * math.sqrt(n * p * (1 - p)) + n / 2**16
+    assert torch.equal(y, 3 * x.grad) and y.dtype == x.dtype
+    if kept:
+        assert y.max() == y[y != 0].min() and abs(y.max().item() - 3 / (1 - p)) < 3e-4
+    if 0.1 <= p < 1:                                       # neighbours and passes are independent
+        dropped = (y == 0).float().flatten() - p
+        again = (ours(x) == 0).float().flatten() - p
+        for other in [again] + [dropped.roll(i) for i in (1, 2, 3, 4, shape[-1])]:
+            assert abs((dropped * other).mean()) < 5 * p * (1 - p) / math.sqrt(n) + 1 / 2**15
+    assert ours.eval()(x) is x and M.Dropout(0.0)(x) is x
+
+
 @FAMILIES
-def test_dropout_sits_where_transformers_has_it(hf, tmp_path, family):
+def test_dropout_sits_where_transformers_has_it(hf, tmp_path, family, plain_dropout):
     """Oracle: transformers. Dropout is mocked by a visible factor; places, p and outputs are the same."""
     theirs, ours = pair(hf, tmp_path, NARROW[family] | make_golden.DROPOUT)
     ids, mask, types = batch = rows(NARROW[family], [20, 20, 20])
@@ -333,7 +359,7 @@ def test_saved_tokenizer_opens_in_transformers(hf, tmp_path, family):
 # --- without transformers: golden values, a slow gather, buckets by hand -----------------------------------
 
 @pytest.mark.parametrize("case", list(make_golden.CASES))
-def test_golden_values(case):
+def test_golden_values(case, plain_dropout):
     """Oracle: what transformers computed in float64 for weights by formula (make_golden.py)."""
     golden = json.loads(make_golden.GOLDEN.read_text())["cases"][case]
     config, labels, lengths = make_golden.CASES[case]

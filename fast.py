@@ -1,0 +1,83 @@
+"""LoRA² with fewer operations and fewer passes over memory: what train.py runs. Read lora2.py instead.
+
+    add_lora2(model, targets, ..., layer=FastLoRA2Linear)      # the same parameters, files and functions
+    with shared_cores(model):                                  # if you like: around one forward pass
+        loss = ...
+
+The numbers are those of LoRA2Linear but for rounding, which tests/test_fast.py takes as its oracle.
+"""
+import contextlib
+
+import torch
+import torch.nn.functional as F
+
+from lora2 import LoRA2Linear, lora2_layers
+
+
+class LinearWithUpdate(torch.autograd.Function):
+    """y = x Wᵀ + b + (x down) up with W and b frozen: x (N, d_in), down (d_in, k), up (k, d_out), y (N, d_out).
+
+    Autograd would compute the update, and its share of ∂L/∂x, in arrays as large as y and x and then add them
+    up. Here the products add into what is there: addmm_. Only x and x down (N, k) are kept for the backward.
+    """
+
+    @staticmethod
+    def forward(ctx, x, W, b, down, up):
+        y = F.linear(x, W, b)                              # (N, d_out)
+        z = x @ down                                       # (N, k)
+        ctx.save_for_backward(x, W, z, down, up)
+        return y.addmm_(z, up)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, W, z, down, up = ctx.saved_tensors
+        dz = dy @ up.T                                     # (N, k)
+        dx = (dy @ W).addmm_(dz, down.T) if ctx.needs_input_grad[0] else None  # (N, d_in)
+        return dx, None, None, x.T @ dz, z.T @ dy
+
+
+def linear_with_update(base, x, down, up):
+    """base(x) + x down up for a frozen nn.Linear: x (..., d_in) → (..., d_out), in the dtype of base(x)."""
+    kind, dtype = x.device.type, x.dtype
+    if torch.is_autocast_enabled(kind) and dtype != torch.float64:             # as autocast treats nn.Linear
+        dtype = torch.get_autocast_dtype(kind)
+    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+        return base(x) + x.to(dtype) @ down.to(dtype) @ up.to(dtype)           # hooks are to see the base
+    b = None if base.bias is None else base.bias.to(dtype)
+    y = LinearWithUpdate.apply(x.reshape(-1, x.shape[-1]).to(dtype), base.weight.to(dtype), b, down.to(dtype),
+                               up.to(dtype))
+    return y.view(*x.shape[:-1], base.out_features)
+
+
+class FastLoRA2Linear(LoRA2Linear):
+    """LoRA2Linear with another order of the same products: down = v, up = C V."""
+
+    shared = None                                          # C while shared_cores() is active
+
+    def core(self):
+        return super().core() if self.shared is None else self.shared
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            up = self.core() @ self.V                      # (k, k) @ (k, d_out)
+        return linear_with_update(self.base, x, self.v, up)
+
+
+@contextlib.contextmanager
+def shared_cores(model):
+    """Within it the cores C = scale · u diag(Λ) U of all adapters are one batched product, not one each.
+
+    For one forward pass with its backward pass: the cores do not follow the weights while it is open. Not for
+    gradient checkpointing, which would run forward passes of its own after its end.
+    """
+    layers = [layer for _, layer in lora2_layers(model) if isinstance(layer, FastLoRA2Linear)]
+    if layers:
+        u, lam, U = (torch.stack([getattr(layer, name) for layer in layers]) for name in ("u", "lam", "U"))
+        cores = layers[0].scale * (u * lam[:, None]) @ U   # (n, k, r) · (n, 1, r) @ (n, r, k)
+        for layer, core in zip(layers, cores.unbind()):
+            layer.shared = core
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.shared = None

@@ -1,0 +1,184 @@
+"""fast.py against lora2.py: the version to read is the oracle of the version that runs."""
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import baselines
+from fast import FastLoRA2Linear, LinearWithUpdate, linear_with_update, shared_cores
+from lora2 import LoRA2Linear, add_lora2, lora2_layers, lora2_state_dict
+
+
+def twins(k=2, r=4, bias=True, dtype=torch.float64, sizes=(6, 9)):
+    """The same layer twice, plain and fast, with random factors."""
+    torch.manual_seed(k + r)
+    base = nn.Linear(*sizes, bias=bias, dtype=dtype)
+    layers = [kind(copy.deepcopy(base), k, r) for kind in (LoRA2Linear, FastLoRA2Linear)]
+    with torch.no_grad():
+        for (name, plain), (_, fast) in zip(*(layer.named_parameters() for layer in layers)):
+            if not name.startswith("base"):
+                fast.copy_(plain.normal_())
+    return layers
+
+
+def outcome(layer, x, weight=None):
+    """Output, gradient of the input (None if it needs none), gradients of the factors of Σ weight · y."""
+    layer.zero_grad()
+    x = x.detach().clone().requires_grad_(x.requires_grad)
+    y = layer(x)
+    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+    return [y.detach(), x.grad, *(getattr(layer, name).grad for name in ("v", "u", "lam", "U", "V"))]
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6), (6,), (1, 6), (2, 1, 3, 6)])
+@pytest.mark.parametrize("k, r, bias", [(1, 1, True), (1, 4, False), (3, 2, True), (6, 6, False)])
+def test_same_function_and_gradients(shape, k, r, bias):
+    """Oracle: LoRA2Linear in float64, with and without a gradient for the input, also from a view."""
+    plain, fast = twins(k, r, bias)
+    x = torch.randn(shape, dtype=torch.float64)
+    for given in (x, x.clone().requires_grad_(), torch.stack([x, x], -1)[..., 0].requires_grad_()):
+        for ours, theirs in zip(outcome(fast, given), outcome(plain, given), strict=True):
+            assert (ours is None) == (theirs is None)
+            assert ours is None or (ours - theirs).abs().max() < 1e-12
+    with torch.no_grad():
+        assert torch.allclose(fast(x), plain(x), rtol=0, atol=1e-12)
+    assert fast.base.weight.grad is None
+
+
+def test_gradients_by_finite_differences():
+    """Oracle: torch.autograd.gradcheck, of all that has a gradient."""
+    torch.manual_seed(0)
+    x, down, up = (torch.randn(shape, dtype=torch.float64, requires_grad=True)
+                   for shape in ((4, 5), (5, 2), (2, 3)))
+    W, b = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x, down, up: LinearWithUpdate.apply(x, W, b, down, up), (x, down, up))
+
+
+@pytest.mark.parametrize("base_dtype, autocast", [(torch.float32, True), (torch.bfloat16, False),
+                                                  (torch.bfloat16, True), (torch.float64, True)])
+def test_precisions(base_dtype, autocast):
+    """Oracle: LoRA2Linear: same dtypes of output and gradients, numbers to the rounding of bfloat16."""
+    layers = twins(dtype=base_dtype, sizes=(32, 48))
+    x = torch.randn(7, 32, dtype=base_dtype, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        plain, fast = (outcome(layer, x) for layer in layers)
+    for ours, theirs in zip(fast, plain, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours - theirs).abs().max() <= (0.05 if base_dtype != torch.float64 else 1e-12) * theirs.abs().max()
+    assert layers[1].v.grad.dtype == torch.promote_types(base_dtype, torch.float32)
+
+
+def test_hooks_see_the_base():
+    """Oracle: the base layer alone."""
+    _, fast = twins()
+    x, seen = torch.randn(5, 6, dtype=torch.float64), []
+    free = fast(x)
+    handle = fast.base.register_forward_hook(lambda module, args, y: seen.append(y))
+    hooked = fast(x)
+    assert torch.allclose(hooked, free) and torch.equal(seen[0], F.linear(x, fast.base.weight, fast.base.bias))
+    handle.remove()
+    fast.base.register_forward_pre_hook(lambda module, args: seen.append(args))
+    fast(x)
+    assert len(seen) == 2
+
+
+def network(layer=FastLoRA2Linear):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    add_lora2(net, ["0", "2", "4"], k=2, r=3, layer=layer)
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.requires_grad:
+                p.normal_()
+    return net
+
+
+def gradients(net):
+    return [p.grad for p in net.parameters() if p.requires_grad]
+
+
+def test_shared_cores():
+    """Oracle: the same passes without it. Afterwards nothing is left; other adapters are left alone."""
+    net, x = network(), torch.randn(5, 6, dtype=torch.float64)
+    apart = net(x)
+    apart.square().sum().backward()
+    expected = [g.clone() for g in gradients(net)]
+    net.zero_grad()
+    with shared_cores(net):
+        together = net(x)
+    together.square().sum().backward()
+    assert torch.allclose(together, apart, rtol=0, atol=1e-12)
+    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(gradients(net), expected, strict=True))
+    with pytest.raises(ZeroDivisionError), shared_cores(net):
+        1 / 0
+    with torch.no_grad():
+        for _, layer in lora2_layers(net):
+            layer.lam.zero_()                              # the cores follow the weights again
+    base = nn.Sequential(*(m.base if hasattr(m, "base") else m for m in net))
+    assert torch.equal(net(x), base(x))
+    with shared_cores(network(LoRA2Linear)), shared_cores(nn.Linear(2, 2)):
+        pass
+
+
+def test_where_people_use_it():
+    """Oracle: the plain forward and backward pass: copies, pickles, torch.compile, gradient checkpointing."""
+    net, x = network(), torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    y = net(x)
+    y.square().sum().backward()
+    expected = [g.clone() for g in gradients(net)]
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(other(x), y) and lora2_state_dict(other).keys() == lora2_state_dict(net).keys()
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    for run in (compiled, lambda x: checkpoint(net, x, use_reentrant=False)):
+        net.zero_grad()
+        again = run(x)
+        again.square().sum().backward()
+        assert torch.allclose(again, y)
+        assert all(torch.allclose(a, b) for a, b in zip(gradients(net), expected, strict=True))
+
+
+class Count(TorchDispatchMode):
+    """How many operations make an array of at least `size` elements."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.n = size, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        returns = function._schema.returns
+        makes = isinstance(out, torch.Tensor) and (not returns[0].alias_info or returns[0].alias_info.is_write)
+        self.n += bool(makes and out.numel() >= self.size)
+        return out
+
+
+def test_fewer_passes_over_large_arrays():
+    """Oracle: counted by hand. Fast: W0, update; dy W0, update. Plain: a product and a sum more, each way."""
+    plain, fast = twins(sizes=(40, 50))
+    counts = []
+    for layer in (plain, fast):
+        x = torch.randn(60, 40, dtype=torch.float64, requires_grad=True)
+        with Count(60 * 40) as forward:
+            y = layer(x)
+        dy = torch.ones_like(y)
+        with Count(60 * 40) as backward:
+            y.backward(dy)
+        counts.append((forward.n, backward.n))
+    assert counts == [(3, 3), (2, 2)]
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora", "sora"])
+def test_the_other_methods_use_it(method, monkeypatch):
+    """Oracle: delta_weight(), the dense update, and that linear_with_update() is what was called."""
+    layer = baselines.LAYERS[method](nn.Linear(6, 9, dtype=torch.float64), r=3)
+    for p in layer.parameters():
+        nn.init.normal_(p)
+    calls, x = [], torch.randn(4, 6, dtype=torch.float64)
+    monkeypatch.setattr(baselines, "linear_with_update", lambda *args: calls.append(1) or linear_with_update(*args))
+    y = layer(x)
+    assert torch.allclose(y, layer.base(x) + x @ layer.delta_weight().T, rtol=0, atol=1e-12) and calls == [1]
