@@ -33,7 +33,7 @@ class LinearWithUpdate(torch.autograd.Function):
         x, W, z, down, up = ctx.saved_tensors
         dz = dy @ up.T                                     # (N, k)
         dx = (dy @ W).addmm_(dz, down.T) if ctx.needs_input_grad[0] else None  # (N, d_in)
-        return dx, None, None, x.T @ dz, z.T @ dy
+        return dx, None, None, (dz.T @ x).T, z.T @ dy      # not x.T @ dz: 5 to 9 times as slow at k = 8 on a CPU
 
 
 def linear_with_update(base, x, down, up):
