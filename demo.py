@@ -25,8 +25,9 @@ CONFIG = {"model_type": "deberta-v2", "hidden_size": 64, "num_hidden_layers": 2,
           "max_position_embeddings": 32, "position_buckets": 16, "initializer_range": 0.05,
           "norm_rel_ebd": "layer_norm", "relative_attention": True, "position_biased_input": False,
           "share_att_key": True, "pos_att_type": "p2c|c2p"}
-PRETRAINING = ["--method", "full", "--lr", "2e-3", "--batch-size", "64", "--epochs", "6",
-               "--eval-steps", "100", "--stop-at", "0.995"]
+PRETRAINING = ["--method", "full", "--lr", "2e-3", "--warmup", "85", "--batch-size", "64", "--epochs", "6",
+               "--max-len", "16", "--head-dropout", "0", "--weight-decay", "0", "--eval-steps", "100",
+               "--stop-at", "0.995"]
 WAYS = {"head only": ["--method", "head", "--lr", "5e-3"],
         "LoRA² k=1, pruned": ["--method", "lora2", "--k", "1", "--init", "orthonormal"],
         "full fine-tuning": ["--method", "full", "--lr", "1e-3"]}
@@ -55,11 +56,21 @@ def write_random_model(folder, seed):
     return config
 
 
-def train_one(model, out, seed, extra, task=None):
-    """One run, as by `train.py --task demo` with these options; returns the finished run."""
-    given = options.parse(["--task", "demo", "--model", str(model), "--out", str(out), "--overwrite",
-                           "--seed", str(seed), *extra])
-    run = train.start(given, task)
+def write_pretraining_data(folder):
+    """train.tsv and dev.tsv of the question to pretrain on, as a user's own data; returns their options."""
+    words = []
+    for name, split in data.load_task(data.DEMO_PRETRAIN).items():
+        path = folder / f"{name}.tsv"
+        rows = (f"{text}\t{label}\n" for (text,), label in zip(split.texts, split.labels))
+        runs.write_file(path, "sentence\tlabel\n", *rows)
+        words += [f"--{name}-file", str(path)]
+    return words
+
+
+def train_one(model, out, seed, *words):
+    """One run, as by train.py with these options; returns the finished run."""
+    run = train.start(options.parse(["--model", str(model), "--out", str(out), "--overwrite",
+                                     "--seed", str(seed), *words]))
     train.complete(run)
     return run
 
@@ -77,12 +88,13 @@ def main(given):
     torch.set_num_threads(1)                               # matrices this small are slower on several cores
     print("1. Pretraining a small DeBERTa. The question: of which class is the word that the cue names?\n")
     config = write_random_model(out / "random", seed)
-    pretrained = train_one(out / "random", out / "pretraining", seed, PRETRAINING, data.DEMO_PRETRAIN)
+    question = write_pretraining_data(out / "random")
+    pretrained = train_one(out / "random", out / "pretraining", seed, *question, *PRETRAINING)
     write_checkpoint(out / "base", config, pretrained.net.state_dict())
     print("\n2. A new question for the frozen model: is the word of role 3 of class 2 or 3?")
     for way, extra in WAYS.items():
         print(f"\n{way}")
-        train_one(out / "base", out / extra[1], seed, extra)
+        train_one(out / "base", out / extra[1], seed, "--task", "demo", *extra)
     results = {way: hub.read_json(out / extra[1] / "result.json") for way, extra in WAYS.items()}
     print("\n3. On 1,000 sentences that were never seen:\n\n" + " " * 19
           + "accuracy    adapter       head  kept singular values")

@@ -3,6 +3,8 @@
     add_lora2(model, targets, ..., layer=FastLoRA2Linear)      # the same parameters, files and functions
     with shared_cores(model):                                  # if you like: around one forward pass
         loss = ...
+    loss.backward()
+    add_gradients(gamma * orthogonality_loss(model), parameters)       # in place of a second backward()
 
 The numbers are those of LoRA2Linear but for rounding, which tests/test_fast.py takes as its oracle.
 """
@@ -15,10 +17,11 @@ from lora2 import LoRA2Linear, lora2_layers
 
 
 class LinearWithUpdate(torch.autograd.Function):
-    """y = x Wᵀ + b + (x down) up with W and b frozen: x (N, d_in), down (d_in, k), up (k, d_out), y (N, d_out).
+    """y = x Wᵀ + b + (x down) up, with W and b frozen.
 
-    Autograd would compute the update, and its share of ∂L/∂x, in arrays as large as y and x and then add them
-    up. Here the products add into what is there: addmm_. Only x and x down (N, k) are kept for the backward.
+    x (N, d_in), down (d_in, k), up (k, d_out) → y (N, d_out). Autograd would compute the update, and its share
+    of ∂L/∂x, in arrays as large as y and x and add them up afterwards. Here the products add into what is
+    there (addmm_), and only x and x down (N, k) are kept for the backward pass.
     """
 
     @staticmethod
@@ -33,7 +36,7 @@ class LinearWithUpdate(torch.autograd.Function):
         x, W, z, down, up = ctx.saved_tensors
         dz = dy @ up.T                                     # (N, k)
         dx = (dy @ W).addmm_(dz, down.T) if ctx.needs_input_grad[0] else None  # (N, d_in)
-        return dx, None, None, (dz.T @ x).T, z.T @ dy      # not x.T @ dz: 5 to 9 times as slow at k = 8 on a CPU
+        return dx, None, None, (dz.T @ x).T, z.T @ dy      # x.T @ dz takes 5 to 9 times as long at k = 8
 
 
 def linear_with_update(base, x, down, up):
@@ -81,3 +84,13 @@ def shared_cores(model):
     finally:
         for layer in layers:
             layer.shared = None
+
+
+def add_gradients(loss, parameters):
+    """loss.backward(), but all gradients are added to those that are there in one operation, not one each.
+
+    Every parameter that `loss` depends on must have a .grad already; the others are left alone.
+    """
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    pairs = [(p.grad, gradient) for p, gradient in zip(parameters, gradients) if gradient is not None]
+    torch._foreach_add_(*map(list, zip(*pairs)))

@@ -28,7 +28,7 @@ from torch import nn
 class LoRA2Linear(nn.Module):
     """A frozen nn.Linear plus the LoRA² update of Eq. 4, in fp32 whatever the base is (fp64 on an fp64 base).
 
-    base: the nn.Linear, kept as it is. k: projected dimension. r: number of singular values. alpha: scale =
+    base: the nn.Linear, frozen here. k: projected dimension. r: number of singular values. alpha: scale =
     alpha / r. init: "gaussian", N(0, 0.02²) as in the authors' code (the paper: "random Gaussian"), or
     "orthonormal" (ours): Eq. 5 starts at its floor and Λ gets useful gradients from the first step.
     """
@@ -65,7 +65,7 @@ class LoRA2Linear(nn.Module):
         return A.clone(memory_format=torch.contiguous_format), B.contiguous()
 
     def forward(self, x):
-        """x (..., d_in) → (..., d_out), without building ΔW (the authors do: +134 % FLOPs at 128 tokens)."""
+        """x (..., d_in) → (..., d_out), without building ΔW (the authors do: over twice the FLOPs)."""
         y = self.base(x)                                   # (..., d_out), in the base's dtype or autocast's
         h = x.to(y.dtype) @ self.v.to(y.dtype) @ self.core().to(y.dtype)       # (..., k) twice
         return y + h @ self.V.to(y.dtype)
@@ -104,7 +104,7 @@ def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
     targets: module names; one matches a module called exactly so or ending in "." + it ("query" matches
     "encoder.layer.0.attention.self.query"). trainable: dotted parts of parameter names that stay trainable,
     such as "classifier"; modules under them are trained in full, never adapted. layer: LoRA2Linear or a
-    subclass. If a name matches nothing or a match cannot be adapted, it says so and leaves all as it was.
+    subclass. A name without a match, or a match that cannot be adapted: ValueError, TypeError, no change.
     """
     require(not lora2_layers(model), "the model has LoRA² adapters already: name all targets in one call")
     targets, trainable = ({part} if isinstance(part, str) else set(part) for part in (targets, trainable))
@@ -143,7 +143,6 @@ def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
     Per adapter, in squared Frobenius norms: ‖vᵀv−I‖² + ‖uuᵀ−I‖² ("uv"), ‖VVᵀ−I‖² + ‖UᵀU−I‖² ("UV"),
     ‖PᵀP−I‖² + ‖QQᵀ−I‖² ("PQ"); `terms` chooses, as Table 3 does. Only k×k products are formed: with
     X = (vᵀv)(uuᵀ), whose powers have the traces of those of PᵀP, ‖PᵀP−I_r‖² = tr((X−I_k)²) + r − k.
-
     Paper: "uv" on the large sides, vvᵀ and uᵀu; as ‖AAᵀ−I_n‖² = ‖AᵀA−I_k‖² + n − k, that is a constant more
     and the same gradient. Authors' code: norms not squared, P and Q detached, an UnboundLocalError. Neither
     says how to combine layers; a sum over 72 would swamp the task loss (gamma · sum = 135 at k = 1), so ours
@@ -179,7 +178,8 @@ class RankPruner(nn.Module):
     target_rank: singular values per adapter at the end, on average. total_steps: T, in optimizer steps (never
     micro-batches). Of t = 1 .. T the first `warmup` keep all; then the budget falls along a cubic, with a new
     selection every `interval` steps, in which a pruned value may return; the last `final` steps hold the last
-    selection. importance: "reduced" (Eq. 9) or "full" (Eq. 8). A Module for its state_dict() alone.
+    selection. importance: "reduced" (Eq. 9) or "full" (Eq. 8); beta1, beta2: of its averages Ī and Ū. A
+    Module for its state_dict() alone. ValueError for what does not fit; step(): RuntimeError if misplaced.
     Call step() after optimizer.step() and before zero_grad(): it needs this step's gradients, and multiplies
     them with the weights after the step, as AdaLoRA's loop does.
     """

@@ -69,8 +69,9 @@ TARGETS = {kind: {"q": f"attention.self.{q}", "k": f"attention.self.{k}", "v": f
 # --- the blocks, bottom up ---------------------------------------------------------------------------------
 
 class Dropout(nn.Dropout):
-    """nn.Dropout, with cheaper randomness on a CPU: there most of its time goes into one Bernoulli number per
-    element, 6 % of a training step. 16 random bits each take a quarter of that; p is rounded to 1 / 65,536."""
+    """nn.Dropout, with cheaper randomness on a CPU: there most of its time goes into a Bernoulli number for
+    each element, 6 % of a training step. 16 random bits take a quarter of that; p is rounded to 1 / 65,536.
+    """
 
     def forward(self, x):
         on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()

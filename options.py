@@ -31,15 +31,15 @@ EXCEPTIONS = {
     ("adalora", "qnli"): {"lr": 5e-4}, ("full", "demo"): {"lr": 1e-3}}
 
 TASK = "from the preset"
-# (name, type, default, help). Types: a class; a tuple of choices; list for a,b,c; bool for a switch; "steps"
-# for a number of optimizer steps or, below 1, a fraction of them all.
+# (name, type, default, help). Types: a class; a tuple of choices; list for a,b,c; bool for a switch; "path"
+# of a file or folder; "steps" for a number of optimizer steps or, below 1, a fraction of them all.
 OPTIONS = {
     "data and model": (
         ("task", str, None, "one of " + ", ".join(data.TASKS)),
         ("model", str, "microsoft/deberta-v3-base", "name on the Hub, or a folder"),
-        ("data-dir", str, "glue", "folder that holds CoLA/, RTE/ ...; a missing task is fetched into it"),
-        ("train-file", str, None, "your own TSV: columns sentence (or sentence1, sentence2), label or score"),
-        ("dev-file", str, None, "the same, to evaluate on"),
+        ("data-dir", "path", "glue", "folder that holds CoLA/, RTE/ ...; a missing task is fetched into it"),
+        ("train-file", "path", None, "your own TSV: sentence (or sentence1, sentence2), and label or score"),
+        ("dev-file", "path", None, "the same, to evaluate on"),
         ("limit-train", int, None, "use only the first N rows"),
         ("limit-dev", int, None, "use only the first N rows")),
     "method": (
@@ -49,10 +49,10 @@ OPTIONS = {
         ("target-rank", int, TASK, "singular values per matrix that pruning leaves, at most r"),
         ("alpha", float, TASK, "the update is scaled by alpha / r"),
         ("targets", list, "q,k,v,o,f1,f2", "query, key, value, attention output, feed-forward matrices"),
-        ("init", ("gaussian", "orthonormal"), "gaussian", "of v, u, U and V"),
+        ("init", ("gaussian", "orthonormal"), "gaussian", "how v, u, U and V start"),
         ("reg", float, TASK, "gamma, the weight of the regulariser"),
-        ("reg-terms", list, "uv,UV,PQ", "groups of Eq. 5"),
-        ("importance", ("reduced", "full"), "reduced", "Eq. 9 or Eq. 8"),
+        ("reg-terms", list, "uv,UV,PQ", "the groups of Eq. 5 that count"),
+        ("importance", ("reduced", "full"), "reduced", "scores Λ, u and U (Eq. 9), or v and V too (Eq. 8)"),
         ("sora-threshold", float, 3e-4, "of SoRA's gates, at each step")),
     "training": (
         ("epochs", int, TASK, "passes over the training rows"),
@@ -76,14 +76,14 @@ OPTIONS = {
         ("dtype", ("fp32", "bf16"), None, "bf16 is autocast; by default on a GPU that has it, else fp32"),
         ("compile", bool, False, "torch.compile the model")),
     "files": (
-        ("out", str, None, "run folder; by default runs/TASK-METHOD-sSEED"),
+        ("out", "path", None, "run folder; by default runs/TASK-METHOD-sSEED"),
         ("overwrite", bool, False, "replace the run in that folder"),
         ("save-steps", int, None, "write last.pt every N steps too, besides each evaluation"),
-        ("resume", str, None, "go on with the run in this folder; it needs no other option"),
-        ("eval", str, None, "load this adapter.safetensors and evaluate instead of training"),
-        ("predict", str, None, "write predictions for this TSV of the task, labels not needed"),
-        ("merge", str, None, "write the best model to this folder as a plain checkpoint"),
-        ("export-peft", str, None, "write the best adapter to this folder as peft's LoRA")),
+        ("resume", "path", None, "go on with the run in this folder; it needs no other option"),
+        ("eval", "path", None, "load this adapter.safetensors and evaluate instead of training"),
+        ("predict", "path", None, "write predictions for this TSV of the task, labels not needed"),
+        ("merge", "path", None, "write the best model to this folder as a plain checkpoint"),
+        ("export-peft", "path", None, "write the best adapter to this folder as peft's LoRA")),
 }
 DEFAULTS = {name.replace("-", "_"): default for group in OPTIONS.values() for name, _, default, _ in group}
 # Where things are and what is done with them: changes nothing that is learnt, is not stored in an adapter.
@@ -125,11 +125,17 @@ def parse(argv, description=None):
             raise argparse.ArgumentTypeError(f"{text} is neither a number of steps nor a fraction below 1")
         return value
 
+    def given_path(text):
+        if not text:                                       # as from a shell variable that is not set
+            raise argparse.ArgumentTypeError("this path is empty")
+        return text
+
     def names(text):
         return [part.strip() for part in text.split(",")]
 
-    parser = Parser(description=description, epilog=epilog(), allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+    parser = Parser(usage="python train.py [options]", description=description, epilog=epilog(),
+                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS)
     for title, options in OPTIONS.items():
         group = parser.add_argument_group(title)
         for name, kind, default, text in options:
@@ -139,9 +145,9 @@ def parse(argv, description=None):
             elif isinstance(kind, tuple):
                 group.add_argument(f"--{name}", choices=kind, help=text)
             else:
-                metavar = {"steps": "S", int: "N", float: "X", list: "A,B"}.get(kind, "NAME")
+                metavar = {"steps": "S", "path": "PATH", int: "N", float: "X", list: "A,B"}.get(kind, "NAME")
                 group.add_argument(f"--{name}", help=text, metavar=metavar,
-                                   type={"steps": steps, list: names}.get(kind, kind))
+                                   type={"steps": steps, "path": given_path, list: names}.get(kind, kind))
     return vars(parser.parse_args(argv))
 
 
@@ -197,16 +203,20 @@ def schedule(settings, T):
     if warmup >= T:
         raise ValueError(f"--warmup {warmup} must be less than the {T} steps of this run")
     if start + final >= T:
-        raise ValueError(f"--prune-warmup {start} and --prune-final {final} together must be less than the {T} "
-                         "steps of this run")
+        raise ValueError(f"--prune-warmup {start} and --prune-final {final} together must be less than the "
+                         f"{T} steps of this run")
     return warmup, start, final, max(1, steps("prune_interval"))
 
 
 def resume(settings, given):
     """The settings of an interrupted run, with what may differ taken from the command line."""
-    folder, given = given["resume"], {name: given[name] for name in given if name != "resume"}
+    return checked(settings | beside_resume(settings, given) | {"out": given["resume"]})
+
+
+def beside_resume(settings, given):
+    """What is given beside --resume; ValueError if it differs from a run's settings where it must not."""
     fixed = {name: settings[name] for name in settings if name not in ("out", "overwrite", "eval")}
-    return checked(settings | agreed(fixed, given, WITH_RESUME, "--resume") | {"out": folder})
+    return agreed(fixed, {name: given[name] for name in given if name != "resume"}, WITH_RESUME, "--resume")
 
 
 def evaluate(stored, given):

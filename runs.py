@@ -15,7 +15,6 @@ import hashlib
 import io
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 
@@ -34,22 +33,32 @@ from options import INCIDENTAL, flag
 
 # --- files --------------------------------------------------------------------------------------------------
 
+@contextlib.contextmanager
+def writing(path):
+    """What a full disk or a lost folder makes its writer raise becomes one sentence: OSError."""
+    try:
+        yield
+    except OSError as e:
+        raise OSError(f"{path} could not be written ({e.strerror or hub.one_line(e)}), what was there is "
+                      "untouched: make room or give another folder") from e
+
+
 def write_file(path, *parts):
     """Write bytes or text so that `path` is either as before or complete, also if the power fails."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(beside, "wb") as file:
-            for part in parts:
-                file.write(part.encode() if isinstance(part, str) else part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as e:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written ({e.strerror or e}), what was there is untouched: make "
-                      "room or give another folder") from e
+    with writing(path):
+        try:
+            with open(beside, "wb") as file:
+                for part in parts:
+                    file.write(part.encode() if isinstance(part, str) else part)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                beside.unlink(missing_ok=True)
+            raise
 
 
 def write_json(path, content):
@@ -199,8 +208,22 @@ def facts(run):
     settings = {name: value for name, value in run.settings.items() if name not in INCIDENTAL}
     if Path(run.model).is_dir():
         settings["model"] = None
-    columns = {name: getattr(run.row, name) for name in ("texts", "label", "labels", "metrics")}
-    return {"format": 1, "settings": settings, "columns": columns, "base": run.base, "best": run.best}
+    return {"format": 1, "settings": settings, "columns": columns(run), "base": run.base, "best": run.best}
+
+
+def columns(run):
+    """What the data mean: columns, names of labels in the order of the model's outputs, metrics."""
+    return {name: getattr(run.row, name) for name in ("texts", "label", "labels", "metrics")}
+
+
+def check_facts(run, stored):
+    """ValueError unless the adapter of --eval, which stores these facts, belongs to model and data."""
+    if stored["base"] != run.base:
+        raise ValueError(f"{run.model} is not the model of {run.eval}, or another version of it: give the "
+                         f"right one as --model, {stored['settings']['model'] or 'a folder'}")
+    if stored["columns"] != columns(run):
+        raise ValueError(f"{run.eval} is for {stored['columns']}, here {run.task} has {columns(run)}: use "
+                         "the version of this program that trained it")
 
 
 def save_best(run, predictions):
@@ -233,13 +256,15 @@ def hand_out(run, predictions):
     """--predict, --export-peft and --merge, of the adapters that the model now holds."""
     if predictions is not None:
         folder = run.out or Path(run.eval).parent
-        path = data.write_submission(folder, run.row, predictions, Path(run.predict).stem)
+        with writing(f"{folder}: the predictions"):
+            path = data.write_submission(folder, run.row, predictions, Path(run.predict).stem)
         print(f"predictions for {run.predict} are in {path}")
     if run.export_peft:
         export_peft(run, Path(run.export_peft))
         print(f"the adapter as a LoRA for peft is in {run.export_peft}")
     if run.merge:
-        models.save_pretrained(merge_lora2(run.net), run.merge)
+        with writing(run.merge):
+            models.save_pretrained(merge_lora2(run.net), run.merge)
         print(f"the merged model is in {run.merge}")
 
 
@@ -251,7 +276,7 @@ def export_peft(run, folder):
         tensors |= {f"base_model.model.{name}.lora_A.weight": A, f"base_model.model.{name}.lora_B.weight": B}
     folder.mkdir(parents=True, exist_ok=True)
     for path in hub.tokenizer_files(run.net.source):
-        shutil.copyfile(path, folder / path.name)
+        write_file(folder / path.name, path.read_bytes())
     write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
     write_json(folder / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": run.model, "r": len(A),

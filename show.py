@@ -158,20 +158,21 @@ def finish(run):
             runs.write_json(Path(run.out) / "ranks.json", kept)
             print(kept_map(kept, models.TARGETS[run.net.config["model_type"]], run.r))
         runs.write_json(Path(run.out) / "result.json", result)
-        show_result(result, run.out)
+        print(summary(result, run.out), flush=True)
     return result
 
 
-def show_result(content, folder):
-    """The table of a finished run, from its result.json, and the command that evaluates its adapter."""
+def summary(content, folder):
+    """The table of a finished run, from its result.json, and the command that evaluates its adapter: text."""
+    lines = []
     for name in ("best", "last"):
         kept = content[name].get("kept")
-        print(f"{name}  step {content[name]['step']:6}  {scores(content[name]['scores'])}"
-              + (f"  kept {kept} of {content['singular_values']}" if kept is not None else ""))
+        lines.append(f"{name}  step {content[name]['step']:6}  {scores(content[name]['scores'])}"
+                     + (f"  kept {kept} of {content['singular_values']}" if kept is not None else ""))
     again = evaluation_of(content, folder)
     words = [word for name in again for word in (options.flag(name), again[name])]
-    print(f"{content['seconds']:.0f} s; files in {folder}; to evaluate the best again:\n"
-          f"  python train.py {shlex.join(words)}", flush=True)
+    return "\n".join([*lines, f"{content['seconds']:.0f} s; files in {folder}; to evaluate the best again:",
+                      f"  python train.py {shlex.join(words)}"])
 
 
 def evaluation_of(content, folder):
@@ -188,8 +189,7 @@ def finished(given):
     path = Path(folder) / "result.json"
     with runs.reading(path, f"remove it, and --resume {folder} makes it anew"):
         content = hub.read_json(path)
-        print("this run is finished:")
-        show_result(content, folder)
-        again = evaluation_of(content, folder)
-    wanted = {name: given[name] for name in given if name != "resume"}
+        text, again, settings = summary(content, folder), evaluation_of(content, folder), content["settings"]
+    wanted = options.beside_resume(settings, given)
+    print(f"this run is finished:\n{text}")
     return again | wanted if wanted.keys() & options.AFTERWARDS else {}

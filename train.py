@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 import baselines
 import data
+import fast
 import model as models
 import options
 import processes
@@ -28,11 +29,11 @@ from lora2 import load_lora2_state_dict
 
 # --- set-up: everything that a user's mistake can break happens here ----------------------------------------
 
-def set_up(settings, task=None, facts=None):
+def set_up(settings, facts=None):
     """Settings → a run: one namespace with the settings, data, model and adapters. Nothing is written.
 
-    task: a data.Task where settings["task"] cannot name it; facts: of the adapter that is to be evaluated.
-    ValueError, TypeError or OSError with one sentence for whatever a user can have wrong.
+    facts: of the adapter that is to be evaluated. ValueError, TypeError or OSError with one sentence for
+    whatever a user can have wrong.
     """
     run = SimpleNamespace(**settings, step=0, evaluations=[], best=None, pruner=None, budget=None,
                           seconds=0.0, started=time.monotonic())
@@ -41,15 +42,14 @@ def set_up(settings, task=None, facts=None):
     run.dtype = run.dtype or ("bf16" if bf16 else "fp32")
     run.settings = settings | {"dtype": run.dtype}
 
-    splits, run.row = load_splits(run, task, facts)
+    splits, run.row = load_splits(run, facts)
     labels = run.row.labels                                # () for a regression
     tokenizer = data.load_tokenizer(run.model)
     torch.manual_seed(run.seed)                            # before the head and the adapters are drawn
     run.net = net = models.from_pretrained(run.model, max(1, len(labels)), run.head_dropout)
     run.base = runs.fingerprint(net, tokenizer)
-    if facts and facts["base"] != run.base:
-        raise ValueError(f"{run.model} is not the model of {run.eval}, or another version of it: give the "
-                         f"right one as --model, {facts['settings']['model'] or 'a folder'}")
+    if facts:
+        runs.check_facts(run, facts)
     if run.max_len > net.max_len:
         raise ValueError(f"--max-len {run.max_len}: this model takes {net.max_len} tokens at most")
     run.pad = net.config["pad_token_id"]
@@ -80,14 +80,14 @@ def set_up(settings, task=None, facts=None):
     return run
 
 
-def load_splits(run, task, facts):
+def load_splits(run, facts):
     """({"train": Split, dev splits}, data.Task) of a task or of the user's files; no "train" to evaluate."""
     if run.dev_file:
         task = data.Task("", {}, **facts["columns"]) if facts else data.own_task(run.train_file)
         files = ("train", run.train_file), ("dev", run.dev_file)
         splits = {name: data.read_split(path, task) for name, path in files if path}
     else:
-        task = task or data.get_task(run.task)
+        task = data.get_task(run.task)
         if task.downloads and not (Path(run.data_dir) / task.folder).exists():
             if run.rank == 0:
                 data.fetch_task(task, run.data_dir)
@@ -150,13 +150,14 @@ def train(run, log, signals):
         tokens += int(batch.attention_mask.sum())
         loss = torch.zeros((), device=run.device)
         for part in micro_batches(batch, run):
-            part_loss = task_loss(run, part) * (len(part.rows) / len(batch.rows))
+            with fast.shared_cores(run.net):
+                part_loss = task_loss(run, part) * (len(part.rows) / len(batch.rows))
             part_loss.backward()
             loss += part_loss.detach()
         processes.sum_up([loss] + processes.gradients(run.parameters))
         R = baselines.regulariser(run.method, run.net, run.reg_terms)  # LoRA²: Eq. 5, once per optimizer step
         if R is not None:
-            (run.reg * R).backward()
+            fast.add_gradients(run.reg * R, run.parameters)
         norm = torch.nn.utils.clip_grad_norm_(run.parameters, 0.1 if run.method == "sora" else 1.0)
 
         is_bad = (run.bad_step == 0) & ~torch.isfinite(loss + norm)
@@ -262,7 +263,7 @@ def evaluate_and_keep(run, log, signals):
 
 # --- from the command line ----------------------------------------------------------------------------------
 
-def start(given, task=None):
+def start(given):
     """Options given → a run: new, resumed, or with the adapter of --eval. --resume finds it from here on."""
     with runs.refusing():
         tensors = state = facts = None
@@ -275,7 +276,7 @@ def start(given, task=None):
         else:
             settings = options.resolve(given)
         runs.check_destinations(settings, resumed=bool(state))
-        run = set_up(settings, task, facts)
+        run = set_up(settings, facts)
         if tensors:
             load_lora2_state_dict(run.net, tensors)
             return run

@@ -29,7 +29,7 @@ PRESETS = {
     "small": {
         "model": "sentence-transformers/all-MiniLM-L6-v2",
         "flags": {"limit-train": 2000, "epochs": 6, "dtype": "bf16"},
-        "lrs": (1e-3, 3e-3), "scales": (2, 8), "tuning": {"epochs": 3},            # half a run is enough to choose
+        "lrs": (1e-3, 3e-3), "scales": (2, 8), "tuning": {"epochs": 3},
         "base": "lora2-k1-orthonormal", "timed_steps": 40,
         "notes": ["The first 2,000 training rows, the whole dev set, 6 epochs (3 to choose learning rate and "
                   "scale), bf16 autocast: neither the paper's model nor its data. Tables 3 and 4 and what "

@@ -98,14 +98,6 @@ the export keeps its graph
 -     def to_lora
 +     def to_lora
 
-a hook sees its output change
--             y = y.clone()
-+             pass
-
-a backward pre-hook breaks the pass
--  or self.base._backward_pre_hooks
-+
-
 forward leaves the core out
 -  @ self.v.to(y.dtype) @ self.core().to(y.dtype)
 +  @ self.v.to(y.dtype)
@@ -118,17 +110,17 @@ forward does not cast v
 - @ self.v.to(y.dtype)
 + @ self.v
 
-forward builds the update
--         y.addmm_(h, self.V.to(y.dtype))
-+         y = y + rows.to(y.dtype) @ self.delta_weight().T.to(y.dtype)
-
 forward subtracts
-- y.addmm_(h, self.V.to(y.dtype))
-+ y.addmm_(h, self.V.to(y.dtype), alpha=-1)
+- return y + h @ self.V.to(y.dtype)
++ return y - h @ self.V.to(y.dtype)
 
-forward keeps two dimensions
-- return y.view(*x.shape[:-1], self.out_features)
-+ return y
+forward changes the base's output in place
+- return y + h @ self.V.to(y.dtype)
++ return y.add_(h @ self.V.to(y.dtype))
+
+forward forgets the base
+- return y + h @ self.V.to(y.dtype)
++ return h @ self.V.to(y.dtype)
 
 the weight to read is the base's
 - return (self.base.weight + self.delta_weight())
@@ -251,52 +243,64 @@ alpha is not passed on
 + layer(modules[name], k, r, 32, init) for
 
 R without vᵀv
-- "uv": (Gv, bmm(u, u.mT))
-+ "uv": (bmm(u, u.mT),)
+- "uv": [Gv, Gu]
++ "uv": [Gu]
 
 R without uuᵀ
-- "uv": (Gv, bmm(u, u.mT))
-+ "uv": (Gv,)
+- "uv": [Gv, Gu]
++ "uv": [Gv]
 
 R without UᵀU
-- "UV": (GV, bmm(U.mT, U))
-+ "UV": (GV,)
+- "UV": [GV, GU]
++ "UV": [GV]
 
 R without VVᵀ
-- "UV": (GV, bmm(U.mT, U))
-+ "UV": (bmm(U.mT, U),)
+- "UV": [GV, GU]
++ "UV": [GU]
 
 R without PᵀP
-- "PQ": (bmm(u.mT, bmm(Gv, u)), bmm
-+ "PQ": (bmm
+- "PQ": [bmm(Gv, Gu), bmm(GV, GU)]
++ "PQ": [bmm(GV, GU)]
 
 R without QQᵀ
-- bmm(u.mT, bmm(Gv, u)), bmm(U, bmm(GV, U.mT)))
-+ bmm(u.mT, bmm(Gv, u)),)
+- "PQ": [bmm(Gv, Gu), bmm(GV, GU)]
++ "PQ": [bmm(Gv, Gu)]
 
 P and Q see each other's Gram matrix
-- bmm(u.mT, bmm(Gv, u)), bmm(U, bmm(GV, U.mT))
-+ bmm(u.mT, bmm(GV, u)), bmm(U, bmm(Gv, U.mT))
+- "PQ": [bmm(Gv, Gu), bmm(GV, GU)]
++ "PQ": [bmm(GV, Gu), bmm(Gv, GU)]
 
 v is detached
 - Gv = torch.cat([bmm(v.mT, v)
 + Gv = torch.cat([bmm(v.mT, v).detach()
 
+the norm of a product that is not symmetric
+- (E * E.mT).sum()
++ (E * E).sum()
+
 norms that are not squared
-- (G - eye(G)).square().sum() for
-+ (G - eye(G)).square().sum().sqrt() for
+- return (E * E.mT).sum() / len(layers)
++ return (E * E.mT).sum((1, 2)).sqrt().sum() / len(layers)
 
 R without the identity
-- (G - eye(G)).square()
-+ G.square()
+- E = E - torch.eye(k, dtype=E.dtype, device=E.device)
++ E = E - 0
 
 R is a sum over the adapters
-- for G in pairs) / len(layers)
-+ for G in pairs)
+- (E * E.mT).sum() / len(layers)
++ (E * E.mT).sum()
 
 R is a mean over the shapes
-- for G in pairs) / len(layers)
-+ for G in pairs) / len(groups)
+- (E * E.mT).sum() / len(layers)
++ (E * E.mT).sum() / len(groups)
+
+the constant of P and Q left out
+-  + 2 * (r - k) * ("PQ" in terms)
++
+
+the constant of P and Q, asked for or not
+- 2 * (r - k) * ("PQ" in terms)
++ 2 * (r - k)
 
 adapters of several shapes are mixed up
 - layers, bmm = sum(groups.values(), [])
@@ -307,8 +311,8 @@ R is rounded by autocast
 + if True
 
 all terms, whatever is asked
-- for term in grams if term in terms]
-+ for term in grams]
+- for term in grams if term in terms for
++ for term in grams for
 
 unknown terms are ignored
 -  and set(terms) <= {"uv", "UV", "PQ"}

@@ -1,4 +1,5 @@
 """Tests of demo.py: what `--task demo` promises."""
+import re
 import time
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def test_checkpoint_is_like_any_other(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_demo(tmp_path, monkeypatch, capsys, seed):
-    """Oracle: the promised bounds; the formula of the count; the base model, with the adapter switched off."""
+    """Oracle: the promised bounds; the formula of the count; the base model, with the adapter off."""
     monkeypatch.chdir(tmp_path)
     before, threads = time.process_time(), torch.get_num_threads()
     results = demo.main({"task": "demo", "seed": seed})
@@ -38,7 +39,8 @@ def test_demo(tmp_path, monkeypatch, capsys, seed):
     assert head <= 0.80 and lora2 >= 0.95 and full >= 0.95 and seconds <= 60
 
     adapted = results["LoRA² k=1, pruned"]
-    assert adapted["adapter_parameters"] == 2 * (4 * (128 + 24) + 2 * (96 + 24)) and adapted["kept"] == 2 * 6 * 2
+    assert adapted["adapter_parameters"] == 2 * (4 * (128 + 24) + 2 * (96 + 24))
+    assert adapted["kept"] == 2 * 6 * 2
     row = text.splitlines()[-2].split()
     assert row[-6:] == [f"{lora2:.3f}", "1,696", "4,290", "24", "of", "96"] and "layers 0 to 1" in text
 
@@ -51,3 +53,5 @@ def test_demo(tmp_path, monkeypatch, capsys, seed):
         layer.lam.data.zero_()
     assert torch.equal(run.net.encode(*batch[:3]), hidden[1])
     assert Path("runs/demo/lora2/ranks.json").exists()
+    commands = re.findall(r"^  python train.py (--eval .*)", text, re.MULTILINE)
+    assert len(commands) == 4 and all(train.main(command.split()) == 0 for command in commands)

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import baselines
-from fast import FastLoRA2Linear, LinearWithUpdate, linear_with_update, shared_cores
-from lora2 import LoRA2Linear, add_lora2, lora2_layers, lora2_state_dict
+from fast import FastLoRA2Linear, LinearWithUpdate, add_gradients, linear_with_update, shared_cores
+from lora2 import LoRA2Linear, add_lora2, lora2_layers, lora2_state_dict, orthogonality_loss
 
 
 def twins(k=2, r=4, bias=True, dtype=torch.float64, sizes=(6, 9)):
@@ -56,7 +56,8 @@ def test_gradients_by_finite_differences():
     x, down, up = (torch.randn(shape, dtype=torch.float64, requires_grad=True)
                    for shape in ((4, 5), (5, 2), (2, 3)))
     W, b = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x, down, up: LinearWithUpdate.apply(x, W, b, down, up), (x, down, up))
+    function = lambda x, down, up: LinearWithUpdate.apply(x, W, b, down, up)
+    assert torch.autograd.gradcheck(function, (x, down, up))
 
 
 @pytest.mark.parametrize("base_dtype, autocast", [(torch.float32, True), (torch.bfloat16, False),
@@ -69,7 +70,8 @@ def test_precisions(base_dtype, autocast):
         plain, fast = (outcome(layer, x) for layer in layers)
     for ours, theirs in zip(fast, plain, strict=True):
         assert ours.dtype == theirs.dtype
-        assert (ours - theirs).abs().max() <= (0.05 if base_dtype != torch.float64 else 1e-12) * theirs.abs().max()
+        tolerance = 0.05 if base_dtype != torch.float64 else 1e-12
+        assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
     assert layers[1].v.grad.dtype == torch.promote_types(base_dtype, torch.float32)
 
 
@@ -102,6 +104,10 @@ def gradients(net):
     return [p.grad for p in net.parameters() if p.requires_grad]
 
 
+def close(ours, theirs):
+    return all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(ours, theirs, strict=True))
+
+
 def test_shared_cores():
     """Oracle: the same passes without it. Afterwards nothing is left; other adapters are left alone."""
     net, x = network(), torch.randn(5, 6, dtype=torch.float64)
@@ -113,7 +119,7 @@ def test_shared_cores():
         together = net(x)
     together.square().sum().backward()
     assert torch.allclose(together, apart, rtol=0, atol=1e-12)
-    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(gradients(net), expected, strict=True))
+    assert close(gradients(net), expected)
     with pytest.raises(ZeroDivisionError), shared_cores(net):
         1 / 0
     with torch.no_grad():
@@ -123,6 +129,22 @@ def test_shared_cores():
     assert torch.equal(net(x), base(x))
     with shared_cores(network(LoRA2Linear)), shared_cores(nn.Linear(2, 2)):
         pass
+
+
+@pytest.mark.parametrize("terms", [("uv", "UV", "PQ"), ("uv",)])
+def test_add_gradients(terms):
+    """Oracle: a second backward(); what R does not depend on keeps its gradient, or has none."""
+    net, x = network(), torch.randn(5, 6, dtype=torch.float64)
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    net(x).square().sum().backward()
+    before = [g.clone() for g in gradients(net)]
+    (0.3 * orthogonality_loss(net, terms)).backward()
+    expected = [g.clone() for g in gradients(net)]
+    for p, gradient in zip(parameters, before, strict=True):
+        p.grad = gradient
+    unused = nn.Parameter(torch.ones(2))
+    add_gradients(0.3 * orthogonality_loss(net, terms), [*parameters, unused])
+    assert close(gradients(net), expected) and unused.grad is None
 
 
 def test_where_people_use_it():
@@ -138,8 +160,7 @@ def test_where_people_use_it():
         net.zero_grad()
         again = run(x)
         again.square().sum().backward()
-        assert torch.allclose(again, y)
-        assert all(torch.allclose(a, b) for a, b in zip(gradients(net), expected, strict=True))
+        assert torch.allclose(again, y) and close(gradients(net), expected)
 
 
 class Count(TorchDispatchMode):
@@ -179,6 +200,7 @@ def test_the_other_methods_use_it(method, monkeypatch):
     for p in layer.parameters():
         nn.init.normal_(p)
     calls, x = [], torch.randn(4, 6, dtype=torch.float64)
-    monkeypatch.setattr(baselines, "linear_with_update", lambda *args: calls.append(1) or linear_with_update(*args))
+    monkeypatch.setattr(baselines, "linear_with_update",
+                        lambda *args: calls.append(1) or linear_with_update(*args))
     y = layer(x)
     assert torch.allclose(y, layer.base(x) + x @ layer.delta_weight().T, rtol=0, atol=1e-12) and calls == [1]

@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import baselines
 import data
 import demo
 import model
 import options
+import processes
 import runs
 import show
 import train
@@ -53,6 +55,17 @@ def test_help_tells_all(capsys):
         assert [float(number) for number in lines[name].split()] == expected
 
 
+def test_commands_in_help(capsys):
+    """Oracle: the parser, on each command of train.py's description, which --help shows as it stands."""
+    commands = re.findall(r"train\.py (--[^#\n]*)", train.__doc__)
+    given = [options.parse(command.split()) for command in commands]
+    assert len(given) == 7 and given[1] == {"task": "rte", "k": 1}
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    text = capsys.readouterr().out
+    assert text.startswith("usage: python train.py [options]\n") and train.__doc__.strip() in text
+
+
 def test_presets_by_method():
     """Oracle: AdaLoRA's scripts (r0 → target), LoRA's and SoRA's scale 2, full fine-tuning's small steps."""
     of = lambda task, method, **given: options.resolve({"task": task, "method": method} | given)
@@ -74,6 +87,19 @@ def test_steps(text, value):
     assert options.parse(["--warmup", text]) == {"warmup": value}
 
 
+@pytest.mark.parametrize("cuda, mps, wanted",
+                         [(True, True, "cuda:1"), (False, True, "mps"), (False, False, "cpu")])
+def test_the_device_is_the_first_there_is(monkeypatch, cuda, mps, wanted):
+    """Oracle: cuda → mps → cpu by what torch reports, with a GPU for each process of a machine."""
+    asked, zeros = [], torch.zeros
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(torch, "zeros", lambda n, device: asked.append(device) or zeros(n))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert processes.join(None)[1:] == (0, 1)
+    assert processes.join("cpu")[0].type == "cpu" and asked == [wanted, "cpu"]
+
+
 # --- the command line's mistakes ----------------------------------------------------------------------------
 
 # What is typed after `python train.py --model FOLDER`, and words of the answer. "..." is --task demo.
@@ -91,6 +117,8 @@ MISTAKES = """
 --eval nowhere                          => nowhere
 --eval .                                => adapter.safetensors
 ... --dev-file x                        => --train-file
+... --merge=                            => --merge | empty
+--task rte --predict=                   => --predict | empty
 ... --predict no.tsv                    => no.tsv
 ... --predict .                         => cannot be read
 ... --k                                 => --k

@@ -344,6 +344,17 @@ def test_mnli_predictions_by_name(cli, tiny):
         assert lines == [labels[i] for i in train.predict(run, run.to_predict)]
 
 
+def test_labels_in_another_order_are_refused(cli, tiny, monkeypatch):
+    """Oracle: the promise. Class 0 of the head is what class 0 was called when it was trained."""
+    write_task("mnli")
+    words = "--task mnli --max-len 32 --max-steps 2 --out run --model"
+    assert cli(words, tiny["bert"]).status == 0
+    labels = ("contradiction", "neutral", "entailment")    # as in models of other people
+    monkeypatch.setitem(data.TASKS, "mnli", data.TASKS["mnli"]._replace(labels=labels))
+    again = cli("--eval run/adapter.safetensors --model", tiny["bert"])
+    assert again.status == 2 and len(again.errors) == 1 and "'entailment', 'neutral'" in again.errors[0]
+
+
 @pytest.mark.parametrize("kind", ["classes", "pairs", "score"])
 def test_own_data(cli, tiny, kind):
     """Oracle: what a person would expect of such a file: names of classes back, or numbers."""
