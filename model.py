@@ -20,39 +20,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import hub
+from config import HEAD_DROPOUT, check_config
 
-
-def whole(low, high=10**7):
-    return lambda value: type(value) is int and low <= value <= high
-
-
-def fraction(value):
-    return type(value) in (int, float) and 0 <= value <= 1
-
-
-# What config.json says: {option: (its value where absent, which values are implemented: a list or a test)}.
-# The values for absent options are those of transformers; a size whose value would be None has to be there.
-COMMON = {
-    "vocab_size": (None, whole(1)), "hidden_size": (None, whole(1)), "intermediate_size": (None, whole(1)),
-    "num_attention_heads": (None, whole(1)), "num_hidden_layers": (None, whole(1, 1000)),
-    "max_position_embeddings": (512, whole(1)), "hidden_act": ("gelu", ["gelu"]),
-    "hidden_dropout_prob": (0.1, fraction), "attention_probs_dropout_prob": (0.1, fraction),
-    "initializer_range": (0.02, fraction), "position_embedding_type": ("absolute", ["absolute"]),
-    "is_decoder": (False, [False])}
-BERT = {"type_vocab_size": (2, whole(1)), "layer_norm_eps": (1e-12, fraction), "pad_token_id": (0, whole(0))}
-OPTIONS = {
-    "deberta-v2": COMMON | {
-        "type_vocab_size": (0, whole(0)), "layer_norm_eps": (1e-7, fraction), "pad_token_id": (0, whole(0)),
-        "relative_attention": (False, [True]), "pos_att_type": (None, [["p2c", "c2p"], ["c2p", "p2c"]]),
-        "position_biased_input": (True, [False]), "position_buckets": (-1, whole(2)),
-        "share_att_key": (False, [True]), "norm_rel_ebd": ("none", ["layer_norm"]),
-        "conv_kernel_size": (0, [0]), "pooler_dropout": (0, fraction),
-        "pooler_hidden_act": ("gelu", ["gelu"])},
-    "roberta": COMMON | BERT | {"pad_token_id": (1, whole(0))},
-    "bert": COMMON | BERT}
 ARCHITECTURE = {"deberta-v2": "DebertaV2", "roberta": "Roberta", "bert": "Bert"}
 PREFIX = {"deberta-v2": "deberta", "roberta": "roberta", "bert": "bert"}
-HEAD_DROPOUT = {"deberta-v2": "cls_dropout", "roberta": "classifier_dropout", "bert": "classifier_dropout"}
 HEAD = r"(bert\.)?(pooler|classifier)\."    # keys that a pretraining checkpoint need not have
 # Weights of the pretraining task and of unused parts that real files carry; every other key must be used.
 LEFTOVERS = {
@@ -394,36 +365,6 @@ def skeleton(config, num_labels):
     """The model without numbers: only its shapes, on the meta device."""
     with torch.device("meta"), SkipInit():
         return SequenceClassifier(config, num_labels)
-
-
-def check_config(raw, path):
-    """config.json with absent options filled in; ValueError that names whatever is not implemented here."""
-    kind = raw.get("model_type")
-    if kind not in list(OPTIONS):
-        raise ValueError(f"{path}: model_type {kind!r} is not implemented, only {', '.join(OPTIONS)}")
-    c = {name: absent for name, (absent, _) in OPTIONS[kind].items()} | raw
-    if isinstance(c.get("pos_att_type"), str):     # "p2c|c2p" in the released files, a list in newer ones
-        c["pos_att_type"] = [part.strip() for part in c["pos_att_type"].lower().split("|")]
-    if c.get(HEAD_DROPOUT[kind]) is None:
-        c[HEAD_DROPOUT[kind]] = c["hidden_dropout_prob"]
-    rules = {name: allowed for name, (_, allowed) in OPTIONS[kind].items()} | {HEAD_DROPOUT[kind]: fraction}
-    wrong = [name for name, allowed in rules.items() if not fits(c[name], allowed)]
-    if not wrong:                                  # the sizes are sizes; now what has to agree with them
-        d, heads, longest = c["hidden_size"], c["num_attention_heads"], c["max_position_embeddings"]
-        rules = {"num_attention_heads": lambda n: d % n == 0, "attention_head_size": [None, d // heads],
-                 "embedding_size": [None, d], "pooler_hidden_size": [None, d],
-                 "pad_token_id": range(min(c["vocab_size"], longest)),
-                 "max_relative_positions": [None, -1, 0, longest],
-                 "position_buckets": range(2, 2 * longest - 2)}
-        wrong = [name for name, allowed in rules.items() if name in c and not fits(c[name], allowed)]
-    if wrong:
-        raise ValueError(f"{path} asks for what is not implemented here: "
-                         + "; ".join(f"{name} = {c[name]!r}" for name in wrong))
-    return c
-
-
-def fits(value, allowed):
-    return allowed(value) if callable(allowed) else value in allowed
 
 
 def convert(weights, model):

@@ -23,6 +23,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 
+import config
 import data
 import hub
 import model as models
@@ -100,11 +101,11 @@ def digest(*parts):
 def fingerprint(net, tokenizer):
     """Hash of all that makes a base model compute what it does; a new head is not part of it."""
     weights = {name: tensor for name, tensor in net.state_dict().items() if name not in net.new_weights}
-    config = [(name, net.config[name]) for name in models.OPTIONS[net.config["model_type"]]]
+    meaning = [(name, net.config[name]) for name in config.OPTIONS[net.config["model_type"]]]
     words = sorted(tokenizer.get_vocab())[::tokenizer.get_vocab_size() // 100 + 1]
     probe = " ".join(words + [word.swapcase() for word in words])              # how text is cut and cased
     probe = tokenizer.encode(probe, "It's a Naïve TEST № ½ (3.5 %).")
-    return digest(weights, str(config), str(sorted(tokenizer.get_vocab().items())), str(probe.ids),
+    return digest(weights, str(meaning), str(sorted(tokenizer.get_vocab().items())), str(probe.ids),
                   str(probe.type_ids))
 
 

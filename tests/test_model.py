@@ -23,6 +23,7 @@ from torch import nn
 
 import make_golden
 import model as M
+from config import OPTIONS
 
 ROOT = Path(__file__).parent.parent
 LENGTHS = (1, 2, 127, 128, 129, 130, 256, 400, 512)
@@ -789,7 +790,7 @@ def test_configurations_as_they_are():
 
 def test_absent_options_equal_transformers(hf):
     """Oracle: transformers' configuration classes, option by option."""
-    for kind, options in M.OPTIONS.items():
+    for kind, options in OPTIONS.items():
         theirs = hf.AutoConfig.for_model(kind)
         for name, (absent, _) in options.items():
             if absent is not None and hasattr(theirs, name):
