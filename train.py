@@ -194,15 +194,21 @@ def micro_batches(batch, run):
 
 def task_loss(run, batch):
     """Cross entropy, or mean squared error for a regression, over the rows of a batch."""
-    logits, labels = predict_batch(run, batch), batch.labels.to(run.device, non_blocking=True)
+    logits, [labels] = predict_batch(run, batch), to_device(run, batch.labels)
     return F.cross_entropy(logits, labels) if run.row.labels else F.mse_loss(logits.squeeze(1), labels)
 
 
 def predict_batch(run, batch):
     """Logits of a batch, (B, labels) in fp32."""
-    ids, mask, types = (tensor.to(run.device, non_blocking=True) for tensor in batch[:3])
+    ids, mask, types = to_device(run, *batch[:3])
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.dtype == "bf16"):
         return run.forward(ids, mask, types).float()
+
+
+def to_device(run, *tensors):
+    """Copies that the host does not wait for, which takes pinned memory on a GPU."""
+    pinned = (tensor.pin_memory() for tensor in tensors) if run.device.type == "cuda" else tensors
+    return [tensor.to(run.device, non_blocking=True) for tensor in pinned]
 
 
 def lr_factor(step, warmup, T):
