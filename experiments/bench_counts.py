@@ -1,0 +1,129 @@
+"""What can be counted instead of timed: it is the same on every machine, however busy.
+
+    with Operations() as counted: ...      # aten operations and host reads
+    saved_bytes(forward, model)            # what a forward pass keeps for the backward pass
+    frozen_flops(config, B, T)             # of the matrix products a step with frozen weights needs
+"""
+import collections
+import math
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Operations that return numbers, or shapes that depend on numbers: on a GPU the host waits for them. On a CPU
+# tolist(), cpu() and numpy() pass no dispatcher; they are caught where they are called.
+READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "item", "unique_dim",
+         "_unique", "_unique2", "unique_consecutive"}
+CALLED_READS = {torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy}
+
+
+class _Calls(TorchFunctionMode):
+    reads = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.reads += function in CALLED_READS
+        return function(*args, **(kwargs or {}))
+
+
+def _masked(args):
+    """Whether x[...] is indexed by a mask, whose entries have to be looked for."""
+    return isinstance(args[1], (list, tuple)) and any(
+        part is not None and part.dtype in (torch.bool, torch.uint8) for part in args[1])
+
+
+class Operations(TorchDispatchMode):
+    """Context that counts the aten operations inside, forward and backward.
+
+    total: those that compute, copy or allocate, with `names`, a Counter of them. views: those that only look
+    at the same memory in another shape (view, t, expand, detach ...). reads: where the host waits.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.views, self._calls = collections.Counter(), 0, _Calls()
+
+    def __enter__(self):
+        self._calls.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self._calls.__exit__(*error)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name.startswith("index") and _masked(args):
+            self._calls.reads += 1
+        if function.is_view or name == "_unsafe_view":
+            self.views += 1
+        else:
+            self.names[name] += 1
+        return function(*args, **(kwargs or {}))
+
+    @property
+    def total(self):
+        return self.names.total()
+
+    @property
+    def reads(self):
+        return self._calls.reads + sum(n for name, n in self.names.items() if name in READS)
+
+
+def count_parts(step):
+    """{part of a step: its Operations}. A first step, which makes plans and AdamW's state, is not counted."""
+    parts = collections.defaultdict(Operations)
+    step()
+    step(parts.__getitem__)
+    return dict(parts)
+
+
+def saved_bytes(forward, model):
+    """Bytes that autograd keeps between forward() and the backward pass.
+
+    What a view refers to is kept as a whole, so whole storages count, each once. The model's parameters and
+    buffers do not: they are there anyway, whatever the step, and ours and theirs alike. Nothing is kept in
+    fact: a weak reference is enough to know a storage again, so that this needs hardly any memory. What an
+    autograd.Function keeps as an attribute, past save_for_backward, is not seen.
+    """
+    known = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
+    storages, total = {}, 0
+
+    def pack(tensor):
+        nonlocal total
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known and storage._cdata not in storages:
+            storages[storage._cdata] = StorageWeakRef(storage)     # no other storage gets this address
+            total += storage.nbytes()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: None):
+        forward()
+    return total
+
+
+def frozen_flops(config, B, T):
+    """FLOPs, two for each multiply-add, of the matrix products of a step with frozen weights.
+
+    Every activation needs its gradient but no frozen matrix does, so that the backward pass costs the forward
+    pass once more; the gradient ends at the projections of the first layer. Products of two activations
+    (scores, values) cost twice their forward pass. The head is trained and costs three times its own.
+    """
+    L, d, f = config["num_hidden_layers"], config["hidden_size"], config["intermediate_size"]
+    N, head = B * T, 2 * B * (d * d + 2 * d)
+    forward = 2 * N * (4 * d * d + 2 * d * f)              # the six matrices of one layer
+    total = L * 2 * forward - 3 * 2 * N * d * d
+    total += L * 3 * (2 * 2 * B * T * T * d)               # q kᵀ and (softmax) v
+    if config["model_type"] == "deberta-v2":
+        W, rows = 2 * T - 1, table_rows(config, T)
+        positions = 2 * 2 * N * W * d                      # q Kᵀ and k Qᵀ against 2T − 1 distances
+        total += L * (2 * 2 * rows * d * d + 2 * positions) + positions
+    return total + 3 * head
+
+
+def table_rows(config, T):
+    """How many rows of the table of relative positions T tokens refer to, from the first to the last."""
+    mid, farthest = config["position_buckets"] // 2, config["max_position_embeddings"] - 1
+    if T - 1 <= mid:
+        return 2 * T - 1
+    return 2 * (mid + math.ceil(math.log((T - 1) / mid) / math.log(farthest / mid) * (mid - 1))) + 1

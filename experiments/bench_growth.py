@@ -1,0 +1,150 @@
+"""How the cost of a step grows with T, B, k and depth, and what a large file costs: bench.py --growth.
+
+Time and memory of a full LoRA² step, beside those of transformers + peft AdaLoRA with r = k, on two layers of
+the shape unless depth itself is varied: what is looked for is the slope. Memory is what a forward pass saves
+for the backward pass, on a GPU the most that was allocated. The file is made up, as large as MNLI's: 392,702
+pairs of about its lengths, read and tokenised in a process of its own, whose peak is measured.
+"""
+import json
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import bench_counts as counts
+import bench_peers as peers
+import bench_steps as steps
+import data
+import plot
+import tables
+from bench_table import summary
+
+BASE = {"T": 128, "B": 8, "k": 8, "layers": 2}
+SWEEPS = {"T": (64, 128, 256, 512), "B": (1, 4, 16, 64), "k": (1, 4, 16, 64), "layers": (1, 2, 4, 8, 12)}
+QUICK = {"T": (64, 128), "B": (1, 4), "k": (1, 8), "layers": (1, 2)}
+LIMITS = {"seconds": 60, "GB": 2.0}                        # of the MNLI-sized file
+
+
+def measure(job, name, values):
+    """[{the point, seconds and bytes of a step of ours and of theirs}, ...] along one axis."""
+    points = []
+    for value in values:
+        at = BASE | {name: value}
+        if at["layers"] > job.config["num_hidden_layers"]:
+            continue
+        batch = steps.make_batch(job.config, at["B"], at["T"], job.device)
+        common = dict(batch=batch, dtype=job.dtype, layers=at["layers"])
+        variants = {"own LoRA²": steps.OwnStep(job.folder, "lora2", k=at["k"], r=8, **common)}
+        if job.peers:
+            peer = peers.PeerStep(job.folder, "adalora", r=at["k"], **common)
+            variants["transformers + peft AdaLoRA"] = peer
+        point = {name: value}
+        times = steps.interleave(variants, 3, job.device)
+        for variant, step in variants.items():
+            point[variant] = {"seconds": summary(times[variant]), "bytes": memory(job, step)}
+        points.append(point)
+        print(f"{name} = {value}", file=sys.stderr, flush=True)
+    return points
+
+
+def memory(job, step):
+    """Bytes of activations a step needs."""
+    if job.device == "cpu":
+        return counts.saved_bytes(step.loss, step.net)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def write_mnli(path, rows, tokenizer, seed=0):
+    """A made-up train.tsv: random words, 20 to a premise and 10 to a hypothesis on average, as in MNLI."""
+    words = [word for word in tokenizer.get_vocab() if word.isalpha() and word.isascii()]
+    rng, labels = random.Random(seed), data.TASKS["mnli"].labels
+    path.parent.mkdir(parents=True)
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("index\tsentence1\tsentence2\tgold_label\n")
+        text = lambda low, high: " ".join(rng.choices(words, k=rng.randint(low, high)))
+        for i in range(rows):
+            premise, hypothesis = text(3, 37), text(4, 16)
+            file.write(f"{i}\t{premise}\t{hypothesis}\t{rng.choice(labels)}\n")
+
+
+def read_mnli(folder, model, max_len=256):
+    """What a run does with the file: read, tokenise, make an epoch's plan. Prints one JSON line."""
+    start = time.perf_counter()
+    split = data.load_split("mnli", folder, "train")
+    loaded = time.perf_counter() - start
+    examples = data.encode(data.load_tokenizer(model) if model else data.demo_tokenizer(), split, max_len)
+    next(data.batches(examples, 32, 0, torch.Generator().manual_seed(0)))
+    print(json.dumps({"rows": len(split.texts), "tokens": len(examples.ids), "load": loaded,
+                      "seconds": time.perf_counter() - start,
+                      "GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}))
+
+
+def measure_data(job, rows):
+    """Time and peak memory of read_mnli in a fresh process, imports included in the memory."""
+    tokenizer = data.load_tokenizer(job.model) if job.model else data.demo_tokenizer()
+    with tempfile.TemporaryDirectory() as folder:
+        write_mnli(Path(folder) / "MNLI" / "train.tsv", rows, tokenizer)
+        command = [sys.executable, __file__, folder, *([job.model] if job.model else [])]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def draw(sweeps, stem):
+    """One panel a sweep, both axes logarithmic: a straight line of slope 1 is linear growth."""
+    figure, axes = plot.new_figure(len(sweeps), 2.6)
+    for panel, (name, points) in zip(axes, sweeps.items()):
+        for variant in [key for key in points[0] if key != name]:
+            panel.plot([point[name] for point in points],
+                       [point[variant]["seconds"]["value"] for point in points], marker="o", label=variant)
+        panel.set(xlabel=name, ylabel="seconds per step", xscale="log", yscale="log")
+        panel.set_xticks([point[name] for point in points], [str(point[name]) for point in points])
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    return plot.save(figure, stem)
+
+
+def markdown(sweeps, read):
+    """The sweeps and the data as Markdown."""
+    text = ""
+    for name, points in sweeps.items():
+        variants = [key for key in points[0] if key != name]
+        head = [name, *(f"{variant}, {unit}" for variant in variants for unit in ("s", "MB"))]
+        text += "\n" + tables.markdown(head, [[str(point[name]), *(
+            cell for variant in variants for cell in (f"{point[variant]['seconds']['value']:.3f}",
+                                                      f"{point[variant]['bytes'] / 1e6:,.0f}"))]
+            for point in points])
+    within = read["seconds"] <= LIMITS["seconds"] and read["GB"] <= LIMITS["GB"]
+    return text + (f"\n{read['rows']:,} rows, {read['tokens']:,} tokens: {read['load']:.1f} s to read, "
+                   f"{read['seconds']:.1f} s with tokens and batches, peak {read['GB']:.2f} GB "
+                   f"({'within' if within else 'OVER'} {LIMITS['seconds']} s and {LIMITS['GB']:g} GB)\n")
+
+
+def main(job, about):
+    """Measure, print, write growth-DEVICE.json, .png and .svg into job.out."""
+    axes = QUICK if job.quick else SWEEPS
+    with tempfile.TemporaryDirectory() as work:
+        job.folder = steps.write_checkpoint(Path(work) / "model", job.config)
+        sweeps = {name: measure(job, name, values) for name, values in axes.items()}
+    read = measure_data(job, 20_000 if job.quick else data.TASKS["mnli"].rows["train"])
+    out = Path(job.out)
+    out.mkdir(parents=True, exist_ok=True)
+    stem = out / f"growth-{job.device}{'-quick' * job.quick}"
+    about = {name: value for name, value in about.items() if name not in ("B", "T", "layers", "rounds")}
+    content = about | {"base": BASE, "sweeps": sweeps, "data": read}
+    path = Path(f"{stem}.json")
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(markdown(sweeps, read), *draw(sweeps, stem), path, sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    read_mnli(*sys.argv[1:], *[None] * (3 - len(sys.argv)))

@@ -1,0 +1,213 @@
+"""The peers of bench.py: transformers with peft, what a user would pick instead.
+
+The same checkpoint, the same six matrices of each layer (by their full names: "dense" would also hit the
+pooler), the same head trained, train mode with the same dropout, fused AdamW. AdaLoRA calls
+update_and_allocate after each optimizer step, as its documentation says. Needs requirements-dev.txt.
+"""
+import contextlib
+import math
+import time
+import warnings
+
+import torch
+
+from bench_steps import OwnStep, freeze, head_of
+import data
+import model as models
+from baselines import regulariser
+from lora2 import lora2_layers
+
+METHODS = ("frozen", "lora", "adalora")
+
+
+def available():
+    """Whether both packages are there."""
+    try:
+        import peft
+        import transformers
+    except ImportError:
+        return False
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    return bool(peft)
+
+
+def target_names(config):
+    """Dotted names of the six matrices of each layer: transformers' are the checkpoint's, as ours."""
+    kind = config.model_type
+    return [f"{models.PREFIX[kind]}.encoder.layer.{i}.{end}" for i in range(config.num_hidden_layers)
+            for end in models.TARGETS[kind].values()]
+
+
+def load(folder, labels=2):
+    """transformers' classifier, in fp32, from a folder."""
+    from transformers import AutoModelForSequenceClassification
+    net = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=labels, dtype=torch.float32)
+    return net.train()
+
+
+def adapt(net, method, names, head, r, steps, alpha=32, gamma=0.1):
+    """peft's LoRA or AdaLoRA on the layers `names` of `net`, with the head trained beside."""
+    import peft
+    common = dict(task_type="SEQ_CLS", target_modules=names, modules_to_save=head, lora_alpha=alpha)
+    if method == "lora":
+        return peft.get_peft_model(net, peft.LoraConfig(r=r, **common))
+    return peft.get_peft_model(net, peft.AdaLoraConfig(
+        init_r=r, target_r=max(1, r // 2), tinit=0, tfinal=10, deltaT=1 if r > 1 else steps,   # peft cannot
+        orth_reg_weight=gamma, total_step=steps, beta1=0.85, beta2=0.85, **common))    # prune 0: kthvalue
+
+
+class PeerStep:
+    """One training step of transformers, called without arguments. method: one of METHODS."""
+
+    def __init__(self, folder, method, batch, r=8, dtype="fp32", layers=None, alpha=32):
+        self.net = load(folder)
+        self.method, self.batch, self.dtype, self.step = method, batch, dtype, 0
+        if layers is not None:
+            del self.net.base_model.encoder.layer[layers:]
+            self.net.config.num_hidden_layers = layers
+        names = target_names(self.net.config)
+        if method == "frozen":
+            freeze(self.net, names, head_of(self.net))
+        else:
+            self.net = adapt(self.net, method, names, head_of(self.net), r, steps=1000, alpha=alpha)
+        self.net.to(batch[0].device).train()
+        self.parameters = [p for p in self.net.parameters() if p.requires_grad]
+        if method != "frozen":
+            self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3, weight_decay=0.0, fused=True)
+
+    def loss(self):
+        """Cross entropy; peft adds its regulariser inside where it gets the labels."""
+        ids, mask, labels = self.batch
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.dtype == "bf16"):
+            return self.net(input_ids=ids, attention_mask=mask, labels=labels).loss
+
+    def __call__(self, part=lambda name: contextlib.nullcontext()):
+        """One step, R inside "forward" and "backward": peft does not let them apart."""
+        with part("forward"):
+            loss = self.loss()
+        with part("backward"):
+            loss.backward()
+        if self.method == "frozen":
+            for parameter in self.parameters:
+                parameter.grad = None
+            return
+        self.step += 1
+        with part("clip, AdamW"):
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
+        with part("importance, selection"):
+            if self.method == "adalora":
+                self.net.base_model.update_and_allocate(self.step)
+        self.optimizer.zero_grad()
+
+
+# --- do own and peer compute the same? ----------------------------------------------------------------------
+
+def parity(folder, batch, layers=None, tolerance=1e-4):
+    """{what: largest difference between own and peer, relative to the largest number}, without dropout.
+
+    Fresh LoRA² against the frozen model. LoRA² with random factors against peft's LoRA that it is exported to
+    (A = vᵀ and B = (C V)ᵀ, so that dv = dAᵀ and dV = Cᵀ dBᵀ). AdaLoRA with random factors against peft's,
+    regulariser included. AssertionError for what differs by more than `tolerance`.
+    """
+    own = OwnStep(folder, "lora2", batch, k=4, r=8, extras=False, layers=layers)
+    peer = PeerStep(folder, "frozen", batch, layers=layers)
+    errors = {"frozen logits": difference([(logits(own), logits(peer))])}
+
+    peer = PeerStep(folder, "lora", batch, r=4, alpha=4, layers=layers)
+    adapters = pairs(own, peer)
+    for layer, theirs in adapters:
+        for mine, weight in zip(layer.to_lora(), (theirs.lora_A, theirs.lora_B)):
+            weight["default"].weight.data.copy_(mine)
+    errors["LoRA² logits"] = difference([(logits(own), logits(peer))])
+    own.loss().backward()
+    peer.loss().backward()
+    dA, dB = ([getattr(theirs, name)["default"].weight.grad for _, theirs in adapters] for name in (
+        "lora_A", "lora_B"))
+    errors["LoRA² gradient of v"] = difference([(layer.v.grad, g.T) for (layer, _), g in zip(adapters, dA)])
+    errors["LoRA² gradient of V"] = difference([(layer.V.grad, layer.core().detach().T @ g.T)
+                                               for (layer, _), g in zip(adapters, dB)])
+
+    own = OwnStep(folder, "adalora", batch, r=8, extras=False, layers=layers)
+    peer = PeerStep(folder, "adalora", batch, r=8, layers=layers)
+    names = {"P": "lora_A", "lam": "lora_E", "Q": "lora_B"}
+    turned = lambda tensor: tensor.mT if tensor.dim() == 2 else tensor[:, None]            # peft's layout
+    adapters = [(name, getattr(layer, name), getattr(theirs, names[name])["default"])
+                for layer, theirs in pairs(own, peer) for name in names]
+    for _, mine, theirs in adapters:
+        theirs.data.copy_(turned(mine.data))
+    errors["AdaLoRA logits"] = difference([(logits(own), logits(peer))])
+    (own.loss() + 0.1 * regulariser("adalora", own.net, None)).backward()
+    peer.loss().backward()
+    for name in names:
+        errors[f"AdaLoRA gradient of {name}"] = difference(
+            [(turned(mine.grad), theirs.grad) for which, mine, theirs in adapters if which == name])
+    wrong = {what: error for what, error in errors.items() if not error <= tolerance}
+    assert not wrong, f"own and peer do not compute the same: {wrong}"
+    return errors
+
+
+def pairs(own, peer):
+    """[(our adapter, peft's adapter), ...]. Both models are put in evaluation mode, ours gets random factors.
+
+    Their size lets the update be about as large as what the frozen matrix does: at the usual init it would be
+    lost in rounding, and with it any difference.
+    """
+    own.net.eval(), peer.net.eval()
+    found = lora2_layers(own.net)
+    for _, layer in found:
+        for name, factor in layer.named_parameters(recurse=False):
+            torch.nn.init.normal_(factor, std=0.5 / layer.scale if name == "lam" else len(factor) ** -0.5)
+    return [(layer, peer.net.get_submodule(f"base_model.model.{name}")) for name, layer in found]
+
+
+@torch.no_grad()
+def logits(step):
+    """Logits without dropout, in fp32."""
+    ids, mask, _ = step.batch
+    output = step.net.eval()(input_ids=ids, attention_mask=mask)
+    return getattr(output, "logits", output)
+
+
+def difference(pairs):
+    """max |a − b| / max |b| over all pairs (a, b)."""
+    return (max((a - b).abs().max() for a, b in pairs) / max(b.abs().max() for _, b in pairs)).item()
+
+
+# --- row 12: an epoch ---------------------------------------------------------------------------------------
+
+def epoch(folder, task, data_dir, rows, max_len, device, dtype="fp32", batch_size=32, r=8):
+    """Seconds for one epoch of transformers + peft AdaLoRA: files, tokens, model, steps; not the imports.
+
+    As in transformers' own example for GLUE: rows in random order, each batch padded to its longest row.
+    """
+    from transformers import AutoTokenizer, DataCollatorWithPadding
+    start = time.perf_counter()
+    split = data.load_split(task, data_dir, "train").first(rows)
+    classes = len(data.get_task(task).labels)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    encoded = tokenizer(*map(list, zip(*split.texts)), truncation=True, max_length=max_len)
+    table = [{name: column[i] for name, column in encoded.items()} | {"labels": label}
+             for i, label in enumerate(split.labels)]
+    loader = torch.utils.data.DataLoader(table, batch_size, shuffle=True, pin_memory=device == "cuda",
+                                         collate_fn=DataCollatorWithPadding(tokenizer))
+    net = load(folder, max(1, classes))
+    net = adapt(net, "adalora", target_names(net.config), head_of(net), r, steps=len(loader) + 20).to(device)
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(loader))
+    for step, batch in enumerate(loader, 1):
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16"):
+            loss = net(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        net.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    if not math.isfinite(loss.item()):
+        raise FloatingPointError(f"the peer's loss on {task} is not finite")
+    return time.perf_counter() - start

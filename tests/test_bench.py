@@ -1,0 +1,274 @@
+"""Tests of experiments/bench*.py: counters by hand, the step against train.py's loop, a tiny run.
+
+Offline. What needs transformers and peft is skipped without them.
+"""
+import json
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+
+import bench
+import bench_counts as counts
+import bench_growth
+import bench_peers as peers
+import bench_steps as steps
+import bench_table as table
+import data
+import train
+
+needs_peers = pytest.mark.skipif(not peers.available(), reason="transformers or peft is not installed")
+
+
+@pytest.fixture(autouse=True)
+def few_threads(one_thread):
+    """Matrices this small are slower on several cores."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """{shape: checkpoint with random weights}."""
+    folder = tmp_path_factory.mktemp("bench")
+    shapes = ("tiny", "tiny-roberta")
+    return {name: steps.write_checkpoint(folder / name, steps.SHAPES[name]) for name in shapes}
+
+
+def batch_of(shape, B=3, T=16):
+    return steps.make_batch(steps.SHAPES[shape], B, T)
+
+
+# --- counting -----------------------------------------------------------------------------------------------
+
+def test_operations_are_counted_forward_and_backward():
+    """Oracle: a product and a sum, counted by hand; their backward pass is one product and one expand."""
+    x, w = torch.randn(3, 4), torch.randn(4, 5, requires_grad=True)
+    with counts.Operations() as forward:
+        y = (x @ w).sum()
+    assert forward.names == {"mm": 1, "sum": 1} and forward.total == 2 and forward.views == 0
+    with counts.Operations() as backward:
+        y.backward()
+    assert backward.names == {"ones_like": 1, "mm": 1}      # dw = xᵀ @ 1; the gradient of a sum is a view
+    assert backward.views >= 2                              # expand and t at least
+
+
+@pytest.mark.parametrize("read, n", [
+    (lambda x: x.sum().item(), 1), (lambda x: float(x[0]) + int(x[1]), 2),
+    (lambda x: bool((x > 0).all()), 1), (lambda x: x.tolist(), 1), (lambda x: x.nonzero(), 1),
+    (lambda x: x[x > 0], 1), (lambda x: x.cpu(), 1), (lambda x: x.numpy(), 1),
+    (lambda x: torch.where(x > 0, x, 0.0), 0), (lambda x: x.argsort()[:2], 0)])
+def test_host_reads_are_counted(read, n):
+    """Oracle: what needs the numbers on the host is known from torch's documentation, case by case."""
+    with counts.Operations() as seen:
+        read(torch.randn(4))
+    assert (seen.reads > 0) == (n > 0) and seen.reads >= n
+
+
+def test_saved_bytes_of_a_chain_of_linears():
+    """Oracle: by hand. A Linear whose weight is trained keeps its input, tanh its output."""
+    net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3), nn.Tanh())
+    x = torch.randn(4, 5)
+    forward = lambda: net(x).sum()
+    assert counts.saved_bytes(forward, net) == 4 * (4 * 5 + 4 * 7 + 4 * 3)  # the 4 × 7 twice, counted once
+    net[0].weight.requires_grad_(False)
+    assert counts.saved_bytes(forward, net) == 4 * (4 * 7 + 4 * 3)
+    net[0].bias.requires_grad_(False)
+    net[2].weight.requires_grad_(False)
+    assert counts.saved_bytes(forward, net) == 4 * (4 * 3)                  # only the last bias is trained
+
+
+def test_saved_bytes_count_the_whole_storage_behind_a_view():
+    """Oracle: by hand. A column of a 4 × 1000 matrix keeps all 16,000 bytes alive; a parameter is free."""
+    net, wide = nn.Linear(4, 1, bias=False), torch.randn(4, 1000)
+    assert counts.saved_bytes(lambda: (net.weight * wide[:, 0]).sum(), net) == 16000
+
+
+@pytest.mark.parametrize("shape, T", [("tiny", 16), ("tiny", 160), ("tiny-roberta", 24)])
+def test_flops_of_the_frozen_step(folders, shape, T):
+    """Oracle: torch's own FlopCounterMode on our frozen step, dropout on. 160 tokens share some buckets."""
+    step = steps.OwnStep(folders[shape], "frozen", batch_of(shape, 2, T))
+    with FlopCounterMode(display=False) as counted:
+        step()
+    assert counts.frozen_flops(steps.SHAPES[shape], 2, T) == counted.get_total_flops()
+
+
+# --- statistics and the table -------------------------------------------------------------------------------
+
+def test_ratios_are_paired():
+    """Oracle: by hand. A machine that slows down by 10 for two rounds changes no paired ratio."""
+    a, b = [2.0, 30.0, 20.0, 1.0], [1.0, 10.0, 10.0, 1.0]
+    assert table.paired(a, b) == {"value": 2.0, "min": 1.0, "max": 3.0, "n": 4}
+    with pytest.raises(ValueError, match="4 and 3 times do not pair"):
+        table.paired(a, b[:3])
+
+
+def test_worst_and_passes():
+    """Oracle: by hand."""
+    assert table.worst([1, 5, 2])["value"] == 5 and table.summary([1, 5, 2])["value"] == 2
+    assert table.passes(1.1, "≤ 1.10") and not table.passes(1.11, "≤ 1.10")
+    assert table.passes(1.3, "≥ 1.3") and not table.passes(1.29, "≥ 1.3")
+    assert table.passes(0, "= 0") and not table.passes(-1, "= 0")
+
+
+def test_report_says_pass_fail_and_not_run():
+    """Oracle: the lines written out."""
+    text = table.report({"4": table.summary([1.0, 1.1, 1.3]), "6": table.worst([2499, 2501])}, "cpu")
+    assert "| 4 | transformers frozen / own frozen | ≥ 1.15 | 1.100 (1.000 – 1.300; n = 3) | FAIL |" in text
+    assert "| 6 | operations of a full LoRA² step | ≤ 2500 | 2,501 (2,499 – 2,501; n = 2) | FAIL |" in text
+    assert "| 8 | R + importance + pruning, on / off | ≤ 1.02 | not run |  |" in text
+    assert "T=256 | ≥ 3" not in text and "FAIL" not in table.report({"4": table.summary([1.0])}, "cpu", ())
+    assert "T=256 | ≥ 3 | not run" in table.report({}, "cuda")
+
+
+def test_goals_are_those_of_the_specification():
+    """Oracle: the table of ../shared/performance.md, where it is at hand: the bounds of each row."""
+    path = ROOT.parent / "shared" / "performance.md"
+    if not path.exists():
+        pytest.skip("performance.md is not beside the project")
+    text = path.read_text(encoding="utf-8").splitlines()
+    lines = [[cell.strip() for cell in line.split("|")] for line in text if re.match(r"\| \d+ \|", line)]
+    bounds = lambda cell: {float(bound.replace(",", "")) for bound in re.findall(r"[≤≥] ([\d.,]*\d)", cell)}
+    assert [line[1] for line in lines] == [str(number) for number in range(1, 13)]
+    for _, number, _, cpu, cuda, _ in lines:
+        goals = [goals for key, (_, *goals) in table.ROWS.items() if key.split()[0] == number]
+        cuda = cpu if cuda == "same" else cuda
+        for cell, side in ((cpu, 0), (cuda, 1)):
+            ours = {float(goal[side].split()[1]) for goal in goals if goal[side]}
+            # "0", "0 under ..." of row 7, and "the same for 2 and 12 layers" of row 6, are not inequalities.
+            assert ours - {0} == bounds(cell) and (0 in ours) == (number in "67"), (number, side)
+    named = re.findall(r"≥ ([\d.]+) (\S+?)(?=,|$)", lines[11][3])
+    assert {key: goals[1] for key, goals in table.ROWS.items() if key.startswith("12")} == {
+        f"12 {task.lower().replace('-', '')}": f"≥ {bound}" for bound, task in named}
+
+
+def test_interleaved_variants_take_turns(monkeypatch):
+    """Oracle: the order written out; the first round is a warm-up and not among the times."""
+    seen = []
+    times = steps.interleave({name: lambda name=name: seen.append(name) for name in "abc"}, 3)
+    assert "".join(seen) == "abc" + "bca" + "cab" + "abc"
+    assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+# --- the step -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("method", ["lora2", "adalora"])
+def test_the_timed_step_is_that_of_the_training_loop(folders, tmp_path, method):
+    """Oracle: train.py's own loop, on the same batches with the same settings, to the bit, dropout on."""
+    batch = batch_of("tiny", 8, 16)
+    step = steps.OwnStep(folders["tiny"], method, batch, k=2, r=4)
+    start = {name: tensor.clone() for name, tensor in step.net.state_dict().items()}
+    other = steps.OwnStep(folders["tiny"], method, batch, k=2, r=4)
+    other.net.load_state_dict(start)
+
+    ids, mask, labels = batch
+    whole = data.Batch(ids, mask, torch.zeros_like(ids), labels, torch.arange(8))
+    log = SimpleNamespace(training=lambda *_: None)
+    run = SimpleNamespace(
+        net=other.net, forward=other.net, parameters=other.parameters, optimizer=other.optimizer,
+        pruner=other.pruner, bad_step=other.bad_step, method=method, reg=0.1, reg_terms=("uv", "UV", "PQ"),
+        step=0, T=4, lr_warmup=0, device=torch.device("cpu"), world=1, rank=0, accum=1, dtype="fp32",
+        row=SimpleNamespace(labels=("0", "1")), stop_at=None, save_steps=None, eval_steps=None,
+        steps_per_epoch=100, evaluations=[{"step": 4, "score": 0}], budget=None, out=tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "stream", lambda run: iter([whole] * 4))
+        patch.setattr(train, "lr_factor", lambda t, warmup, T: 1 - t / 1000)
+        torch.manual_seed(3)
+        train.train(run, log, SimpleNamespace(check=lambda run: None))
+    torch.manual_seed(3)
+    for _ in range(4):
+        step()
+    changed = 0
+    for name, tensor in step.net.state_dict().items():
+        assert torch.equal(tensor, other.net.state_dict()[name]), name
+        changed += not torch.equal(tensor, start[name])
+    assert changed > 12 and torch.equal(step.pruner.keep, other.pruner.keep)
+
+
+def test_the_frozen_step_trains_the_head_and_reaches_the_first_layer(folders):
+    """Oracle: the list written out."""
+    step = steps.OwnStep(folders["tiny"], "frozen", batch_of("tiny"))
+    names = {name for name, p in step.net.named_parameters() if p.requires_grad}
+    first = {f"deberta.encoder.layer.0.attention.self.{x}_proj.bias" for x in ("query", "key", "value")}
+    head = {f"{part}.{x}" for part in ("pooler.dense", "classifier") for x in ("weight", "bias")}
+    assert names == first | head
+    step.loss().backward()
+    assert all(p.grad.abs().sum() > 0 for p in step.parameters)
+
+
+# --- the peers ----------------------------------------------------------------------------------------------
+
+@needs_peers
+@pytest.mark.parametrize("shape", ["tiny", "tiny-roberta"])
+def test_parity_sees_a_difference(folders, shape, monkeypatch):
+    """Oracle: own and peer agree; with a scale that is off by 0.1 % in a single adapter they do not."""
+    errors = peers.parity(folders[shape], batch_of(shape))
+    assert len(errors) == 8 and max(errors.values()) < 5e-5
+    honest = peers.pairs
+
+    def dishonest(own, peer):
+        found = honest(own, peer)
+        found[-1][0].scale *= 1.001
+        return found
+
+    monkeypatch.setattr(peers, "pairs", dishonest)
+    with pytest.raises(AssertionError, match="do not compute the same: .*AdaLoRA"):
+        peers.parity(folders[shape], batch_of(shape))
+
+
+@needs_peers
+def test_peers_adapt_the_six_matrices_and_train_the_head(folders):
+    """Oracle: names and parameter counts written out: r (d_in + d_out) per matrix, + r for AdaLoRA's Λ."""
+    S = 2 * (4 * 64 + 2 * 96)                              # of both layers, d = 32 and f = 64
+    head = 32 * 32 + 32 + 2 * 32 + 2
+    for method, expected in (("lora", 4 * S), ("adalora", 4 * (S + 12))):
+        step = peers.PeerStep(folders["tiny"], method, batch_of("tiny"), r=4)
+        assert sum(p.numel() for p in step.parameters) == expected + head
+        dropouts = [module.p for module in step.net.modules() if type(module).__name__.endswith("Dropout")]
+        assert step.net.training and dropouts and 0.1 in dropouts
+
+
+# --- the whole ----------------------------------------------------------------------------------------------
+
+@needs_peers
+def test_a_tiny_run_measures_and_writes(tmp_path, capsys, monkeypatch):
+    """Oracle: each row without data is there with a number, the others say so; the file names no folder."""
+    monkeypatch.setattr(steps, "SHAPES", steps.SHAPES | {"deberta-narrow": steps.SHAPES["tiny"]})
+    words = f"--quick --device cpu --shape tiny --data-dir {tmp_path} --out {tmp_path}".split()
+    assert bench.main(words) == 0
+    out = capsys.readouterr().out
+    result = json.loads((tmp_path / "bench-cpu-tiny-quick.json").read_text(encoding="utf-8"))
+    for key, row in result["rows"].items():
+        expected = key.split()[0] not in ("9", "12") and key not in ("3 T=256", "5 peak")
+        assert (row["result"] != "not run") == expected, key
+        assert not expected or 0 <= row["result"]["min"] <= row["result"]["value"] <= row["result"]["max"]
+    assert str(tmp_path) not in json.dumps(result) and "FAIL" not in out and "pass |" not in out
+    assert {"device", "threads", "versions", "date", "dropout", "dtype", "B", "T"} <= result.keys()
+
+
+def test_folders_are_named_by_their_last_part():
+    """Oracle: by hand."""
+    words = ["--model", "/a/b/minilm", "--quick", "--out", "x/results"]
+    job = bench.parse(words)
+    bench.prepare(job)
+    command = bench.circumstances(job, words)["command"]
+    assert command == "python experiments/bench.py --model minilm --quick --out results"
+
+
+def test_made_up_mnli_is_read(tmp_path, capsys):
+    """Oracle: the number of rows asked for and MNLI's labels; the child's JSON line has what is printed."""
+    tokenizer = SimpleNamespace(get_vocab=lambda: {"apple": 1, "tree": 2, "##x": 3})
+    bench_growth.write_mnli(tmp_path / "MNLI" / "train.tsv", 50, tokenizer)
+    split = data.read_split(tmp_path / "MNLI" / "train.tsv", "mnli")
+    assert len(split.texts) == 50 and set(split.labels) == {0, 1, 2}
+    assert {word for pair in split.texts for text in pair for word in text.split()} == {"apple", "tree"}
+    bench_growth.read_mnli(tmp_path, None)
+    line = json.loads(capsys.readouterr().out)
+    assert line["rows"] == 50 and line["tokens"] == sum(
+        3 + sum(len(text.split()) for text in pair) for pair in split.texts)
