@@ -8,10 +8,10 @@ start() and complete() as a GLUE run does, and what is printed at the end comes 
 import os
 from pathlib import Path
 
-import safetensors.torch
 import torch
 
 import data
+import disk
 import hub
 import model as models
 import options
@@ -36,10 +36,10 @@ WAYS = {"head only": ["--method", "head", "--lr", "5e-3"],
 def write_checkpoint(folder, config, weights):
     """A folder as the Hub ships a pretrained model: config, the encoder's weights, the tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
-    backbone = {name: tensor.contiguous() for name, tensor in weights.items() if name.startswith("deberta.")}
-    runs.write_json(folder / "config.json", config)
-    runs.write_file(folder / "model.safetensors", safetensors.torch.save(backbone, metadata={"format": "pt"}))
-    runs.write_file(folder / "tokenizer.json", data.demo_tokenizer().to_str())
+    backbone = {name: tensor for name, tensor in weights.items() if name.startswith("deberta.")}
+    disk.write_json(folder / "config.json", config)
+    disk.write_tensors(folder / "model.safetensors", backbone, {"format": "pt"})
+    disk.write_file(folder / "tokenizer.json", data.demo_tokenizer().to_str())
 
 
 def write_random_model(folder, seed):
@@ -62,7 +62,7 @@ def write_pretraining_data(folder):
     for name, split in data.load_task(data.DEMO_PRETRAIN).items():
         path = folder / f"{name}.tsv"
         rows = (f"{text}\t{label}\n" for (text,), label in zip(split.texts, split.labels))
-        runs.write_file(path, "sentence\tlabel\n", *rows)
+        disk.write_file(path, "sentence\tlabel\n", *rows)
         words += [f"--{name}-file", str(path)]
     return words
 

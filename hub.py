@@ -12,8 +12,9 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from disk import one_line, replacing
 
 WAYS_OUT = ("download its files by hand and give --model FOLDER, or run once where the Hub can be reached (a "
             "proxy or HF_ENDPOINT may help); a complete cached copy works without it, also under "
@@ -69,12 +70,6 @@ def download(repository, filename):
         return None
 
 
-def one_line(error, length=200):
-    """What an exception says, on one line and cut to a length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= length else text[:length] + " ..."
-
-
 def tokenizer_files(name_or_dir):
     """Paths of the tokenizer's files that are at hand; the network is not asked."""
     paths = [find(name_or_dir, name, network=False) for name in TOKENIZER_FILES]
@@ -124,18 +119,13 @@ def read_bin(path):
         raise ValueError("it is damaged, or holds more than tensors: such a file can run code") from e
 
 
-def write_checkpoint(folder, config, weights, tokenizer_of):
-    """Write config.json, model.safetensors and the tokenizer files of another checkpoint."""
-    folder = Path(folder)
+def write_checkpoint(folder, config, weights, tokenizer_of, prefix=""):
+    """Write config.json and model.safetensors, their names after a prefix, and another's tokenizer files."""
+    folder, tokenizer = Path(folder), tokenizer_files(tokenizer_of)
+    names = [f"{prefix}model.safetensors", f"{prefix}config.json", *(path.name for path in tokenizer)]
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        save_file(weights, folder / "model.safetensors.tmp", metadata={"format": "pt"})
-    except SafetensorError as e:                   # a full disk, for one
-        raise OSError(f"{folder}/model.safetensors.tmp cannot be written: {one_line(e)}") from e
-    (folder / "config.json.tmp").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-    written = ["model.safetensors", "config.json"]
-    for path in tokenizer_files(tokenizer_of):
-        shutil.copyfile(path, folder / f"{path.name}.tmp")
-        written.append(path.name)
-    for name in written:                           # a file with its final name is whole
-        os.replace(folder / f"{name}.tmp", folder / name)
+    with replacing(*(folder / name for name in names)) as (weights_file, config_file, *copies):
+        save_file(weights, weights_file, metadata={"format": "pt"})
+        config_file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+        for path, copy in zip(tokenizer, copies):
+            shutil.copyfile(path, copy)

@@ -5,7 +5,7 @@ import signal
 import torch
 import torch.distributed as dist
 
-import hub
+from disk import one_line
 
 
 def join(name):
@@ -34,7 +34,7 @@ def together(operation, *arguments):
     try:
         operation(*arguments)
     except RuntimeError as e:
-        raise ConnectionError(f"another process of this run has ended ({hub.one_line(e, 100)}): see what it "
+        raise ConnectionError(f"another process of this run has ended ({one_line(e, 100)}): see what it "
                               "says; --resume goes on from last.pt") from e
 
 

@@ -1,4 +1,4 @@
-"""What keeps a run safe: whole files or none, and going on after a stop; what a finished run hands out.
+"""The folder of a run: going on after a stop, and what a finished run hands out.
 
 A run folder holds
     last.pt               all that --resume needs: tensors and plain values
@@ -19,69 +19,20 @@ import time
 from pathlib import Path
 
 import safetensors
-import safetensors.torch
 import torch
 import torch.distributed as dist
 
 import config
-import data
 import hub
 import model as models
 import processes
+import tasks
+from disk import one_line, reading, write_file, write_tensors, writing
 from lora2 import load_lora2_state_dict, lora2_layers, lora2_state_dict, merge_lora2
 from options import INCIDENTAL, flag
 
 
-# --- files --------------------------------------------------------------------------------------------------
-
-@contextlib.contextmanager
-def writing(path):
-    """What a full disk or a lost folder makes its writer raise becomes one sentence: OSError."""
-    try:
-        yield
-    except OSError as e:
-        raise OSError(f"{path} could not be written ({e.strerror or hub.one_line(e)}), what was there is "
-                      "untouched: make room or give another folder") from e
-
-
-def write_file(path, *parts):
-    """Write bytes or text so that `path` is either as before or complete, also if the power fails."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.tmp")
-    with writing(path):
-        try:
-            with open(beside, "wb") as file:
-                for part in parts:
-                    file.write(part.encode() if isinstance(part, str) else part)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                beside.unlink(missing_ok=True)
-            raise
-
-
-def write_json(path, content):
-    write_file(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
-
-
-def write_tensors(path, tensors, metadata):
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
-    write_file(path, safetensors.torch.save(tensors, metadata=metadata))
-
-
-@contextlib.contextmanager
-def reading(path, advice):
-    """What a missing or damaged file makes its reader raise becomes one sentence: OSError or ValueError."""
-    try:
-        yield
-    except OSError as e:
-        raise OSError(f"{path} cannot be read ({e.strerror or hub.one_line(e)}): {advice}") from e
-    except Exception as e:
-        cause = hub.one_line(e, 100)
-        raise ValueError(f"{path} is damaged or another kind of file ({cause}): {advice}") from e
-
+# --- hashes -------------------------------------------------------------------------------------------------
 
 def digest(*parts):
     """Hash of texts, bytes, tensors and dicts of them: the formats of our files notice no changed bit."""
@@ -231,9 +182,7 @@ def save_best(run, predictions):
     """Write the predictions, {dev split: (N,)}, then the adapter, which thereby is never ahead of them."""
     if run.rank == 0:
         for name, values in predictions.items():
-            values = [run.row.labels[value] if run.row.labels else value for value in values.tolist()]
-            rows = "".join(f"{i}\t{value}\n" for i, value in enumerate(values))
-            write_file(Path(run.out) / f"predictions_{name}.tsv", "index\tprediction\n" + rows)
+            tasks.write_predictions(Path(run.out) / f"predictions_{name}.tsv", run.row, values.tolist())
         tensors, mine = lora2_state_dict(run.net), json.dumps(facts(run), sort_keys=True)
         write_tensors(Path(run.out) / "adapter.safetensors", tensors,
                       {"lora2": json.dumps([mine, digest(tensors, mine)])})
@@ -257,11 +206,11 @@ def hand_out(run, predictions):
     """--predict, --export-peft and --merge, of the adapters that the model now holds."""
     if predictions is not None:
         folder = run.out or Path(run.eval).parent
-        with writing(f"{folder}: the predictions"):
-            path = data.write_submission(folder, run.row, predictions, Path(run.predict).stem)
+        path = tasks.write_submission(folder, run.row, predictions, Path(run.predict).stem)
         print(f"predictions for {run.predict} are in {path}")
     if run.export_peft:
-        export_peft(run, Path(run.export_peft))
+        with writing(run.export_peft):
+            export_peft(run, run.export_peft)
         print(f"the adapter as a LoRA for peft is in {run.export_peft}")
     if run.merge:
         with writing(run.merge):
@@ -271,18 +220,16 @@ def hand_out(run, predictions):
 
 def export_peft(run, folder):
     """Write a folder that peft opens: each update as its LoRA (to_lora: exact), the head, the tokenizer."""
-    tensors = {f"base_model.model.{name}": parameter for name, parameter in run.head_parameters}
+    tensors = dict(run.head_parameters)
     for name, layer in lora2_layers(run.net):
         A, B = layer.to_lora()
-        tensors |= {f"base_model.model.{name}.lora_A.weight": A, f"base_model.model.{name}.lora_B.weight": B}
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in hub.tokenizer_files(run.net.source):
-        write_file(folder / path.name, path.read_bytes())
-    write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
-    write_json(folder / "adapter_config.json", {
+        tensors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+    tensors = {f"base_model.model.{name}": tensor.detach().contiguous() for name, tensor in tensors.items()}
+    hub.write_checkpoint(folder, {
         "peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": run.model, "r": len(A),
         "lora_alpha": len(A), "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
-        "target_modules": run.adapted, "modules_to_save": run.head})
+        "target_modules": run.adapted, "modules_to_save": run.head},
+        tensors, tokenizer_of=run.net.source, prefix="adapter_")
 
 
 # --- mistakes and divergence --------------------------------------------------------------------------------
@@ -297,7 +244,7 @@ def refusing():
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
-        raise Refused(hub.one_line(error, 2000)) from error
+        raise Refused(one_line(error, 2000)) from error
 
 
 def check_finite(run):

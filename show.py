@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import disk
 import hub
 import model as models
 import options
-import runs
 
 
 LOG_STEPS = 10                                             # between two lines of the log
@@ -155,9 +155,9 @@ def finish(run):
               "date": time.strftime("%Y-%m-%d"), **counts(run)}
     if run.rank == 0:
         if kept:
-            runs.write_json(Path(run.out) / "ranks.json", kept)
+            disk.write_json(Path(run.out) / "ranks.json", kept)
             print(kept_map(kept, models.TARGETS[run.net.config["model_type"]], run.r))
-        runs.write_json(Path(run.out) / "result.json", result)
+        disk.write_json(Path(run.out) / "result.json", result)
         print(summary(result, run.out), flush=True)
     return result
 
@@ -187,7 +187,7 @@ def finished(given):
     """Show the finished run that --resume names; the options for what else is asked of its adapter, or {}."""
     folder = given["resume"]
     path = Path(folder) / "result.json"
-    with runs.reading(path, f"remove it, and --resume {folder} makes it anew"):
+    with disk.reading(path, f"remove it, and --resume {folder} makes it anew"):
         content = hub.read_json(path)
         text, again, settings = summary(content, folder), evaluation_of(content, folder), content["settings"]
     wanted = options.beside_resume(settings, given)

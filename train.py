@@ -25,6 +25,7 @@ import options
 import processes
 import runs
 import show
+import tasks
 from lora2 import load_lora2_state_dict
 
 # --- set-up: everything that a user's mistake can break happens here ----------------------------------------
@@ -56,7 +57,7 @@ def set_up(settings, facts=None):
     if labels:
         net.config["id2label"] = {str(i): label for i, label in enumerate(labels)}
     if run.predict:
-        splits["to predict"] = data.read_split(run.predict, run.row, labelled=False)
+        splits["to predict"] = tasks.read_split(run.predict, run.row, labelled=False)
     run.data = {name: data.encode(tokenizer, split, run.max_len) for name, split in splits.items()}
     ids, types = (max(int(getattr(examples, field).max()) for examples in run.data.values())
                   for field in ("ids", "types"))
@@ -81,16 +82,16 @@ def set_up(settings, facts=None):
 
 
 def load_splits(run, facts):
-    """({"train": Split, dev splits}, data.Task) of a task or of the user's files; no "train" to evaluate."""
+    """({"train": Split, dev splits}, tasks.Task) of a task or of the user's files; no "train" to evaluate."""
     if run.dev_file:
-        task = data.Task("", {}, **facts["columns"]) if facts else data.own_task(run.train_file)
+        task = tasks.Task("", {}, **facts["columns"]) if facts else tasks.own_task(run.train_file)
         files = ("train", run.train_file), ("dev", run.dev_file)
-        splits = {name: data.read_split(path, task) for name, path in files if path}
+        splits = {name: tasks.read_split(path, task) for name, path in files if path}
     else:
-        task = data.get_task(run.task)
+        task = tasks.get_task(run.task)
         if task.downloads and not (Path(run.data_dir) / task.folder).exists():
             if run.rank == 0:
-                data.fetch_task(task, run.data_dir)
+                tasks.fetch_task(task, run.data_dir)
             processes.wait_for_all()
         if facts and not task.make:                        # to evaluate, train.tsv need not be there
             task = task._replace(rows={name: n for name, n in task.rows.items() if name != "train"})

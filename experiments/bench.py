@@ -34,6 +34,7 @@ import bench_peers as peers
 import bench_steps as steps
 import data
 import options
+import tasks
 import train
 from bench_table import ROWS, paired, report, summary, worst
 from lora2 import lora2_layers, merge_lora2
@@ -105,7 +106,7 @@ def count_tokens(job):
 
 
 def encoded(job, task):
-    split = data.load_split(task, job.data_dir, "train")
+    split = tasks.load_split(task, job.data_dir, "train")
     return data.encode(data.load_tokenizer(job.model), split, options.PRESETS[task]["max_len"])
 
 

@@ -22,6 +22,7 @@ import bench_steps as steps
 import data
 import plot
 import tables
+import tasks
 from bench_table import summary
 
 BASE = {"T": 128, "B": 8, "k": 8, "layers": 2}
@@ -78,7 +79,7 @@ def write_mnli(path, rows, tokenizer, seed=0):
 def read_mnli(folder, model, max_len=256):
     """What a run does with the file: read, tokenise, make an epoch's plan. Prints one JSON line."""
     start = time.perf_counter()
-    split = data.load_split("mnli", folder, "train")
+    split = tasks.load_split("mnli", folder, "train")
     loaded = time.perf_counter() - start
     examples = data.encode(data.load_tokenizer(model) if model else data.demo_tokenizer(), split, max_len)
     next(data.batches(examples, 32, 0, torch.Generator().manual_seed(0)))

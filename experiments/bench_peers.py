@@ -12,8 +12,8 @@ import warnings
 import torch
 
 from bench_steps import OwnStep, freeze, head_of
-import data
 import model as models
+import tasks
 from baselines import regulariser
 from lora2 import lora2_layers
 
@@ -185,8 +185,8 @@ def epoch(folder, task, data_dir, rows, max_len, device, dtype="fp32", batch_siz
     """
     from transformers import AutoTokenizer, DataCollatorWithPadding
     start = time.perf_counter()
-    split = data.load_split(task, data_dir, "train").first(rows)
-    classes = len(data.get_task(task).labels)
+    split = tasks.load_split(task, data_dir, "train").first(rows)
+    classes = len(tasks.get_task(task).labels)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     encoded = tokenizer(*map(list, zip(*split.texts)), truncation=True, max_length=max_len)
     table = [{name: column[i] for name, column in encoded.items()} | {"labels": label}

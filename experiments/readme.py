@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import grid as grids                                       # it puts the project's folder on the path
 import baselines
+import disk
 import options
-import runs
 import tables
 from lora2 import LoRA2Linear, RankPruner
 
@@ -311,7 +311,7 @@ def main(argv=None):
         if args.check:
             print("README.md is stale: python experiments/readme.py" if before != after else "up to date")
             return int(before != after)
-        runs.write_file(path, after)
+        disk.write_file(path, after)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -32,9 +32,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 
-import grid as grids
+import grid as grids                                       # it puts the project's folder on the path
+import disk
 import plot
-import runs                                                # grids has put the project's folder on the path
+import runs
 import tables
 
 TRAIN = [sys.executable, str(grids.ROOT / "train.py")]
@@ -65,7 +66,7 @@ def tidy(cell, keep):
         weights = runs.load_state(cell.folder)["weights"]
         lams = {name.removesuffix(".lam"): weights[name] for name in weights if name.endswith(".lam")}
         if lams:                                           # what is pruned is 0 from the last phase on
-            runs.write_json(kept, {name: lam.nonzero().flatten().tolist() for name, lam in lams.items()})
+            disk.write_json(kept, {name: lam.nonzero().flatten().tolist() for name, lam in lams.items()})
     for path in [last, cell.folder / "adapter.safetensors", *cell.folder.glob("predictions_*.tsv")]:
         if not keep:
             path.unlink(missing_ok=True)
@@ -224,10 +225,10 @@ def write_table(args):
              "notes": notes_of(grid)}
     facts = "; ".join(f"{name} {', '.join(values) or '–'}" for name, values in facts.items())
     notes = [*about["notes"], f"{about['runs']} runs, {about['hours']} hours; {facts}", f"`{args.command}`"]
-    runs.write_json(grid.folder / f"{grid.table}.json", about | {"table": table})
+    disk.write_json(grid.folder / f"{grid.table}.json", about | {"table": table})
     path = grid.folder / f"{grid.table}.md"
     title = f"{grids.TABLES[grid.table][0]} ({Path(grid.model).name})"
-    runs.write_file(path, f"# {title}\n\n{text.strip()}\n\n{tables.LEGEND}\n\n"
+    disk.write_file(path, f"# {title}\n\n{text.strip()}\n\n{tables.LEGEND}\n\n"
                     + "".join(f"- {note}\n" for note in notes))
     return path
 

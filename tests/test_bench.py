@@ -23,6 +23,7 @@ import bench_peers as peers
 import bench_steps as steps
 import bench_table as table
 import data
+import tasks
 import train
 
 needs_peers = pytest.mark.skipif(not peers.available(), reason="transformers or peft is not installed")
@@ -265,7 +266,7 @@ def test_made_up_mnli_is_read(tmp_path, capsys):
     """Oracle: the number of rows asked for and MNLI's labels; the child's JSON line has what is printed."""
     tokenizer = SimpleNamespace(get_vocab=lambda: {"apple": 1, "tree": 2, "##x": 3})
     bench_growth.write_mnli(tmp_path / "MNLI" / "train.tsv", 50, tokenizer)
-    split = data.read_split(tmp_path / "MNLI" / "train.tsv", "mnli")
+    split = tasks.read_split(tmp_path / "MNLI" / "train.tsv", "mnli")
     assert len(split.texts) == 50 and set(split.labels) == {0, 1, 2}
     assert {word for pair in split.texts for text in pair for word in text.split()} == {"apple", "tree"}
     bench_growth.read_mnli(tmp_path, None)

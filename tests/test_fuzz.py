@@ -14,9 +14,9 @@ from conftest import frozen, outcome
 from test_runs import child
 from test_train import logits, sentences, write_task
 
-import data
 import hub
 import runs
+import tasks
 import train
 
 
@@ -143,7 +143,7 @@ def test_spoilt_task_files(tmp_path):
     """Oracle: an independent reading of the same bytes. Equal to it, or a ValueError with the file's name."""
     rng, path, outcomes = random.Random(1), tmp_path / "train.tsv", Counter()
     spoil = [insert, flip, cut, move, columns, relabel, line_ends, encoding]
-    names = [name for name in data.TASKS if name != "demo"]
+    names = [name for name in tasks.TASKS if name != "demo"]
     whole = {name: write_task(name, tmp_path / "glue", n=12)["train"].read_bytes() for name in names}
     with soon("reading", 60):
         for _ in range(2000):
@@ -152,9 +152,9 @@ def test_spoilt_task_files(tmp_path):
             for _ in range(rng.randint(1, 3)):
                 content = rng.choice(spoil)(rng, content or b"\n")
             path.write_bytes(content)
-            expected = reading(content, data.TASKS[name])
+            expected = reading(content, tasks.TASKS[name])
             try:
-                split = data.read_split(path, name)
+                split = tasks.read_split(path, name)
                 assert (split.texts, split.labels) == expected, content
                 outcomes["read"] += 1
             except ValueError as error:

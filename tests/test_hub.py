@@ -20,7 +20,6 @@ import torch
 from safetensors.torch import save
 
 import hub
-import model as M
 from test_model import NARROW, build
 
 ROOT = Path(__file__).parent.parent
@@ -249,10 +248,3 @@ def test_network_is_not_asked_for_extra_files(tmp_path, monkeypatch):
     for name in ("vocab.txt", "tokenizer.json", "model.safetensors"):
         (tmp_path / "folder" / name).write_text("")
     assert [path.name for path in hub.tokenizer_files(tmp_path / "folder")] == ["tokenizer.json", "vocab.txt"]
-
-
-def test_one_line():
-    """Oracle: by hand."""
-    assert hub.one_line(ValueError("a\n  b\tc")) == "a b c" and hub.one_line(KeyError()) == "KeyError"
-    assert hub.one_line(ValueError("x" * 300)) == "x" * 200 + " ..."
-    assert M.hub is hub

@@ -1,0 +1,76 @@
+"""Files that are whole or absent, and what goes wrong with files as one sentence."""
+import contextlib
+import json
+import os
+from pathlib import Path
+
+import safetensors.torch
+
+
+def one_line(error, length=200):
+    """What an exception says, on one line and cut to a length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= length else text[:length] + " ..."
+
+
+@contextlib.contextmanager
+def reading(path, advice):
+    """What a missing or damaged file makes its reader raise becomes one sentence: OSError or ValueError."""
+    try:
+        yield
+    except OSError as e:
+        raise OSError(f"{path} cannot be read ({e.strerror or one_line(e)}): {advice}") from e
+    except Exception as e:
+        cause = one_line(e, 100)
+        raise ValueError(f"{path} is damaged or another kind of file ({cause}): {advice}") from e
+
+
+@contextlib.contextmanager
+def writing(path):
+    """What a full disk or a lost folder makes its writer raise becomes one sentence: OSError."""
+    try:
+        yield
+    except OSError as e:
+        raise OSError(f"{path} could not be written ({e.strerror or one_line(e)}), what was there is "
+                      "untouched: make room or give another folder") from e
+
+
+@contextlib.contextmanager
+def replacing(*paths):
+    """Gives a path beside each of these to write to; they are renamed when all of them are on the disk.
+
+    So a file with its final name is complete, also if the power fails. After an error while they are written
+    all are as before.
+    """
+    paths = [Path(path) for path in paths]
+    beside = [path.with_name(f".{path.name}.tmp") for path in paths]
+    try:
+        yield beside
+        for path in beside:
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+        for new, path in zip(beside, paths):
+            os.replace(new, path)
+    except Exception as e:
+        for path in beside:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+        if isinstance(e, safetensors.SafetensorError):     # its word for a full disk
+            raise OSError(one_line(e)) from e
+        raise
+
+
+def write_file(path, *parts):
+    """Write bytes or text so that `path` is either as before or complete."""
+    with writing(path), replacing(path) as (beside,), open(beside, "wb") as file:
+        for part in parts:
+            file.write(part.encode() if isinstance(part, str) else part)
+
+
+def write_json(path, content):
+    write_file(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def write_tensors(path, tensors, metadata):
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+    write_file(path, safetensors.torch.save(tensors, metadata=metadata))
