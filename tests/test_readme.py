@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
+import bench
 import data
 import demo
 import model as models
@@ -223,14 +224,16 @@ def test_performance_comes_from_the_files(tmp_path, monkeypatch, content):
 # --- commands -----------------------------------------------------------------------------------------------
 
 def test_commands_that_need_the_hub_or_a_gpu_are_accepted():
-    """Oracle: the parsers of train.py and reproduce.py, which resolve and check every option."""
+    """Oracle: the parsers of train.py, reproduce.py and bench.py, which check every option."""
     marked = [command for command, comment in commands() if comment.startswith("needs ")]
     marked += [f"python {name}" for name in table("glue")]
-    assert len(marked) == 8 + 8
+    assert len(marked) == 11 + 8
     for command in marked:
         program, _, words = command.partition(".py")
         if program.endswith("reproduce"):
             reproduce.parse(shlex.split(words))
+        elif program.endswith("bench"):
+            bench.parse(shlex.split(words))
         else:
             assert program in ("python train", "torchrun --nproc_per_node=4 train")
             options.resolve(options.parse(shlex.split(words)))
