@@ -19,10 +19,10 @@ from lora2 import LoRA2Linear, lora2_layers
 class LinearWithUpdate(torch.autograd.Function):
     """y = x Wᵀ + b + (x down) up, with W and b frozen.
 
-    x (N, d_in), down (d_in, k), up (k, d_out) → y (N, d_out). Autograd would compute the update, and its share
-    of ∂L/∂x, in arrays as large as y and x and add them up afterwards. Here the products add into what is
-    there (addmm_), and only x and x down are kept for the backward pass. What has k columns is made with k
-    rows, z = (x down)ᵀ: at k = 8 such products take a third to a half of the time on a CPU.
+    x (N, d_in), down (d_in, k), up (k, d_out) → y (N, d_out). Autograd would compute the update, and its
+    share of ∂L/∂x, in arrays as large as y and x and add them up afterwards. Here the products add into what
+    is there (addmm_), and only x and x down are kept for the backward pass. What has k columns is made with
+    k rows, z = (x down)ᵀ: at k = 8 such products take a third to a half of the time on a CPU.
     """
 
     @staticmethod

@@ -200,7 +200,8 @@ def facts_of(contents):
 def section(name, content, path):
     """One table of reproduce.py, in short; differences only of the first, for the sake of brevity."""
     table, where = content["table"], from_root(path.with_suffix(".md"))
-    text = prose(f"**{grids.TABLES[name][0]}** ({content['runs']} runs, in full: [{name}.md]({where}))") + "\n"
+    title = f"**{grids.TABLES[name][0]}** ({content['runs']} runs, in full: [{name}.md]({where}))"
+    text = prose(title) + "\n"
     if name == "table2":
         return text + time_table(table)
     if name == "figure3":
@@ -259,7 +260,8 @@ def performance(old=None):
         if beside.exists():
             lines = beside.read_text(encoding="utf-8").splitlines()
             written = "".join(f"{line}\n" for line in lines if line.startswith("|"))
-            candidates = [written, re.sub(r" \([^|)]*\) \|", " |", written)] if written else []  # without ranges
+            # The table as it is, or without ranges, if that fits.
+            candidates = [written, re.sub(r" \([^|)]*\) \|", " |", written)] if written else []
         else:
             candidates = bench_tables(content)
         text.append(fitting(candidates))

