@@ -330,7 +330,8 @@ def main(argv=None):
     about = circumstances(job, words)
     only = [key for key in ROWS if not job.counts or key[0] in "5679" and key != "5 peak"]
     judged = [key for key in only if not job.quick and (key[:2] != "12" or not job.epoch_rows)]
-    print(report(job.results, job.device, judged, only))
+    table = report(job.results, job.device, judged, only)
+    print(table)
     if job.counts:
         for line in job.details["operations"] + job.details["saved bytes"]:
             print(line)
@@ -342,7 +343,9 @@ def main(argv=None):
                   "result": job.results.get(key, "not run")} for key, (what, *goals) in ROWS.items()}
     content = about | {"rows": rows, "details": job.details}
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(*(f"{name}: {value}" for name, value in about.items()), f"written: {path}", sep="\n")
+    facts = "".join(f"- {name}: {value}\n" for name, value in about.items())
+    path.with_suffix(".md").write_text(f"# Performance\n\n{table}\n{facts}", encoding="utf-8")
+    print(facts + f"written: {path}")
     return 0
 
 
