@@ -141,22 +141,21 @@ class DisentangledSelfAttention(nn.Module):
             K, Q = K.index_select(1, order), Q.index_select(1, order)           # (H, W, e): −(T−1) .. T−1
         c2p = torch.bmm(q.view(H, B * T, -1), K.flip(1).mT)                     # (H, B·T, W): T−1 .. −(T−1)
         p2c = torch.bmm(k.view(H, B * T, -1), Q.mT)                             # (H, B·T, W): −(T−1) .. T−1
-        bias = along_diagonals(c2p, B, T) + mask.transpose(0, 1)                # (H, B, T, T) + (1, B, 1, T)
-        bias.add_(along_diagonals(p2c, B, T).mT)
         q, k, v = (t.view(H * B, T, -1) for t in (q, k, v))
-        scores = torch.baddbmm(bias.view(H * B, T, T), q, k.mT)
+        scores = along_diagonals(c2p, T) + mask.expand(B, H, 1, T).transpose(0, 1).reshape(H * B, 1, T)
+        scores.add_(along_diagonals(p2c, T).mT).baddbmm_(q, k.mT)               # (H·B, T, T), in place
         y = torch.bmm(self.dropout(scores.softmax(-1)), v)                      # (H·B, T, e)
         return y.view(H, B, T, -1).permute(1, 2, 0, 3).reshape(B, T, d)
 
 
-def along_diagonals(S, B, T):
-    """View of S (H, B·T, 2T−1) as (H, B, T, T) with [h, b, i, j] = S[h, b·T + i, T − 1 − i + j].
+def along_diagonals(S, T):
+    """View of S (H, B·T, 2T−1) as (H·B, T, T) with [h·B + b, i, j] = S[h, b·T + i, T − 1 − i + j].
 
     Row i begins one column further left than row i − 1: in memory that is a step of 2T − 2 instead of 2T − 1.
     No index tensor, no copy; the backward pass is a strided copy, deterministic where a scatter is not.
     """
-    W = 2 * T - 1
-    return S.as_strided((len(S), B, T, T), (B * T * W, T * W, W - 1, 1), T - 1)
+    n, W = S.shape[0] * S.shape[1] // T, S.shape[2]
+    return S.as_strided((n, T, T), (T * W, W - 1, 1), T - 1)
 
 
 @functools.lru_cache(maxsize=256)

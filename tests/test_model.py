@@ -467,7 +467,7 @@ def test_along_diagonals():
     """Oracle: its docstring's formula, cell by cell, and the gradient of a plain index."""
     H, B, T = 2, 3, 5
     S = torch.randn(H, B * T, 2 * T - 1, dtype=torch.float64, requires_grad=True)
-    view = M.along_diagonals(S, B, T)
+    view = M.along_diagonals(S, T).view(H, B, T, T)
     index = torch.tensor([[T - 1 - i + j for j in range(T)] for i in range(T)]).expand(H, B, T, T)
     expected = S.view(H, B, T, -1).gather(3, index)
     assert torch.equal(view, expected) and view.data_ptr() == S.data_ptr() + 8 * (T - 1)
