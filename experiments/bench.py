@@ -313,7 +313,10 @@ def measure(job):
         peak_memory(job)
     if job.has_data and job.peers:
         say("timing epochs")
-        time_epochs(job)
+        try:
+            time_epochs(job)
+        except KeyboardInterrupt:                          # the longest part: what is measured stays
+            say("stopped")
     say("done")
 
 
