@@ -65,7 +65,7 @@ def memory(job, step):
 
 def write_mnli(path, rows, tokenizer, seed=0):
     """A made-up train.tsv: random words, 20 to a premise and 10 to a hypothesis on average, as in MNLI."""
-    words = [word for word in tokenizer.get_vocab() if word.isalpha() and word.isascii()]
+    words = [word for word in tokenizer.get_vocab() if word.isalnum() and word.isascii()]
     rng, labels = random.Random(seed), data.TASKS["mnli"].labels
     path.parent.mkdir(parents=True)
     with open(path, "w", encoding="utf-8") as file:
