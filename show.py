@@ -16,7 +16,7 @@ import disk
 import hub
 import model as models
 import options
-
+from baselines import surviving_parameters
 
 LOG_STEPS = 10                                             # between two lines of the log
 
@@ -144,7 +144,8 @@ def kept_map(kept, targets, r):
 
 def finish(run):
     """Write ranks.json and result.json, show table and map. Returns the result."""
-    kept = run.pruner.kept() if run.pruner else None
+    kept, numbers = run.pruner.kept() if run.pruner else None, counts(run)
+    numbers["surviving_parameters"] = surviving_parameters(run.net, kept, numbers["adapter_parameters"])
     result = {"task": run.task, "method": run.method, "settings": run.settings, "metric": run.row.metrics[0],
               "best": run.best, "last": run.evaluations[-1], "evaluations": run.evaluations,
               "kept": sum(kept.values()) if kept else None, "budget": run.budget, "steps": run.step,
@@ -152,7 +153,7 @@ def finish(run):
               "seconds": round(run.seconds + time.monotonic() - run.started, 1), "device": str(run.device),
               "dtype": run.dtype, "processes": run.world, "threads": torch.get_num_threads(),
               "torch": torch.__version__, "python": platform.python_version(),
-              "date": time.strftime("%Y-%m-%d"), **counts(run)}
+              "date": time.strftime("%Y-%m-%d"), **numbers}
     if run.rank == 0:
         if kept:
             disk.write_json(Path(run.out) / "ranks.json", kept)

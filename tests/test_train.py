@@ -399,6 +399,24 @@ def test_real_files_and_a_real_checkpoint(cli, task):
     assert len(Path("run", OFFICIAL[task]).read_text().splitlines()) == 13
 
 
+@pytest.mark.parametrize("words, own, ends", [("--method lora2 --k 2", 1 + 2 * 2, 2), ("--method lora", 0, 4),
+                                              ("--method adalora", 1, None), ("--method sora", 1, None)])
+def test_what_survives_is_reported_beside_what_was_trained(cli, words, own, ends):
+    """Oracle: by hand: `own` numbers go with each value that is left, and d_in + d_out of it or of `ends`."""
+    extra = {"lora": "", "sora": "--sora-threshold 0.06"}.get(words.split()[1], "--target-rank 1")
+    assert cli.tiny("--r 4", words, extra).status == 0
+    content, weights = result(), runs.load_state("run")["weights"]
+    key = {"lora": ".A", "sora": ".gate"}.get(words.split()[1], ".lam")
+    count, left, names = 0, 0, [name for name in weights if name.endswith(key)]
+    for name in names:
+        n = 4 if words == "--method lora" else int(weights[name].count_nonzero())
+        sides = 32 + 32 if "attention" in name else 32 + 48
+        count += n * own + (n if ends is None else ends if n else 0) * sides
+        left += n
+    assert len(names) == 2 * 6 and content["surviving_parameters"] == count
+    assert (left < 4 * len(names)) == (count < content["adapter_parameters"]) == (words != "--method lora")
+
+
 # --- options that change the computation --------------------------------------------------------------------
 
 CHANGES = ["--k 2", "--r 4", "--target-rank 5", "--alpha 8", "--targets q,v", "--init orthonormal",
