@@ -37,6 +37,7 @@ class LoRALinear(LoRA2Linear):
         self.train(base.training)
 
     def add_factors(self, new):
+        """Make the trained factors. new(*shape): a Parameter of zeros, as wide and where the base is."""
         self.A, self.B = new(self.r, self.in_features), new(self.out_features, self.r)
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
@@ -45,10 +46,12 @@ class LoRALinear(LoRA2Linear):
         return self.A.T, self.B.T
 
     def delta_weight(self):
+        """ΔW, (d_out, d_in) as in nn.Linear."""
         down, up = self.down_up()
         return self.scale * (down @ up).T
 
     def to_lora(self):
+        """ΔW = B @ A as a plain LoRA: detached copies of A (r, d_in) and B (d_out, r), the scale in B."""
         down, up = self.down_up()
         return down.T.detach().clone(), (self.scale * up).T.detach().clone()
 
@@ -105,6 +108,7 @@ class SparseGates:
 
     That is the soft threshold g ← sign(g) · max(|g| − ξ, 0). (The released code shrinks first and then zeroes
     what is below ξ: a dead zone of 2ξ.) ξ is of one step, as there: T steps take at most T ξ off a gate.
+    threshold: ξ; ValueError unless it is 0 or positive and finite.
     """
 
     def __init__(self, model, threshold):
@@ -156,10 +160,13 @@ def add_method(method, model, targets, head, k, r, alpha, init):
 
 
 def regulariser(method, model, terms):
-    """What `method` adds to the loss, before gamma: a scalar, or None."""
+    """What `method` adds to the loss, before gamma: a scalar, or None.
+
+    LoRA²: Eq. 5 with the groups in `terms`. AdaLoRA: the mean over all P and Q of ‖PᵀP−I‖_F and ‖QQᵀ−I‖_F.
+    """
     if method == "lora2":
         return orthogonality_loss(model, terms)
-    if method == "adalora":                                # the mean of ‖PᵀP−I‖ and ‖QQᵀ−I‖, not squared
+    if method == "adalora":                                # as in its code: the norms are not squared
         layers = [layer for _, layer in lora2_layers(model)]
         grams = [gram for layer in layers for gram in (layer.P.T @ layer.P, layer.Q @ layer.Q.T)]
         grams = torch.stack(grams)                         # (2N, r, r)

@@ -6,10 +6,12 @@ released models mean; the second are errors that name the option: a model is com
 
 
 def whole(low, high=10**7):
+    """A test for integers from low to high."""
     return lambda value: type(value) is int and low <= value <= high
 
 
 def fraction(value):
+    """Whether a value is a number from 0 to 1."""
     return type(value) in (int, float) and 0 <= value <= 1
 
 
@@ -64,4 +66,5 @@ def check_config(raw, path):
 
 
 def fits(value, allowed):
+    """Whether a value is among those of a list, or passes a test."""
     return allowed(value) if callable(allowed) else value in allowed

@@ -81,7 +81,10 @@ def load_tokenizer(name_or_dir):
 
 
 def encode(tokenizer, split, max_len):
-    """A Split as Examples. A pair above max_len loses tokens of its longer text first, as in transformers."""
+    """A Split as Examples. A pair above max_len loses tokens of its longer text first, as in transformers.
+
+    max_len counts special tokens. ValueError where it leaves no room for text, and for a row without a token.
+    """
     special = tokenizer.num_special_tokens_to_add(len(split.texts[0]) == 2)
     if max_len <= special:
         raise ValueError(f"a maximum length of {max_len} leaves no room for text: the tokenizer adds "
@@ -116,6 +119,7 @@ def batches(examples, batch_size, pad_id=0, generator=None, skip=0):
     With a torch.Generator (drawn from at once) the rows are shuffled, cut into pools, sorted by length in
     their pool and cut into batches, and the batches are shuffled; without one they are sorted by length. T is
     the longest row, rounded up to a multiple of 8 but never beyond max_len. skip: how many to leave out.
+    ValueError for a batch_size below 1 or a skip below 0, at once.
     """
     if batch_size < 1 or skip < 0:
         raise ValueError(f"batch size {batch_size} with skip {skip}: give at least 1 and at least 0")
@@ -184,7 +188,7 @@ def metrics(task, predictions, labels):
     """{name: value} of the task's metrics, in its order; 1.0 is perfect, the correlation of a constant is 0.
 
     predictions and labels are both (N,): class ids, or scores of a regression. Anything else is a ValueError:
-    (N, 1) against (N,) would broadcast to (N, N) and give a plausible, wrong number.
+    (N, 1) against (N,) would broadcast to (N, N) and give a plausible, wrong number. Computed in float64.
     """
     task = get_task(task)
     p, t = torch.as_tensor(predictions).detach().cpu(), torch.as_tensor(labels).detach().cpu()

@@ -68,9 +68,11 @@ def write_file(path, *parts):
 
 
 def write_json(path, content):
+    """Write a dict or list as JSON, keys in order; whole or not at all, as write_file()."""
     write_file(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def write_tensors(path, tensors, metadata):
+    """Write {name: tensor} and {text: text} as a .safetensors file; whole or not at all, as write_file()."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     write_file(path, safetensors.torch.save(tensors, metadata=metadata))

@@ -48,18 +48,18 @@ class LoRA2Linear(nn.Module):
         self.train(base.training)
 
     def core(self):
-        """C = scale · u diag(Λ) U, (k, k): all that lies between v and V. Not rounded by autocast."""
+        """C = scale · u diag(Λ) U, (k, k), what v and V enclose; in the factors' dtype under autocast too."""
         with torch.autocast(self.u.device.type, enabled=False):
             return self.scale * (self.u * self.lam) @ self.U               # (k, r) @ (r, k)
 
     def delta_weight(self):
-        """ΔW, (d_out, d_in) as in nn.Linear: the one formula that forward, merge and export agree with."""
+        """ΔW, (d_out, d_in) as in nn.Linear, in the factors' dtype: what forward, merge and export share."""
         with torch.autocast(self.u.device.type, enabled=False):
             return (self.v @ self.core() @ self.V).T       # ((d_in, k) @ (k, k) @ (k, d_out))ᵀ
 
     @torch.no_grad()
     def to_lora(self):
-        """ΔW = B @ A exactly, as a LoRA of rank k: A (k, d_in), B (d_out, k). (peft: r = lora_alpha = k.)"""
+        """ΔW = B @ A, a LoRA of rank k (peft: r = lora_alpha = k): copies of A (k, d_in) and B (d_out, k)."""
         with torch.autocast(self.u.device.type, enabled=False):
             A, B = self.v.T, (self.core() @ self.V).T      # (k, d_in), (d_out, k)
         return A.clone(memory_format=torch.contiguous_format), B.contiguous()
@@ -275,8 +275,8 @@ class RankPruner(nn.Module):
 
 
 def lora2_state_dict(model):
-    """{name: copy} of all that fine-tuning made, that is every trainable parameter and the buffers beside one
-    (BatchNorm's); and, to know another alpha or base by, each adapter's scale and 16 entries of its W0."""
+    """{name in state_dict(): copy} of all that fine-tuning made: every trainable parameter and the buffers
+    beside one (BatchNorm's); to know another alpha or base by, NAME.scale and 16 entries of W0."""
     tensors = {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
     owners = {n.rpartition(".")[0] for n, t in tensors.items() if t.requires_grad}
     state = {n: t.detach().clone() for n, t in tensors.items() if n.rpartition(".")[0] in owners
@@ -307,7 +307,7 @@ def load_lora2_state_dict(model, state):
 
 @torch.no_grad()
 def merge_lora2(model):
-    """Fold every ΔW into its W0 (summed in fp32, cast once), put the nn.Linear back. Returns the model."""
+    """Fold every ΔW into its W0 in place (summed in fp32, cast once), put nn.Linear back. Returns model."""
     for name, layer in lora2_layers(model):
         layer.base.weight.copy_(layer.weight)
         if not name:                                       # the model itself is an adapter

@@ -88,7 +88,11 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Softmax attention of BERT and RoBERTa: (B, T, d) → (B, T, d)."""
+    """Softmax attention of BERT and RoBERTa: (B, T, d) → (B, T, d).
+
+    mask (B, 1, 1, T) is added to the scores: 0 at tokens, the least number of its dtype at padding.
+    positions: None; it is there for DeBERTa's sake.
+    """
 
     def __init__(self, c):
         super().__init__()
@@ -111,6 +115,10 @@ class DisentangledSelfAttention(nn.Module):
 
     K_δ and Q_δ are the key and query projections of row δ of a learned table of relative positions, by the
     very same matrices that project tokens (so that an adapter on them acts here too).
+
+    x (B, T, d) → (B, T, d); mask (B, 1, 1, T) is added to the scores. positions: the table's rows that can
+    occur, (R, d) after LayerNorm, and which of them the distances −(T−1) .. T−1 have, (W,), or None if row w
+    is distance w − (T−1): see relative_rows().
 
     A gather of q_i · K_δ over all i, j would need a (T, T) index per head and row. Instead both position
     products are made against the table in order of distance, (.., T, W) with W = 2T − 1, and read along
@@ -183,7 +191,7 @@ def relative_rows(T, buckets, max_position, device):
 
 
 class Output(nn.Module):
-    """dense → dropout → add the residual → LayerNorm: ends both halves of a layer."""
+    """dense → dropout → add residual → LayerNorm: ends both halves of a layer. (B, T, d_in) → (B, T, d)."""
 
     def __init__(self, d_in, c):
         super().__init__()
@@ -196,7 +204,7 @@ class Output(nn.Module):
 
 
 class Layer(nn.Module):
-    """One transformer layer, post-norm; the nesting of names is the checkpoints'."""
+    """One transformer layer, post-norm: (B, T, d) → (B, T, d). The nesting of names is the checkpoints'."""
 
     def __init__(self, c):
         super().__init__()
@@ -214,7 +222,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The layers and, for DeBERTa, the table of relative positions they share."""
+    """The layers and, for DeBERTa, the table of relative positions they share: (B, T, d) → (B, T, d)."""
 
     def __init__(self, c):
         super().__init__()
@@ -252,7 +260,7 @@ class Pooler(nn.Module):
 
 
 class RobertaHead(Pooler):
-    """RoBERTa keeps the pooler and the matrix after it, with the same dropout before both, under one name."""
+    """RoBERTa's pooler and the matrix after it, the same dropout before both: (B, T, d) → (B, num_labels)."""
 
     def __init__(self, c, num_labels):
         super().__init__(c, c["classifier_dropout"], torch.tanh)
@@ -263,7 +271,11 @@ class RobertaHead(Pooler):
 
 
 class SequenceClassifier(nn.Module):
-    """Encoder and head. `config` is the checkpoint's config.json with absent options filled in: a dict."""
+    """Encoder and head, with random weights, in torch's default dtype; from_pretrained() has a checkpoint's.
+
+    config: a dict as check_config() returns it, a checkpoint's config.json with absent options filled in.
+    num_labels: classes, or 1 for a score.
+    """
 
     def __init__(self, config, num_labels):
         super().__init__()
@@ -283,6 +295,7 @@ class SequenceClassifier(nn.Module):
 
     @property
     def backbone(self):
+        """All but the head: embeddings and encoder (BERT: and pooler), under the checkpoint's own name."""
         return getattr(self, PREFIX[self.config["model_type"]])
 
     @property
@@ -292,14 +305,17 @@ class SequenceClassifier(nn.Module):
         return c["max_position_embeddings"] - (c["pad_token_id"] + 1 if c["model_type"] == "roberta" else 0)
 
     def encode(self, input_ids, attention_mask, token_type_ids=None):
-        """Token ids (B, T) and mask (B, T; 0 or False = padding) → hidden states (B, T, d)."""
+        """Token ids (B, T), mask (B, T; 0 or False = padding), types (B, T; None: all 0) → states (B, T, d).
+
+        ValueError if T is more than the model has positions for.
+        """
         if input_ids.shape[1] > self.max_len:
             raise ValueError(f"{input_ids.shape[1]} tokens, but the model has positions for {self.max_len}: "
                              "shorten the input")
         return self.backbone.encoder(self.backbone.embeddings(input_ids, token_type_ids), attention_mask)
 
     def forward(self, input_ids, attention_mask, token_type_ids=None):
-        """→ logits (B, num_labels)."""
+        """The arguments of encode() → logits (B, num_labels), in the weights' dtype or autocast's."""
         x = self.encode(input_ids, attention_mask, token_type_ids)
         if self.config["model_type"] == "roberta":
             return self.classifier(x)
@@ -308,7 +324,10 @@ class SequenceClassifier(nn.Module):
 
 
 def target_modules(model, names):
-    """Dotted names of the modules behind the paper's short names, e.g. ["q", "f2"]; ValueError for others."""
+    """Dotted names of the modules behind the paper's short names, in all layers, e.g. for ["q", "f2"].
+
+    names: some of q, k, v, o (attention), f1 and f2 (feed-forward); ValueError for others, and for none.
+    """
     kind = model.config["model_type"]
     unknown = [name for name in names if name not in TARGETS[kind]]
     if unknown or not names:
@@ -327,6 +346,7 @@ def from_pretrained(name_or_dir, num_labels, head_dropout=None):
     leftover of pretraining. Head weights come from the file if it has them; else they are drawn from
     N(0, initializer_range²) with torch's global generator and listed in `model.new_weights`. head_dropout:
     None for the checkpoint's. Raises OSError if files cannot be had, ValueError if they cannot be used.
+    Also of the model: .config (dict), .source (name_or_dir), .max_len (in tokens).
     """
     path = hub.find(name_or_dir, "config.json")
     if path is None:

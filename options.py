@@ -109,10 +109,13 @@ LISTS = {"targets": ("q", "k", "v", "o", "f1", "f2"), "reg_terms": ("uv", "UV", 
 
 
 def flag(name):
+    """How an option is written: "head_lr" is --head-lr."""
     return "--" + name.replace("_", "-")
 
 
 class Parser(argparse.ArgumentParser):
+    """Mistakes are ValueErrors of one sentence, not exits with the whole usage."""
+
     def error(self, message):
         raise ValueError(f"{message}: python train.py --help lists the options")
 

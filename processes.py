@@ -39,6 +39,7 @@ def together(operation, *arguments):
 
 
 def wait_for_all():
+    """Return when all processes of the run have come here; ConnectionError if one has died."""
     if dist.is_initialized():
         together(dist.barrier)
 

@@ -46,6 +46,7 @@ class Split(NamedTuple):
     labels: Optional[list]
 
     def part(self, start, stop):
+        """Rows start .. stop − 1."""
         return Split(self.texts[start:stop], self.labels[start:stop] if self.labels is not None else None)
 
     def first(self, limit):

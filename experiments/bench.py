@@ -106,6 +106,7 @@ def count_tokens(job):
 
 
 def encoded(job, task):
+    """A task's training rows as data.Examples, at the length of its preset."""
     split = tasks.load_split(task, job.data_dir, "train")
     return data.encode(data.load_tokenizer(job.model), split, options.PRESETS[task]["max_len"])
 
@@ -246,6 +247,7 @@ def circumstances(job, words):
 
 
 def cpu_name():
+    """The processor's name and its number of cores."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
@@ -255,6 +257,7 @@ def cpu_name():
 
 
 def parse(argv):
+    """Command line → what to do. ValueError with one sentence for a mistake."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -321,6 +324,7 @@ def measure(job):
 
 
 def main(argv=None):
+    """Measure, print the table and write it; returns the exit status."""
     words = sys.argv[1:] if argv is None else argv
     job = parse(words)
     prepare(job)

@@ -64,10 +64,12 @@ class Operations(TorchDispatchMode):
 
     @property
     def total(self):
+        """All operations but views."""
         return self.names.total()
 
     @property
     def reads(self):
+        """How often the host waited for a number of the device."""
         return self._calls.reads + sum(n for name, n in self.names.items() if name in READS)
 
 

@@ -33,6 +33,7 @@ ROBERTA = COMMON | {"model_type": "roberta", "max_position_embeddings": 514, "la
 
 
 def sized(config, layers, d, f, H):
+    """A config of so many layers, hidden size d, feed-forward size f and H heads."""
     return config | {"num_hidden_layers": layers, "hidden_size": d, "intermediate_size": f,
                      "num_attention_heads": H}
 

@@ -118,6 +118,7 @@ def row_of(name):
 
 
 def command_line(flags):
+    """((name, value), ...) as words for train.py."""
     return [text for name, value in flags for text in (f"--{name}", str(value))]
 
 

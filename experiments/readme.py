@@ -49,6 +49,7 @@ def line_of(name, code):
 
 
 def link(match):
+    """A reference `code` [file:line](file#Lline) with the line where the code is now."""
     code, space, name = match.groups()
     number = line_of(name, code)
     return f"`{code}`{space}[{name}:{number}]({name}#L{number})"
@@ -112,10 +113,12 @@ def read(path):
 
 
 def from_root(path):
+    """A path as the README links to it."""
     return Path(os.path.relpath(path, ROOT)).as_posix()
 
 
 def folder_of(preset):
+    """Where reproduce.py puts what a preset gives with its own model."""
     return RESULTS / f"{preset}-{Path(grids.PRESETS[preset]['model']).name}"
 
 
@@ -186,6 +189,7 @@ def overlap_table(table):
 
 
 def prose(text):
+    """A paragraph, broken into lines."""
     return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False) + "\n"
 
 
