@@ -1,6 +1,7 @@
 """What a run has to do with the machine: its device, the other processes of torchrun, Ctrl-C and SIGTERM."""
 import os
 import signal
+import sys
 
 import torch
 import torch.distributed as dist
@@ -59,6 +60,21 @@ def gradients(parameters):
         if p.grad is None:
             p.grad = torch.zeros_like(p)
     return [p.grad for p in parameters]
+
+
+def peak_memory(device):
+    """The most memory this process has held so far, in GB: on a GPU that of its tensors, else all of it.
+
+    None where the system does not tell (Windows).
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss              # bytes on a Mac, KiB elsewhere
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 class Stopped(Exception):

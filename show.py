@@ -16,6 +16,7 @@ import disk
 import hub
 import model as models
 import options
+import processes
 from baselines import surviving_parameters
 
 LOG_STEPS = 10                                             # between two lines of the log
@@ -146,11 +147,13 @@ def finish(run):
     """Write ranks.json and result.json, show table and map. Returns the result."""
     kept, numbers = run.pruner.kept() if run.pruner else None, counts(run)
     numbers["surviving_parameters"] = surviving_parameters(run.net, kept, numbers["adapter_parameters"])
+    peak = processes.peak_memory(run.device)
     result = {"task": run.task, "method": run.method, "settings": run.settings, "metric": run.row.metrics[0],
               "best": run.best, "last": run.evaluations[-1], "evaluations": run.evaluations,
               "kept": sum(kept.values()) if kept else None, "budget": run.budget, "steps": run.step,
               "singular_values": len(run.adapted) * run.r if kept else None,
-              "seconds": round(run.seconds + time.monotonic() - run.started, 1), "device": str(run.device),
+              "seconds": round(run.seconds + time.monotonic() - run.started, 1),
+              "peak_memory_gb": round(peak, 2) if peak else None, "device": str(run.device),
               "dtype": run.dtype, "processes": run.world, "threads": torch.get_num_threads(),
               "torch": torch.__version__, "python": platform.python_version(),
               "date": time.strftime("%Y-%m-%d"), **numbers}
@@ -172,8 +175,9 @@ def summary(content, folder):
                      + (f"  kept {kept} of {content['singular_values']}" if kept is not None else ""))
     again = evaluation_of(content, folder)
     words = [word for name in again for word in (options.flag(name), again[name])]
-    return "\n".join([*lines, f"{content['seconds']:.0f} s; files in {folder}; to evaluate the best again:",
-                      f"  python train.py {shlex.join(words)}"])
+    memory = f", at most {content['peak_memory_gb']} GB" if content.get("peak_memory_gb") else ""
+    return "\n".join([*lines, f"{content['seconds']:.0f} s{memory}; files in {folder}; to evaluate the best "
+                      "again:", f"  python train.py {shlex.join(words)}"])
 
 
 def evaluation_of(content, folder):

@@ -249,10 +249,12 @@ def glue(old=None):
     took = []
     for preset in grids.PRESETS:
         content = read(folder_of(preset) / "table1.json") or {"runs": 0}
-        took.append(f"{content['runs']} runs in {content['hours']} hours, {facts_of([content])}"
+        peak = content.get("peak_memory_gb")
+        memory = f"at most {peak} GB of memory" if peak else "memory not measured"
+        took.append(f"{content['runs']} runs in {content['hours']} hours, {memory}, {facts_of([content])}"
                     if content["runs"] else "not run")
     return tables.markdown(head, lines) + "\n" + prose(
-        f"Time of all of Table 1: {took[0]}. On a laptop, `--preset small`: {took[1]}. Memory: not measured.")
+        f"All of Table 1: {took[0]}. On a laptop, `--preset small`: {took[1]}.")
 
 
 def performance(old=None):

@@ -99,7 +99,7 @@ def outcome(folder):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     result = json.loads((folder / "result.json").read_text())
     for record in lines + [result, result["settings"]]:
-        for name in ("tokens_per_second", "seconds", "date", "out", "save_steps"):
+        for name in ("tokens_per_second", "seconds", "date", "peak_memory_gb", "out", "save_steps"):
             record.pop(name, None)
     files = {path.name: path.read_bytes() for path in folder.iterdir()
              if path.name not in ("last.pt", "log.jsonl", "result.json")}

@@ -100,6 +100,24 @@ def test_the_device_is_the_first_there_is(monkeypatch, cuda, mps, wanted):
     assert processes.join("cpu")[0].type == "cpu" and asked == [wanted, "cpu"]
 
 
+PEAK = """
+import torch, processes
+before = processes.peak_memory(torch.device("cpu"))
+torch.ones(100_000_000)                                    # 0.4 GB, and gone again
+line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(before, processes.peak_memory(torch.device("cpu")), int(line.split()[1]) * 1024 / 1e9)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the kernel's own figure is Linux's")
+def test_peak_memory():
+    """Oracles: what the kernel reports in /proc, and a tensor of 0.4 GB in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", PEAK], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    before, after, kernel = map(float, done.stdout.split())
+    assert after == pytest.approx(kernel, rel=0.02) and after - before == pytest.approx(0.4, abs=0.05)
+
+
 # --- the command line's mistakes ----------------------------------------------------------------------------
 
 # What is typed after `python train.py --model FOLDER`, and words of the answer. "..." is --task demo.
