@@ -83,7 +83,8 @@ def load_tokenizer(name_or_dir):
 def encode(tokenizer, split, max_len):
     """A Split as Examples. A pair above max_len loses tokens of its longer text first, as in transformers.
 
-    max_len counts special tokens. ValueError where it leaves no room for text, and for a row without a token.
+    max_len counts special tokens. ValueError where it leaves no room for text, for a row without a token,
+    and where most tokens are unknown: no training would help.
     """
     special = tokenizer.num_special_tokens_to_add(len(split.texts[0]) == 2)
     if max_len <= special:
@@ -103,6 +104,12 @@ def encode(tokenizer, split, max_len):
                     raise ValueError(f"row {len(starts) - 1} of the data has no tokens: give it a text")
     finally:
         tokenizer.no_truncation()
+    names = map(tokenizer.token_to_id, ("[UNK]", "<unk>"))
+    unknown = sum(ids.count(i) for i in names if i is not None)
+    share = unknown / max(1, len(ids) - special * len(split.texts))
+    if share > 0.5:
+        raise ValueError(f"{share:.0%} of the tokens of the data are unknown to the tokenizer: give a model of "
+                         "the language that they are in")
     labels = split.labels
     if labels is not None:
         labels = torch.tensor(labels, dtype=torch.float32 if isinstance(labels[0], float) else torch.int64)

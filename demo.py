@@ -81,8 +81,8 @@ def main(given):
         strange = given.keys() - {"task", "out", "seed", "overwrite"}
         out, seed = Path(given.get("out", "runs/demo")), given.get("seed", 0)
         if strange or os.environ.get("WORLD_SIZE", "1") != "1":
-            raise ValueError("the demo is one process and takes --out and --seed alone: for more, give its "
-                             f"model as --model {out / 'base'}")
+            raise ValueError("the demo is one process and takes --out and --seed alone: for more, run it "
+                             f"first, then give its model as --model {out / 'base'}")
         if "out" in given and "overwrite" not in given and out.exists() and any(out.iterdir()):
             raise ValueError(f"{out} is not empty: replace it by --overwrite, or give another --out")
     torch.set_num_threads(1)                               # matrices this small are slower on several cores

@@ -176,12 +176,11 @@ class RankPruner(nn.Module):
     """Algorithm 1: keep the b(t) most important singular values of the whole model and hold the others at 0.
 
     target_rank: singular values per adapter at the end, on average. total_steps: T, in optimizer steps (never
-    micro-batches). Of t = 1 .. T the first `warmup` keep all; then the budget falls along a cubic, with a new
-    selection every `interval` steps, in which a pruned value may return; the last `final` steps hold the last
-    selection. importance: "reduced" (Eq. 9) or "full" (Eq. 8); beta1, beta2: of its averages Ī and Ū. A
-    Module for its state_dict() alone. ValueError for what does not fit; step(): RuntimeError if misplaced.
-    Call step() after optimizer.step() and before zero_grad(): it needs this step's gradients, and multiplies
-    them with the weights after the step, as AdaLoRA's loop does.
+    micro-batches). The first `warmup` (t_i) keep all; then the budget falls along a cubic, with a selection
+    every `interval` steps, in which a pruned value may return; the last `final` (t_f) hold the last one.
+    importance: "reduced" (Eq. 9) or "full" (Eq. 8); beta1, beta2: of its averages Ī and Ū. ValueError for
+    what does not fit. Call step() after optimizer.step() and before zero_grad(), or get a RuntimeError: it
+    multiplies this step's gradients with the weights after it, as AdaLoRA's loop does.
     """
 
     def __init__(self, model, target_rank, total_steps, warmup, final, interval, beta1=0.85, beta2=0.85,
@@ -275,10 +274,11 @@ class RankPruner(nn.Module):
 
 
 def lora2_state_dict(model):
-    """{name in state_dict(): copy} of all that fine-tuning made: every trainable parameter and the buffers
-    beside one (BatchNorm's); to know another alpha or base by, NAME.scale and 16 entries of W0."""
+    """{name in state_dict(): copy} of all that fine-tuning made: trainable parameters, buffers beside one and
+    BatchNorm's statistics; and, to know another alpha or base by, NAME.scale and 16 entries of W0."""
     tensors = {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
     owners = {n.rpartition(".")[0] for n, t in tensors.items() if t.requires_grad}
+    owners |= {n for n, module in model.named_modules() if getattr(module, "track_running_stats", False)}
     state = {n: t.detach().clone() for n, t in tensors.items() if n.rpartition(".")[0] in owners
              and (t.requires_grad or not isinstance(t, nn.Parameter))}
     for name, layer in lora2_layers(model):

@@ -1,6 +1,7 @@
 """The command line of train.py: presets, every option with type, default and help, and how they resolve."""
 import argparse
 import math
+from pathlib import Path
 
 import baselines
 import tasks
@@ -76,7 +77,7 @@ OPTIONS = {
         ("dtype", ("fp32", "bf16"), None, "bf16 is autocast; by default on a GPU that has it, else fp32"),
         ("compile", bool, False, "torch.compile the model")),
     "files": (
-        ("out", "path", None, "run folder; by default runs/TASK-METHOD-sSEED"),
+        ("out", "path", None, "run folder; by default runs/TASK-MODEL-METHOD-sSEED"),
         ("overwrite", bool, False, "replace the run in that folder"),
         ("save-steps", int, None, "write last.pt every N steps too, besides each evaluation"),
         ("resume", "path", None, "go on with the run in this folder; it needs no other option"),
@@ -191,7 +192,9 @@ def resolve(given):
                  if method not in methods and name not in given}
     if settings["head_lr"] is None:
         settings["head_lr"] = settings["lr"]
-    settings["out"] = settings["out"] or f"runs/{task}-{method}-s{settings['seed']}"
+    which = method if method != "lora2" else f"lora2-k{settings['k']}"
+    name = f"{task}-{Path(settings['model']).resolve().name}-{which}-s{settings['seed']}"
+    settings["out"] = settings["out"] or f"runs/{name}"
     return checked(settings)
 
 

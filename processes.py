@@ -1,7 +1,7 @@
 """What a run has to do with the machine: its device, the other processes of torchrun, Ctrl-C and SIGTERM."""
+import contextlib
 import os
 import signal
-import sys
 
 import torch
 import torch.distributed as dist
@@ -65,16 +65,18 @@ def gradients(parameters):
 def peak_memory(device):
     """The most memory this process has held so far, in GB: on a GPU that of its tensors, else all of it.
 
-    None where the system does not tell (Windows).
+    None where the system does not tell (Windows). On Linux getrusage() would count what the process that
+    started this one held.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
+    with contextlib.suppress(OSError):
+        line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024 / 1e9
+    with contextlib.suppress(ImportError):
         import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss              # bytes on a Mac, KiB elsewhere
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9        # on a Mac in bytes
+    return None
 
 
 class Stopped(Exception):

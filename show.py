@@ -112,9 +112,10 @@ class Log:
 
 
 def warn_if_equal(run, predictions):
-    """Say so if all predictions for a dev split, {split: (N,)}, are one and the same."""
+    """Say so, once for each, if all predictions for a dev split, {split: (N,)}, are one and the same."""
     for name, p in predictions.items():
-        if len(p) > 1 and (p == p[0]).all() and run.rank == 0:
+        if len(p) > 1 and (p == p[0]).all() and run.rank == 0 and name not in run.warned:
+            run.warned.add(name)
             print(f"warning: all {len(p)} predictions for {name} are equal: the model may have collapsed; "
                   "a smaller --lr or a longer --warmup may help", file=sys.stderr)
 

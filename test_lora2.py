@@ -1151,6 +1151,19 @@ def test_save_and_load_give_the_same_model():
     assert sha(lora2_state_dict(fresh)) == sha(state)
 
 
+def test_the_statistics_of_a_frozen_norm_are_saved():
+    """Oracle: the model that was trained: while it is, a BatchNorm moves its statistics, frozen or not."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    model, fresh, x = copy.deepcopy(base), copy.deepcopy(base), torch.randn(64, 8) * 3 + 1
+    for net in (model, fresh):
+        add_lora2(net, ["0"], k=2, r=4, trainable=["2"])
+    for _ in range(20):
+        model(x)
+    load_lora2_state_dict(fresh, through_a_file(lora2_state_dict(model)))
+    assert torch.equal(fresh.eval()(x), model.eval()(x)) and not base[1].running_mean.any()
+
+
 def test_what_is_saved():
     """Oracle: the list of names, written out: factors, trainable tensors, buffers beside them, two marks."""
     model = trained_block()

@@ -37,7 +37,7 @@ def set_up(settings, facts=None):
     whatever a user can have wrong.
     """
     run = SimpleNamespace(**settings, step=0, evaluations=[], best=None, pruner=None, budget=None,
-                          seconds=0.0, started=time.monotonic())
+                          seconds=0.0, started=time.monotonic(), warned=set())
     run.device, run.rank, run.world = processes.join(run.device)
     bf16 = run.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     run.dtype = run.dtype or ("bf16" if bf16 else "fp32")

@@ -277,7 +277,7 @@ def parse(argv):
 
 
 def prepare(job):
-    """Sizes and what there is: the table's sizes, or those of --quick."""
+    """Sizes and what there is: the table's sizes, or those of --quick. ValueError if there are no data."""
     cuda = job.device == "cuda"
     job.T, job.B, job.layers, job.dtype = 128, 32 if cuda else 8, None, "bf16" if cuda else "fp32"
     if job.quick:
@@ -287,7 +287,10 @@ def prepare(job):
     job.narrow = "roberta-narrow" if "roberta" in job.shape else "deberta-narrow"
     job.config, job.peers = steps.SHAPES[job.shape], peers.available()
     folders = [Path(job.data_dir) / data.TASKS[task].folder for task in TASKS]
-    job.has_data = bool(job.model) and all(folder.is_dir() for folder in folders)
+    missing = [str(folder) for folder in folders if not folder.is_dir()]
+    if job.model and missing and not job.growth:
+        raise ValueError(f"rows 9 and 12 need {', '.join(missing)}: give --data-dir, or leave out --model")
+    job.has_data = bool(job.model)
     job.results, job.details = {}, {}
 
 
@@ -327,7 +330,11 @@ def main(argv=None):
     """Measure, print the table and write it; returns the exit status."""
     words = sys.argv[1:] if argv is None else argv
     job = parse(words)
-    prepare(job)
+    try:
+        prepare(job)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if job.growth:
         import bench_growth
         return bench_growth.main(job, circumstances(job, words))

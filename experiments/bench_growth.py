@@ -7,7 +7,6 @@ pairs of about its lengths, read and tokenised in a process of its own, whose pe
 """
 import json
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import bench_peers as peers
 import bench_steps as steps
 import data
 import plot
+import processes
 import tables
 import tasks
 from bench_table import summary
@@ -85,7 +85,7 @@ def read_mnli(folder, model, max_len=256):
     next(data.batches(examples, 32, 0, torch.Generator().manual_seed(0)))
     print(json.dumps({"rows": len(split.texts), "tokens": len(examples.ids), "load": loaded,
                       "seconds": time.perf_counter() - start,
-                      "GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}))
+                      "GB": processes.peak_memory(torch.device("cpu"))}))
 
 
 def measure_data(job, rows):

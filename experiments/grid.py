@@ -207,8 +207,12 @@ def resumable(cell):
 
 
 def check(cell, found):
-    """ValueError unless the settings found in a cell's folder are those asked for."""
-    asked = settings_of(cell.flags)
+    """ValueError unless the settings found in a cell's folder are those asked for.
+
+    A model may be in another place than where it was for the run: its name is what counts.
+    """
+    name = lambda settings: settings | {"model": Path(str(settings.get("model"))).name}
+    asked, found = name(settings_of(cell.flags)), name(found)
     free = options.INCIDENTAL | {"dtype"}                  # which the device decides; tables tell it
     differ = [name for name in sorted((asked.keys() | found.keys()) - free)
               if asked.get(name) != found.get(name)]

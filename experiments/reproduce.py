@@ -220,9 +220,10 @@ def write_table(args):
     facts = {name: sorted({str(result.get(name)) for result in results})
              for name in ("device", "dtype", "threads", "torch", "python", "date")}
     facts["date"] = list(dict.fromkeys(facts["date"][:1] + facts["date"][-1:]))        # the first, the last
+    peak = max((result.get("peak_memory_gb") or 0 for result in results), default=0)
     about = {"command": args.command, "model": grid.model, "runs": len(results), **facts,
              "hours": round(sum(result.get("seconds", 0) for result in results) / 3600, 2),
-             "peak_memory_gb": max((result.get("peak_memory_gb") or 0 for result in results), default=0) or None,
+             "peak_memory_gb": peak or None,               # runs of before it was measured do not tell
              "notes": notes_of(grid)}
     facts = "; ".join(f"{name} {', '.join(values) or '–'}" for name, values in facts.items())
     notes = [*about["notes"], f"{about['runs']} runs, {about['hours']} hours; {facts}", f"`{args.command}`"]

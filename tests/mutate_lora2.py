@@ -561,6 +561,10 @@ the head is not saved
 - for n, t in tensors.items() if t.requires_grad}
 + for n, t in tensors.items() if t.requires_grad and ".lam" in n}
 
+a frozen norm's statistics are not saved
+- getattr(module, "track_running_stats", False)
++ False
+
 buffers are not saved
 - (t.requires_grad or not isinstance(t, nn.Parameter))}
 + t.requires_grad}

@@ -256,9 +256,14 @@ def test_a_tiny_run_measures_and_writes(tmp_path, capsys, monkeypatch):
     assert {"device", "threads", "versions", "date", "dropout", "dtype", "B", "T"} <= result.keys()
 
 
-def test_folders_are_named_by_their_last_part():
-    """Oracle: by hand."""
+def test_folders_are_named_by_their_last_part(tmp_path, monkeypatch, capsys):
+    """Oracle: by hand. A model without data for rows 9 and 12 is an error before anything is measured."""
+    monkeypatch.chdir(tmp_path)
     words = ["--model", "/a/b/minilm", "--quick", "--out", "x/results"]
+    assert bench.main(words) == 2
+    assert capsys.readouterr().err.startswith("error: rows 9 and 12 need glue/")
+    for task in bench.TASKS:
+        Path("glue", data.TASKS[task].folder).mkdir(parents=True)
     job = bench.parse(words)
     bench.prepare(job)
     command = bench.circumstances(job, words)["command"]
@@ -267,11 +272,11 @@ def test_folders_are_named_by_their_last_part():
 
 def test_made_up_mnli_is_read(tmp_path, capsys):
     """Oracle: the number of rows asked for and MNLI's labels; the child's JSON line has what is printed."""
-    tokenizer = SimpleNamespace(get_vocab=lambda: {"apple": 1, "tree": 2, "##x": 3})
+    tokenizer = SimpleNamespace(get_vocab=lambda: {"cue1": 1, "filler2": 2, "##x": 3})
     bench_growth.write_mnli(tmp_path / "MNLI" / "train.tsv", 50, tokenizer)
     split = tasks.read_split(tmp_path / "MNLI" / "train.tsv", "mnli")
     assert len(split.texts) == 50 and set(split.labels) == {0, 1, 2}
-    assert {word for pair in split.texts for text in pair for word in text.split()} == {"apple", "tree"}
+    assert {word for pair in split.texts for text in pair for word in text.split()} == {"cue1", "filler2"}
     bench_growth.read_mnli(tmp_path, None)
     line = json.loads(capsys.readouterr().out)
     assert line["rows"] == 50 and line["tokens"] == sum(

@@ -144,6 +144,13 @@ def test_encode_refuses(minilm, roberta):
     assert "row 2" in refusal(ValueError, data.encode, bare, Split([("cue1",), (" ",), ("cue2",)], None), 9)
 
 
+def test_text_that_the_tokenizer_does_not_know_is_refused():
+    """Oracle: by hand: 3 of 5 words are none of the demo's language; 2 of 4 is not more than half of them."""
+    rows = Split([("cue1 filler2",), ("an apple tree",)], None)
+    assert "60% of the tokens" in refusal(ValueError, data.encode, data.demo_tokenizer(), rows, 9)
+    assert data.encode(data.demo_tokenizer(), Split([("cue1 apple",), ("tree cue2",)], None), 9).truncated == 0
+
+
 def test_encode_labels_and_pieces(roberta):
     """Oracle: each row encoded by itself, over more rows than one piece of encode; the labels as given."""
     texts = [(f"the {i}",) for i in range(4100)]

@@ -228,7 +228,7 @@ def test_commands_that_need_the_hub_or_a_gpu_are_accepted():
     """Oracle: the parsers of train.py, reproduce.py and bench.py, which check every option."""
     marked = [command for command, comment in commands() if comment.startswith("needs ")]
     marked += [f"python {name}" for name in table("glue")]
-    assert len(marked) == 11 + 8
+    assert len(marked) == 13 + 8
     for command in marked:
         program, _, words = command.partition(".py")
         if program.endswith("reproduce"):
@@ -237,7 +237,9 @@ def test_commands_that_need_the_hub_or_a_gpu_are_accepted():
             bench.parse(shlex.split(words))
         else:
             assert program in ("python train", "torchrun --nproc_per_node=4 train")
-            options.resolve(options.parse(shlex.split(words)))
+            given = options.parse(shlex.split(words))
+            if "resume" not in given:                      # which takes the settings of its run
+                options.resolve(given)
 
 
 def test_commands_that_install_and_test_are_run_by_ci():
@@ -260,23 +262,15 @@ def run_the_rest(capsys):
     """Run every command that is neither marked nor an installation, in order; what they wrote."""
     rest = [command for command, comment in commands()
             if not comment.startswith("needs ") and not command.startswith(INSTALLS)]
-    assert len(rest) == 7
+    assert len(rest) == 5
     programs = {"train.py": train.main, "experiments/plot.py": plot.main,
                 "experiments/reproduce.py": reproduce.main}
-    for name, seed, rows in (("a", 0, 64), ("b", 1, 32), ("c", 2, 8)):     # a person's own files
-        split = data.demo_language("adapt", rows, seed)
-        lines = [f"{text}\t{label}" for (text,), label in zip(split.texts, split.labels)]
-        head = "sentence\tlabel"
-        if name == "c":
-            lines, head = [text for (text,) in split.texts], "sentence"
-        Path(f"{name}.tsv").write_text("\n".join([head, *lines]) + "\n")
     out = {}
     for command in rest:
         python, program, *words = shlex.split(command)
         assert python == "python" and programs[program](words) == 0, capsys.readouterr().err
         out[command] = capsys.readouterr().out
     assert Path("merged/model.safetensors").exists() and Path("exported/adapter_config.json").exists()
-    assert len(Path("own/c_predictions.tsv").read_text().splitlines()) == 1 + 8
     assert {path.name for path in Path("runs/demo/lora2").glob("*.png")} == {"ranks.png", "training.png"}
     return out
 
@@ -290,6 +284,32 @@ def test_the_other_commands_run(tmp_path, monkeypatch, capsys, one_thread):
     assert train.main([*words.split(), *"--max-steps 5 --limit-train 64 --limit-dev 32".split()]) == 0
     capsys.readouterr()
     assert any("this run is finished" in text for text in run_the_rest(capsys).values())
+
+
+def test_the_commands_for_own_data_run(tmp_path, monkeypatch, capsys, one_thread):
+    """Oracle: status 0 and a prediction for each row, with a model's folder and few steps added."""
+    monkeypatch.chdir(tmp_path)
+    demo.write_random_model(Path("base"), 0)
+    for name, seed, rows in (("a", 0, 64), ("b", 1, 32), ("c", 2, 8)):     # a person's own files
+        split = data.demo_language("adapt", rows, seed)
+        lines = [f"{text}\t{label}" for (text,), label in zip(split.texts, split.labels)]
+        head = "sentence\tlabel"
+        if name == "c":
+            lines, head = [text for (text,) in split.texts], "sentence"
+        Path(f"{name}.tsv").write_text("\n".join([head, *lines]) + "\n")
+    training, predicting = (shlex.split(command)[2:] for command, _ in commands() if " own" in command)
+    more = "--model base --max-steps 5 --max-len 32".split()
+    assert train.main(training + more) == 0 and train.main(predicting) == 0, capsys.readouterr().err
+    assert len(Path("own/c_predictions.tsv").read_text().splitlines()) == 1 + 8
+
+
+def test_the_tables_can_be_listed_where_committed_results_are(monkeypatch, capsys):
+    """Oracle: the committed runs, of a model in a folder: the page's command knows them as finished."""
+    monkeypatch.chdir(ROOT)
+    command, = [command for command, _ in commands() if "--dry-run" in command]
+    assert reproduce.main(shlex.split(command)[2:]) == 0
+    listed = capsys.readouterr().out
+    assert listed.count("\ndone ") > 30 and "--model sentence-transformers/all-MiniLM-L6-v2" in listed
 
 
 @pytest.mark.slow
