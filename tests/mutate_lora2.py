@@ -68,22 +68,22 @@ the core forgets Λ
 + self.u @ self.U
 
 the core is rounded by autocast
-- v and V. Not rounded by autocast."""
--         with torch.autocast(self.u.device.type, enabled=False)
-+ v and V. Not rounded by autocast."""
-+         if True
+- with torch.autocast(self.u.device.type, enabled=False):
+-             return self.scale
++ if True:
++             return self.scale
 
 the update is rounded by autocast
-- export agree with."""
--         with torch.autocast(self.u.device.type, enabled=False)
-+ export agree with."""
-+         if True
+- with torch.autocast(self.u.device.type, enabled=False):
+-             return (self.v
++ if True:
++             return (self.v
 
 the export is rounded by autocast
-- lora_alpha = k.)"""
--         with torch.autocast(self.u.device.type, enabled=False)
-+ lora_alpha = k.)"""
-+         if True
+- with torch.autocast(self.u.device.type, enabled=False):
+-             A, B = self.v.T
++ if True:
++             A, B = self.v.T
 
 the update is transposed
 - (self.v @ self.core() @ self.V).T
