@@ -111,6 +111,13 @@ class Log:
             self.bar.close()
 
 
+def bar_of(batches, run, examples):
+    """The batches, with a bar on a terminal while they are predicted; not in training, which has its own."""
+    total = -(-(len(examples.starts) - 1) // run.batch_size)
+    return tqdm(batches, "predicting", total, leave=False, unit="batch", dynamic_ncols=True,
+                disable=run.rank > 0 or not sys.stderr.isatty())
+
+
 def warn_if_equal(run, predictions):
     """Say so, once for each, if all predictions for a dev split, {split: (N,)}, are one and the same."""
     for name, p in predictions.items():

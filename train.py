@@ -231,7 +231,8 @@ def predict(run, examples, signals=None):
     """Predictions for a split, (N,): class ids, or scores of a regression. Processes share the batches."""
     outputs = torch.zeros(len(examples.starts) - 1, run.net.num_labels, device=run.device)
     run.net.eval()
-    for i, batch in enumerate(data.batches(examples, run.batch_size, run.pad)):
+    batches = data.batches(examples, run.batch_size, run.pad)
+    for i, batch in enumerate(batches if signals else show.bar_of(batches, run, examples)):
         if signals and run.world == 1:
             signals.check(run)
         if i % run.world == run.rank:

@@ -271,6 +271,17 @@ def test_equal_predictions_are_said(cli):
     assert "warning" not in cli.tiny("--init orthonormal", out="other").err
 
 
+def test_a_terminal_has_bars(cli, monkeypatch):
+    """Oracle: 12 steps; 64 rows in batches of 16; without a terminal there are none."""
+    words = "--eval run/adapter.safetensors --model", cli.models["deberta"]
+    assert cli.tiny().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert "12/12" in cli.tiny(out="again").err
+    shown = cli(*words)
+    assert "predicting" in shown.err and "/4 " in shown.err and "dev accuracy" in shown.out
+    assert "predicting" not in shown.out
+
+
 # --- the tasks ----------------------------------------------------------------------------------------------
 
 def sentences(n, seed):
