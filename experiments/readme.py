@@ -254,7 +254,7 @@ def glue(old=None):
         took.append(f"{content['runs']} runs in {content['hours']} hours, {memory}, {facts_of([content])}"
                     if content["runs"] else "not run")
     return tables.markdown(head, lines) + "\n" + prose(
-        f"All of Table 1: {took[0]}. On a laptop, `--preset small`: {took[1]}.")
+        f"All of Table 1, `reproduce.py table1`: {took[0]}. With `--preset small`, on a laptop: {took[1]}.")
 
 
 def performance(old=None):
