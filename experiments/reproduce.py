@@ -171,7 +171,7 @@ def tune_table(grid):
         table[row][task] = {"chosen": grids.choose(grid, row, task), "tried": tried}
     for row, tasks in table.items():
         cells = [", ".join(f"{name} {value:g}" for name, value in cell["chosen"].items())
-                 + f" ({max(one['best'] for one in cell['tried']):.2f}, of {len(cell['tried'])})"
+                 + f" ({max(one['last'] for one in cell['tried']):.2f}, of {len(cell['tried'])})"
                  if cell["tried"] else "not run" for cell in tasks.values()]
         lines.append([grids.row_of(row)[0], *cells])
     head = ["chosen (score, of how many runs)", *(tables.COLUMNS[task][0] for task in grid.tasks)]

@@ -285,13 +285,14 @@ def test_timings_are_interleaved(tmp_path):
 
 
 def test_choice(tmp_path):
-    """Oracle: by hand: the best score, the first of equals, None before any run; variants as their base."""
+    """Oracle: by hand: the best last score, the first of equals, None before any run; variants as their base.
+    """
     grid = grid_of(tmp_path, "table3", "--preset", "small", "--tasks", "cola")
     base = grids.PRESETS["small"]["base"]
     assert grids.choose(grid, base, "cola") is None and grids.reported_cells(grid, "cola") == []
     cells = grids.tunings(grid, base, "cola")
     for (_, cell), value in zip(cells, (0.1, 0.3, 0.3, 0.2)):
-        write_run(cell, result_of(cell, cola(value), cola(0.9 - value)))
+        write_run(cell, result_of(cell, cola(0.9 - value), cola(value)))
     assert grids.choose(grid, base, "cola") == grids.choose(grid, f"{base}-left", "cola") == cells[1][0]
     assert {dict(cell.flags)["lr"] for cell in grids.reported_cells(grid, "cola")} == {cells[1][0]["lr"]}
     paper = grid_of(tmp_path, "table3", "--tasks", "cola")
