@@ -108,8 +108,8 @@ def encode(tokenizer, split, max_len):
     unknown = sum(ids.count(i) for i in names if i is not None)
     share = unknown / max(1, len(ids) - special * len(split.texts))
     if share > 0.5:
-        raise ValueError(f"{share:.0%} of the tokens of the data are unknown to the tokenizer: give a model of "
-                         "the language that they are in")
+        raise ValueError(f"{share:.0%} of the tokens of the data are unknown to the tokenizer: give a model "
+                         "of the language that they are in")
     labels = split.labels
     if labels is not None:
         labels = torch.tensor(labels, dtype=torch.float32 if isinstance(labels[0], float) else torch.int64)

@@ -71,7 +71,8 @@ def peak_memory(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     with contextlib.suppress(OSError):
-        line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+        with open("/proc/self/status", encoding="utf-8") as status:
+            line = next(line for line in status if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024 / 1e9
     with contextlib.suppress(ImportError):
         import resource
