@@ -40,6 +40,7 @@ def write_checkpoint(folder, config, weights):
     disk.write_json(folder / "config.json", config)
     disk.write_tensors(folder / "model.safetensors", backbone, {"format": "pt"})
     disk.write_file(folder / "tokenizer.json", data.demo_tokenizer().to_str())
+    disk.write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def write_random_model(folder, seed):

@@ -119,7 +119,8 @@ def write_state(folder, state):
 def load_state(folder):
     """What write_state() wrote to that folder, on the CPU."""
     path = Path(folder) / "last.pt"
-    with reading(path, "there is no run to resume"):
+    below = [str(found.parent) for found in sorted(Path(folder).glob("*/last.pt"))]
+    with reading(path, f"--resume one of {', '.join(below)}" if below else "there is no run to resume"):
         content = path.read_bytes()
         if content[-32:] != digest(content[:-32]).encode():
             raise ValueError("its hash does not fit")

@@ -24,6 +24,15 @@ def test_checkpoint_is_like_any_other(tmp_path):
     assert data.load_tokenizer(tmp_path / "a").get_vocab() == data.demo_tokenizer().get_vocab()
 
 
+def test_transformers_opens_the_tokenizer(tmp_path):
+    """Oracle: AutoTokenizer on the folder gives the ids of our own tokenizer."""
+    transformers = pytest.importorskip("transformers")
+    demo.write_random_model(tmp_path, 0)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), data.demo_tokenizer()
+    for pair in (("cue0 filler1 role2word3",), ("cue1 no-word", "filler0")):
+        assert theirs(*pair).input_ids == ours.encode(*pair).ids
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_demo(tmp_path, monkeypatch, capsys, seed):

@@ -216,6 +216,7 @@ def test_resume_refuses_other_settings(stopped):
     refused(stopped("--resume run --out other"), "--out")
     refused(stopped("--resume run --overwrite"), "--overwrite")
     refused(stopped("--resume run --eval run/adapter.safetensors"))
+    refused(stopped("--resume ."), "--resume one of run")
     assert contents("run") == before and not Path("other").exists()
     assert stopped("--resume run --k 1 --lr 0.02 --save-steps 5").status == 0
     refused(stopped("--resume run --k 2 --lr 0.1"), "--k 1, not 2", "--lr 0.02, not 0.1")  # also if finished
