@@ -36,7 +36,7 @@ import data
 import options
 import tasks
 import train
-from bench_table import ROWS, paired, report, summary, worst
+from bench_table import ROWS, paired, profile_table, report, summary, worst
 from lora2 import lora2_layers, merge_lora2
 
 TASKS = ("rte", "mrpc", "stsb", "cola")
@@ -313,6 +313,9 @@ def measure(job):
         return
     say("timing steps")
     job.results |= {"3 T=128" if key == "3" else key: value for key, value in time_steps(job, job.T).items()}
+    frozen = steps.OwnStep(job.folder, "frozen", steps.make_batch(job.config, job.B, job.T, job.device),
+                           dtype=job.dtype, layers=job.layers)
+    job.details["profile"] = steps.profile(frozen, job.device)
     if job.device == "cuda":
         if job.peers:
             job.results["3 T=256"] = time_steps(job, 2 * job.T)["3"]
@@ -358,7 +361,9 @@ def main(argv=None):
     content = about | {"rows": rows, "details": job.details}
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     facts = "".join(f"- {name}: {value}\n" for name, value in about.items())
-    path.with_suffix(".md").write_text(f"# Performance\n\n{table}\n{facts}", encoding="utf-8")
+    text = (f"# Performance\n\n{table}\n{facts}\n## Row 10: where an own frozen step spends its time\n\n"
+            f"{profile_table(job.details['profile'])}")
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
     print(facts + f"written: {path}")
     return 0
 

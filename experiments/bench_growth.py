@@ -113,9 +113,12 @@ def draw(sweeps, stem):
     return plot.save(figure, stem)
 
 
-def markdown(sweeps, read):
+def markdown(about, sweeps, read):
     """The sweeps and the data as Markdown."""
-    text = ""
+    text = ("# How the cost of a step grows\n\n" + ", ".join(f"{name} = {n}" for name, n in BASE.items())
+            + f" of the shape {about['shape']} unless varied; memory is what waits for the backward pass (on a "
+            f"GPU the peak).\n\n`{about['command']}`, {about['device']}, {about['dtype']}, threads "
+            f"{about['threads']}, {about['date']}.\n")
     for name, points in sweeps.items():
         variants = [key for key in points[0] if key != name]
         head = [name, *(f"{variant}, {unit}" for variant in variants for unit in ("s", "MB"))]
@@ -130,7 +133,7 @@ def markdown(sweeps, read):
 
 
 def main(job, about):
-    """Measure, print, write growth-DEVICE.json, .png and .svg into job.out."""
+    """Measure, print, write growth-DEVICE.json, .md, .png and .svg into job.out."""
     axes = QUICK if job.quick else SWEEPS
     with tempfile.TemporaryDirectory() as work:
         job.folder = steps.write_checkpoint(Path(work) / "model", job.config)
@@ -143,7 +146,9 @@ def main(job, about):
     content = about | {"base": BASE, "sweeps": sweeps, "data": read}
     path = Path(f"{stem}.json")
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(markdown(sweeps, read), *draw(sweeps, stem), path, sep="\n")
+    text = markdown(about, sweeps, read)
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text, *draw(sweeps, stem), path, path.with_suffix(".md"), sep="\n")
     return 0
 
 

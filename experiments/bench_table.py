@@ -77,3 +77,14 @@ def report(results, device, judged=ROWS, only=ROWS):
             "pass" if passes(result["value"], goal) else "FAIL")
         lines.append([key.split()[0], what, goal or "", shown, verdict])
     return tables.markdown(["#", "ratio", "goal", "value (min – max)", ""], lines)
+
+
+def profile_table(lines, most=12):
+    """The longest lines of bench_steps.profile() as Markdown, and the rest as one line."""
+    total = sum(line["seconds"] for line in lines)
+    rest = {"operation": "all others", "calls": sum(line["calls"] for line in lines[most:]),
+            "seconds": sum(line["seconds"] for line in lines[most:]), "GFLOP/s": 0}
+    return tables.markdown(["operation", "calls", "ms", "share", "GFLOP/s"], [[
+        line["operation"], f"{line['calls']:,}", f"{1000 * line['seconds']:,.1f}",
+        f"{100 * line['seconds'] / total:.1f} %", f"{line['GFLOP/s']:,.0f}" if line["GFLOP/s"] >= 1 else ""]
+        for line in lines[:most] + [rest]])

@@ -256,6 +256,17 @@ def test_a_tiny_run_measures_and_writes(tmp_path, capsys, monkeypatch):
     assert {"device", "threads", "versions", "date", "dropout", "dtype", "B", "T"} <= result.keys()
 
 
+def test_profile_of_one_product():
+    """Oracle: by hand: one product of 2 · 64 · 64 · 64 FLOPs is most of the time of a call that is only that."""
+    x = torch.randn(64, 64)
+    lines = steps.profile(lambda: x @ x)
+    assert [line["calls"] for line in lines if line["operation"] == "mm"] == [1]
+    line = next(line for line in lines if line["operation"] == "mm")
+    assert line["GFLOP/s"] * line["seconds"] == pytest.approx(2 * 64**3 / 1e9)
+    shown = table.profile_table(lines, most=1).splitlines()
+    assert shown[2].startswith(f"| {lines[0]['operation']} | ") and shown[3].startswith("| all others | ")
+
+
 def test_folders_are_named_by_their_last_part(tmp_path, monkeypatch, capsys):
     """Oracle: by hand. A model without data for rows 9 and 12 is an error before anything is measured."""
     monkeypatch.chdir(tmp_path)
@@ -281,3 +292,13 @@ def test_made_up_mnli_is_read(tmp_path, capsys):
     line = json.loads(capsys.readouterr().out)
     assert line["rows"] == 50 and line["tokens"] == sum(
         3 + sum(len(text.split()) for text in pair) for pair in split.texts)
+
+
+def test_growth_is_shown_from_its_file():
+    """Oracle: the committed JSON and Markdown of one run; another number in the JSON is another text."""
+    path = ROOT / "experiments" / "results" / "growth-cpu.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    shown = bench_growth.markdown(content, content["sweeps"], content["data"])
+    assert shown == path.with_suffix(".md").read_text(encoding="utf-8")
+    slower = content["data"] | {"seconds": 61.0}
+    assert "OVER" in bench_growth.markdown(content, content["sweeps"], slower) and "OVER" not in shown
