@@ -80,11 +80,11 @@ def load_tokenizer(name_or_dir):
     return tokenizer
 
 
-def encode(tokenizer, split, max_len):
+def encode(tokenizer, split, max_len, name="the data"):
     """A Split as Examples. A pair above max_len loses tokens of its longer text first, as in transformers.
 
-    max_len counts special tokens. ValueError where it leaves no room for text, for a row without a token,
-    and where most tokens are unknown: no training would help.
+    max_len counts special tokens. name: of the split, for messages. ValueError where max_len leaves no room
+    for text, for a row without a token, and where most tokens are unknown: no training would help.
     """
     special = tokenizer.num_special_tokens_to_add(len(split.texts[0]) == 2)
     if max_len <= special:
@@ -101,15 +101,15 @@ def encode(tokenizer, split, max_len):
                 starts.append(len(ids))
                 truncated += bool(encoding.overflowing)
                 if starts[-1] == starts[-2]:
-                    raise ValueError(f"row {len(starts) - 1} of the data has no tokens: give it a text")
+                    raise ValueError(f"row {len(starts) - 1} of {name} has no tokens: give it a text")
     finally:
         tokenizer.no_truncation()
     names = map(tokenizer.token_to_id, ("[UNK]", "<unk>"))
     unknown = sum(ids.count(i) for i in names if i is not None)
     share = unknown / max(1, len(ids) - special * len(split.texts))
     if share > 0.5:
-        raise ValueError(f"{share:.0%} of the tokens of the data are unknown to the tokenizer: give a model "
-                         "of the language that they are in")
+        raise ValueError(f"{share:.0%} of the tokens of {name} are unknown to the tokenizer: give a model of "
+                         "the language that they are in")
     labels = split.labels
     if labels is not None:
         labels = torch.tensor(labels, dtype=torch.float32 if isinstance(labels[0], float) else torch.int64)

@@ -33,7 +33,7 @@ WAYS = {"head only": ["--method", "head", "--lr", "5e-3"],
         "full fine-tuning": ["--method", "full", "--lr", "1e-3"]}
 
 
-def write_checkpoint(folder, config, weights):
+def write_base(folder, config, weights):
     """A folder as the Hub ships a pretrained model: config, the encoder's weights, the tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     backbone = {name: tensor for name, tensor in weights.items() if name.startswith("deberta.")}
@@ -53,7 +53,7 @@ def write_random_model(folder, seed):
             torch.nn.init.normal_(parameter, std=config["initializer_range"])
         elif name.endswith("bias"):
             torch.nn.init.zeros_(parameter)
-    write_checkpoint(folder, config, net.state_dict())
+    write_base(folder, config, net.state_dict())
     return config
 
 
@@ -80,18 +80,18 @@ def main(given):
     """Run the demo in the folder given["out"]; {way: its result.json}."""
     with runs.refusing():
         strange = given.keys() - {"task", "out", "seed", "overwrite"}
-        out, seed = Path(given.get("out", "runs/demo")), given.get("seed", 0)
+        settings = options.resolve({"out": "runs/demo", "overwrite": "out" not in given} | given)
+        out, seed = Path(settings["out"]), settings["seed"]
         if strange or os.environ.get("WORLD_SIZE", "1") != "1":
             raise ValueError("the demo is one process and takes --out and --seed alone: for more, run it "
                              f"first, then give its model as --model {out / 'base'}")
-        if "out" in given and "overwrite" not in given and out.exists() and any(out.iterdir()):
-            raise ValueError(f"{out} is not empty: replace it by --overwrite, or give another --out")
+        runs.check_destinations(settings, resumed=False)
     torch.set_num_threads(1)                               # matrices this small are slower on several cores
     print("1. Pretraining a small DeBERTa. The question: of which class is the word that the cue names?\n")
     config = write_random_model(out / "random", seed)
     question = write_pretraining_data(out / "random")
     pretrained = train_one(out / "random", out / "pretraining", seed, *question, *PRETRAINING)
-    write_checkpoint(out / "base", config, pretrained.net.state_dict())
+    write_base(out / "base", config, pretrained.net.state_dict())
     print("\n2. A new question for the frozen model: is the word of role 3 of class 2 or 3?")
     for way, extra in WAYS.items():
         print(f"\n{way}")

@@ -21,8 +21,8 @@ class LinearWithUpdate(torch.autograd.Function):
 
     x (N, d_in), down (d_in, k), up (k, d_out) → y (N, d_out). Autograd would compute the update, and its
     share of ∂L/∂x, in arrays as large as y and x and add them up afterwards. Here the products add into what
-    is there (addmm_), and only x and x down are kept for the backward pass. What has k columns is made with
-    k rows, z = (x down)ᵀ: at k = 8 such products take a third to a half of the time on a CPU.
+    is there (addmm_), and only x and x down are kept for the backward pass. The latter is made transposed,
+    z = (x down)ᵀ: at k = 8 such products take a third to a half of the time on a CPU.
     """
 
     @staticmethod
@@ -71,8 +71,8 @@ class FastLoRA2Linear(LoRA2Linear):
 def shared_cores(model):
     """Within it the cores C = scale · u diag(Λ) U of all adapters are one batched product, not one each.
 
-    For one forward pass with its backward pass: the cores do not follow the weights while it is open. Not for
-    gradient checkpointing, which would run forward passes of its own after its end.
+    Around one forward pass; its backward pass may follow outside. The cores do not follow the weights while
+    it is open. Not for gradient checkpointing, which would run forward passes of its own after its end.
     """
     layers = [layer for _, layer in lora2_layers(model) if isinstance(layer, FastLoRA2Linear)]
     if layers:

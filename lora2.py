@@ -1,7 +1,7 @@
 """LoRA²: multi-scale low-rank adaptation of frozen linear layers. One file that needs torch only: copy it.
 
 After arXiv 2408.06854. The update of a frozen W0 is AdaLoRA's P Λ Q, whose factors P = v u and Q = U V are
-themselves products through a second, smaller scale k (Eq. 4, row vectors; here d = 768, k = 8, r = 8):
+themselves products through k numbers, the second scale (Eq. 4, row vectors; here d = 768, k = 8, r = 8):
 
          ┌──────────────────  W0ᵀ, b  (frozen)  ─────────────────┐
     x ───┤                                                       + ─── y
@@ -12,7 +12,7 @@ themselves products through a second, smaller scale k (Eq. 4, row vectors; here 
     symbol   shape        init          scored?   meaning
     v        (d_in, k)    N(0, 0.02²)   no        takes the input down to k numbers
     u        (k, r)       N(0, 0.02²)   yes       left singular directions, inside those k
-    Λ lam    (r,)         0             yes       singular values; a pruned one is held at 0
+    Λ lam    (r,)         0             yes       singular values; pruning sets them to 0
     U        (r, k)       N(0, 0.02²)   yes       right singular directions
     V        (k, d_out)   N(0, 0.02²)   no        takes k numbers up to the output
     scale    alpha / r                            with the initial r: pruning does not change it
@@ -26,7 +26,7 @@ from torch import nn
 
 
 class LoRA2Linear(nn.Module):
-    """A frozen nn.Linear plus the LoRA² update of Eq. 4, in fp32 whatever the base is (fp64 on an fp64 base).
+    """A frozen nn.Linear plus the update of Eq. 4, its factors in fp32 whatever the base is (fp64 on fp64).
 
     base: the nn.Linear, frozen here. k: projected dimension. r: number of singular values. alpha: scale =
     alpha / r. init: "gaussian", N(0, 0.02²) as in the authors' code (the paper: "random Gaussian"), or
@@ -53,7 +53,7 @@ class LoRA2Linear(nn.Module):
             return self.scale * (self.u * self.lam) @ self.U               # (k, r) @ (r, k)
 
     def delta_weight(self):
-        """ΔW, (d_out, d_in) as in nn.Linear, in the factors' dtype: what forward, merge and export share."""
+        """ΔW, (d_out, d_in) as in nn.Linear, in the factors' dtype: dense, for merging; others use core()."""
         with torch.autocast(self.u.device.type, enabled=False):
             return (self.v @ self.core() @ self.V).T       # ((d_in, k) @ (k, k) @ (k, d_out))ᵀ
 
@@ -80,7 +80,7 @@ class LoRA2Linear(nn.Module):
 
 
 def require(condition, message, error=ValueError):
-    """Every check of what the user gives: the message says what is wrong and what to do."""
+    """Raise `error` unless `condition`: the message says what is wrong and what to do."""
     if not condition:
         raise error(message)
 
@@ -101,8 +101,8 @@ def check_base(name, base, k, r, alpha, init):
 def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(), layer=LoRA2Linear):
     """Freeze `model` and wrap its target layers in LoRA2Linear, in place. Return their names, in order.
 
-    targets: module names; one matches a module called exactly so or ending in "." + it ("query" matches
-    "encoder.layer.0.attention.self.query"). trainable: dotted parts of parameter names that stay trainable,
+    targets: module names; "query" matches a module called so, and all whose names end in ".query", such as
+    "encoder.layer.0.attention.self.query". trainable: dotted parts of parameter names that stay trainable,
     such as "classifier"; modules under them are trained in full, never adapted. layer: LoRA2Linear or a
     subclass. A name without a match, or a match that cannot be adapted: ValueError, TypeError, no change.
     """
@@ -148,7 +148,7 @@ def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
     says how to combine layers; a sum over 72 would swamp the task loss (gamma · sum = 135 at k = 1), so ours
     is the mean.
     """
-    groups = {}                                            # layers of one shape are multiplied together
+    groups = {}                                            # layers of one shape share a batched product
     for _, layer in lora2_layers(model):
         groups.setdefault((layer.in_features, layer.out_features), []).append(layer)
     require(groups and terms and set(terms) <= {"uv", "UV", "PQ"},
@@ -173,14 +173,14 @@ def orthogonality_floor(k, r, terms=("uv", "UV", "PQ")):
 
 
 class RankPruner(nn.Module):
-    """Algorithm 1: keep the b(t) most important singular values of the whole model and hold the others at 0.
+    """Algorithm 1: every `interval` steps keep the b(t) best singular values of the model, set the rest to 0.
 
     target_rank: singular values per adapter at the end, on average. total_steps: T, in optimizer steps (never
-    micro-batches). The first `warmup` (t_i) keep all; then the budget falls along a cubic, with a selection
-    every `interval` steps, in which a pruned value may return; the last `final` (t_f) hold the last one.
+    micro-batches). For `warmup` (t_i) steps all stay, then b falls along a cubic; what is pruned trains on
+    and may return, until in the last `final` (t_f) steps the set is fixed and the rest is held at 0.
     importance: "reduced" (Eq. 9) or "full" (Eq. 8); beta1, beta2: of its averages Ī and Ū. ValueError for
-    what does not fit. Call step() after optimizer.step() and before zero_grad(), or get a RuntimeError: it
-    multiplies this step's gradients with the weights after it, as AdaLoRA's loop does.
+    what does not fit. Call step() after optimizer.step(), whose new weights it multiplies with this step's
+    gradients as AdaLoRA's loop does, and before zero_grad(): without gradients it is a RuntimeError.
     """
 
     def __init__(self, model, target_rank, total_steps, warmup, final, interval, beta1=0.85, beta2=0.85,
@@ -274,8 +274,8 @@ class RankPruner(nn.Module):
 
 
 def lora2_state_dict(model):
-    """{name in state_dict(): copy} of all that fine-tuning made: trainable parameters, buffers beside one and
-    BatchNorm's statistics; and, to know another alpha or base by, NAME.scale and 16 entries of W0."""
+    """{name in state_dict(): copy} of all that fine-tuning changed: trainable parameters, buffers beside one,
+    BatchNorm's statistics; and NAME.scale and 16 entries of W0, to tell another alpha or base by."""
     tensors = {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
     owners = {n.rpartition(".")[0] for n, t in tensors.items() if t.requires_grad}
     owners |= {n for n, module in model.named_modules() if getattr(module, "track_running_stats", False)}

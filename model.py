@@ -145,7 +145,7 @@ class DisentangledSelfAttention(nn.Module):
         K, Q = (self.split(proj(table)) for proj in (self.key_proj, self.query_proj))        # each (H, R, e)
         scale = 1 / math.sqrt(3 * d / H)           # of all three terms, where it costs least; safe in fp16
         q, Q = q.mul_(scale), Q * scale
-        if order is not None:                      # T > 129: several distances share a bucket
+        if order is not None:                      # T > 132: several distances share a bucket
             K, Q = K.index_select(1, order), Q.index_select(1, order)           # (H, W, e): −(T−1) .. T−1
         c2p = torch.bmm(q.view(H, B * T, -1), K.flip(1).mT)                     # (H, B·T, W): T−1 .. −(T−1)
         p2c = torch.bmm(k.view(H, B * T, -1), Q.mT)                             # (H, B·T, W): −(T−1) .. T−1

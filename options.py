@@ -1,6 +1,7 @@
 """The command line of train.py: presets, every option with type, default and help, and how they resolve."""
 import argparse
 import math
+import os
 from pathlib import Path
 
 import baselines
@@ -37,7 +38,7 @@ TASK = "from the preset"
 OPTIONS = {
     "data and model": (
         ("task", str, None, "one of " + ", ".join(tasks.TASKS)),
-        ("model", str, "microsoft/deberta-v3-base", "name on the Hub, or a folder"),
+        ("model", "path", "microsoft/deberta-v3-base", "name on the Hub, or a folder"),
         ("data-dir", "path", "glue", "folder that holds CoLA/, RTE/ ...; a missing task is fetched into it"),
         ("train-file", "path", None, "your own TSV: sentence (or sentence1, sentence2), and label or score"),
         ("dev-file", "path", None, "the same, to evaluate on"),
@@ -132,7 +133,7 @@ def parse(argv, description=None):
     def given_path(text):
         if not text:                                       # as from a shell variable that is not set
             raise argparse.ArgumentTypeError("this path is empty")
-        return text
+        return os.path.expanduser(text)                    # no shell does that after --out=
 
     def names(text):
         return [part.strip() for part in text.split(",")]
@@ -222,7 +223,9 @@ def resume(settings, given):
 def beside_resume(settings, given):
     """What is given beside --resume; ValueError if it differs from a run's settings where it must not."""
     fixed = {name: settings[name] for name in settings if name not in ("out", "overwrite", "eval")}
-    return agreed(fixed, {name: given[name] for name in given if name != "resume"}, WITH_RESUME, "--resume")
+    unread = {"data_dir"} if settings["task"] == "own" else {"train_file", "dev_file"}
+    return agreed(fixed, {name: given[name] for name in given if name != "resume"}, WITH_RESUME - unread,
+                  "--resume")
 
 
 def evaluate(stored, given):

@@ -65,15 +65,15 @@ def gradients(parameters):
 def peak_memory(device):
     """The most memory this process has held so far, in GB: on a GPU that of its tensors, else all of it.
 
-    None where the system does not tell (Windows). On Linux getrusage() would count what the process that
-    started this one held.
+    None where the system does not tell (Windows, gVisor). On Linux getrusage() would count what the process
+    that started this one held.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     with contextlib.suppress(OSError):
         with open("/proc/self/status", encoding="utf-8") as status:
-            line = next(line for line in status if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024 / 1e9
+            found = [line for line in status if line.startswith("VmHWM")]      # gVisor has no such line
+        return int(found[0].split()[1]) * 1024 / 1e9 if found else None
     with contextlib.suppress(ImportError):
         import resource
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9        # on a Mac in bytes

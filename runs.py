@@ -31,6 +31,7 @@ from disk import one_line, reading, write_file, write_tensors, writing
 from lora2 import load_lora2_state_dict, lora2_layers, lora2_state_dict, merge_lora2
 from options import INCIDENTAL, flag
 
+FORMAT = 1                                                 # of last.pt and adapter.safetensors
 
 # --- hashes -------------------------------------------------------------------------------------------------
 
@@ -112,7 +113,7 @@ def save(run):
 def write_state(folder, state):
     """last.pt: what torch.save makes, and its hash."""
     buffer = io.BytesIO()
-    torch.save(state | {"format": 1}, buffer)
+    torch.save(state | {"format": FORMAT}, buffer)
     write_file(Path(folder) / "last.pt", buffer.getbuffer(), digest(buffer.getbuffer()))
 
 
@@ -124,7 +125,14 @@ def load_state(folder):
         content = path.read_bytes()
         if content[-32:] != digest(content[:-32]).encode():
             raise ValueError("its hash does not fit")
-        return torch.load(io.BytesIO(content[:-32]), map_location="cpu", weights_only=True)
+        return of_this_version(torch.load(io.BytesIO(content[:-32]), map_location="cpu", weights_only=True))
+
+
+def of_this_version(content):
+    """What last.pt or an adapter file holds, if this program can know what it means."""
+    if content["format"] != FORMAT:
+        raise ValueError(f"format {content['format']} is of another version of this program")
+    return content
 
 
 def restore(run, state):
@@ -137,18 +145,21 @@ def restore(run, state):
         raise ValueError(f"{len(state['rng'])} process(es) began this run: resume it with as many")
     adapter = Path(run.out) / "adapter.safetensors"
     if state["evaluations"] or adapter.exists():
-        stored = load_adapter(adapter)[1]
-        if stored | {"best": None} != facts(run) | {"best": None}:
-            raise ValueError(f"{adapter} is not of this run: give back the one that was there")
+        stored, mine = load_adapter(adapter)[1], facts(run)
         run.best = stored["best"]
+        for each in stored, mine:                          # the same base may come from another place now
+            each["best"] = each["settings"]["model"] = None
+        if stored != mine:
+            raise ValueError(f"{adapter} is not of this run: give back the one that was there")
     load_lora2_state_dict(run.net, state["weights"])
     run.optimizer.load_state_dict(state["optimizer"])
     if run.pruner:
         run.pruner.load_state_dict(state["pruner"])
     run.step, run.evaluations, run.seconds = state["step"], state["evaluations"], state["seconds"]
-    torch.set_rng_state(state["rng"][run.rank]["cpu"])
-    if run.device.type == "cuda":
-        torch.cuda.set_rng_state(state["rng"][run.rank]["cuda"], run.device)
+    rng = state["rng"][run.rank]
+    torch.set_rng_state(rng["cpu"])
+    if run.device.type == "cuda" and "cuda" in rng:        # a run that began on a CPU has none
+        torch.cuda.set_rng_state(rng["cuda"], run.device)
     log = Path(run.out) / "log.jsonl"
     if run.rank == 0 and log.exists() and log.stat().st_size > state["log_bytes"]:
         os.truncate(log, state["log_bytes"])               # the steps of these lines come again
@@ -161,7 +172,8 @@ def facts(run):
     settings = {name: value for name, value in run.settings.items() if name not in INCIDENTAL}
     if Path(run.model).is_dir():
         settings["model"] = None
-    return {"format": 1, "settings": settings, "columns": columns(run), "base": run.base, "best": run.best}
+    return {"format": FORMAT, "settings": settings, "columns": columns(run), "base": run.base,
+            "best": run.best}
 
 
 def columns(run):
@@ -197,7 +209,7 @@ def load_adapter(path):
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         if hash_ != digest(tensors, stored):
             raise ValueError("its hash does not fit")
-        stored = json.loads(stored)
+        stored = of_this_version(json.loads(stored))
         stored["columns"] = {name: tuple(value) if isinstance(value, list) else value
                              for name, value in stored["columns"].items()}
         return tensors, stored
@@ -212,7 +224,8 @@ def hand_out(run, predictions):
     if run.export_peft:
         with writing(run.export_peft):
             export_peft(run, run.export_peft)
-        print(f"the adapter as a LoRA for peft is in {run.export_peft}")
+        print(f"the adapter as a LoRA for peft is in {run.export_peft}: there give num_labels="
+              f"{run.net.num_labels}")
     if run.merge:
         with writing(run.merge):
             models.save_pretrained(merge_lora2(run.net), run.merge)
@@ -221,14 +234,14 @@ def hand_out(run, predictions):
 
 def export_peft(run, folder):
     """Write a folder that peft opens: each update as its LoRA (to_lora: exact), the head, the tokenizer."""
-    tensors = dict(run.head_parameters)
+    tensors, rank = dict(run.head_parameters), run.k if run.method == "lora2" else run.r
     for name, layer in lora2_layers(run.net):
         A, B = layer.to_lora()
         tensors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
     tensors = {f"base_model.model.{name}": tensor.detach().contiguous() for name, tensor in tensors.items()}
     hub.write_checkpoint(folder, {
-        "peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": run.model, "r": len(A),
-        "lora_alpha": len(A), "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
+        "peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": run.model, "r": rank,
+        "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
         "target_modules": run.adapted, "modules_to_save": run.head},
         tensors, tokenizer_of=run.net.source, prefix="adapter_")
 

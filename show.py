@@ -13,7 +13,6 @@ import torch
 from tqdm import tqdm
 
 import disk
-import hub
 import model as models
 import options
 import processes
@@ -37,6 +36,7 @@ def announce(run):
         modules = models.target_modules(run.net, [short])
         print(f"  {short:2} {len(modules)} × {modules[0]} ...")
     print(f"new weights: {', '.join(run.net.new_weights) or 'none'}")
+    print(rows(run))
     for name, examples in run.data.items():
         if examples.truncated:
             print(f"{examples.truncated} of {len(examples.starts) - 1} rows of {name} are cut to "
@@ -48,6 +48,12 @@ def announce(run):
     dev = next(name for name in run.data if name != "train")
     print(f"{run.T} steps, warm-up {run.lr_warmup}; the best is chosen by {run.row.metrics[0]} on {dev}; "
           f"{run.device}, {run.dtype}, {run.world} process(es)", flush=True)
+
+
+def rows(run):
+    """How much data there is, and which labels: text."""
+    sizes = ", ".join(f"{len(examples.starts) - 1:,} rows of {name}" for name, examples in run.data.items())
+    return sizes + (f"; labels {', '.join(map(repr, run.row.labels))}" if run.row.labels else "; a score")
 
 
 def counts(run):
@@ -201,8 +207,10 @@ def finished(given):
     folder = given["resume"]
     path = Path(folder) / "result.json"
     with disk.reading(path, f"remove it, and --resume {folder} makes it anew"):
-        content = hub.read_json(path)
+        content = json.loads(path.read_text(encoding="utf-8"))
         text, again, settings = summary(content, folder), evaluation_of(content, folder), content["settings"]
     wanted = options.beside_resume(settings, given)
     print(f"this run is finished:\n{text}")
-    return again | wanted if wanted.keys() & options.AFTERWARDS else {}
+    if not wanted.keys() & options.AFTERWARDS:
+        return {}
+    return again | {name: wanted[name] for name in wanted.keys() & options.WITH_EVAL}

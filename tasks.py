@@ -46,14 +46,8 @@ class Split(NamedTuple):
     labels: Optional[list]
 
     def part(self, start, stop):
-        """Rows start .. stop − 1."""
+        """Rows start .. stop − 1; all from start on if stop is None."""
         return Split(self.texts[start:stop], self.labels[start:stop] if self.labels is not None else None)
-
-    def first(self, limit):
-        """The first `limit` rows; all of them if limit is None."""
-        if limit is not None and limit < 1:
-            raise ValueError(f"a limit of {limit} rows leaves no data: give at least 1")
-        return self.part(0, limit)
 
 
 # ---- the tasks ---------------------------------------------------------------------------------------------
@@ -151,7 +145,8 @@ def _read_table(path, names, convert, header=(), damaged=False):
     for name in names:
         if header.count(name) != 1:
             problem = "more than one column" if name in header else "no column"
-            raise ValueError(f"{path}:1: there is {problem} named {name!r}: the columns are {_short(header)}")
+            raise ValueError(f"{path}:1: there is {problem} named {name!r}: the tab-separated columns are "
+                             f"{_short(header)}")
     if len(lines) == first:
         raise ValueError(f"{path}:1: there is a header line but no row below it")
     columns = [header.index(name) for name in names]
@@ -257,7 +252,8 @@ def own_task(train_file):
     texts = PAIR if set(PAIR) <= set(header) else ("sentence",)
     if ("score" in header) == ("label" in header):
         raise ValueError(f"{train_file}:1: one column named label (classes) or score (a number) is expected "
-                         f"beside sentence, or sentence1 and sentence2: the columns are {_short(header)}")
+                         "beside sentence, or sentence1 and sentence2: the tab-separated columns are "
+                         f"{_short(header)}")
     if "score" in header:
         return Task("", {}, texts, "score", (), ("pearson", "spearman"))
 

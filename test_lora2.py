@@ -27,7 +27,7 @@ from lora2 import (LoRA2Linear, RankPruner, add_lora2, load_lora2_state_dict, lo
                    merge_lora2, orthogonality_floor, orthogonality_loss)
 
 FACTORS = ("v", "u", "lam", "U", "V")
-warnings.filterwarnings("ignore", "Unknown pytest.mark.slow")                # our pytest.ini need not come along
+warnings.filterwarnings("ignore", "Unknown pytest.mark.slow")                # pytest.ini need not come along
 
 
 @pytest.fixture(autouse=True)

@@ -58,7 +58,7 @@ def set_up(settings, facts=None):
         net.config["id2label"] = {str(i): label for i, label in enumerate(labels)}
     if run.predict:
         splits["to predict"] = tasks.read_split(run.predict, run.row, labelled=False)
-    run.data = {name: data.encode(tokenizer, split, run.max_len) for name, split in splits.items()}
+    run.data = {name: data.encode(tokenizer, split, run.max_len, name) for name, split in splits.items()}
     ids, types = (max(int(getattr(examples, field).max()) for examples in run.data.values())
                   for field in ("ids", "types"))
     sizes = net.config["vocab_size"], max(2, net.config["type_vocab_size"])    # a single type is ignored
@@ -84,7 +84,8 @@ def set_up(settings, facts=None):
 def load_splits(run, facts):
     """({"train": Split, dev splits}, tasks.Task) of a task or of the user's files; no "train" to evaluate."""
     if run.dev_file:
-        task = tasks.Task("", {}, **facts["columns"]) if facts else tasks.own_task(run.train_file)
+        task = tasks.get_task(run.task)._replace(header=()) if run.task != "own" else tasks.Task(
+            "", {}, **facts["columns"]) if facts else tasks.own_task(run.train_file)
         files = ("train", run.train_file), ("dev", run.dev_file)
         splits = {name: tasks.read_split(path, task) for name, path in files if path}
     else:
@@ -96,7 +97,7 @@ def load_splits(run, facts):
         if facts and not task.make:                        # to evaluate, train.tsv need not be there
             task = task._replace(rows={name: n for name, n in task.rows.items() if name != "train"})
         splits = data.load_task(task, run.data_dir)
-    return {name: split.first(run.limit_train if name == "train" else run.limit_dev)
+    return {name: split.part(0, run.limit_train if name == "train" else run.limit_dev)
             for name, split in splits.items() if not (facts and name == "train")}, task
 
 
@@ -163,7 +164,7 @@ def train(run, log, signals):
 
         is_bad = (run.bad_step == 0) & ~torch.isfinite(loss + norm)
         run.bad_step = torch.where(is_bad, float(run.step), run.bad_step)
-        run.optimizer.found_inf = (run.bad_step > 0).float()
+        run.optimizer.found_inf = (run.bad_step > 0).float()           # if 1, fused AdamW changes nothing
         for group in run.optimizer.param_groups:
             group["lr"] = group["peak"] * lr_factor(run.step, run.lr_warmup, run.T)
         run.optimizer.step()
@@ -326,7 +327,7 @@ def act(given):
     if run.eval:
         scores, _ = evaluate(run)
         if run.rank == 0:
-            print(show.scores(scores))
+            print(f"{show.scores(scores)}\n{show.rows(run)}")
     else:
         complete(run)
         if run.predict or run.merge or run.export_peft:

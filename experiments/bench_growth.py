@@ -116,8 +116,8 @@ def draw(sweeps, stem):
 def markdown(about, sweeps, read):
     """The sweeps and the data as Markdown."""
     text = ("# How the cost of a step grows\n\n" + ", ".join(f"{name} = {n}" for name, n in BASE.items())
-            + f" of the shape {about['shape']} unless varied; memory is what waits for the backward pass (on a "
-            f"GPU the peak).\n\n`{about['command']}`, {about['device']}, {about['dtype']}, threads "
+            + f" of the shape {about['shape']} unless varied; memory is what waits for the backward pass (on "
+            f"a GPU the peak).\n\n`{about['command']}`, {about['device']}, {about['dtype']}, threads "
             f"{about['threads']}, {about['date']}.\n")
     for name, points in sweeps.items():
         variants = [key for key in points[0] if key != name]

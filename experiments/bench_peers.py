@@ -185,7 +185,7 @@ def epoch(folder, task, data_dir, rows, max_len, device, dtype="fp32", batch_siz
     """
     from transformers import AutoTokenizer, DataCollatorWithPadding
     start = time.perf_counter()
-    split = tasks.load_split(task, data_dir, "train").first(rows or None)
+    split = tasks.load_split(task, data_dir, "train").part(0, rows or None)
     classes = len(tasks.get_task(task).labels)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     encoded = tokenizer(*map(list, zip(*split.texts)), truncation=True, max_length=max_len)

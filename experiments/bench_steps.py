@@ -198,9 +198,9 @@ def profile(function, device="cpu"):
     The time in an operation itself, without those it calls; on a GPU that of its kernels. GFLOP/s is 0 where
     the profiler knows no count: it knows those of matrix products.
     """
-    activity, on_gpu = torch.profiler.ProfilerActivity, device == "cuda"
+    kinds, on_gpu = torch.profiler.ProfilerActivity, device == "cuda"
     function()                                             # makes plans and allocates
-    with torch.profiler.profile(activities=[activity.CPU] + [activity.CUDA] * on_gpu, with_flops=True) as seen:
+    with torch.profiler.profile(activities=[kinds.CPU] + [kinds.CUDA] * on_gpu, with_flops=True) as seen:
         function()
     table = []
     for op in seen.key_averages():

@@ -79,9 +79,13 @@ TABLES = {
     "table2": ("Table 2: time per step", {"paper": ("cola sst2 mrpc qqp stsb mnli rte", TIMED),
                                           "small": ("stsb cola mrpc", TIMED)}, []),
     "table3": ("Table 3: groups of the regulariser", {"paper": ("mrpc stsb mnli rte", GROUPS),
-                                                      "small": (TWO, GROUPS)}, ["* *-noreg", "* *-factors"]),
+                                                      "small": (TWO, GROUPS)}, [
+                                                          "* *-noreg", "*-left *-noreg", "*-right *-noreg",
+                                                          "*-factors *-noreg", "*-products *-noreg",
+                                                          "* *-factors", "* *-products"]),
     "table4": ("Table 4: adapted matrices", {"paper": (FOUR, "*-qk *-qv *-qkv *"),
-                                             "small": (TWO, "*-qk *-qv *-qkv *")}, ["* *-qk", "* *-qkv"]),
+                                             "small": (TWO, "*-qk *-qv *-qkv *")}, [
+                                                 "* *-qk", "* *-qv", "* *-qkv", "*-qkv *-qk"]),
     "figure3": ("Figure 3: kept singular values", {"paper": ("mnli qqp mrpc sst2", "*"),
                                                    "small": ("stsb cola mrpc", "*")}, []),
     "pruning": ("Pruned against not pruned", {"paper": (FOUR, "*-unpruned *"),

@@ -141,24 +141,28 @@ def fitting(candidates):
     return next(fits, "The table is too wide for this page.\n")
 
 
+def run_of(rows):
+    """The tasks of a table of scores of which there are runs."""
+    return in_order([task for task in rows[0]["tasks"] if any(row["tasks"][task]["last"][0] for row in rows)])
+
+
 def score_tables(rows):
     """A table of scores as Markdown, after the last step: in full, then ever narrower."""
-    tasks = in_order(rows[0]["tasks"])
+    tasks, averages = run_of(rows), ["average"] * any(row["average"]["last"] for row in rows)
     for spread, counted in ((True, True), (True, False), (False, True), (False, False)):
-        head = ["after the last step", *["numbers"] * counted, *(tables.COLUMNS[task][0] for task in tasks)]
+        head = ["after the last step", *["trained"] * counted, *(tables.COLUMNS[task][0] for task in tasks)]
         lines = []
         for row in rows:
             numbers = tables.span(n for cell in row["tasks"].values() for n in cell["adapter_parameters"])
             cells = ["/".join(number(part, 1, spread) for part in row["tasks"][task]["last"])
                      for task in tasks]
             lines.append([row["label"].replace(" init", ""), *[numbers] * counted, *cells,
-                          number(row["average"]["last"], 1, spread)])
-        yield tables.markdown([*head, "average"], lines)
+                          *(number(row["average"]["last"], 1, spread) for _ in averages)])
+        yield tables.markdown(head + averages, lines)
 
 
-def difference_tables(pairs):
+def difference_tables(pairs, tasks):
     """Pairs of rows, as Markdown: seed by seed, so that ≈ marks what is not larger than its own spread."""
-    tasks = in_order(pairs[0])
     for spread in (True, False):
         lines = []
         for pair in pairs:
@@ -181,11 +185,10 @@ def time_table(table):
 
 
 def overlap_table(table):
-    """How much of what Eq. 9 keeps Eq. 8 keeps too, as Markdown."""
-    tasks = in_order(next(iter(table.values())))
-    return tables.markdown(["kept by both, %", *(tables.COLUMNS[task][0] for task in tasks)],
-                           [[name, *(number(line[task], 1) for task in tasks)]
-                            for name, line in table.items()])
+    """How alike the selections by Eq. 8 and Eq. 9 are, as Markdown."""
+    tasks = in_order(table[0])
+    return tables.markdown(["%", *(tables.COLUMNS[task][0] for task in tasks)],
+                           [[line["measure"], *(number(line[task], 1) for task in tasks)] for line in table])
 
 
 def prose(text):
@@ -201,21 +204,43 @@ def facts_of(contents):
     return "; ".join(f"{name} {', '.join(values)}" for name, values in facts.items() if values)
 
 
-def section(name, content, path):
-    """One table of reproduce.py, in short; differences only of the first, for the sake of brevity."""
-    table, where = content["table"], from_root(path.with_suffix(".md"))
-    title = f"**{grids.TABLES[name][0]}** ({content['runs']} runs, in full: [{name}.md]({where}))"
+def about_table1(rows, preset):
+    """Sentences on Table 1: what is not run, what LoRA² keeps, how learning rates and scales were chosen."""
+    done, facts = run_of(rows), grids.PRESETS[preset]
+    named = lambda some: ", ".join(tables.COLUMNS[task][0] for task in in_order(some))
+    missing = [task for task in rows[0]["tasks"] if task not in done]
+    text = [f"Not run: {named(missing)}."] if missing else []
+    kept = [(task, cell["settings"]) for row in rows if row["row"] == "lora2-k1"
+            for task, cell in row["tasks"].items() if cell["settings"]["r"]]
+    text += ["LoRA² k=1 keeps " + ", ".join(
+        f"{'/'.join(settings['target_rank'])} of {'/'.join(settings['r'])} on {named([task])}"
+        for task, settings in kept) + " of a matrix's singular values."] if kept else []
+    if tuned := read(folder_of(preset) / "tune.json") if facts["lrs"] else None:
+        largest = {row: [task for task in done if cells[task]["chosen"] == {
+            name: max(one[name] for one in cells[task]["tried"]) for name in cells[task]["chosen"]}]
+            for row, cells in tuned["table"].items()}
+        where, listed = from_root(folder_of(preset) / "tune.md"), lambda values: ", ".join(map(str, values))
+        text += [f"Of learning rates {listed(facts['lrs'])} and scales {listed(facts['scales'])} "
+                 f"([tune.md]({where})) the largest were chosen for " + "; ".join(
+                     f"{grids.row_of(row)[0].replace(' init', '')} ({named(some)})"
+                     for row, some in largest.items() if some) + "."]
+    return prose(" ".join(text))
+
+
+def section(name, content, preset):
+    """One table of reproduce.py, in short: Table 1's scores, of the others the differences."""
+    table, path = content["table"], folder_of(preset) / f"{name}.md"
+    title = f"**{grids.TABLES[name][0]}** ({content['runs']} runs, in full: [{name}.md]({from_root(path)}))"
     text = prose(title) + "\n"
     if name == "table2":
         return text + time_table(table)
     if name == "figure3":
         return text + f"![kept singular values, layer by layer]({from_root(path.with_suffix('.png'))})\n"
-    if name == "overlap":
-        return text + overlap_table(table["overlap"])
-    text += fitting(score_tables(table["rows"]))
-    if name == "table1" and table["differences"]:
-        text += "\n" + fitting(difference_tables(table["differences"]))
-    return text
+    tasks, rows = run_of(table["rows"]), table["rows"]
+    if name == "table1":
+        text += f"{fitting(score_tables(rows))}\n{about_table1(rows, preset)}\n"
+    text += fitting(difference_tables(table["differences"], tasks))
+    return text + ("\n" + overlap_table(table["overlap"]) if name == "overlap" else "")
 
 
 def results(old=None):
@@ -228,7 +253,7 @@ def results(old=None):
         about = f"{Path(facts['model']).name}, `--preset {preset}`"
         if shown:
             text += [f"### {about}\n", prose(facts_of([found[name] for name in shown]) + ".")]
-        text += [section(name, found[name], folder_of(preset) / f"{name}.json") for name in shown]
+        text += [section(name, found[name], preset) for name in shown]
         text += [prose(f"Not run on {about}: {'; '.join(missing)}.")] if missing else []
     return "\n".join(text)
 
@@ -245,52 +270,35 @@ def glue(old=None):
         mine = "/".join(number(part, 2) for part in ours.get(task, {"last": [None]})["last"])
         lines.append([f"`train.py --task {task} --k 1`", f"{preset['T']:,}", str(preset["max_len"]),
                       MEASURES.get(task, "accuracy"), printed, mine])
-    head = ["DeBERTaV3-base", "steps", "tokens", "score", "paper", "here"]
+    head = ["DeBERTaV3-base", "steps", "most tokens", "score", "paper", "here"]
     took = []
     for preset in grids.PRESETS:
         content = read(folder_of(preset) / "table1.json") or {"runs": 0}
         peak = content.get("peak_memory_gb")
         memory = f"at most {peak} GB of memory" if peak else "memory not measured"
-        took.append(f"{content['runs']} runs in {content['hours']} hours, {memory}, {facts_of([content])}"
-                    if content["runs"] else "not run")
+        tuned = read(folder_of(preset) / "tune.json") or {"runs": 0, "hours": 0}
+        more = f" after {tuned['runs']} in {tuned['hours']} to choose rates and scales" * bool(tuned["runs"])
+        took.append(f"{content['runs']} runs in {content['hours']} hours{more}, {memory}, "
+                    f"{facts_of([content])}" if content["runs"] else "not run")
     return tables.markdown(head, lines) + "\n" + prose(
-        f"All of Table 1, `reproduce.py table1`: {took[0]}. With `--preset small`, on a laptop: {took[1]}.")
+        f"Table 1, `reproduce.py table1`: {took[0]}. With `--preset small`: {took[1]}.")
 
 
 def performance(old=None):
-    """What bench.py measured: the first table of its Markdown file, or else the rows in its JSON file."""
-    text, found = [], sorted(RESULTS.glob("bench*.json"))
+    """What bench.py measured: the first table of its Markdown files, without ranges where it is too wide."""
+    text, found = [], sorted(RESULTS.glob("bench-*.json"))
     for path in found:
         content, beside = read(path), path.with_suffix(".md")
-        where = from_root(beside if beside.exists() else path)
-        if beside.exists():
-            lines = beside.read_text(encoding="utf-8").splitlines()
-            written = "".join(f"{line}\n" for line in lines if line.startswith("|"))
-            # The table as it is, or without ranges, if that fits.
-            candidates = [written, re.sub(r" \([^|)]*\) \|", " |", written)] if written else []
-        else:
-            candidates = bench_tables(content)
-        text.append(fitting(candidates))
-        text.append(prose(f"{facts_of([content])} In full: [{Path(where).name}]({where}).".strip()))
+        if not beside.exists():
+            raise ValueError(f"{beside} is missing: measure again")
+        first = beside.read_text(encoding="utf-8").partition("\n## ")[0]
+        table = "".join(f"{line}\n" for line in first.splitlines() if line.startswith("|"))
+        text.append(fitting([table, re.sub(r" \([^|)]*\) \|", " |", table)]))
+        text.append(prose(f"{facts_of([content])}. In full: [{beside.name}]({from_root(beside)})."))
     missing = [name for name, word in (("a CPU", "cpu"), ("a GPU", "cuda"))
                if not any(word in path.name for path in found)]
     text += [f"Not run on {' nor on '.join(missing)}.\n"] if missing else []
     return "\n".join(text)
-
-
-def bench_tables(content):
-    """The rows of a bench's JSON file as Markdown, then with ever fewer columns."""
-    rows = []
-    for value in content.values():
-        if isinstance(value, dict) and all(isinstance(row, dict) for row in value.values()):
-            value = [{"row": name} | row for name, row in value.items()]
-        if not rows and isinstance(value, list) and all(isinstance(row, dict) for row in value):
-            rows = value
-    names = [name for row in rows[:1] for name in row
-             if not any(isinstance(row.get(name), (dict, list)) for row in rows)]
-    plain = lambda x: f"{x:.4g}" if isinstance(x, float) else "–" if x is None else str(x)
-    for n in range(len(names), 1, -1):
-        yield tables.markdown(names[:n], [[plain(row.get(name)) for name in names[:n]] for row in rows])
 
 
 BLOCKS = (files, cost, glue, results, performance)

@@ -175,19 +175,30 @@ def shared(a, b):
     return 100 * sum(len(set(a[name]) & set(b[name])) for name in a) / kept
 
 
+def shared_by_chance(a, b):
+    """shared() of as many of each matrix, on average, if b's matrices changed places at random."""
+    a, b = ([len(indices) for indices in kept.values()] for kept in (a, b))
+    return 100 * sum(map(min, *zip(*itertools.product(a, b)))) / len(a) / max(sum(a), sum(b), 1)
+
+
 def overlap_table(found, rows, tasks):
-    """How much of what the first row keeps the second keeps too: (dict for JSON, Markdown)."""
+    """How alike the selections of two rows are, Eq. 9's and Eq. 8's: (list for JSON, Markdown)."""
     counts = lambda kept: {name: range(len(indices)) for name, indices in kept.items()}
-    table = {"the very same singular values, same seed": {}, "as many of each matrix, same seed": {},
-             "for scale: as many of each matrix, Eq. 9 with two seeds": {}}
+    part = lambda kept, n: 100 * sum(len(indices) == n for indices in kept.values()) / len(kept)
+    table = {}
     for task in tasks:
         a, b = ({seed: load(folder, "kept.json") for seed, (folder, _) in found[row, task].items()}
                 for row in rows)
-        both = [seed for seed in a if seed in b]
-        for line, values in zip(table.values(), (
-                [shared(a[seed], b[seed]) for seed in both],
-                [shared(counts(a[seed]), counts(b[seed])) for seed in both],
-                [shared(counts(a[s]), counts(a[t])) for s, t in itertools.combinations(a, 2)])):
-            line[task] = summary(values)
-    return table, markdown(["kept by both, % of those kept", *(COLUMNS[task][0] for task in tasks)],
-                           [[name, *(show(line[task], 1) for task in tasks)] for name, line in table.items()])
+        r = [result["settings"]["r"] for row in rows for _, result in found[row, task].values()][:1]
+        both, two = [seed for seed in a if seed in b], list(itertools.combinations(a.values(), 2))
+        lines = {"kept by both: the very same singular values": [shared(a[seed], b[seed]) for seed in both],
+                 "kept by both: as many of each matrix": [shared(counts(a[s]), counts(b[s])) for s in both],
+                 "for scale: as many, Eq. 9 with two seeds": [shared(*map(counts, pair)) for pair in two],
+                 "for scale: the same, matrices shuffled": [shared_by_chance(*pair) for pair in two]}
+        for number, kept in ((9, a), (8, b)):
+            lines |= {f"matrices that keep {how}, Eq. {number}": [part(one, n) for one in kept.values()]
+                      for how, n in (("nothing", 0), ("everything", *r)) if r}
+        for line, values in lines.items():
+            table.setdefault(line, {"measure": line})[task] = summary(values)
+    return list(table.values()), markdown(["%", *(COLUMNS[task][0] for task in tasks)], [
+        [line["measure"], *(show(line.get(task), 1) for task in tasks)] for line in table.values()])

@@ -257,7 +257,7 @@ def test_a_tiny_run_measures_and_writes(tmp_path, capsys, monkeypatch):
 
 
 def test_profile_of_one_product():
-    """Oracle: by hand: one product of 2 · 64 · 64 · 64 FLOPs is most of the time of a call that is only that."""
+    """Oracle: by hand: one call of one product of 2 · 64 · 64 · 64 FLOPs, in its place by time."""
     x = torch.randn(64, 64)
     lines = steps.profile(lambda: x @ x)
     assert [line["calls"] for line in lines if line["operation"] == "mm"] == [1]

@@ -372,7 +372,7 @@ def test_demo_language(question, task):
 
 def test_demo_takes_the_same_path_as_glue():
     """Oracle: the tokenizer's own vocabulary: [CLS] words [SEP], no unknown word, padding 0."""
-    split, tokenizer = data.load_task("demo")["train"].first(50), data.demo_tokenizer()
+    split, tokenizer = data.load_task("demo")["train"].part(0, 50), data.demo_tokenizer()
     assert tokenizer.get_vocab_size() == 4 + 6 + 96 + 20 and tokenizer.token_to_id("[PAD]") == 0
     examples = data.encode(tokenizer, split, 16)
     for (ids, types), (text,) in zip(rows_of(examples), split.texts):

@@ -210,10 +210,11 @@ def test_overlap_table(tmp_path):
         folder = tmp_path / f"{row}{seed}"
         folder.mkdir()
         (folder / "kept.json").write_text(json.dumps(what))
-    found = {(row, "cola"): {seed: (tmp_path / f"{row}{seed}", {}) for r, seed in kept if r == row}
-             for row in "ab"}
+    found = {(row, "cola"): {seed: (tmp_path / f"{row}{seed}", {"settings": {"r": 3}})
+                             for r, seed in kept if r == row} for row in "ab"}
     table, text = tables.overlap_table(found, ["a", "b"], ["cola"])
-    assert [line["cola"]["mean"] for line in table.values()] == [50, 75, 50]
+    # Shuffled: 3 and 1 of one seed against 1 and 3 of the other share 2 as they are, 4 the other way round.
+    assert [line["cola"]["mean"] for line in table] == [50, 75, 50, 75, 0, 50, 0, 0]
     assert text.splitlines()[2].endswith("| 50.0 (1) |")
 
 
@@ -545,7 +546,7 @@ def test_a_mistake_ends_the_grid_a_failure_does_not(tmp_path, stand_in, capsys):
     captured = capsys.readouterr()
     assert captured.err == f"error: {cells[1].folder}: status 1, loss was not finite\n"
     text = (tmp_path / "out/paper-deberta-v3-base/table4.md").read_text(encoding="utf-8")
-    assert text.count("not run") == 4                      # best and last, of CoLA and of the average
+    assert text.count("not run") == 6                      # best and last, of CoLA, the average, a difference
     stand_in(cells, fail={"--task": (2, "there is no model x")})
     (cells[3].folder / "result.json").unlink()
     assert reproduce.main(argv) == 2 and capsys.readouterr().err == "error: there is no model x\n"

@@ -119,6 +119,24 @@ def test_peak_memory():
     assert after == pytest.approx(now, rel=0.02) and after - before == pytest.approx(0.4, abs=0.05)
 
 
+def test_peak_memory_is_unknown_without_its_line(tmp_path, monkeypatch):
+    """Oracle: /proc/self/status as gVisor's kernel writes it: no VmHWM. A run must not end for its sake."""
+    status = tmp_path / "status"
+    status.write_text("Name:\tpython\nVmSize:\t9 kB\nVmRSS:\t5 kB\n")
+    monkeypatch.setattr("builtins.open", lambda path, *_, true=open, **more: true(
+        status if path == "/proc/self/status" else path, *_, **more))
+    assert processes.peak_memory(torch.device("cpu")) is None
+    status.write_text("VmHWM:\t5000000 kB\n")
+    assert processes.peak_memory(torch.device("cpu")) == 5.12
+
+
+def test_paths_after_an_equals_sign(monkeypatch):
+    """Oracle: what a shell does with ~ where it sees one."""
+    monkeypatch.setenv("HOME", "/home/me")
+    given = options.parse(["--out=~/x", "--model=~/base", "--data-dir", "a~b"])
+    assert given == {"out": "/home/me/x", "model": "/home/me/base", "data_dir": "a~b"}
+
+
 # --- the command line's mistakes ----------------------------------------------------------------------------
 
 # What is typed after `python train.py --model FOLDER`, and words of the answer. "..." is --task demo.

@@ -217,10 +217,13 @@ def test_resume_refuses_other_settings(stopped):
     refused(stopped("--resume run --overwrite"), "--overwrite")
     refused(stopped("--resume run --eval run/adapter.safetensors"))
     refused(stopped("--resume ."), "--resume one of run")
+    refused(stopped("--resume run --train-file a.tsv"), "--train-file")
+    refused(stopped("--resume run --dev-file a.tsv"), "--dev-file")
     assert contents("run") == before and not Path("other").exists()
     assert stopped("--resume run --k 1 --lr 0.02 --save-steps 5").status == 0
     refused(stopped("--resume run --k 2 --lr 0.1"), "--k 1, not 2", "--lr 0.02, not 0.1")  # also if finished
     assert stopped("--resume run --k 1").out.startswith("this run is finished:")
+    assert stopped("--resume run --save-steps 3 --merge merged").status == 0 and Path("merged").exists()
 
 
 def test_resume_refuses_another_base(stopped, tmp_path):
@@ -233,6 +236,41 @@ def test_resume_refuses_another_base(stopped, tmp_path):
     refused(stopped("--eval run/adapter.safetensors --model link"), "link is not the model")
     assert stopped("--eval run/adapter.safetensors --model copy").status == 0
     assert stopped("--resume run --model copy").status == 0
+
+
+def test_the_same_base_may_come_from_another_place(stopped, monkeypatch):
+    """Oracle: the run that was never stopped. It began with a name on the Hub and goes on with a folder."""
+    def named(run, facts=runs.facts):
+        stored = facts(run)
+        return stored | {"settings": stored["settings"] | {"model": "someone/tiny"}}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "facts", named)
+        stopped.stop(out="hub")
+    assert runs.load_adapter("hub/adapter.safetensors")[1]["settings"]["model"] == "someone/tiny"
+    assert stopped("--resume hub --model", stopped.models["deberta"]).status == 0
+    assert stopped("--resume run").status == 0
+    for name in ("predictions_dev.tsv", "ranks.json"):
+        assert Path("hub", name).read_bytes() == Path("run", name).read_bytes()
+
+
+def test_a_run_that_began_on_a_cpu_goes_on_on_a_gpu(stopped, monkeypatch):
+    """Oracle: the promise of --device beside --resume: last.pt of a CPU has no random state of a GPU."""
+    state = runs.load_state("run")
+    run = train.start({"resume": "run"})
+    run.device = torch.device("cuda")                      # what restore() asks for; nothing is sent there
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *_: pytest.fail("there is none"))
+    runs.restore(run, state)
+    assert run.step == 4
+
+
+def test_files_of_another_version(stopped, monkeypatch):
+    """Oracle: the promise, with files that a later version wrote."""
+    evaluation = f"--eval run/adapter.safetensors --model {stopped.models['deberta']}"
+    assert stopped(evaluation).status == 0
+    monkeypatch.setattr(runs, "FORMAT", 2)
+    refused(stopped("--resume run"), "run/last.pt", "format 1 is of another version of this program")
+    refused(stopped(evaluation), "run/adapter.safetensors", "format 1 is of another version of this program")
 
 
 @pytest.mark.parametrize("what", ["layer_norm_eps", "hidden_act", "vocabulary", "lower case", "weights"])

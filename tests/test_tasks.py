@@ -232,10 +232,9 @@ def test_limits(tmp_path, capsys):
     whole = data.load_task("mnli", tmp_path)
     assert list(whole) == ["train", "dev_matched", "dev_mismatched"]
     for key, n in (("train", 2), ("dev_matched", 4), ("dev_mismatched", 9)):
-        assert whole[key].first(n) == Split(whole[key].texts[:n], whole[key].labels[:n])
-    assert whole["train"].first(None) == whole["train"] and len(whole["train"].texts) == 5
-    assert tasks.read_split(tmp_path / "MNLI" / "train.tsv", "mnli", labelled=False).first(3).labels is None
-    assert "give at least 1" in refusal(ValueError, whole["train"].first, 0)
+        assert whole[key].part(0, n) == Split(whole[key].texts[:n], whole[key].labels[:n])
+    assert whole["train"].part(0, None) == whole["train"] and len(whole["train"].texts) == 5
+    assert tasks.read_split(tmp_path / "MNLI" / "train.tsv", "mnli", labelled=False).part(0, 3).labels is None
 
 
 def test_own_files(tmp_path):

@@ -341,6 +341,23 @@ def test_every_preset_runs(cli, tiny, task):
     assert all(value in labels if labels else 0 <= float(value) <= 5 for _, value in lines[1:])
 
 
+def test_an_adapter_knows_its_task_on_another_file(cli, tiny):
+    """Oracle: the same evaluation from --data-dir: scores, file name and clipping of STS-B, its rows told."""
+    paths = write_task("stsb")
+    words = f"--task stsb --max-len 32 --batch-size 16 --model {tiny['bert']} --max-steps 5 --limit-dev 20"
+    assert cli(words, "--out run").status == 0
+    evaluation = f"--eval run/adapter.safetensors --model {tiny['bert']} --predict {paths['test']} "
+    said, files = [], []
+    for where in ("--data-dir glue", f"--dev-file {paths['dev']}"):
+        done = cli(evaluation + where)
+        assert done.status == 0, done.err
+        said.append(done.out)
+        files.append(Path("run/STS-B.tsv").read_bytes())
+        Path("run/STS-B.tsv").unlink()
+    assert said[0] == said[1] and "\n20 rows of dev; a score\n" in said[0]
+    assert files[0] == files[1]
+
+
 def test_mnli_predictions_by_name(cli, tiny):
     """Oracle: the predictions of a fresh evaluation, label by label."""
     paths, labels = write_task("mnli"), ("entailment", "neutral", "contradiction")
