@@ -69,9 +69,9 @@ def write_pretraining_data(folder):
 
 
 def train_one(model, out, seed, *words):
-    """One run, as by train.py with these options; returns the finished run."""
-    run = train.start(options.parse(["--model", str(model), "--out", str(out), "--overwrite",
-                                     "--seed", str(seed), *words]))
+    """One run, as by train.py with these options, on any machine the same; returns the finished run."""
+    run = train.start(options.parse(["--model", str(model), "--out", str(out), "--overwrite", "--seed",
+                                     str(seed), "--device", "cpu", "--dtype", "fp32", *words]))
     train.complete(run)
     return run
 

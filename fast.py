@@ -1,7 +1,7 @@
 """LoRA² with fewer operations and fewer passes over memory: what train.py runs. Read lora2.py instead.
 
     add_lora2(model, targets, ..., layer=FastLoRA2Linear)      # the same parameters, files and functions
-    with shared_cores(model):                                  # if you like: around one forward pass
+    with shared_updates(model):                                # if you like: around one forward pass
         loss = ...
     loss.backward()
     add_gradients(gamma * orthogonality_loss(model), parameters)       # in place of a second backward()
@@ -56,34 +56,42 @@ def linear_with_update(base, x, down, up):
 class FastLoRA2Linear(LoRA2Linear):
     """LoRA2Linear with another order of the same products: down = v, up = C V."""
 
-    shared = None                                          # C while shared_cores() is active
-
-    def core(self):
-        return super().core() if self.shared is None else self.shared
+    shared = None                                          # (down, up) while shared_updates() is active
 
     def forward(self, x):
+        if self.shared is not None:
+            return linear_with_update(self.base, x, *self.shared)
         with torch.autocast(x.device.type, enabled=False):
             up = self.core() @ self.V                      # (k, k) @ (k, d_out)
         return linear_with_update(self.base, x, self.v, up)
 
 
 @contextlib.contextmanager
-def shared_cores(model):
-    """Within it the cores C = scale · u diag(Λ) U of all adapters are one batched product, not one each.
+def shared_updates(model):
+    """Within it down = v and up = C V of all adapters of one shape come out of one batched product.
 
-    Around one forward pass; its backward pass may follow outside. The cores do not follow the weights while
-    it is open. Not for gradient checkpointing, which would run forward passes of its own after its end.
+    Around one forward pass; its backward pass may follow outside. The updates do not follow the weights while
+    it is open. Under autocast they are cast here, all at once: enter autocast first. Not for gradient
+    checkpointing, which would run forward passes of its own after its end.
     """
-    layers = [layer for _, layer in lora2_layers(model) if isinstance(layer, FastLoRA2Linear)]
-    if layers:
-        u, lam, U = (torch.stack([getattr(layer, name) for layer in layers]) for name in ("u", "lam", "U"))
-        cores = layers[0].scale * (u * lam[:, None]) @ U   # (n, k, r) · (n, 1, r) @ (n, r, k)
-        for layer, core in zip(layers, cores.unbind()):
-            layer.shared = core
+    shapes = {}
+    for _, layer in lora2_layers(model):
+        if isinstance(layer, FastLoRA2Linear):
+            shapes.setdefault((layer.in_features, layer.out_features), []).append(layer)
+    for layers in shapes.values():
+        v, u, lam, U, V = (torch.stack([getattr(layer, name) for layer in layers])
+                           for name in ("v", "u", "lam", "U", "V"))
+        kind, dtype = v.device.type, v.dtype
+        if torch.is_autocast_enabled(kind) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(kind)
+        with torch.autocast(kind, enabled=False):
+            up = layers[0].scale * (u * lam[:, None]) @ U @ V                  # (n, k, k) @ (n, k, d_out)
+        for layer, *pair in zip(layers, v.to(dtype).unbind(), up.to(dtype).unbind()):
+            layer.shared = pair
     try:
         yield
     finally:
-        for layer in layers:
+        for layer in sum(shapes.values(), []):
             layer.shared = None
 
 

@@ -101,6 +101,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x, mask, positions):
         B, T, d = x.shape
+        x = x.to(mask.dtype)                       # under autocast: one copy for all three, not one each
         q, k, v = (proj(x).view(B, T, self.heads, -1).transpose(1, 2)           # each (B, H, T, e)
                    for proj in (self.query, self.key, self.value))
         y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
@@ -117,11 +118,11 @@ class DisentangledSelfAttention(nn.Module):
     very same matrices that project tokens (so that an adapter on them acts here too).
 
     x (B, T, d) → (B, T, d); mask (B, 1, 1, T) is added to the scores. positions: the table's rows that can
-    occur, (R, d) after LayerNorm, and which of them the distances −(T−1) .. T−1 have, (W,), or None if row w
-    is distance w − (T−1): see relative_rows().
+    occur, (R, d) after LayerNorm, and which of them the distances −(T−1) .. T−1 have, (2T−1,), or None if
+    row w is distance w − (T−1): see relative_rows().
 
     A gather of q_i · K_δ over all i, j would need a (T, T) index per head and row. Instead both position
-    products are made against the table in order of distance, (.., T, W) with W = 2T − 1, and read along
+    products are made against the table in order of distance, (.., T, W) with W ≥ 2T − 1, and read along
     diagonals: one row down, the wanted column moves by one, a *view* with other strides: along_diagonals().
     """
 
@@ -138,28 +139,30 @@ class DisentangledSelfAttention(nn.Module):
 
     def forward(self, x, mask, positions):
         (B, T, d), H = x.shape, self.heads
-        table, order = positions                                                # (R, d); (W,) or None
+        table, order = positions                                                # (R, d); (2T − 1,) or None
+        x = x.to(mask.dtype)                       # under autocast: one copy for all three, not one each
         q, k, v = (self.split(proj(x)).contiguous()                             # each (H, B, T, e)
                    for proj in (self.query_proj, self.key_proj, self.value_proj))
-        table = self.pos_dropout(table)
+        table = self.pos_dropout(table).to(mask.dtype)
         K, Q = (self.split(proj(table)) for proj in (self.key_proj, self.query_proj))        # each (H, R, e)
         scale = 1 / math.sqrt(3 * d / H)           # of all three terms, where it costs least; safe in fp16
         q, Q = q.mul_(scale), Q * scale
         if order is not None:                      # T > 132: several distances share a bucket
-            K, Q = K.index_select(1, order), Q.index_select(1, order)           # (H, W, e): −(T−1) .. T−1
+            K, Q = K.index_select(1, order), Q.index_select(1, order)       # (H, 2T−1, e): −(T−1) .. T−1
+        K, Q = F.pad(K, (0, 0, 1, 0)), F.pad(Q, (0, 0, 0, 1))      # to W = 2T, which products are faster with
         c2p = torch.bmm(q.view(H, B * T, -1), K.flip(1).mT)                     # (H, B·T, W): T−1 .. −(T−1)
         p2c = torch.bmm(k.view(H, B * T, -1), Q.mT)                             # (H, B·T, W): −(T−1) .. T−1
         q, k, v = (t.view(H * B, T, -1) for t in (q, k, v))
         scores = along_diagonals(c2p, T) + mask.expand(B, H, 1, T).transpose(0, 1).reshape(H * B, 1, T)
         scores.add_(along_diagonals(p2c, T).mT).baddbmm_(q, k.mT)               # (H·B, T, T), in place
-        y = torch.bmm(self.dropout(scores.softmax(-1)), v)                      # (H·B, T, e)
+        y = torch.bmm(self.dropout(scores.softmax(-1, scores.dtype)), v)        # (H·B, T, e)
         return y.view(H, B, T, -1).permute(1, 2, 0, 3).reshape(B, T, d)
 
 
 def along_diagonals(S, T):
-    """View of S (H, B·T, 2T−1) as (H·B, T, T) with [h·B + b, i, j] = S[h, b·T + i, T − 1 − i + j].
+    """View of S (H, B·T, W), W ≥ 2T−1, as (H·B, T, T) with [h·B + b, i, j] = S[h, b·T + i, T − 1 − i + j].
 
-    Row i begins one column further left than row i − 1: in memory that is a step of 2T − 2 instead of 2T − 1.
+    Row i begins one column further left than row i − 1: in memory that is a step of W − 1 instead of W.
     No index tensor, no copy; the backward pass is a strided copy, deterministic where a scatter is not.
     """
     n, W = S.shape[0] * S.shape[1] // T, S.shape[2]

@@ -15,19 +15,27 @@ def join(name):
     The device of that name, or the first there is of cuda, mps and cpu; each process has a GPU of its own.
     """
     found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    wanted = name or found
+    wanted, local, gpus = name or found, int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if wanted == "cuda" and 0 < gpus <= local:
+        raise ValueError(f"process {local} has no GPU, there are {gpus}: give --nproc_per_node={gpus}")
     try:
-        gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        gpu = f"cuda:{local}"
         device = torch.zeros(1, device=gpu if wanted == "cuda" else wanted).device
         assert device.type in ("cuda", "mps", "cpu")
     except (RuntimeError, AssertionError) as e:            # unknown, absent, or torch was built without it
         raise ValueError(f"--device {wanted} cannot be used here: leave it out or give {found}") from e
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world, on_gpu = int(os.environ.get("WORLD_SIZE", "1")), device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     return device, dist.get_rank() if world > 1 else 0, world
+
+
+def leave():
+    """Part from the other processes at the end of a run; after an error they find out for themselves."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def together(operation, *arguments):
@@ -37,6 +45,11 @@ def together(operation, *arguments):
     except RuntimeError as e:
         raise ConnectionError(f"another process of this run has ended ({one_line(e, 100)}): see what it "
                               "says; --resume goes on from last.pt") from e
+
+
+def name_of(device):
+    """What results were made on: a GPU's model, else "cpu" or "mps"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def wait_for_all():
@@ -50,8 +63,8 @@ def sum_up(tensors):
     if dist.is_initialized():
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         together(dist.all_reduce, flat)
-        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(part.view_as(tensor))
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(tensors, [part.view_as(tensor) for tensor, part in zip(tensors, parts)])
 
 
 def gradients(parameters):

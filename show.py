@@ -85,6 +85,7 @@ class Log:
             return
         seconds = time.monotonic() - self.started
         record = {"step": run.step, "loss": loss.item(), "lr": run.optimizer.param_groups[0]["lr"],
+                  "tokens": tokens, "seconds": round(seconds, 3),
                   "tokens_per_second": round(tokens / seconds)}
         text = f"loss {record['loss']:.4f}"
         if R is not None:
@@ -167,7 +168,7 @@ def finish(run):
               "kept": sum(kept.values()) if kept else None, "budget": run.budget, "steps": run.step,
               "singular_values": len(run.adapted) * run.r if kept else None,
               "seconds": round(run.seconds + time.monotonic() - run.started, 1),
-              "peak_memory_gb": round(peak, 2) if peak else None, "device": str(run.device),
+              "peak_memory_gb": round(peak, 2) if peak else None, "device": processes.name_of(run.device),
               "dtype": run.dtype, "processes": run.world, "threads": torch.get_num_threads(),
               "torch": torch.__version__, "python": platform.python_version(),
               "date": time.strftime("%Y-%m-%d"), **numbers}

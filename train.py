@@ -5,7 +5,7 @@
     python train.py --task cola --k 8 --model roberta-large --data-dir ~/glue --out runs/cola
     python train.py --resume runs/cola                       # go on after a stop, or show the result
     python train.py --eval runs/cola/adapter.safetensors --predict ~/glue/CoLA/test.tsv
-    python train.py --train-file mine.tsv --dev-file dev.tsv # columns sentence and label, or as below
+    python train.py --train-file mine.tsv --dev-file dev.tsv # columns sentence, label; see --train-file
     torchrun --nproc_per_node=2 train.py --task mnli --k 8   # several devices, the same batches
 """
 import math
@@ -77,6 +77,8 @@ def set_up(settings, facts=None):
     run.head_parameters = [(name, p) for name, p in trained if in_head(name)]
     run.body_parameters = [(name, p) for name, p in trained if not in_head(name)]
     net.to(run.device)
+    if run.compile:                                        # after its limit, 8 shapes, torch stops compiling
+        torch._dynamo.config.recompile_limit = 64
     run.forward = torch.compile(net) if run.compile else net
     return run
 
@@ -152,8 +154,7 @@ def train(run, log, signals):
         tokens += int(batch.attention_mask.sum())
         loss = torch.zeros((), device=run.device)
         for part in micro_batches(batch, run):
-            with fast.shared_cores(run.net):
-                part_loss = task_loss(run, part) * (len(part.rows) / len(batch.rows))
+            part_loss = task_loss(run, part) * (len(part.rows) / len(batch.rows))
             part_loss.backward()
             loss += part_loss.detach()
         processes.sum_up([loss] + processes.gradients(run.parameters))
@@ -203,14 +204,16 @@ def task_loss(run, batch):
 def predict_batch(run, batch):
     """Logits of a batch, (B, labels) in fp32."""
     ids, mask, types = to_device(run, *batch[:3])
-    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.dtype == "bf16"):
+    with (torch.autocast(run.device.type, torch.bfloat16, enabled=run.dtype == "bf16"),
+          fast.shared_updates(run.net)):
         return run.forward(ids, mask, types).float()
 
 
 def to_device(run, *tensors):
     """Copies that the host does not wait for, which takes pinned memory on a GPU."""
-    pinned = (tensor.pin_memory() for tensor in tensors) if run.device.type == "cuda" else tensors
-    return [tensor.to(run.device, non_blocking=True) for tensor in pinned]
+    on_gpu = run.device.type == "cuda"
+    return [(tensor.contiguous().pin_memory() if on_gpu else tensor).to(run.device, non_blocking=True)
+            for tensor in tensors]
 
 
 def lr_factor(step, warmup, T):
@@ -237,7 +240,8 @@ def predict(run, examples, signals=None):
         if signals and run.world == 1:
             signals.check(run)
         if i % run.world == run.rank:
-            outputs[batch.rows.to(run.device)] = predict_batch(run, batch)
+            logits, [rows] = predict_batch(run, batch), to_device(run, batch.rows)
+            outputs[rows] = logits
     run.net.train()
     processes.sum_up([outputs])
     if not outputs.isfinite().all():
@@ -327,7 +331,7 @@ def act(given):
     if run.eval:
         scores, _ = evaluate(run)
         if run.rank == 0:
-            print(f"{show.scores(scores)}\n{show.rows(run)}")
+            print(f"{show.rows(run)}\n{show.scores(scores)}")
     else:
         complete(run)
         if run.predict or run.merge or run.export_peft:
@@ -343,9 +347,12 @@ def main(argv=None):
         with runs.refusing():
             given = options.parse(argv, __doc__)
         act(given)
+        processes.leave()
         return 0
     except runs.Refused as error:
         text, status = f"error: {error}", 2
+    except torch.OutOfMemoryError:
+        text, status = "error: the GPU's memory is full: --accum 2 or more gives the same result with less", 1
     except (FloatingPointError, OSError) as error:         # diverged; a full disk, a lost process
         text, status = f"error: {error}", 1
     except processes.Stopped as stop:

@@ -48,14 +48,14 @@ def count_operations(job):
     """Rows 6 and 7, on a narrow model: the number of operations depends on depth, not on width."""
     config = steps.SHAPES[job.narrow]
     folder = steps.write_checkpoint(job.work / "narrow", config)
-    batch, all_layers = steps.make_batch(config, 2, job.T), config["num_hidden_layers"]
+    batch, all_layers = steps.make_batch(config, 2, job.T, job.device), config["num_hidden_layers"]
     ours, table = ("own LoRA² k=1", "own LoRA² k=8"), {}
     for layers in (2, all_layers):
-        own = lambda method, k=1: steps.OwnStep(folder, method, batch, k=k, layers=layers)
+        own = lambda method, k=1: steps.OwnStep(folder, method, batch, k=k, layers=layers, dtype=job.dtype)
         table |= {("own frozen", layers): own("frozen"), ("own AdaLoRA r=8", layers): own("adalora")}
         table |= {(name, layers): own("lora2", k) for name, k in zip(ours, (1, 8))}
         for method in peers.METHODS if job.peers else ():
-            peer = peers.PeerStep(folder, method, batch, layers=layers)
+            peer = peers.PeerStep(folder, method, batch, layers=layers, dtype=job.dtype)
             table[f"transformers, {method}", layers] = peer
     table = {name: counts.count_parts(step) for name, step in table.items()}
     total = lambda parts: sum(part.total for part in parts.values())
@@ -137,6 +137,9 @@ def eval_of(step, merge):
 
 def time_steps(job, T):
     """Rows 1 to 4, 8, 10 and 11 at one length: all variants in the same rounds."""
+    if job.compile:                                        # each length has its own limit of shapes
+        torch.compiler.reset()
+        torch._dynamo.config.recompile_limit = 64
     batch = steps.make_batch(job.config, job.B, T, job.device)
     common = dict(batch=batch, dtype=job.dtype, layers=job.layers)
     own = lambda method, k=1, r=8, **more: steps.OwnStep(job.folder, method, k=k, r=r, **common, **more)
@@ -153,7 +156,8 @@ def time_steps(job, T):
     times = steps.interleave(variants, job.rounds, job.device, 10 if job.device == "cuda" else 1)
     job.details[f"seconds, T={T}"] = {name: summary(values) for name, values in times.items()}
     if job.device == "cuda":
-        job.results["7"] = summary([synchronises(variants["own LoRA² k=8"])])
+        counted = job.results["7"]["value"]                # no less than was counted, or found at another T
+        job.results["7"] = worst([counted, synchronises(variants["own LoRA² k=8"])])
     ratio = lambda a, b: paired(times[a], times[b])
     found = {}
     for k in (1, 8):
@@ -313,9 +317,9 @@ def measure(job):
         return
     say("timing steps")
     job.results |= {"3 T=128" if key == "3" else key: value for key, value in time_steps(job, job.T).items()}
-    frozen = steps.OwnStep(job.folder, "frozen", steps.make_batch(job.config, job.B, job.T, job.device),
-                           dtype=job.dtype, layers=job.layers)
-    job.details["profile"] = steps.profile(frozen, job.device)
+    job.details["profile"] = steps.profile(steps.OwnStep(
+        job.folder, "frozen", steps.make_batch(job.config, job.B, job.T, job.device), dtype=job.dtype,
+        layers=job.layers), job.device)
     if job.device == "cuda":
         if job.peers:
             job.results["3 T=256"] = time_steps(job, 2 * job.T)["3"]

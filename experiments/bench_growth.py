@@ -45,7 +45,7 @@ def measure(job, name, values):
             peer = peers.PeerStep(job.folder, "adalora", r=at["k"], **common)
             variants["transformers + peft AdaLoRA"] = peer
         point = {name: value}
-        times = steps.interleave(variants, 3, job.device)
+        times = steps.interleave(variants, 3, job.device, 10 if job.device == "cuda" else 1)
         for variant, step in variants.items():
             point[variant] = {"seconds": summary(times[variant]), "bytes": memory(job, step)}
         points.append(point)

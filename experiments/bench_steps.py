@@ -129,8 +129,8 @@ class OwnStep:
     def loss(self):
         """Cross entropy, with all that the forward pass of a step is in train.py: saved bytes need it."""
         ids, mask, labels = self.batch
-        with fast.shared_cores(self.net), torch.autocast(
-                ids.device.type, torch.bfloat16, enabled=self.dtype == "bf16"):
+        with (torch.autocast(ids.device.type, torch.bfloat16, enabled=self.dtype == "bf16"),
+              fast.shared_updates(self.net)):
             logits = self.forward(ids, mask).float()
         return F.cross_entropy(logits, labels)
 

@@ -145,14 +145,18 @@ def time_table(found, rows, labels, tasks, paper):
     """Speeds, and times per step over those of the first row: (dict for JSON, Markdown).
 
     Runs of one seed see the same batches, so that the ratio of their times per step is that of their tokens
-    per second the other way round. The log ends in those of all steps, without set-up and evaluation.
+    per second the other way round. The first log line but that of step 1 ends the warm-up; what is between it
+    and the last one counts.
     """
-    steps = lambda folder: [line for line in load(folder, "log.jsonl") if "loss" in line]
-    last = lambda folder: steps(folder)[-1]["tokens_per_second"]
+    def speed(folder):
+        first, *_, last = [line for line in load(folder, "log.jsonl") if "loss" in line and line["step"] > 1]
+        return (last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"])
+
     base, *others = rows
     table, lines = {}, []
     for task in tasks:
-        speeds = {row: {seed: last(folder) for seed, (folder, _) in found[row, task].items()} for row in rows}
+        speeds = {row: {seed: speed(folder) for seed, (folder, _) in found[row, task].items()}
+                  for row in rows}
         ratio = {row: summary(speeds[base][seed] / speed for seed, speed in speeds[row].items()
                               if seed in speeds[base]) for row in others}
         of_paper = paper["rows"].get(task)

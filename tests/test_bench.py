@@ -94,13 +94,15 @@ def test_saved_bytes_count_the_whole_storage_behind_a_view():
 
 @pytest.mark.parametrize("shape, T", [("tiny", 16), ("tiny", 160), ("tiny-roberta", 24)])
 def test_flops_of_the_frozen_step(folders, shape, T):
-    """Oracle: torch's own FlopCounterMode on our frozen step, dropout on. 160 tokens share some buckets."""
+    """Oracle: torch's own FlopCounterMode on our frozen step, dropout on. 160 tokens share some buckets. The
+    column that makes the products with positions even in width is not needed and not counted: by hand."""
     step = steps.OwnStep(folders[shape], "frozen", batch_of(shape, 2, T))
     in_place = lambda bias, a, b, **_: 2 * math.prod(a) * b[2]     # which torch knows out of place only
     known = {torch.ops.aten.baddbmm_: in_place}
     with FlopCounterMode(display=False, custom_mapping=known) as counted:
         step()
-    assert counts.frozen_flops(steps.SHAPES[shape], 2, T) == counted.get_total_flops()
+    column = 0 if "roberta" in shape else (2 * 2 + 1) * 2 * 2 * (2 * T) * 32   # 2 layers of d = 32, N = 2 T
+    assert counts.frozen_flops(steps.SHAPES[shape], 2, T) + column == counted.get_total_flops()
 
 
 # --- statistics and the table -------------------------------------------------------------------------------

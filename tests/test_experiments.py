@@ -54,9 +54,10 @@ def write_run(cell, result=None, kept=None, speed=100):
     """A finished run in the folder of a cell."""
     cell.folder.mkdir(parents=True, exist_ok=True)
     (cell.folder / "result.json").write_text(json.dumps(result or result_of(cell)))
-    (cell.folder / "log.jsonl").write_text('{"step": 1, "loss": 1.0, "tokens_per_second": 1}\n'
-                                           f'{{"step": 9, "loss": 1.0, "tokens_per_second": {speed}}}\n'
-                                           '{"step": 9, "score": 0.5}\n')
+    points = (1, 5, 9.0), (10, 30, 20.0), (20, 30 + 4 * speed, 24.0)           # slow up to step 10
+    lines = [{"step": step, "loss": 1.0, "tokens": n, "seconds": at} for step, n, at in points]
+    lines.append({"step": 20, "score": 0.5})
+    (cell.folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if kept is not None:
         (cell.folder / "kept.json").write_text(json.dumps(kept))
         (cell.folder / "ranks.json").write_text(json.dumps({name: len(some) for name, some in kept.items()}))

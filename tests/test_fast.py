@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import baselines
-from fast import FastLoRA2Linear, LinearWithUpdate, add_gradients, linear_with_update, shared_cores
+from fast import FastLoRA2Linear, LinearWithUpdate, add_gradients, linear_with_update, shared_updates
 from lora2 import LoRA2Linear, add_lora2, lora2_layers, lora2_state_dict, orthogonality_loss
 
 
@@ -109,26 +109,26 @@ def close(ours, theirs):
     return all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_shared_cores():
+def test_shared_updates():
     """Oracle: the same passes without it. Afterwards nothing is left; other adapters are left alone."""
     net, x = network(), torch.randn(5, 6, dtype=torch.float64)
     apart = net(x)
     apart.square().sum().backward()
     expected = [g.clone() for g in gradients(net)]
     net.zero_grad()
-    with shared_cores(net):
+    with shared_updates(net):
         together = net(x)
     together.square().sum().backward()
     assert torch.allclose(together, apart, rtol=0, atol=1e-12)
     assert close(gradients(net), expected)
-    with pytest.raises(ZeroDivisionError), shared_cores(net):
+    with pytest.raises(ZeroDivisionError), shared_updates(net):
         1 / 0
     with torch.no_grad():
         for _, layer in lora2_layers(net):
             layer.lam.zero_()                              # the cores follow the weights again
     base = nn.Sequential(*(m.base if hasattr(m, "base") else m for m in net))
     assert torch.equal(net(x), base(x))
-    with shared_cores(network(LoRA2Linear)), shared_cores(nn.Linear(2, 2)):
+    with shared_updates(network(LoRA2Linear)), shared_updates(nn.Linear(2, 2)):
         pass
 
 

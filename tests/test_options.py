@@ -100,6 +100,15 @@ def test_the_device_is_the_first_there_is(monkeypatch, cuda, mps, wanted):
     assert processes.join("cpu")[0].type == "cpu" and asked == [wanted, "cpu"]
 
 
+def test_more_processes_than_gpus(monkeypatch):
+    """Oracle: by hand: the third process of a machine with two GPUs, before anything is asked of them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="process 2 has no GPU, there are 2: give --nproc_per_node=2"):
+        processes.join(None)
+
+
 PEAK = """
 import resource, torch, processes
 before = processes.peak_memory(torch.device("cpu"))

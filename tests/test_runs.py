@@ -468,6 +468,18 @@ def test_a_full_disk_in_the_end(cli, small_disk):
 
 # --- what is said -------------------------------------------------------------------------------------------
 
+def test_a_full_gpu_is_one_line(cli, monkeypatch):
+    """Oracle: torch's own error, raised in step 3: status 1, what to do, and a run that can be resumed."""
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    with monkeypatch.context() as patch:
+        at_step(3, full, patch)
+        done = cli.tiny("--save-steps 2")
+    assert done.status == 1 and len(done.errors) == 1 and "--accum 2" in done.errors[0]
+    assert cli("--resume run").status == 0
+
+
 @pytest.mark.parametrize("task", ["demo", "rte", "own"])
 def test_the_printed_command_evaluates(cli, task):
     """Oracle: the best score of result.json, of the printed line as it stands."""
@@ -482,7 +494,8 @@ def test_the_printed_command_evaluates(cli, task):
         assert done.status == 0 and line.startswith("  python train.py --eval run/adapter.safetensors ")
         again = cli(*map(Path, shlex.split(line)[2:]))     # Path: a word of its own, blanks and all
         best = json.loads(Path("run/result.json").read_text())["best"]["scores"]["dev"]["accuracy"]
-        assert again.status == 0 and again.out.startswith(f"dev accuracy {best:.4f}"), again.err
+        assert again.status == 0, again.err
+        assert again.out.splitlines()[-1].startswith(f"dev accuracy {best:.4f}")
 
 
 def test_settings_are_said_once_and_stored(cli):
