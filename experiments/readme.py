@@ -285,8 +285,12 @@ def glue(old=None):
 
 
 def performance(old=None):
-    """What bench.py measured: the first table of its Markdown files, without ranges where it is too wide."""
-    text, found = [], sorted(RESULTS.glob("bench-*.json"))
+    """What bench.py measured: the first table of its Markdown files, without ranges where it is too wide.
+
+    Of another shape than DeBERTaV3-base, for which the goals are, there is a link.
+    """
+    text, found = [], [path for path in (RESULTS / f"bench-{device}.json" for device in ("cpu", "cuda"))
+                       if path.exists()]
     for path in found:
         content, beside = read(path), path.with_suffix(".md")
         if not beside.exists():
@@ -295,6 +299,9 @@ def performance(old=None):
         table = "".join(f"{line}\n" for line in first.splitlines() if line.startswith("|"))
         text.append(fitting([table, re.sub(r" \([^|)]*\) \|", " |", table)]))
         text.append(prose(f"{facts_of([content])}. In full: [{beside.name}]({from_root(beside)})."))
+    others = [f"[{path.stem}]({from_root(path)})" for path in sorted(RESULTS.glob("bench-*-*.md"))
+              if not path.stem.endswith("quick")]
+    text += [prose(f"Of other shapes: {', '.join(others)}.")] if others else []
     missing = [name for name, word in (("a CPU", "cpu"), ("a GPU", "cuda"))
                if not any(word in path.name for path in found)]
     text += [f"Not run on {' nor on '.join(missing)}.\n"] if missing else []

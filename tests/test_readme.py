@@ -216,6 +216,9 @@ def test_performance_comes_from_the_files(tmp_path, monkeypatch):
     assert text.endswith("Not run on a GPU.\n") and "words" not in text and "| 4 |" not in text
     (tmp_path / "bench-cpu.md").write_text(f"| b | c |\n| --- | --- |\n| 3 (2 – 4, n = 5) | {'x' * 80} |\n")
     assert f"| 3 | {'x' * 80} |" in readme.performance()   # ranges go first where it is too wide
+    (tmp_path / "bench-cpu-large.md").write_text("# Bench\n\n| b |\n")
+    (tmp_path / "bench-cpu-quick.md").write_text("# Bench\n\n| b |\n")
+    assert "Of other shapes:\n[bench-cpu-large](" in readme.performance()
     (tmp_path / "bench-cpu.json").write_text("{")
     with pytest.raises(ValueError, match="bench-cpu.json is damaged"):
         readme.performance()
