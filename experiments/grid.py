@@ -30,7 +30,7 @@ PRESETS = {
         "model": "sentence-transformers/all-MiniLM-L6-v2",
         "flags": {"limit-train": 2000, "epochs": 6, "dtype": "bf16"},
         # On CoLA all methods are near chance after 3 epochs: too early to choose by.
-        "lrs": (1e-3, 3e-3), "scales": (2, 8), "tuning": {"stsb": {"epochs": 3}},
+        "lrs": (1e-3, 3e-3, 1e-2), "scales": (2, 8), "tuning": {"stsb": {"epochs": 3}},
         "base": "lora2-k1-orthonormal", "timed_steps": 40,
         "notes": ["The first 2,000 training rows, the whole dev set, 6 epochs (3 to choose learning rate "
                   "and scale on STS-B), bf16 autocast: neither the paper's model nor its data. Tables 3 and "

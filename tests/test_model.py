@@ -295,6 +295,18 @@ def test_dropout_sits_where_transformers_has_it(hf, tmp_path, family, plain_drop
     assert (logits - expected).abs().max() < 1e-5 and (logits - ours.eval()(*batch)).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_fused_attention_drops_in_training_alone(monkeypatch, training):
+    """Oracle: the configuration's rate, on a device that is no CPU (meta: no numbers); 0 when evaluating."""
+    rates, attention = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention",
+                        lambda q, k, v, mask, p: rates.append(p) or attention(q, k, v, mask, p))
+    with torch.device("meta"):
+        block = M.SelfAttention(NARROW["roberta"] | {"attention_probs_dropout_prob": 0.23}).train(training)
+        assert block(torch.ones(2, 20, 24), torch.zeros(2, 1, 1, 20), None).shape == (2, 20, 24)
+    assert rates == [0.23 if training else 0.0]
+
+
 @FAMILIES
 def test_saved_folder_opens_in_transformers(hf, tmp_path, family):
     """Oracle: AutoModelForSequenceClassification on what save_pretrained wrote, from a checkpoint in fp16."""
