@@ -27,11 +27,11 @@ class LoRALinear(LoRA2Linear):
     """y = x W0ᵀ + b + scale · (x Aᵀ) Bᵀ, A (r, d_in) kaiming-uniform, B (d_out, r) zero. k, init: unused."""
 
     def __init__(self, base, k=None, r=8, alpha=32, init=None):
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)                           # not LoRA2Linear's, which would make v, u, U and V
         check_base("base", base, 1, r, alpha, "gaussian")
         self.base = base.requires_grad_(False)
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.k, self.r, self.scale = r, r, alpha / r
+        self.k, self.r, self.scale = r, r, alpha / r       # no second scale: ΔW has rank r, as if k were r
         dtype = torch.promote_types(base.weight.dtype, torch.float32)
         self.add_factors(lambda *shape: nn.Parameter(base.weight.new_zeros(shape, dtype=dtype)))
         self.train(base.training)
@@ -97,10 +97,10 @@ class AdaLoRAPruner(RankPruner):
 
     def scores(self):
         """S(Λ_i) + mean over d_in of S(P_·i) + mean over d_out of S(Q_i·), (n, r), from S(w) = Ī · Ū."""
-        S = iter((self.sensitivity * self.uncertainty).split(
-            [factor.numel() for layer in self.layers for factor in (layer.lam, layer.P, layer.Q)]))
+        sizes = [factor.numel() for layer in self.layers for factor in (layer.lam, layer.P, layer.Q)]
+        S = (self.sensitivity * self.uncertainty).split(sizes)  # Λ, P, Q of one adapter, of the next
         return torch.stack([lam + P.view(-1, self.r).mean(0) + Q.view(self.r, -1).mean(1)
-                            for lam, P, Q in zip(S, S, S)])
+                            for lam, P, Q in zip(S[0::3], S[1::3], S[2::3])])
 
 
 class SparseGates:
@@ -143,7 +143,7 @@ def add_method(method, model, targets, head, k, r, alpha, init):
     targets: layer names; head: the parts of parameter names that make up the head, as for add_lora2. The
     others may be None for a method without use for them. ValueError for what matches nothing.
     """
-    if method in LAYERS:
+    if method in LAYERS:                                   # k and init: None but for LoRA²
         return add_lora2(model, targets, k or 1, r, alpha, init or "gaussian", head, LAYERS[method])
     if method not in METHODS:
         raise ValueError(f"there is no method {method!r}: the methods are {', '.join(METHODS)}")
@@ -180,7 +180,7 @@ def regulariser_floor(method, k, r, terms):
 
 
 def make_pruner(method, model, target_rank, total_steps, warmup, final, interval, importance):
-    """The RankPruner of "lora2" or "adalora"; the arguments are RankPruner's."""
+    """The RankPruner of "lora2" or "adalora", with RankPruner's arguments. SoRA has SparseGates instead."""
     if method == "adalora" and importance == "full":
         raise ValueError("importance = 'full' is Eq. 8 of LoRA²: AdaLoRA has no v and V to add")
     kind = RankPruner if method == "lora2" else AdaLoRAPruner

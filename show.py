@@ -171,7 +171,7 @@ def finish(run):
               "peak_memory_gb": round(peak, 2) if peak else None, "device": processes.name_of(run.device),
               "dtype": run.dtype, "processes": run.world, "threads": torch.get_num_threads(),
               "torch": torch.__version__, "python": platform.python_version(),
-              "date": time.strftime("%Y-%m-%d"), **numbers}
+              "date": time.strftime("%Y-%m-%d"), "base": run.base, "rows": run.rows, **numbers}
     if run.rank == 0:
         if kept:
             disk.write_json(Path(run.out) / "ranks.json", kept)

@@ -161,7 +161,8 @@ def train(run, log, signals):
         R = baselines.regulariser(run.method, run.net, run.reg_terms)  # LoRA²: Eq. 5, once per optimizer step
         if R is not None:
             fast.add_gradients(run.reg * R, run.parameters)
-        norm = torch.nn.utils.clip_grad_norm_(run.parameters, 0.1 if run.method == "sora" else 1.0)
+        most = 0.1 if run.method == "sora" else 1.0        # as the authors' scripts of either have it
+        norm = torch.nn.utils.clip_grad_norm_(run.parameters, most)
 
         is_bad = (run.bad_step == 0) & ~torch.isfinite(loss + norm)
         run.bad_step = torch.where(is_bad, float(run.step), run.bad_step)

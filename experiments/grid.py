@@ -38,10 +38,15 @@ PRESETS = {
 TUNED = ("Each method has on each task the learning rate and scale with the best score after the last step "
          f"on seed {TUNE_SEED}, which is not reported, of one grid for all (full fine-tuning: a tenth of the "
          "rates).")
+SHARED = ("All rows have the learning rate and scale that were chosen, on seed "
+          f"{TUNE_SEED}, for LoRA² with six matrices, all terms, pruning and Eq. 9: the others might do "
+          "better with their own.")
 NOTES = {
-    "table1": ["SoRA's gates lose 3e-4 a step, so that few close in a short run."],
+    "table1": ["SoRA has the rest of its authors' recipe too: gradients clipped at 0.1, weight decay 0.1, "
+               "warm-up 6 %. Its gates lose 3e-4 a step, so that few close in a short run."],
     "table2": ["One method after the other, seed by seed, on the same batches. The time is that of the "
-               "training steps alone, from the log."],
+               "training steps alone, from the log. AdaLoRA r=8 is what pruning leaves of r = 12; LoRA² "
+               "begins with its task's r (CoLA and STS-B 4, MRPC 8)."],
     "overlap": ["Two runs of one seed begin as the same model and see the same batches in the same order."]}
 # Row: label, options of train.py. LoRA and SoRA have their authors' alpha / r = 2 where it is not tuned. What
 # AdaLoRA calls r = 2 is what pruning leaves (0.32M survive); it begins with 1.5 times as many.
@@ -134,8 +139,11 @@ def settings_of(flags):
     return options.resolve(options.parse(command_line(flags)))
 
 
-def make_cell(grid, row, task, seed, tuned, part="runs", tag="", **extra):
-    """A row's run on a task. tuned: {"lr": ..., "scale": ...}, or {} for train.py's presets."""
+def make_cell(grid, row, task, seed, tuned, part="runs", **extra):
+    """A row's run on a task. tuned: {"lr": ..., "scale": ...}, or {} for train.py's presets.
+
+    The folder's name says how it is tuned: should another choice prove better, runs with this one stay.
+    """
     flags = {"task": task, "model": grid.model, "data-dir": grid.data_dir, "seed": seed}
     flags |= grid.preset["flags"] | row_of(row)[1] | extra
     r = settings_of(tuple((name, value) for name, value in flags.items() if value != "r"))["r"]
@@ -145,6 +153,7 @@ def make_cell(grid, row, task, seed, tuned, part="runs", tag="", **extra):
         flags["lr"] = tuned["lr"]
     if "scale" in tuned:
         flags["alpha"] = tuned["scale"] * r
+    tag = "".join(f"-{name}{value:g}" for name, value in tuned.items())
     return Cell(row, task, seed, grid.folder / part / task / f"{row}{tag}-s{seed}", tuple(flags.items()))
 
 
@@ -154,9 +163,8 @@ def tunings(grid, row, task):
     rates = [{"lr": float(f"{lr / 10:g}") if method == "full" else lr} for lr in grid.preset["lrs"]]
     scales = [{"scale": s} for s in grid.preset["scales"]] if method in options.ADAPTERS else [{}]
     all_tuned = [rate | scale for rate, scale in itertools.product(rates, scales)]
-    tag = lambda tuned: "".join(f"-{name}{value:g}" for name, value in tuned.items())
-    return [(tuned, make_cell(grid, row, task, TUNE_SEED, tuned, "tune", tag(tuned),
-                              **grid.preset["tuning"].get(task, {}))) for tuned in all_tuned]
+    extra = grid.preset["tuning"].get(task, {})
+    return [(tuned, make_cell(grid, row, task, TUNE_SEED, tuned, "tune", **extra)) for tuned in all_tuned]
 
 
 def choose(grid, row, task):
@@ -194,7 +202,9 @@ def read(cell):
     """The result of a finished run; None without one, or a damaged one. ValueError if it is another run's."""
     try:
         result = json.loads((cell.folder / "result.json").read_text(encoding="utf-8"))
-        settings, numbers = dict(result["settings"]), [result["adapter_parameters"], result["steps"]]
+        settings = dict(result["settings"])
+        numbers = [result[name] for name in ("adapter_parameters", "steps", "seconds")]
+        numbers += [result[name] for name in ("surviving_parameters", "peak_memory_gb") if result.get(name)]
         for which in tables.WHICH:
             numbers += tables.score(result, which, cell.task) + [result[which]["score"]]
         if not all(math.isfinite(number) for number in numbers):
@@ -232,10 +242,20 @@ def check(cell, found):
 
 
 def finished(grid):
-    """{(row, task): {seed: (folder, result)}} of the table's finished runs."""
+    """{(row, task): {seed: (folder, result)}} of the table's finished runs.
+
+    ValueError if two runs on a task are of different models or data of the same name.
+    """
     found = {(row, task): {} for row in grid.rows for task in grid.tasks}
     for task in grid.tasks:
+        sources = {}                                       # (what, its fingerprint) → a folder
         for cell in reported_cells(grid, task):
             if result := read(cell):
                 found[cell.row, task][cell.seed] = cell.folder, result
+                sources |= {(what, result[what]): cell.folder for what in ("base", "rows") if what in result}
+        for what, words in (("base", "models"), ("rows", "data")):
+            folders = [folder for (name, _), folder in sources.items() if name == what]
+            if len(folders) > 1:
+                raise ValueError(f"{folders[0]} and {folders[1]} are runs on different {words} of one name: "
+                                 "move one away, or give another --out")
     return found

@@ -167,9 +167,8 @@ def difference_tables(pairs, tasks):
         lines = []
         for pair in pairs:
             parts = [pair[task]["last"] for task in tasks]
-            near = ["≈" * bool(p and p["std"] is not None and abs(p["mean"]) <= p["std"]) for p in parts]
             lines.append([pair["difference"].replace(" init", ""),
-                          *(mark + number(part, 1, spread, "+") for mark, part in zip(near, parts))])
+                          *("≈" * tables.near(part) + number(part, 1, spread, "+") for part in parts)])
         yield tables.markdown(["difference", *(tables.COLUMNS[task][0] for task in tasks)], lines)
 
 
@@ -177,7 +176,8 @@ def time_table(table):
     """Ratios of times per step, as Markdown."""
     tasks = in_order(table)
     rows = list(table[tasks[0]]["time_ratio"])
-    lines = [[tables.COLUMNS[task][0], *(number(table[task]["time_ratio"][row], 3) for row in rows),
+    shown = lambda ratio: "≈" * tables.near(ratio, 1) + number(ratio, 3)
+    lines = [[tables.COLUMNS[task][0], *(shown(table[task]["time_ratio"][row]) for row in rows),
               f"{table[task]['paper'][1] / table[task]['paper'][0]:.3f}" if table[task]["paper"] else "–"]
              for task in tasks]
     return tables.markdown(["time of a step over AdaLoRA's", *(grids.row_of(row)[0] for row in rows),
@@ -204,10 +204,29 @@ def facts_of(contents):
     return "; ".join(f"{name} {', '.join(values)}" for name, values in facts.items() if values)
 
 
-def about_table1(rows, preset):
-    """Sentences on Table 1: what is not run, what LoRA² keeps, how learning rates and scales were chosen."""
-    done, facts = run_of(rows), grids.PRESETS[preset]
-    named = lambda some: ", ".join(tables.COLUMNS[task][0] for task in in_order(some))
+def named(some):
+    """Tasks as text."""
+    return ", ".join(tables.COLUMNS[task][0] for task in in_order(some))
+
+
+def tuning_table(rows, preset, tasks):
+    """The learning rate and the scale that each row of Table 1 has, as Markdown; "" if nothing was tuned."""
+    path = folder_of(preset) / "tune.json"
+    if not path.exists():
+        return ""
+    tuned, listed = read(path)["table"], lambda values: ", ".join(f"{value:g}" for value in values)
+    lines = [[row["label"].replace(" init", ""),
+              *(listed(tuned[row["row"]][task]["chosen"].values()) for task in tasks)] for row in rows]
+    tried = lambda name: listed(sorted({one[name] for row in tuned if row != "full" for task in tasks
+                                        for one in tuned[row][task]["tried"] if name in one}))
+    about = (f"The best of learning rates {tried('lr')} (full fine-tuning: a tenth) and scales "
+             f"{tried('scale')}. All scores: [tune.json]({from_root(path)}).")
+    return f"{tables.markdown(['learning rate, scale', *map(named, zip(tasks))], lines)}\n{prose(about)}\n"
+
+
+def about_table1(rows):
+    """Sentences on Table 1: what is not run, what LoRA² keeps."""
+    done = run_of(rows)
     missing = [task for task in rows[0]["tasks"] if task not in done]
     text = [f"Not run: {named(missing)}."] if missing else []
     kept = [(task, cell["settings"]) for row in rows if row["row"] == "lora2-k1"
@@ -215,16 +234,7 @@ def about_table1(rows, preset):
     text += ["LoRA² k=1 keeps " + ", ".join(
         f"{'/'.join(settings['target_rank'])} of {'/'.join(settings['r'])} on {named([task])}"
         for task, settings in kept) + " of a matrix's singular values."] if kept else []
-    if tuned := read(folder_of(preset) / "tune.json") if facts["lrs"] else None:
-        largest = {row: [task for task in done if cells[task]["chosen"] == {
-            name: max(one[name] for one in cells[task]["tried"]) for name in cells[task]["chosen"]}]
-            for row, cells in tuned["table"].items()}
-        where, listed = from_root(folder_of(preset) / "tune.md"), lambda values: ", ".join(map(str, values))
-        text += [f"Of learning rates {listed(facts['lrs'])} and scales {listed(facts['scales'])} "
-                 f"([tune.md]({where})) the largest were chosen for " + "; ".join(
-                     f"{grids.row_of(row)[0].replace(' init', '')} ({named(some)})"
-                     for row, some in largest.items() if some) + "."]
-    return prose(" ".join(text))
+    return prose(" ".join(text)) if text else ""
 
 
 def section(name, content, preset):
@@ -238,7 +248,7 @@ def section(name, content, preset):
         return text + f"![kept singular values, layer by layer]({from_root(path.with_suffix('.png'))})\n"
     tasks, rows = run_of(table["rows"]), table["rows"]
     if name == "table1":
-        text += f"{fitting(score_tables(rows))}\n{about_table1(rows, preset)}\n"
+        text += f"{fitting(score_tables(rows))}\n{about_table1(rows)}\n{tuning_table(rows, preset, tasks)}"
     text += fitting(difference_tables(table["differences"], tasks))
     return text + ("\n" + overlap_table(table["overlap"]) if name == "overlap" else "")
 

@@ -15,6 +15,7 @@ it was stopped, the same command goes on: finished runs are read, begun ones res
 Tables are made from the files of finished runs alone (tables.py). As many runs go at once as there are GPUs.
 """
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -44,17 +45,20 @@ PAPER = json.loads((grids.ROOT / "experiments" / "paper.json").read_text(encodin
 
 # --- running ------------------------------------------------------------------------------------------------
 
-def execute(cell, resume, device, processes):
+def execute(cell, resume, device, processes, stop):
     """Run train.py to its end; (exit status, what it said last)."""
     for name in ("result.json", "kept.json"):              # there only if damaged, or of a damaged run
         (cell.folder / name).unlink(missing_ok=True)
     argv = grids.command_line(cell.flags) + ["--out", str(cell.folder), "--overwrite"]
-    if resume:
-        argv = ["--resume", str(cell.folder), "--data-dir", dict(cell.flags)["data-dir"]]
+    if resume:                                             # both may be in another place by now
+        places = [flag for flag in cell.flags if flag[0] in ("model", "data-dir")]
+        argv = ["--resume", str(cell.folder), *grids.command_line(places)]
     env = os.environ | ({"CUDA_VISIBLE_DEVICES": device} if device else {})
     process = subprocess.Popen(TRAIN + argv, env=env, text=True, stdout=subprocess.DEVNULL,
                                stderr=subprocess.PIPE, start_new_session=True)             # Ctrl-C is ours
     processes.append(process)
+    if stop.is_set():                                      # since we asked for the last time
+        process.terminate()
     _, said = process.communicate()
     return process.returncode, (said.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
 
@@ -104,9 +108,9 @@ def run_all(args, cells, progress):
         try:
             if stop.is_set():
                 return 1, "stopped"
-            outcome = execute(cell, resume[cell], device, processes)
+            outcome = execute(cell, resume[cell], device, processes, stop)
             if resume[cell] and outcome[0] == 2:           # its files do not fit together: begin anew
-                outcome = execute(cell, False, device, processes)
+                outcome = execute(cell, False, device, processes, stop)
             if outcome[0] == 2:
                 stop.set()
             return outcome
@@ -132,6 +136,22 @@ def run_all(args, cells, progress):
                 process.terminate()                        # SIGTERM: train.py saves its state and ends
             raise
     return failures
+
+
+@contextlib.contextmanager
+def alone(folder):
+    """ValueError if another process is running a grid in a folder; where files cannot be locked, nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            import fcntl                                   # not on Windows
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another reproduce.py is running in {folder}: wait for it, or give another "
+                             "--out") from None
+        except (ImportError, OSError):
+            pass
+        yield
 
 
 def run_grid(args):
@@ -203,8 +223,11 @@ def contents(grid, found):
 def notes_of(grid):
     """The sentences below a table."""
     notes = [*PAPER[grid.table]["notes"], PAPER["source"]] if grid.table in PAPER else []
-    notes += grids.NOTES.get(grid.table, []) + grid.preset["notes"]
-    return notes + [grids.TUNED] * bool(grid.preset["lrs"] and grid.table != "table2")
+    notes += grids.NOTES.get(grid.table, [])
+    if grid.table == "table2":
+        return notes + [f"{grid.preset['timed_steps']} steps of each run, with train.py's own settings."]
+    tuned = grids.TUNED if grid.table in ("tune", "table1") else grids.SHARED
+    return notes + grid.preset["notes"] + [tuned] * bool(grid.preset["lrs"])
 
 
 def write_table(args):
@@ -230,7 +253,8 @@ def write_table(args):
     disk.write_json(grid.folder / f"{grid.table}.json", about | {"table": table})
     path = grid.folder / f"{grid.table}.md"
     title = f"{grids.TABLES[grid.table][0]} ({Path(grid.model).name})"
-    disk.write_file(path, f"# {title}\n\n{text.strip()}\n\n{tables.LEGEND}\n\n"
+    legend = tables.LEGEND if grid.table not in ("tune", "table2", "figure3") else tables.SPREAD
+    disk.write_file(path, f"# {title}\n\n{text.strip()}\n\n{legend}\n\n"
                     + "".join(f"- {note}\n" for note in notes))
     return path
 
@@ -261,7 +285,7 @@ def parse(argv):
     preset = grids.PRESETS[args.preset]
     _, choices, pairs = grids.TABLES[args.table]
     tasks, rows = (text.split() for text in choices[args.preset])
-    tasks = list(dict.fromkeys(args.tasks.split(","))) if args.tasks else tasks
+    tasks = list(dict.fromkeys(args.tasks.split(","))) if args.tasks is not None else tasks
     unknown = [task for task in tasks if task not in tables.COLUMNS]
     if unknown:
         raise ValueError(f"there is no task {unknown[0]!r}: the tasks are {', '.join(tables.COLUMNS)}")
@@ -270,12 +294,13 @@ def parse(argv):
         raise ValueError(f"--seeds {args.seeds}: give numbers such as 0,1,2 and not {grids.TUNE_SEED}, by "
                          "which learning rates are chosen")
     model = args.model or preset["model"]
+    name = os.path.basename(os.path.abspath(model))        # of "." too, and of a name on the Hub
     full = lambda row: row.replace("*", preset["base"])
     rows = {full(row): row.replace("*", "lora2-k1") for row in rows}
     pairs = [tuple(map(full, pair.split())) for pair in pairs]
     args.grid = grids.Grid(args.table, preset, model, args.data_dir, tasks, rows,
                            [pair for pair in pairs if {*pair} <= rows.keys()], sorted(set(map(int, seeds))),
-                           Path(args.out) / f"{args.preset}-{Path(model).name}")
+                           Path(args.out) / f"{args.preset}-{name}")
     args.gpus = visible_gpus()
     args.jobs = 1 if args.table == "table2" else max(1, len(args.gpus)) if args.jobs is None else args.jobs
     if args.jobs < 1:
@@ -302,10 +327,12 @@ def main(argv=None):
             list_grid(args.grid)
             return 0
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, stop)
+            for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:     # a lost terminal
+                signal.signal(number, stop)
         try:
             if not args.no_run:
-                failures = run_grid(args)
+                with alone(args.grid.folder):
+                    failures = run_grid(args)
         except KeyboardInterrupt:
             print("\nstopped: the same command goes on", file=sys.stderr)
             failures = None
@@ -313,6 +340,8 @@ def main(argv=None):
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     for failure in failures or []:
         print(f"error: {failure}", file=sys.stderr)
     return 130 if failures is None else 1 if failures else 0

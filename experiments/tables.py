@@ -3,6 +3,7 @@
 found[row, task] is {seed: (run folder, content of its result.json)}. Scores are in percent; a score is a list
 with one number for each of the task's columns (MNLI and QQP have two).
 """
+import contextlib
 import itertools
 import json
 import statistics
@@ -14,9 +15,10 @@ COLUMNS = {                      # task → its name, its metrics as (dev split,
     "mnli": ("MNLI", [("dev_matched", "accuracy"), ("dev_mismatched", "accuracy")]),
     "qnli": ("QNLI", [("dev", "accuracy")]), "rte": ("RTE", [("dev", "accuracy")])}
 WHICH = ("best", "last")                                   # the best evaluation on the dev set; the last step
-LEGEND = ("Mean ± standard deviation over seeds (number of runs). *best*: the best evaluation, chosen on the "
-          "dev set itself; *last*: after the last step. An average is over tasks, seed by seed; MNLI and QQP "
-          "count as the mean of their columns. ≈: a difference not larger than its own spread over seeds.")
+SPREAD = ("Mean ± standard deviation over seeds (number of runs). ≈: a difference, of a ratio that from 1, "
+          "not larger than its own spread over seeds.")
+LEGEND = (f"{SPREAD} *best*: the best evaluation, chosen on the dev set itself; *last*: after the last step. "
+          "An average is over tasks, seed by seed; MNLI and QQP count as the mean of their columns.")
 
 
 def score(result, which, task):
@@ -49,6 +51,11 @@ def show(part, digits=2, sign=""):
     return f"{part['mean']:{sign}.{digits}f}{spread} ({part['n']})"
 
 
+def near(part, to=0):
+    """Whether a summary's mean is not further from a number than its own standard deviation."""
+    return part is not None and part["std"] is not None and abs(part["mean"] - to) <= part["std"]
+
+
 def span(values):
     """Counts, which may differ between tasks, as text: "1,560–1,640"."""
     values = sorted(set(values))
@@ -62,10 +69,20 @@ def markdown(head, rows):
 
 def load(folder, name):
     """A JSON or JSON-lines file of a finished run; ValueError if it is not there or damaged."""
-    try:
+    with whole(folder, name):
         text = (folder / name).read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()] if name.endswith("l") else json.loads(text)
-    except (OSError, ValueError) as e:
+        content = list(map(json.loads, text.splitlines())) if name.endswith("l") else dict(json.loads(text))
+        if not content:
+            raise ValueError("it is empty")
+        return content
+
+
+@contextlib.contextmanager
+def whole(folder, name):
+    """Around whatever a damaged file of a finished run can break: then ValueError that says what to do."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as e:
         raise ValueError(f"{folder / name} is missing or damaged: remove {folder} and run it again") from e
 
 
@@ -133,9 +150,8 @@ def differences_markdown(table, tasks):
     lines = []
     for entry, which in itertools.product(table, WHICH):
         parts = [entry[task][which] for task in tasks]
-        near = [part and part["std"] is not None and abs(part["mean"]) <= part["std"] for part in parts]
         lines.append([entry["difference"], which,
-                      *("≈ " * bool(small) + show(part, sign="+") for part, small in zip(parts, near))])
+                      *("≈ " * near(part) + show(part, sign="+") for part in parts)])
     return markdown(["difference", "", *(COLUMNS[task][0] for task in tasks)], lines)
 
 
@@ -149,8 +165,10 @@ def time_table(found, rows, labels, tasks, paper):
     and the last one counts.
     """
     def speed(folder):
-        first, *_, last = [line for line in load(folder, "log.jsonl") if "loss" in line and line["step"] > 1]
-        return (last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"])
+        lines = [line for line in load(folder, "log.jsonl") if "loss" in line and line["step"] > 1]
+        with whole(folder, "log.jsonl"):
+            first, *_, last = lines
+            return (last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"])
 
     base, *others = rows
     table, lines = {}, []
@@ -163,7 +181,7 @@ def time_table(found, rows, labels, tasks, paper):
         table[task] = {"tokens_per_second": {row: summary(speeds[row].values()) for row in rows},
                        "time_ratio": ratio, "paper": of_paper}
         lines.append([COLUMNS[task][0], *(show(table[task]["tokens_per_second"][row], 0) for row in rows),
-                      *(show(ratio[row], 3) for row in others),
+                      *("≈ " * near(ratio[row], 1) + show(ratio[row], 3) for row in others),
                       "{0:.2f} → {1:.2f}, {2:.3f}".format(*of_paper, of_paper[1] / of_paper[0])
                       if of_paper else "–"])
     head = ["", *(f"{labels[row]}, tokens/s" for row in rows),
@@ -201,7 +219,7 @@ def overlap_table(found, rows, tasks):
                  "for scale: the same, matrices shuffled": [shared_by_chance(*pair) for pair in two]}
         for number, kept in ((9, a), (8, b)):
             lines |= {f"matrices that keep {how}, Eq. {number}": [part(one, n) for one in kept.values()]
-                      for how, n in (("nothing", 0), ("everything", *r)) if r}
+                      for how, n in [("nothing", 0), ("everything", *r)][:2 * len(r)]}
         for line, values in lines.items():
             table.setdefault(line, {"measure": line})[task] = summary(values)
     return list(table.values()), markdown(["%", *(COLUMNS[task][0] for task in tasks)], [

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,6 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 import grid as grids
 import options
 import plot
+import readme
 import reproduce
 import runs
 import tables
@@ -81,7 +83,7 @@ def ran(monkeypatch):
     """Instead of train.py: writes a result that depends on the cell. A list of (row, task, seed, resumed)."""
     calls = []
 
-    def execute(cell, resume, device, processes):
+    def execute(cell, resume, device, processes, stop):
         flags = dict(cell.flags)
         calls.append((cell.row, cell.task, cell.seed, resume))
         good = 0.5 + 0.01 * cell.seed % 1 if cell.seed < 1000 else 0.1 + 10 * flags.get("lr", 0)
@@ -195,6 +197,16 @@ def test_time_table(tmp_path):
                                     "1.000 (1) | 1.01 → 1.14, 1.129 |")
 
 
+@pytest.mark.parametrize("mean, std, to, expected", [
+    (1.1, 0.2, 1, True), (0.9, 0.1, 1, True), (0.8, 0.1, 1, False), (0.1, 0.2, 0, True),
+    (0.1, None, 0, False)])
+def test_near(mean, std, to, expected):
+    """Oracle: by hand: no further from the number than its spread; one run has none. Ratios count from 1."""
+    assert tables.near({"mean": mean, "std": std, "n": 3}, to) is expected and not tables.near(None)
+    table = {"cola": {"time_ratio": {"lora2-k1": {"mean": mean, "std": std, "n": 3}}, "paper": None}}
+    assert readme.time_table(table).count("≈") == tables.near({"mean": mean, "std": std, "n": 3}, 1)
+
+
 def test_overlap():
     """Oracle: by hand. Of 4 kept singular values 2 are the same ones, and 3 lie in the same matrices."""
     a, b = {"x": [0, 1, 2], "y": [5]}, {"x": [0, 3], "y": [5, 6]}
@@ -303,13 +315,35 @@ def test_choice(tmp_path):
 
 # --- what is trusted ----------------------------------------------------------------------------------------
 
+def test_another_choice_leaves_the_runs_of_before(tmp_path, ran):
+    """Oracle: the folders. A tuning that proves better later has runs of its own; those of before stay, and
+    are read again should theirs be the best once more."""
+    argv = ["table4", "--preset", "small", "--tasks", "cola", "--seeds", "0", "--out", str(tmp_path)]
+    grid, base = grid_of(tmp_path, *argv[:-2]), grids.PRESETS["small"]["base"]
+    assert reproduce.main(argv) == 0
+    before = {cell.folder: (cell.folder / "result.json").read_bytes()
+              for cell in grids.reported_cells(grid, "cola")}
+    tuned, cell = grids.tunings(grid, base, "cola")[0]
+    worst = (cell.folder / "result.json").read_text()
+    assert grids.choose(grid, base, "cola") != tuned
+    write_run(cell, result_of(cell, cola(0.99), cola(0.99)))
+    ran.clear()
+    assert reproduce.main(argv) == 0 and [call[2] for call in ran] == [0] * 4
+    assert not before.keys() & {cell.folder for cell in grids.reported_cells(grid, "cola")}
+    (cell.folder / "result.json").write_text(worst)
+    ran.clear()
+    assert reproduce.main(argv) == 0 and ran == []
+    assert before == {folder: (folder / "result.json").read_bytes() for folder in before}
+
+
 DAMAGED = ["", "{", "[]", "null", '{"settings": {}}', '"text"',
            lambda r: r.pop("last"), lambda r: r["best"].pop("scores"),
            lambda r: r["best"]["scores"].pop("dev"),
            lambda r: r["last"]["scores"]["dev"].update(matthews="0.5"), lambda r: r.update(settings=[1]),
            lambda r: r["last"]["scores"]["dev"].update(matthews=float("nan")),
            lambda r: r["best"].update(score=None), lambda r: r.update(adapter_parameters=None),
-           lambda r: r.pop("steps")]
+           lambda r: r.pop("steps"), lambda r: r.update(seconds="long"),
+           lambda r: r.update(surviving_parameters="some")]
 
 
 @pytest.mark.parametrize("damage", DAMAGED, ids=range(len(DAMAGED)))
@@ -366,6 +400,43 @@ def test_what_cannot_change_a_result_may_differ(tmp_path):
     other = {"out": "elsewhere", "data_dir": "there", "device": "cuda", "dtype": "bf16", "resume": "x"}
     write_run(cell, result_of(cell, **other))
     assert grids.read(cell)["steps"] == 10
+
+
+@pytest.mark.parametrize("what, words", [("base", "different models"), ("rows", "different data")])
+def test_models_and_data_of_one_name_are_told_apart(what, words, tmp_path, capsys):
+    """Oracle: status 2 and one line that names both folders; fingerprints of another task do not matter."""
+    argv = ["table4", "--tasks", "cola,rte", "--seeds", "0", "--out", str(tmp_path), "--no-run"]
+    grid = grid_of(tmp_path, *argv[:-3])
+    cells = grids.reported_cells(grid, "cola")
+    for cell, value in [(cells[0], "a"), (cells[1], "a"), (grids.reported_cells(grid, "rte")[0], "b")]:
+        write_run(cell, result_of(cell) | {what: value})
+    write_run(cells[2])                                    # of before: it does not tell
+    assert reproduce.main(argv) == 0
+    write_run(cells[3], result_of(cells[3]) | {what: "b"})
+    capsys.readouterr()
+    assert reproduce.main(argv) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and words in said and all(str(cells[i].folder) in said for i in (1, 3))
+
+
+@pytest.mark.parametrize("table, name, content", [
+    ("table2", "log.jsonl", ""), ("table2", "log.jsonl", '{"step": 3, "loss": 1.0}\n'),
+    ("table2", "log.jsonl", '{"step": 3, "loss": 1.0, "seconds": 1.0}\n' * 2), ("table2", "log.jsonl", "{"),
+    ("table2", "log.jsonl", '{"step": 3, "loss": 1.0, "tokens": 7, "seconds": 1.0}\n' * 2),
+    ("overlap", "kept.json", "[]"), ("overlap", "kept.json", "{}"), ("overlap", "kept.json", "{"),
+    ("figure3", "ranks.json", "[]"), ("figure3", "ranks.json", "{}")])
+def test_damaged_files_beside_a_result(table, name, content, tmp_path, ran, capsys):
+    """Oracle: status 2 and one line with the file and what to do."""
+    if table == "figure3":
+        pytest.importorskip("matplotlib")
+    argv = [table, "--tasks", "cola", "--seeds", "0", "--out", str(tmp_path)]
+    assert reproduce.main(argv) == 0
+    path = grids.reported_cells(grid_of(tmp_path, *argv[:-2]), "cola")[0].folder / name
+    path.write_text(content)
+    capsys.readouterr()
+    assert reproduce.main(argv) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and str(path) in said and "run it again" in said
 
 
 def begin(cell, **settings):
@@ -459,7 +530,7 @@ def test_a_dry_run_leaves_no_trace(tmp_path, ran, capsys):
 
 @pytest.mark.parametrize("argv, says", [
     (["table9"], "table9"), (["table1", "--preset", "huge"], "huge"),
-    (["table1", "--tasks", "cola,wnli"], "wnli"),
+    (["table1", "--tasks", "cola,wnli"], "wnli"), (["table1", "--tasks", ""], "no task ''"),
     (["table1", "--seeds", "0,1000"], "1000"), (["table1", "--seeds", "a"], "--seeds a"),
     (["table1", "--jobs", "0"], "--jobs 0"), (["table1", "--task", "cola"], "--task"), ([], "table")])
 def test_mistakes_end_in_one_line(argv, says, tmp_path, capsys):
@@ -468,6 +539,60 @@ def test_mistakes_end_in_one_line(argv, says, tmp_path, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_known_by_its_own_name(tmp_path, monkeypatch):
+    """Oracle: the file system: the folder that "." is."""
+    (tmp_path / "tuned").mkdir()
+    monkeypatch.chdir(tmp_path / "tuned")
+    assert grid_of(tmp_path, "table1", "--model", ".").folder.name == "paper-tuned"
+    assert grid_of(tmp_path, "table1", "--model", "FacebookAI/tuned").folder.name == "paper-tuned"
+    (tmp_path / "link").symlink_to(tmp_path / "tuned")
+    assert grid_of(tmp_path, "table1", "--model", str(tmp_path / "link/")).folder.name == "paper-link"
+
+
+@pytest.mark.parametrize("named, count, expected", [
+    (None, 2, ["0", "1"]), ("3,5", 2, ["3", "5"]), ("3,5", 1, ["3"]), ("", 0, []), (None, 0, [])])
+def test_visible_gpus(named, count, expected, monkeypatch):
+    """Oracle: CUDA's rule: of the devices that are named, those that torch counts are ours."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert reproduce.visible_gpus() == expected
+
+
+@pytest.mark.parametrize("table", grids.TABLES)
+def test_a_table_of_nothing(table, tmp_path, capsys):
+    """Oracle: there are no runs: status 0, a table that says so, and no file but that."""
+    if table == "figure3":
+        pytest.importorskip("matplotlib")
+    argv = [table, "--preset", "small", "--out", str(tmp_path), "--no-run"]
+    assert reproduce.main(argv) == 0, capsys.readouterr().err
+    folder = tmp_path / "small-all-MiniLM-L6-v2"
+    assert {path.name for path in folder.iterdir()} == {f"{table}.md", f"{table}.json"}
+    assert "not run" in (folder / f"{table}.md").read_text(encoding="utf-8")
+
+
+def test_one_at_a_time_in_a_folder(tmp_path, ran, capsys):
+    """Oracle: status 2 and one line; nothing runs. The table may be written meanwhile; later all is well."""
+    pytest.importorskip("fcntl")
+    argv = ["table4", "--tasks", "cola", "--seeds", "0", "--out", str(tmp_path)]
+    with reproduce.alone(grid_of(tmp_path, *argv[:-2]).folder):
+        assert reproduce.main(argv) == 2 and ran == []
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "another reproduce.py is running" in said and "--out" in said
+        assert reproduce.main([*argv, "--no-run"]) == 0
+    assert reproduce.main(argv) == 0 and len(ran) == 4
+
+
+@pytest.mark.parametrize("part, more", [("list_grid", ["--dry-run"]), ("write_table", ["--no-run"])])
+def test_interrupted_where_nothing_runs(part, more, tmp_path, monkeypatch, capsys):
+    """Oracle: status 130, as for a run that is stopped, and no traceback."""
+    def interrupted(args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(reproduce, part, interrupted)
+    assert reproduce.main(["table4", "--out", str(tmp_path), *more]) == 130 and not capsys.readouterr().err
 
 
 # --- processes ----------------------------------------------------------------------------------------------
@@ -524,7 +649,8 @@ def test_train_is_called_as_its_command_line_wants(tmp_path, stand_in, capfd):
     stand_in(cells)
     assert reproduce.main(argv) == 0
     calls = [call[0] for call in stand_in.calls()]
-    assert calls[0] == ["--resume", str(cells[0].folder), "--data-dir", "my data"]
+    assert calls[0] == ["--resume", str(cells[0].folder), "--model", "microsoft/deberta-v3-base",
+                        "--data-dir", "my data"]
     for call, cell in zip(calls[1:], cells[1:]):
         assert options.resolve(options.parse(call)) == grids.settings_of(cell.flags) | {
             "out": str(cell.folder), "overwrite": True}
@@ -576,7 +702,17 @@ def test_runs_share_the_gpus(tmp_path, stand_in, monkeypatch):
     assert times[1] - times[0] < 0.5 < times[2] - times[0]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_while_a_run_begins(tmp_path, stand_in):
+    """Oracle: the clock: a run that begins after the signal is told to end; it would have slept for long."""
+    stop, processes, began = threading.Event(), [], time.monotonic()
+    cell = grids.reported_cells(grid_of(tmp_path / "out", "table4", "--tasks", "cola"), "cola")[0]
+    stand_in([cell], sleep=60)
+    stop.set()
+    status, _ = reproduce.execute(cell, False, None, processes, stop)
+    assert status != 0 and len(processes) == 1 and time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_stopped(number, tmp_path, stand_in):
     """Oracle: the stand-in, which saves on SIGTERM as train.py does. The run is told to save, once; no other
     begins; the table of what there is gets written; the status is 130."""

@@ -60,6 +60,21 @@ class Killed(BaseException):
 
 # --- killed, stopped, and gone on ---------------------------------------------------------------------------
 
+@pytest.mark.parametrize("method", ["lora", "adalora", "sora", "bitfit", "head", "full"])
+def test_every_method_goes_on(cli, monkeypatch, method):
+    """Oracle: the unbroken run, byte for byte; the other one dies in step 6. (LoRA²: all tests below.)"""
+    def die():
+        raise Killed
+
+    words = f"--method {method} {BUSY}"
+    assert cli.tiny(words, out="whole").status == 0
+    with monkeypatch.context() as patch:
+        at_step(6, die, patch)
+        with pytest.raises(Killed):
+            cli.tiny(words)
+    assert cli("--resume run").status == 0 and outcome("run") == outcome("whole")
+
+
 def test_killed_at_every_write(cli, monkeypatch):
     """Oracle: the unbroken run. Files change by os.replace alone: the run dies before each of them."""
     assert cli.tiny(BUSY, out="whole").status == 0
