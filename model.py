@@ -105,7 +105,7 @@ class SelfAttention(nn.Module):
         q, k, v = (proj(x).view(B, T, self.heads, -1).transpose(1, 2)           # each (B, H, T, e)
                    for proj in (self.query, self.key, self.value))
         if self.training and x.device.type == "cpu":       # a bf16 step of 128 tokens is 1.2 times as fast so
-            scores = (q / math.sqrt(d // self.heads)) @ k.mT + mask             # (B, H, T, T)
+            scores = ((q / math.sqrt(d // self.heads)) @ k.mT).add_(mask)       # (B, H, T, T)
             y = self.dropout(scores.softmax(-1, scores.dtype)) @ v              # (B, H, T, e)
         else:                                              # all in one: a GPU keeps no scores
             p = self.dropout.p if self.training else 0.0
@@ -186,7 +186,7 @@ def relative_rows(T, buckets, max_position, device):
     and bucket b is row 256 + b. `order` (2T − 1,) lists the row within the slice for distances −(T−1) .. T−1;
     None while each distance has a row of its own. Formula and float32 rounding are the DeBERTa release's.
     """
-    distance = torch.arange(-(T - 1), T)                                        # (W,)
+    distance = torch.arange(-(T - 1), T, device="cpu")                          # (W,)
     mid = buckets // 2
     magnitude = distance.abs().clamp(min=mid).float()
     log_size = torch.log(magnitude / mid) / torch.log(torch.tensor((max_position - 1) / mid))  # 0 .. 1

@@ -77,6 +77,8 @@ def set_up(settings, facts=None):
     run.head_parameters = [(name, p) for name, p in trained if in_head(name)]
     run.body_parameters = [(name, p) for name, p in trained if not in_head(name)]
     net.to(run.device)
+    if run.dtype == "bf16":
+        fast.cast_frozen(net, torch.bfloat16)
     if run.compile:                                        # after its limit, 8 shapes, torch stops compiling
         torch._dynamo.config.recompile_limit = 64
     run.forward = torch.compile(net) if run.compile else net

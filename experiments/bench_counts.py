@@ -81,8 +81,8 @@ def count_parts(step):
     return dict(parts)
 
 
-def saved_bytes(forward, model):
-    """Bytes that autograd keeps between forward() and the backward pass.
+def saved(forward, model):
+    """What autograd keeps between forward() and the backward pass: a Counter, "dtype shape" → bytes.
 
     What a view refers to is kept as a whole, so whole storages count, each once. The model's parameters and
     buffers do not: they are there anyway, whatever the step, and ours and theirs alike. Nothing is kept in
@@ -90,18 +90,23 @@ def saved_bytes(forward, model):
     autograd.Function keeps as an attribute, past save_for_backward, is not seen.
     """
     known = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
-    storages, total = {}, 0
+    storages, kept = {}, collections.Counter()
 
     def pack(tensor):
-        nonlocal total
         storage = tensor.untyped_storage()
         if storage._cdata not in known and storage._cdata not in storages:
             storages[storage._cdata] = StorageWeakRef(storage)     # no other storage gets this address
-            total += storage.nbytes()
+            shape = " × ".join(map(str, tensor.shape))
+            kept[f"{str(tensor.dtype).removeprefix('torch.')} {shape}"] += storage.nbytes()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: None):
         forward()
-    return total
+    return kept
+
+
+def saved_bytes(forward, model):
+    """All bytes of saved()."""
+    return saved(forward, model).total()
 
 
 def frozen_flops(config, B, T):

@@ -65,11 +65,12 @@ def write_checkpoint(folder, config, seed=0):
 
 
 def make_batch(config, B, T, device="cpu", seed=0):
-    """(ids, mask, labels): random tokens. A mask of ones costs what any mask costs."""
+    """(ids, mask, labels): random tokens, the last one padding: transformers drops a mask of ones alone."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, config["vocab_size"], (B, T), generator=generator)
-    labels = torch.randint(0, 2, (B,), generator=generator)
-    return ids.to(device), torch.ones(B, T, dtype=torch.bool, device=device), labels.to(device)
+    labels, mask = torch.randint(0, 2, (B,), generator=generator), torch.ones(B, T, dtype=torch.bool)
+    ids[-1, -1], mask[-1, -1] = config["pad_token_id"], False
+    return ids.to(device), mask.to(device), labels.to(device)
 
 
 def head_of(net):
@@ -111,6 +112,8 @@ class OwnStep:
         else:
             baselines.add_method(method, self.net, names, head_of(self.net), k, r, 32, None)
         self.net.to(batch[0].device).train()
+        if dtype == "bf16":
+            fast.cast_frozen(self.net, torch.bfloat16)
         self.forward = torch.compile(self.net) if compile else self.net
         self.parameters = [p for p in self.net.parameters() if p.requires_grad]
         self.pruner, self.steps = None, 1000

@@ -26,6 +26,7 @@ ROWS = {
     "9 stsb": ("tokens processed / real tokens, STS-B", "≤ 1.20", "≤ 1.20"),
     "9 cola": ("tokens processed / real tokens, CoLA", "≤ 1.40", "≤ 1.40"),
     "10 share": ("share of the measured sgemm rate, own frozen step", "≥ 0.85", None),
+    "10 peer": ("the same of transformers' frozen step", None, None),
     "10 rate": ("TFLOP/s of the matrix products, own frozen step", None, "≥ 240"),
     "11 k": ("k = 8 step / k = 1 step", "≤ 1.05", "≤ 1.03"),
     "11 merged": ("merged model / plain model, evaluation", "≤ 1.02", "≤ 1.02"),
@@ -77,6 +78,12 @@ def report(results, device, judged=ROWS, only=ROWS):
             "pass" if passes(result["value"], goal) else "FAIL")
         lines.append([key.split()[0], what, goal or "", shown, verdict])
     return tables.markdown(["#", "ratio", "goal", "value (min – max)", ""], lines)
+
+
+def saved_table(units):
+    """What a forward pass keeps, as Markdown, from {what: how much, in units of B · T · d floats a layer}."""
+    return tables.markdown(["own LoRA² k=8 keeps", "in units of B · T · d floats a layer"],
+                           [[what, f"{n:.2f}"] for what, n in units.items()])
 
 
 def profile_table(lines, most=12):

@@ -166,7 +166,8 @@ def test_interleaved_variants_take_turns(monkeypatch):
 
 @pytest.mark.parametrize("method", ["lora2", "adalora"])
 def test_the_timed_step_is_that_of_the_training_loop(folders, tmp_path, method):
-    """Oracle: train.py's own loop, on the same batches with the same settings, to the bit, dropout on."""
+    """Oracle: train.py's own loop, on the same batches with the same settings, to the bit, dropout on. And it
+    reads no more: a count of tokens per batch, which is on the host, and a flag for each of two log lines."""
     batch = batch_of("tiny", 8, 16)
     step = steps.OwnStep(folders["tiny"], method, batch, k=2, r=4)
     start = {name: tensor.clone() for name, tensor in step.net.state_dict().items()}
@@ -186,7 +187,9 @@ def test_the_timed_step_is_that_of_the_training_loop(folders, tmp_path, method):
         patch.setattr(train, "stream", lambda run: iter([whole] * 4))
         patch.setattr(train, "lr_factor", lambda t, warmup, T: 1 - t / 1000)
         torch.manual_seed(3)
-        train.train(run, log, SimpleNamespace(check=lambda run: None))
+        with counts.Operations() as counted:
+            train.train(run, log, SimpleNamespace(check=lambda run: None))
+    assert counted.reads == 4 + 2
     torch.manual_seed(3)
     for _ in range(4):
         step()
@@ -195,6 +198,22 @@ def test_the_timed_step_is_that_of_the_training_loop(folders, tmp_path, method):
         assert torch.equal(tensor, other.net.state_dict()[name]), name
         changed += not torch.equal(tensor, start[name])
     assert changed > 12 and torch.equal(step.pruner.keep, other.pruner.keep)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("shape", ["deberta-narrow", "roberta-narrow"])
+def test_counts_meet_their_goals(tmp_path, shape, dtype):
+    """Oracle: the specification's goals for operations and host reads, of twelve and more layers."""
+    config = steps.SHAPES[shape]
+    folder, batch = steps.write_checkpoint(tmp_path / "model", config), steps.make_batch(config, 2, 16)
+    for k in (1, 8):
+        step = steps.OwnStep(folder, "lora2", batch, k=k, dtype=dtype)
+        parts = counts.count_parts(step)
+        update = parts["clip, AdamW"].total + parts["importance, selection"].total
+        assert table.passes(sum(part.total for part in parts.values()), table.ROWS["6"][1])
+        assert table.passes(update, table.ROWS["6 update"][1])
+        assert table.passes(sum(part.reads for part in parts.values()), table.ROWS["7"][1])
+        assert parts["R"].total < 100 and len(step.net.backbone.encoder.layer) >= 12
 
 
 def test_the_frozen_step_trains_the_head_and_reaches_the_first_layer(folders):

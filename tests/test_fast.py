@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import baselines
-from fast import FastLoRA2Linear, LinearWithUpdate, add_gradients, linear_with_update, shared_updates
+from fast import (FastLoRA2Linear, LinearWithUpdate, add_gradients, cast_frozen, linear_with_update,
+                  shared_updates)
 from lora2 import LoRA2Linear, add_lora2, lora2_layers, lora2_state_dict, orthogonality_loss
 
 
@@ -51,13 +52,50 @@ def test_same_function_and_gradients(shape, k, r, bias):
 
 
 def test_gradients_by_finite_differences():
-    """Oracle: torch.autograd.gradcheck, of all that has a gradient."""
+    """Oracle: torch.autograd.gradcheck, of all five arguments. A gradient of a gradient is refused."""
     torch.manual_seed(0)
-    x, down, up = (torch.randn(shape, dtype=torch.float64, requires_grad=True)
-                   for shape in ((4, 5), (5, 2), (2, 3)))
-    W, b = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
-    function = lambda x, down, up: LinearWithUpdate.apply(x, W, b, down, up)
-    assert torch.autograd.gradcheck(function, (x, down, up))
+    given = [torch.randn(shape, dtype=torch.float64, requires_grad=True)
+             for shape in ((4, 5), (3, 5), (3,), (5, 2), (2, 3))]
+    assert torch.autograd.gradcheck(LinearWithUpdate.apply, given)
+    (dx,) = torch.autograd.grad(LinearWithUpdate.apply(*given).square().sum(), given[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_a_base_that_is_trained_too():
+    """Oracle: LoRA2Linear: add_lora2(..., trainable=["bias"]) trains the biases of adapted layers as well."""
+    found = []
+    for kind in (LoRA2Linear, FastLoRA2Linear):
+        net = network(kind, ["bias"])
+        net(torch.linspace(-1, 1, 30, dtype=torch.float64).view(5, 6)).square().sum().backward()
+        found.append({name: p.grad for name, p in net.named_parameters() if p.requires_grad})
+    assert found[0].keys() == found[1].keys() and len([name for name in found[0] if "base.bias" in name]) == 3
+    assert close(found[1].values(), found[0].values())
+
+
+def test_frozen_weights_are_cast_once():
+    """Oracle: the same pass without it, to the bit; by hand: six copies fewer, W and b of three layers. What
+    is trained is still cast each time, and in another dtype nothing changes."""
+    net, x = network().float(), torch.randn(5, 6)
+    def run():
+        net.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16), CountCasts() as casts:
+            y = net(x)
+        y.float().square().sum().backward()
+        return [y.detach(), *gradients(net)], casts.n
+
+    expected, before = run()
+    plain = net(x)
+    cast_frozen(net, torch.bfloat16)
+    again, after = run()
+    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True)) and before - after == 6
+    assert torch.equal(net(x), plain) and not any("cast" in name for name in net.state_dict())
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(compiled(x), expected[0])
+    trained = network(FastLoRA2Linear, ["bias"])
+    cast_frozen(trained, torch.bfloat16)
+    assert not any(hasattr(layer.base, "cast") for _, layer in lora2_layers(trained))
 
 
 @pytest.mark.parametrize("base_dtype, autocast", [(torch.float32, True), (torch.bfloat16, False),
@@ -90,10 +128,10 @@ def test_hooks_see_the_base():
     assert len(seen) == 2
 
 
-def network(layer=FastLoRA2Linear):
+def network(layer=FastLoRA2Linear, trainable=()):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-    add_lora2(net, ["0", "2", "4"], k=2, r=3, layer=layer)
+    add_lora2(net, ["0", "2", "4"], k=2, r=3, trainable=trainable, layer=layer)
     with torch.no_grad():
         for p in net.parameters():
             if p.requires_grad:
@@ -132,6 +170,33 @@ def test_shared_updates():
         pass
 
 
+def test_shared_updates_of_different_scales():
+    """Oracle: the same pass without it, where two adapters of one shape have another alpha."""
+    net, x = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).double(), torch.randn(5, 6, dtype=torch.float64)
+    for name, alpha in (("0", 1), ("1", 100)):
+        net[int(name)] = FastLoRA2Linear(net[int(name)], 2, 3, alpha)
+        nn.init.normal_(net[int(name)].lam)
+    apart = net(x)
+    with shared_updates(net):
+        assert torch.allclose(net(x), apart, rtol=0, atol=1e-12)
+
+
+def test_shared_updates_that_cannot_be_made(monkeypatch):
+    """Oracle: by hand: memory runs out at the second shape; no adapter keeps what the first one got."""
+    net, stack, calls = network(), torch.stack, []
+
+    def scarce(tensors):
+        calls.append(1)
+        if len(calls) > 5:                                 # the five matrices of the first shape
+            raise MemoryError
+        return stack(tensors)
+
+    monkeypatch.setattr(torch, "stack", scarce)
+    with pytest.raises(MemoryError), shared_updates(net):
+        pass
+    assert len(calls) == 6 and all(layer.shared is None for _, layer in lora2_layers(net))
+
+
 @pytest.mark.parametrize("terms", [("uv", "UV", "PQ"), ("uv",)])
 def test_add_gradients(terms):
     """Oracle: a second backward(); what R does not depend on keeps its gradient, or has none."""
@@ -162,6 +227,16 @@ def test_where_people_use_it():
         again = run(x)
         again.square().sum().backward()
         assert torch.allclose(again, y) and close(gradients(net), expected)
+
+
+class CountCasts(TorchDispatchMode):
+    """How many arrays are copied to another dtype."""
+
+    n = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.n += function is torch.ops.aten._to_copy.default
+        return function(*args, **(kwargs or {}))
 
 
 class Count(TorchDispatchMode):
