@@ -29,6 +29,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:                                        # on Windows nothing is locked
+    fcntl = None
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
@@ -140,18 +144,24 @@ def run_all(args, cells, progress):
 
 @contextlib.contextmanager
 def alone(folder):
-    """ValueError if another process is running a grid in a folder; where files cannot be locked, nothing."""
+    """Hold a folder for this process: ValueError if another one is running a grid there."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        try:
-            import fcntl                                   # not on Windows
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another reproduce.py is running in {folder}: wait for it, or give another "
-                             "--out") from None
-        except (ImportError, OSError):
-            pass
+    if fcntl is None:
         yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(f"another reproduce.py is running in {folder}: wait for it, or give another "
+                         "--out") from None
+    except OSError:                                        # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)                               # as the end of the process does, however it ends
 
 
 def run_grid(args):
