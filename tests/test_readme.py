@@ -18,11 +18,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 import bench
 import data
 import demo
+import grid as grids
 import model as models
 import options
 import plot
 import readme
 import reproduce
+import tables
 import test_baselines
 import test_experiments as made
 import train
@@ -70,6 +72,53 @@ def test_it_fits_a_terminal():
     assert [line for line in README.splitlines() if len(line) > 100] == []
     by_hand = re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", "", README, flags=re.DOTALL)
     assert len(by_hand.splitlines()) <= 350
+
+
+BASE = "LoRA² k=1, orthonormal init"
+# What the page says the results show: the start of a point → [(table, line of it, {task: sign})]. + and −: a
+# difference larger than its spread over seeds (of a ratio, the one from 1), ≈: one that is not.
+SHOWN = {
+    "LoRA² against LoRA": [
+        ("table1", "LoRA² k=1 − LoRA r=1", {"stsb": "−", "mrpc": "−", "cola": "≈"}),
+        ("table1", f"{BASE} − LoRA r=1", {"stsb": "−", "mrpc": "−", "cola": "≈"}),
+        ("table1", "LoRA² k=8 − LoRA r=8", {"stsb": "≈", "mrpc": "≈", "cola": "≈"})],
+    "k = 8": [("table1", "LoRA² k=8 − LoRA² k=1", {"stsb": "+", "mrpc": "+", "cola": "≈"}),
+              ("table1", f"{BASE} − LoRA² k=1", {"stsb": "+", "mrpc": "≈", "cola": "≈"})],
+    "The regulariser": [("table3", "u, v, U, V − no regulariser", {"stsb": "+", "cola": "+"}),
+                        ("table3", "P, Q − no regulariser", {"stsb": "≈", "cola": "≈"})],
+    "All six matrices": [("table4", f"{BASE} − query, key", {"stsb": "+", "cola": "+"}),
+                         ("table4", f"{BASE} − query, value", {"stsb": "+", "cola": "≈"}),
+                         ("table4", f"{BASE} − query, key, value", {"stsb": "+", "cola": "+"}),
+                         ("pruning", f"{BASE} − not pruned", {"stsb": "−", "cola": "−"})],
+    "Eq. 8 and 9": [], "A step": [("table2", "lora2-k1", {"stsb": "≈", "mrpc": "−", "cola": "−"}),
+                                  ("table2", "lora2-k8", {"stsb": "≈", "mrpc": "≈", "cola": "≈"})]}
+
+
+def test_what_the_results_show():
+    """Oracle: the committed tables. A point without an entry above, or one that is no longer true, fails."""
+    points = README.partition("What they show")[2].partition("<!-- results -->")[0]
+    starts = re.findall(r"^- \*(.*?)\*", points, re.MULTILINE)
+    assert all(start.startswith(name) for start, name in zip(starts, SHOWN, strict=True))
+    read = lambda name: readme.read(readme.folder_of("small") / f"{name}.json")["table"]
+    for name, line, signs in sum(SHOWN.values(), []):
+        if name == "table2":
+            parts, zero = {task: cells["time_ratio"][line] for task, cells in read(name).items()}, 1
+        else:
+            entry, = (entry for entry in read(name)["differences"] if entry["difference"] == line)
+            parts, zero = {task: entry[task]["last"] for task in signs}, 0
+        assert signs == {task: "≈" if tables.near(parts[task], zero) else "+−"[parts[task]["mean"] < zero]
+                         for task in signs}, (name, line)
+    seeds = read("table1")["rows"][8]["tasks"]["stsb"]["seeds"].values()
+    assert read("table1")["rows"][8]["row"] == "lora-r8" and min(seed["last"][0] for seed in seeds) < 5
+    chosen = [cells[task]["chosen"]["scale"] for row, cells in read("tune").items() if "lora2" in row
+              for task in ("stsb", "cola", "mrpc")]
+    assert len(chosen) == 9 and chosen.count(max(grids.PRESETS["small"]["scales"])) >= 8
+    eq8 = {entry["measure"]: entry for entry in read("overlap")["overlap"]}
+    for task in ("stsb", "cola"):
+        mean = lambda measure: eq8[measure][task]["mean"]
+        assert mean("kept by both: as many of each matrix") > mean("for scale: as many, Eq. 9 with two seeds")
+        for what in ("nothing", "everything"):
+            assert mean(f"matrices that keep {what}, Eq. 8") > mean(f"matrices that keep {what}, Eq. 9")
 
 
 def test_fences():
