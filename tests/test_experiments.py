@@ -873,7 +873,7 @@ def test_a_tiny_grid_through_train(tiny, tmp_path, monkeypatch, capsys):
     base = grids.PRESETS["small"]["base"]
     assert rows[base]["adapter_parameters"] == [8 * (64 + 12) + 4 * (80 + 12)]   # k = 1, r = 4, two layers
     assert rows[f"{base}-qk"]["adapter_parameters"] == [4 * (64 + 12)]
-    ranks = json.loads((folder / "runs" / "cola" / f"{base}-s0" / "ranks.json").read_text())
+    ranks = json.loads((folder / "runs" / "cola" / f"{base}-lr0.01-scale2-s0" / "ranks.json").read_text())
     assert sum(ranks.values()) == 12 * 3                                         # CoLA's target rank
     for table in ("table4", "overlap", "figure3"):
         assert reproduce.main([table, *argv]) == 0
