@@ -1,6 +1,8 @@
 """What a run has to do with the machine: its device, the other processes of torchrun, Ctrl-C and SIGTERM."""
 import contextlib
+import ctypes
 import os
+import platform
 import signal
 
 import torch
@@ -30,6 +32,26 @@ def join(name):
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     return device, dist.get_rank() if world > 1 else 0, world
+
+
+def keep_freed_memory():
+    """Have malloc keep what a step frees for the next one: a training step on a CPU is 10 to 18 % faster.
+
+    By default glibc hands large blocks back to the system, and gets them back zeroed, page by page. The price
+    is about an eighth more memory. Other systems' malloc is left as it is.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3        # malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+
+
+def emulates_bf16(device):
+    """Whether a device ("cpu", "cuda", ...) has no arithmetic for bf16: such a CPU is far faster in fp32."""
+    if device == "cpu":                                    # 0.65 GFLOP/s in place of 63 without AVX-512
+        return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def leave():

@@ -39,8 +39,13 @@ def set_up(settings, facts=None):
     run = SimpleNamespace(**settings, step=0, evaluations=[], best=None, pruner=None, budget=None,
                           seconds=0.0, started=time.monotonic(), warned=set())
     run.device, run.rank, run.world = processes.join(run.device)
-    bf16 = run.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    run.dtype = run.dtype or ("bf16" if bf16 else "fp32")
+    if run.device.type == "cpu":
+        processes.keep_freed_memory()
+    slow = processes.emulates_bf16(run.device.type)
+    run.dtype = run.dtype or ("bf16" if run.device.type == "cuda" and not slow else "fp32")
+    if slow and run.dtype == "bf16" and run.rank == 0:
+        print(f"warning: this {run.device.type} has no bf16 arithmetic and imitates it, up to 100 times "
+              "slower: give --dtype fp32", file=sys.stderr)
     run.settings = settings | {"dtype": run.dtype}
 
     splits, run.row = load_splits(run, facts)

@@ -14,10 +14,14 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import torch
+
 import options
+import processes
 import runs
 import tables
 
+DTYPE = "fp32" if processes.emulates_bf16("cuda" if torch.cuda.is_available() else "cpu") else "bf16"
 TUNE_SEED = 1000                                           # of the runs that choose, never of a reported one
 PRESETS = {
     "paper": {                                             # train.py's own presets are the authors' settings
@@ -28,13 +32,13 @@ PRESETS = {
                   "run with the task's settings for LoRA², full fine-tuning with a learning rate of 2e-5."]},
     "small": {
         "model": "sentence-transformers/all-MiniLM-L6-v2",
-        "flags": {"limit-train": 2000, "epochs": 6, "dtype": "bf16"},
+        "flags": {"limit-train": 2000, "epochs": 6, "dtype": DTYPE},
         # On CoLA all methods are near chance after 3 epochs: too early to choose by.
         "lrs": (1e-3, 3e-3, 1e-2), "scales": (2, 8), "tuning": {"stsb": {"epochs": 3}},
         "base": "lora2-k1-orthonormal", "timed_steps": 40,
         "notes": ["The first 2,000 training rows, the whole dev set, 6 epochs (3 to choose learning rate "
-                  "and scale on STS-B), bf16 autocast: neither the paper's model nor its data. Tables 3 and "
-                  "4 and what follows are of LoRA² with orthonormal init."]}}
+                  "and scale on STS-B), bf16 autocast where the machine has it: neither the paper's model nor "
+                  "its data. Tables 3 and 4 and what follows are of LoRA² with orthonormal init."]}}
 TUNED = ("Each method has on each task the learning rate and scale with the best score after the last step "
          f"on seed {TUNE_SEED}, which is not reported, of one grid for all (full fine-tuning: a tenth of the "
          "rates).")

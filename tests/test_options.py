@@ -2,6 +2,7 @@
 import inspect
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -107,6 +108,35 @@ def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="process 2 has no GPU, there are 2: give --nproc_per_node=2"):
         processes.join(None)
+
+
+FAULTS = """
+import resource, sys, torch, processes
+if sys.argv[1:]:
+    processes.keep_freed_memory()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    before = faults()
+    torch.ones(25_000_000)
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc")
+def test_freed_memory_is_kept():
+    """Oracle: the system's count of pages it had to bring, for 100 MB that were there a moment ago."""
+    pages = [int(subprocess.run([sys.executable, "-c", FAULTS, *argument], capture_output=True, text=True,
+                                check=True, cwd=ROOT).stdout) for argument in ([], ["keep"])]
+    assert pages[1] < 10 and pages[0] > 40                 # 24,414 pages, or 48 huge ones
+
+
+def test_a_cpu_that_imitates_bf16_is_told(cli, monkeypatch):
+    """Oracle: by hand: fp32 says nothing and is the default; bf16 is what the user asked for, and is done."""
+    for imitates, dtype, told in (True, "bf16", True), (False, "bf16", False), (True, None, False):
+        monkeypatch.setattr(processes, "emulates_bf16", lambda device: imitates)
+        done = cli.tiny("--max-steps 2", *(["--dtype", dtype] if dtype else []), "--overwrite", out="run")
+        assert done.status == 0
+        assert ("no bf16 arithmetic and imitates it" in done.err) == told
 
 
 PEAK = """
