@@ -35,6 +35,7 @@ import bench_peers as peers
 import bench_steps as steps
 import data
 import options
+import processes
 import tasks
 import train
 from bench_table import ROWS, paired, profile_table, report, saved_table, summary, worst
@@ -268,6 +269,7 @@ def circumstances(job, words):
             "dtype": job.dtype, "B": job.B, "T": job.T, "compile": job.compile, "rounds": job.rounds,
             "dropout": {name: job.config[name] for name in job.config if "dropout" in name},
             "pruning": "a new selection at every step, ours and peft's",
+            "memory": "malloc keeps what is freed, as train.py has it do on a CPU, for ours and the peers",
             "own AdaLoRA": "adapter by adapter, as it is to be read: nothing of it is batched"}
 
 
@@ -370,6 +372,8 @@ def main(argv=None):
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if job.device == "cpu":
+        processes.keep_freed_memory()
     if job.growth:
         import bench_growth
         return bench_growth.main(job, circumstances(job, words))
