@@ -55,7 +55,7 @@ def test_gradients_by_finite_differences():
     """Oracle: torch.autograd.gradcheck, of all five arguments. A gradient of a gradient is refused."""
     torch.manual_seed(0)
     given = [torch.randn(shape, dtype=torch.float64, requires_grad=True)
-             for shape in ((2, 4, 5), (3, 5), (3,), (2, 5), (2, 3))]
+             for shape in ((4, 5), (3, 5), (3,), (5, 2), (2, 3))]
     assert torch.autograd.gradcheck(LinearWithUpdate.apply, given)
     (dx,) = torch.autograd.grad(LinearWithUpdate.apply(*given).square().sum(), given[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -250,7 +250,6 @@ class Count(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         returns = function._schema.returns
         view = returns and returns[0].alias_info and not returns[0].alias_info.is_write
-        view = view or function is torch.ops.aten._unsafe_view.default         # copies nothing either
         makes = isinstance(out, torch.Tensor) and not view
         self.n += bool(makes and out.numel() >= self.size)
         return out
