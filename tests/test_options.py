@@ -124,9 +124,13 @@ print(faults() - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc")
 def test_freed_memory_is_kept():
-    """Oracle: the system's count of pages it had to bring, for 100 MB that were there a moment ago."""
-    pages = [int(subprocess.run([sys.executable, "-c", FAULTS, *argument], capture_output=True, text=True,
-                                check=True, cwd=ROOT).stdout) for argument in ([], ["keep"])]
+    """Oracle: the system's count of pages it had to bring, for 100 MB that were there a moment ago.
+
+    The least of four: where the system lies in the way of the heap, glibc takes large blocks elsewhere.
+    """
+    pages = [min(int(subprocess.run([sys.executable, "-c", FAULTS, *argument], capture_output=True, text=True,
+                                    check=True, cwd=ROOT).stdout) for _ in range(4))
+             for argument in ([], ["keep"])]
     assert pages[1] < 10 and pages[0] > 40                 # 24,414 pages, or 48 huge ones
 
 
