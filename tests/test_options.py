@@ -2,7 +2,6 @@
 import inspect
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -108,30 +107,6 @@ def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="process 2 has no GPU, there are 2: give --nproc_per_node=2"):
         processes.join(None)
-
-
-FAULTS = """
-import resource, sys, torch, processes
-if sys.argv[1:]:
-    processes.keep_freed_memory()
-faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(4):
-    before = faults()
-    torch.ones(25_000_000)
-print(faults() - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc")
-def test_freed_memory_is_kept():
-    """Oracle: the system's count of pages it had to bring, for 100 MB that were there a moment ago.
-
-    The least of four: where the system lies in the way of the heap, glibc takes large blocks elsewhere.
-    """
-    pages = [min(int(subprocess.run([sys.executable, "-c", FAULTS, *argument], capture_output=True, text=True,
-                                    check=True, cwd=ROOT).stdout) for _ in range(4))
-             for argument in ([], ["keep"])]
-    assert pages[1] < 10 and pages[0] > 40                 # 24,414 pages, or 48 huge ones
 
 
 def test_a_cpu_that_imitates_bf16_is_told(cli, monkeypatch):
