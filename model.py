@@ -51,6 +51,7 @@ class Dropout(nn.Dropout):
         dropped = min(round(self.p * 2**16), 2**16 - 1)    # of the 65,536 numbers
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None)      # 4 × 16 in each
         keep = bits.view(torch.int16)[:x.numel()].view(x.shape) >= dropped - 2**15
+        keep = keep.view(torch.int8)                       # which becomes x's dtype twice as fast as a bool
         return (x * keep).mul_(2**16 / (2**16 - dropped))  # backward needs `keep` alone: a byte each
 
 

@@ -43,7 +43,7 @@ def keep_freed_memory():
     if platform.libc_ver()[0] == "glibc":
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3        # malloc.h
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)                 # never: a step may free more than 2 GB
         libc.mallopt(M_MMAP_THRESHOLD, 2**30)
 
 

@@ -199,12 +199,14 @@ def profile(function, device="cpu"):
     """Where one call spends its time: [{"operation", "calls", "seconds", "GFLOP/s"}], the longest first.
 
     The time in an operation itself, without those it calls; on a GPU that of its kernels. GFLOP/s is 0 where
-    the profiler knows no count: it knows those of matrix products.
+    the profiler knows no count: it knows those of matrix products. Of three profiled calls it is the last:
+    the first two take fresh memory, also for the profiler, and the time for that would be charged to whatever
+    operation touches it first.
     """
     kinds, on_gpu = torch.profiler.ProfilerActivity, device == "cuda"
-    function()                                             # makes plans and allocates
-    with torch.profiler.profile(activities=[kinds.CPU] + [kinds.CUDA] * on_gpu, with_flops=True) as seen:
-        function()
+    for _ in range(3):
+        with torch.profiler.profile(activities=[kinds.CPU] + [kinds.CUDA] * on_gpu, with_flops=True) as seen:
+            function()
     table = []
     for op in seen.key_averages():
         seconds = (op.self_device_time_total if on_gpu else op.self_cpu_time_total) / 1e6

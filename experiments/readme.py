@@ -215,13 +215,17 @@ def tuning_table(rows, preset, tasks):
     if not path.exists():
         return ""
     tuned, listed = read(path)["table"], lambda values: ", ".join(f"{value:g}" for value in values)
+    source = {task: grids.tuned_on(grids.PRESETS[preset], task) for task in tasks}
+    tasks = [task for task in tasks if source[task] == task]
     lines = [[row["label"].replace(" init", ""),
               *(listed(tuned[row["row"]][task]["chosen"].values()) for task in tasks)] for row in rows]
     tried = lambda name: listed(sorted({one[name] for row in tuned if row != "full" for task in tasks
                                         for one in tuned[row][task]["tried"] if name in one}))
+    shared = "".join(f"{named([task])} has what was chosen on {named([other])}. "
+                     for task, other in source.items() if task != other)
     base = grids.row_of(grids.PRESETS[preset]["base"])[0]
     about = (f"The best of learning rates {tried('lr')} (full fine-tuning: a tenth) and scales "
-             f"{tried('scale')}. All scores: [tune.json]({from_root(path)}). From Table 3 on all rows have "
+             f"{tried('scale')}. {shared}All scores: [tune.json]({from_root(path)}). From Table 3 on all rows have "
              f"what was chosen for {base}: for the others nothing was.")
     return f"{tables.markdown(['learning rate, scale', *map(named, zip(tasks))], lines)}\n{prose(about)}\n"
 

@@ -179,9 +179,12 @@ def run_grid(args):
 
 def list_grid(grid):
     """--dry-run: the state and the command of every run."""
+    listed = set()                                         # two tasks may share their tuning
     for task in grid.tasks:
-        tuning, reported = grids.tuning_cells(grid, task), grids.reported_cells(grid, task)
-        for cell in tuning + reported:
+        reported = grids.reported_cells(grid, task)
+        cells = [cell for cell in grids.tuning_cells(grid, task) + reported if cell not in listed]
+        listed.update(cells)
+        for cell in cells:
             state = "done  " if grids.read(cell) else "resume" if grids.resumable(cell) else "to run"
             line = ["python", "train.py", *grids.command_line(cell.flags), "--out", str(cell.folder)]
             print(state, shlex.join(line))
@@ -195,16 +198,17 @@ def list_grid(grid):
 def tune_table(grid):
     """What each row scored over its grid: (dict for JSON, Markdown)."""
     table, lines = {row: {} for row in grid.rows}, []
-    for row, task in itertools.product(grid.rows, grid.tasks):
+    tasks = dict.fromkeys(grids.tuned_on(grid.preset, task) for task in grid.tasks)
+    for row, task in itertools.product(grid.rows, tasks):
         tried = [tuned | {which: 100 * result[which]["score"] for which in tables.WHICH}
                  for tuned, cell in grids.tunings(grid, row, task) if (result := grids.read(cell))]
         table[row][task] = {"chosen": grids.choose(grid, row, task), "tried": tried}
-    for row, tasks in table.items():
+    for row, cells in table.items():
         cells = [", ".join(f"{name} {value:g}" for name, value in cell["chosen"].items())
                  + f" ({max(one['last'] for one in cell['tried']):.2f}, of {len(cell['tried'])})"
-                 if cell["tried"] else "not run" for cell in tasks.values()]
+                 if cell["tried"] else "not run" for cell in cells.values()]
         lines.append([grids.row_of(row)[0], *cells])
-    head = ["chosen (score, of how many runs)", *(tables.COLUMNS[task][0] for task in grid.tasks)]
+    head = ["chosen (score, of how many runs)", *(tables.COLUMNS[task][0] for task in tasks)]
     return table, tables.markdown(head, lines)
 
 
@@ -248,8 +252,8 @@ def write_table(args):
     table, text = contents(grid, found)
     results = [result for some in found.values() for _, result in some.values()]
     if grid.table == "tune":
-        results = [result for task in grid.tasks for cell in grids.tuning_cells(grid, task)
-                   if (result := grids.read(cell))]
+        cells = dict.fromkeys(cell for task in grid.tasks for cell in grids.tuning_cells(grid, task))
+        results = [result for cell in cells if (result := grids.read(cell))]
     facts = {name: sorted({str(result.get(name)) for result in results})
              for name in ("device", "dtype", "threads", "torch", "python", "date")}
     facts["date"] = list(dict.fromkeys(facts["date"][:1] + facts["date"][-1:]))        # the first, the last

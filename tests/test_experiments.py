@@ -74,8 +74,9 @@ def grid_of(tmp_path, *argv):
 
 
 def all_cells(grid):
-    return [cell for task in grid.tasks
-            for cell in grids.tuning_cells(grid, task) + grids.reported_cells(grid, task)]
+    """Each once: two tasks may share their tuning."""
+    return list(dict.fromkeys(cell for task in grid.tasks for cell in (
+        grids.tuning_cells(grid, task) + grids.reported_cells(grid, task))))
 
 
 @pytest.fixture
@@ -88,7 +89,8 @@ def ran(monkeypatch):
         calls.append((cell.row, cell.task, cell.seed, resume))
         good = 0.5 + 0.01 * cell.seed % 1 if cell.seed < 1000 else 0.1 + 10 * flags.get("lr", 0)
         kept = {"layer.0.output.dense": [0, 1], "layer.1.output.dense": [cell.seed % 3]}
-        write_run(cell, result_of(cell, cola(good), cola(good - 0.1)), kept)
+        best, last = ({"dev": {"matthews": value, "accuracy": value}} for value in (good, good - 0.1))
+        write_run(cell, result_of(cell, best, last), kept)
         return 0, "no message"
 
     monkeypatch.setattr(reproduce, "execute", execute)
@@ -311,6 +313,27 @@ def test_choice(tmp_path):
     assert {dict(cell.flags)["lr"] for cell in grids.reported_cells(grid, "cola")} == {cells[1][0]["lr"]}
     paper = grid_of(tmp_path, "table3", "--tasks", "cola")
     assert grids.choose(paper, "lora2-k1", "cola") == {}
+
+
+def test_a_task_may_have_the_tuning_of_another(tmp_path, ran, capsys):
+    """Oracle: by hand. On RTE nothing is chosen: its runs have what MRPC chose, and a scale is alpha over
+    RTE's own r = 4; MRPC's runs are made once, for both tasks, and tune.json shows them under MRPC."""
+    argv = ["table1", "--preset", "small", "--tasks", "rte", "--seeds", "0", "--out", str(tmp_path)]
+    assert reproduce.main(argv) == 0
+    grid = grid_of(tmp_path, *argv[:-2])
+    chosen, count = grids.choose(grid, "lora2-k1", "mrpc"), len(grids.tuning_cells(grid, "mrpc"))
+    assert [call[1] for call in ran] == ["mrpc"] * count + ["rte"] * len(grid.rows)
+    cell = next(cell for cell in grids.reported_cells(grid, "rte") if cell.row == "lora2-k1")
+    settings = grids.settings_of(cell.flags)
+    assert (settings["task"], settings["r"], settings["lr"]) == ("rte", 4, chosen["lr"])
+    assert settings["alpha"] == 4 * chosen["scale"]
+    ran.clear()
+    assert reproduce.main(["tune", *argv[1:4], "mrpc,rte", *argv[5:]]) == 0 and ran == []
+    tune = json.loads((grid.folder / "tune.json").read_text(encoding="utf-8"))
+    assert tune["table"]["lora2-k1"].keys() == {"mrpc"} and tune["runs"] == count
+    capsys.readouterr()
+    reproduce.main(["table1", *argv[1:4], "mrpc,rte", *argv[5:], "--dry-run"])
+    assert capsys.readouterr().out.count("--seed 1000 ") == count
 
 
 # --- what is trusted ----------------------------------------------------------------------------------------
