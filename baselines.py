@@ -103,7 +103,7 @@ class AdaLoRAPruner(RankPruner):
                             for lam, P, Q in zip(S[0::3], S[1::3], S[2::3])])
 
 
-class SparseGates:
+class SparseGates(nn.Module):
     """SoRA's sparsifier, called like a pruner: the proximal step of ξ‖g‖₁ after each optimizer step.
 
     That is the soft threshold g ← sign(g) · max(|g| − ξ, 0). (The released code shrinks first and then zeroes
@@ -112,6 +112,7 @@ class SparseGates:
     """
 
     def __init__(self, model, threshold):
+        super().__init__()                                 # it keeps nothing: the gates are parameters
         if not 0 <= threshold < math.inf:
             raise ValueError(f"threshold = {threshold!r}: give 0 or a positive number")
         self.layers, self.threshold = lora2_layers(model), threshold
@@ -126,12 +127,6 @@ class SparseGates:
     def kept(self):
         """{adapter: gates that are not 0}."""
         return {name: int((layer.gate != 0).sum()) for name, layer in self.layers}
-
-    def state_dict(self):
-        return {}                                          # it keeps nothing: the gates are parameters
-
-    def load_state_dict(self, state):
-        pass
 
 
 LAYERS = {"lora2": FastLoRA2Linear, "lora": LoRALinear, "adalora": AdaLoRALinear, "sora": SoRALinear}

@@ -44,11 +44,15 @@ class LinearWithUpdate(torch.autograd.Function):
         return dx, dW, db, (dz @ x).T, z @ dy
 
 
+def product_dtype(x):
+    """The dtype in which nn.Linear would multiply x: its own, or autocast's where that is on."""
+    cast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if cast else x.dtype
+
+
 def linear_with_update(base, x, down, up):
     """base(x) + x down up for an nn.Linear: x (..., d_in) → (..., d_out), in the dtype of base(x)."""
-    kind, dtype = x.device.type, x.dtype
-    if torch.is_autocast_enabled(kind) and dtype != torch.float64:             # as autocast treats nn.Linear
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = product_dtype(x)
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
         return base(x) + x.to(dtype) @ down.to(dtype) @ up.to(dtype)           # hooks are to see the base
     W, b = getattr(base, "cast", {}).get(dtype, (base.weight, base.bias))
@@ -99,10 +103,8 @@ def shared_updates(model):
         for (*_, scale), layers in shapes.items():
             v, u, lam, U, V = (torch.stack([getattr(layer, name) for layer in layers])
                                for name in ("v", "u", "lam", "U", "V"))
-            kind, dtype = v.device.type, v.dtype
-            if torch.is_autocast_enabled(kind) and dtype != torch.float64:
-                dtype = torch.get_autocast_dtype(kind)
-            with torch.autocast(kind, enabled=False):
+            dtype = product_dtype(v)
+            with torch.autocast(v.device.type, enabled=False):
                 up = scale * (u * lam[:, None]) @ U @ V                        # (n, k, k) @ (n, k, d_out)
             for layer, *pair in zip(layers, v.to(dtype).unbind(), up.to(dtype).unbind()):
                 layer.shared = pair

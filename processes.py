@@ -16,8 +16,11 @@ def join(name):
 
     The device of that name, or the first there is of cuda, mps and cpu; each process has a GPU of its own.
     """
-    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    wanted, local, gpus = name or found, int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    world, local = (int(os.environ.get(name, default)) for name, default in (
+        ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+    has_mps = torch.backends.mps.is_available() and world == 1                 # gloo knows no mps
+    found = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    wanted, gpus = name or found, torch.cuda.device_count()
     if wanted == "cuda" and 0 < gpus <= local:
         raise ValueError(f"process {local} has no GPU, there are {gpus}: give --nproc_per_node={gpus}")
     try:
@@ -25,8 +28,10 @@ def join(name):
         device = torch.zeros(1, device=gpu if wanted == "cuda" else wanted).device
         assert device.type in ("cuda", "mps", "cpu")
     except (RuntimeError, AssertionError) as e:            # unknown, absent, or torch was built without it
-        raise ValueError(f"--device {wanted} cannot be used here: leave it out or give {found}") from e
-    world, on_gpu = int(os.environ.get("WORLD_SIZE", "1")), device.type == "cuda"
+        why = f" ({one_line(e, 100)})" if str(e) else ""
+        other = found if wanted != found else "another, such as cpu"           # a GPU that is full or busy
+        raise ValueError(f"--device {wanted} cannot be used here{why}: give {other}") from e
+    on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():

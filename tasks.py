@@ -66,7 +66,7 @@ TASKS = {
     "mrpc": Task("MRPC", dict(train=3668, dev=408, test=1725), ("#1 String", "#2 String"), "Quality", BINARY,
                  ("accuracy", "f1"), submissions={"test": "MRPC.tsv"},
                  downloads={f"senteval/senteval_data/{MSR_TRAIN}": MSR_TRAIN,
-                            f"senteval/senteval_data/{MSR_TEST}": MSR_TEST,
+                            f"senteval/senteval_data/{MSR_TEST}": "test.tsv",
                             "glue/data/mrpc_dev_ids.tsv": DEV_IDS},
                  originals={"train": (MSR_TRAIN, False), "dev": (MSR_TRAIN, True), "test": (MSR_TEST, None)}),
     "qqp": Task("QQP", dict(train=363846, dev=40430, test=390965), ("question1", "question2"), "is_duplicate",

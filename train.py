@@ -86,6 +86,7 @@ def set_up(settings, facts=None):
         fast.cast_frozen(net, torch.bfloat16)
     if run.compile:                                        # after its limit, 8 shapes, torch stops compiling
         torch._dynamo.config.recompile_limit = 64
+        models.relative_rows = torch.compiler.disable(models.relative_rows)    # a plan, made once a length
     run.forward = torch.compile(net) if run.compile else net
     return run
 
@@ -99,10 +100,10 @@ def load_splits(run, facts):
         splits = {name: tasks.read_split(path, task) for name, path in files if path}
     else:
         task = tasks.get_task(run.task)
-        if task.downloads and not (Path(run.data_dir) / task.folder).exists():
-            if run.rank == 0:
+        if task.downloads:
+            if run.rank == 0 and not (Path(run.data_dir) / task.folder).exists():
                 tasks.fetch_task(task, run.data_dir)
-            processes.wait_for_all()
+            processes.wait_for_all()                       # all of them, whatever each finds there by now
         if facts and not task.make:                        # to evaluate, train.tsv need not be there
             task = task._replace(rows={name: n for name, n in task.rows.items() if name != "train"})
         splits = data.load_task(task, run.data_dir)
@@ -263,8 +264,9 @@ def evaluate(run, signals=None):
     predictions = {name: predict(run, examples, signals) for name, examples in run.data.items()
                    if name != "train"}
     show.warn_if_equal(run, predictions)
-    score = lambda name: data.metrics(run.row, predictions[name], run.data[name].labels)
-    return {name: score(name) for name in predictions}, predictions
+    scores = {name: data.metrics(run.row, predicted, run.data[name].labels)
+              for name, predicted in predictions.items()}
+    return scores, predictions
 
 
 def evaluate_and_keep(run, log, signals):

@@ -73,7 +73,7 @@ def figure3(found, labels, stem):
     """Figure 3 from finished runs (as in tables.py), mean over seeds: draws it; (dict for JSON, Markdown)."""
     table, text, panels = {}, "", []
     for (row, task), some in found.items():
-        counts = [tables.load(folder, "ranks.json") for folder, _ in some.values()]
+        counts = list(tables.load_alike(some, "ranks.json", int).values())
         mean = {name: sum(one[name] for one in counts) / len(counts) for name in (counts or [{}])[0]}
         r = max((result["settings"]["r"] for _, result in some.values()), default=None)
         title = f"{tables.COLUMNS[task][0]}, {labels[row]}"
@@ -100,9 +100,12 @@ def read_run(folder):
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         title, r = f"{result['task']}, {result['method']}", result["settings"]["r"]
         ranks = folder / "ranks.json"
-        kept = json.loads(ranks.read_text(encoding="utf-8")) if ranks.exists() else None
+        kept = dict(json.loads(ranks.read_text(encoding="utf-8"))) if ranks.exists() else None
+        if kept is not None and not (kept and type(r) is int and all(type(n) is int for n in kept.values())):
+            raise ValueError("ranks.json or r holds no counts")
         lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        log = [record for record in map(json.loads, filter(str.strip, lines)) if "loss" in record]
+        log = [record for record in map(json.loads, filter(str.strip, lines))
+               if "loss" in record and record["step"]]
     except FileNotFoundError as e:
         raise ValueError(f"{e.filename} is missing: give the folder of a finished run of train.py") from e
     except (OSError, ValueError, KeyError, TypeError) as e:

@@ -127,6 +127,7 @@ def number(part, digits, spread=True, sign=""):
     if part is None:
         return "not run"
     std = f"±{part['std']:.{digits}f}" if spread and part["std"] is not None else ""
+    std = " (1 run)" if part["std"] is None else std       # whether that is much nobody can say
     return f"{part['mean']:{sign}.{digits}f}{std}".replace("-", "−")
 
 
@@ -290,9 +291,9 @@ def glue(old=None):
     took = []
     for preset in grids.PRESETS:
         content = read(folder_of(preset) / "table1.json") or {"runs": 0}
-        peak = content.get("peak_memory_gb")
-        memory = f"at most {peak} GB of memory" if peak else "memory not measured"
         tuned = read(folder_of(preset) / "tune.json") or {"runs": 0, "hours": 0}
+        peak = max(one.get("peak_memory_gb") or 0 for one in (content, tuned))
+        memory = f"at most {peak} GB of memory where it was measured" if peak else "memory not measured"
         more = f" after {tuned['runs']} in {tuned['hours']} to choose rates and scales" * bool(tuned["runs"])
         took.append(f"{content['runs']} runs in {content['hours']} hours{more}, {memory}, "
                     f"{facts_of([content])}" if content["runs"] else "not run")

@@ -86,6 +86,19 @@ def whole(folder, name):
         raise ValueError(f"{folder / name} is missing or damaged: remove {folder} and run it again") from e
 
 
+def load_alike(runs, name, kind):
+    """{key: {matrix: value}} from a file of each of the runs {key: (folder, result)}: ValueError unless all
+    are of the same matrices and all values of type `kind`, or a mean would silently be of some."""
+    contents = {}
+    for key, (folder, _) in runs.items():
+        contents[key] = load(folder, name)
+        with whole(folder, name):
+            if contents[key].keys() != next(iter(contents.values())).keys() or not all(
+                    isinstance(value, kind) for value in contents[key].values()):
+                raise ValueError("other matrices than in the first run, or no values")
+    return contents
+
+
 # --- Tables 1, 3, 4 and their like: scores ------------------------------------------------------------------
 
 def score_rows(found, rows, labels, tasks, paper):
@@ -125,7 +138,7 @@ def score_markdown(table, tasks):
         if entry["paper"]:
             scores = {task: entry["paper"]["scores"].get(task, [None]) for task in tasks}
             cells = [" / ".join("–" if x is None else f"{x:.2f}" for x in scores[task]) for task in tasks]
-            known = all(any(x is not None for x in columns) for columns in scores.values())
+            known = all(x is not None for columns in scores.values() for x in columns)     # else another mean
             lines.append(["", entry["paper"].get("parameters", ""), "paper", *cells,
                           f"{average(scores):.2f}" if known else "–"])
     head = ["", "adapter parameters", "", *(COLUMNS[task][0] for task in tasks), f"average of {len(tasks)}"]
@@ -165,8 +178,11 @@ def time_table(found, rows, labels, tasks, paper):
     and the last one counts.
     """
     def speed(folder):
-        lines = [line for line in load(folder, "log.jsonl") if "loss" in line and line["step"] > 1]
         with whole(folder, "log.jsonl"):
+            lines = [line for line in load(folder, "log.jsonl") if "loss" in line and line["step"] > 1]
+            for a, b in itertools.pairwise(lines):         # a run that went on after a stop counts anew
+                if not (a["tokens"] < b["tokens"] and a["seconds"] < b["seconds"]):
+                    raise ValueError("tokens or seconds go back")
             first, *_, last = lines
             return (last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"])
 
@@ -209,8 +225,9 @@ def overlap_table(found, rows, tasks):
     part = lambda kept, n: 100 * sum(len(indices) == n for indices in kept.values()) / len(kept)
     table = {}
     for task in tasks:
-        a, b = ({seed: load(folder, "kept.json") for seed, (folder, _) in found[row, task].items()}
-                for row in rows)
+        kept = load_alike({(row, seed): run for row in rows for seed, run in found[row, task].items()},
+                          "kept.json", list)
+        a, b = ({seed: one for (of, seed), one in kept.items() if of == row} for row in rows)
         r = [result["settings"]["r"] for row in rows for _, result in found[row, task].values()][:1]
         both, two = [seed for seed in a if seed in b], list(itertools.combinations(a.values(), 2))
         lines = {"kept by both: the very same singular values": [shared(a[seed], b[seed]) for seed in both],

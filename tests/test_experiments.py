@@ -27,6 +27,7 @@ import readme
 import reproduce
 import runs
 import tables
+import tasks
 
 PAPER = reproduce.PAPER
 SCORES = {"dev": {"matthews": 0.5, "pearson": 0.8, "spearman": 0.7, "accuracy": 0.75, "f1": 0.6},
@@ -297,7 +298,17 @@ def test_timings_are_interleaved(tmp_path):
     args = parse(tmp_path, "table2", "--tasks", "cola", "--seeds", "0,1", "--jobs", "4")
     cells = grids.reported_cells(args.grid, "cola")
     assert [(cell.seed, cell.row) for cell in cells] == [(s, row) for s in (0, 1) for row in args.grid.rows]
-    assert args.jobs == 1 and {dict(cell.flags)["max-steps"] for cell in cells} == {200}
+    steps = grids.PRESETS["paper"]["timed_steps"]
+    assert args.jobs == 1 and {dict(cell.flags)["max-steps"] for cell in cells} == {steps}
+
+
+@pytest.mark.parametrize("preset", grids.PRESETS)
+def test_no_evaluation_is_timed(preset, tmp_path):
+    """Oracle: the official numbers of rows: a timed run ends before its first epoch does."""
+    grid = grid_of(tmp_path, "table2", "--preset", preset)
+    for settings in [grids.settings_of(c.flags) for task in grid.tasks for c in grids.reported_cells(grid, task)]:
+        rows = min(tasks.TASKS[settings["task"]].rows["train"], settings["limit_train"] or math.inf)
+        assert settings["max_steps"] < rows / settings["batch_size"]
 
 
 def test_choice(tmp_path):
@@ -442,12 +453,30 @@ def test_models_and_data_of_one_name_are_told_apart(what, words, tmp_path, capsy
     assert said.count("\n") == 1 and words in said and all(str(cells[i].folder) in said for i in (1, 3))
 
 
+def test_nothing_is_chosen_by_runs_on_another_model(tmp_path, capsys):
+    """Oracle: status 2 and one line that names a folder of the tuning and one of the reported runs."""
+    argv = ["table4", "--preset", "small", "--tasks", "cola", "--seeds", "0", "--out", str(tmp_path), "--no-run"]
+    grid = grid_of(tmp_path, *argv[:-3])
+    for cell in grids.tuning_cells(grid, "cola"):
+        write_run(cell, result_of(cell) | {"base": "a"})
+    cell = grids.reported_cells(grid, "cola")[0]
+    write_run(cell, result_of(cell) | {"base": "b"})
+    assert reproduce.main(argv) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "different models" in said and str(cell.folder) in said and "tune" in said
+
+
 @pytest.mark.parametrize("table, name, content", [
     ("table2", "log.jsonl", ""), ("table2", "log.jsonl", '{"step": 3, "loss": 1.0}\n'),
     ("table2", "log.jsonl", '{"step": 3, "loss": 1.0, "seconds": 1.0}\n' * 2), ("table2", "log.jsonl", "{"),
     ("table2", "log.jsonl", '{"step": 3, "loss": 1.0, "tokens": 7, "seconds": 1.0}\n' * 2),
+    ("table2", "log.jsonl", "7\n" * 3), ("table2", "log.jsonl", '{"loss": 1.0}\n' * 3),
+    ("table2", "log.jsonl", "".join(f'{{"step": {step}, "loss": 1.0, "tokens": {n}, "seconds": {n}}}\n'
+                                    for step, n in ((10, 7), (20, 9), (23, 1), (30, 12)))),      # went on
     ("overlap", "kept.json", "[]"), ("overlap", "kept.json", "{}"), ("overlap", "kept.json", "{"),
-    ("figure3", "ranks.json", "[]"), ("figure3", "ranks.json", "{}")])
+    ("overlap", "kept.json", '{"layer.0.output.dense": 1, "layer.1.output.dense": []}'),
+    ("figure3", "ranks.json", "[]"), ("figure3", "ranks.json", "{}"),
+    ("figure3", "ranks.json", '{"layer.0.output.dense": "2", "layer.1.output.dense": 1}')])
 def test_damaged_files_beside_a_result(table, name, content, tmp_path, ran, capsys):
     """Oracle: status 2 and one line with the file and what to do."""
     if table == "figure3":
@@ -460,6 +489,31 @@ def test_damaged_files_beside_a_result(table, name, content, tmp_path, ran, caps
     assert reproduce.main(argv) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and str(path) in said and "run it again" in said
+
+
+@pytest.mark.parametrize("table, name", [("overlap", "kept.json"), ("figure3", "ranks.json")])
+@pytest.mark.parametrize("spoilt", [0, 1])
+def test_a_matrix_that_one_run_lacks(table, name, spoilt, tmp_path, ran, capsys):
+    """Oracle: status 2 and one line, whichever run it is: a mean would be of fewer runs than it says."""
+    if table == "figure3":
+        pytest.importorskip("matplotlib")
+    argv = [table, "--tasks", "cola", "--seeds", "0,1", "--out", str(tmp_path)]
+    assert reproduce.main(argv) == 0
+    path = grids.reported_cells(grid_of(tmp_path, *argv[:-2]), "cola")[spoilt].folder / name
+    path.write_text(json.dumps({"layer.0.output.dense": [0] if table == "overlap" else 1}))
+    capsys.readouterr()
+    assert reproduce.main(argv) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and name in said and "run it again" in said
+
+
+def test_what_is_timed_is_never_resumed(tmp_path, ran):
+    """Oracle: the list of runs. After a stop a log counts tokens and seconds anew; a speed across that would
+    be of no run."""
+    argv = ["table2", "--tasks", "cola", "--seeds", "0", "--out", str(tmp_path)]
+    for cell in grids.reported_cells(grid_of(tmp_path, *argv[:-2]), "cola"):
+        begin(cell)
+    assert reproduce.main(argv) == 0 and [call[3] for call in ran] == [False] * 3
 
 
 def begin(cell, **settings):
@@ -836,6 +890,9 @@ def test_heat_map_shows_the_counts():
     (lambda f: (f / "log.jsonl").write_text(""), "has no line about a step"),
     (lambda f: (f / "log.jsonl").write_text('{"step": 1, "lo'), "damaged"),
     (lambda f: (f / "result.json").write_text("{}"), "damaged"),
+    (lambda f: (f / "log.jsonl").write_text('{"loss": 1}'), "damaged"),
+    (lambda f: (f / "ranks.json").write_text("[]"), "damaged"),
+    (lambda f: (f / "ranks.json").write_text('{"classifier": "x"}'), "damaged"),
     (lambda f: (f / "ranks.json").write_text('{"classifier": 3}'), "is no count")])
 def test_a_folder_without_the_files(spoil, says, tmp_path, capsys):
     """Oracle: status 2 and one line "error: ..."."""

@@ -100,6 +100,25 @@ def test_the_device_is_the_first_there_is(monkeypatch, cuda, mps, wanted):
     assert processes.join("cpu")[0].type == "cpu" and asked == [wanted, "cpu"]
 
 
+def test_torchrun_on_a_mac_takes_the_cpu(monkeypatch):
+    """Oracle: torch.distributed's table of backends: none of them knows mps."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert processes.join(None) == (torch.device("cpu"), 1, 2)
+
+
+def test_a_gpu_that_is_full(monkeypatch):
+    """Oracle: torch's own words for why, and a way out that is not the same device once more."""
+    def zeros(n, device):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with pytest.raises(ValueError, match="--device cuda .*out of memory.*: give another, such as cpu"):
+        processes.join(None)
+
+
 def test_more_processes_than_gpus(monkeypatch):
     """Oracle: by hand: the third process of a machine with two GPUs, before anything is asked of them."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
