@@ -17,6 +17,7 @@ import termios
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -599,6 +600,22 @@ def test_one_of_two_processes_is_stopped(cli, monkeypatch):
     assert runs.load_state("run")["step"] == 10
     assert [status for status, *_ in processes("--resume run")] == [0, 0]
     assert outcome("run") == outcome("whole")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("there", [True, False])
+def test_all_processes_wait_for_a_fetched_task(rank, there, tmp_path, monkeypatch):
+    """Oracle: one barrier for each process, whether it comes before or after the folder is there: one that
+    passes by would leave the others waiting. The first one alone fetches, and only what is missing."""
+    calls = []
+    monkeypatch.setattr(train.tasks, "fetch_task", lambda task, folder: calls.append("fetch"))
+    monkeypatch.setattr(train.processes, "wait_for_all", lambda: calls.append("wait"))
+    if there:
+        (tmp_path / "RTE").mkdir()
+    run = SimpleNamespace(dev_file=None, task="rte", data_dir=tmp_path, rank=rank)
+    with pytest.raises(FileNotFoundError):                 # there is nothing in it
+        train.load_splits(run, None)
+    assert calls == ["fetch"] * (rank == 0 and not there) + ["wait"]
 
 
 @pytest.mark.slow
