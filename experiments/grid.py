@@ -38,11 +38,13 @@ PRESETS = {
         # On CoLA all methods are near chance after 3 epochs: too early to choose by. On RTE they are after
         # 6, and its dev set has 277 rows: the best of six such runs would be luck.
         "lrs": (1e-3, 3e-3, 1e-2), "scales": (2, 8), "tuning": {"stsb": {"epochs": 3}},
-        "tuned_on": {"rte": "mrpc"}, "base": "lora2-k1-orthonormal", "timed_steps": 40,
+        "tuned_on": {"rte": "mrpc"},
+        "base": "lora2-k1-orthonormal", "timed_steps": 40,
         "notes": ["The first 2,000 training rows, the whole dev set, 6 epochs (3 to choose learning rate "
                   "and scale on STS-B), bf16 autocast where the machine has it: neither the paper's model "
                   "nor its data. RTE has MRPC's learning rates and scales: on this model it is too near "
-                  "chance to choose any. Tables 3 and 4 and what follows are of LoRA² with orthonormal init."]}}
+                  "chance to choose any. Tables 3 and 4 and what follows are of LoRA² with orthonormal "
+                  "init."]}}
 TUNED = ("Each method has on each task the learning rate and scale with the best score after the last step "
          f"on seed {TUNE_SEED}, which is not reported, of one grid for all (full fine-tuning: a tenth of the "
          "rates).")

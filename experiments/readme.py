@@ -226,8 +226,8 @@ def tuning_table(rows, preset, tasks):
                      for task, other in source.items() if task != other)
     base = grids.row_of(grids.PRESETS[preset]["base"])[0]
     about = (f"The best of learning rates {tried('lr')} (full fine-tuning: a tenth) and scales "
-             f"{tried('scale')}. {shared}All scores: [tune.json]({from_root(path)}). From Table 3 on, every row "
-             f"uses what was chosen for {base}; the variants were not tuned separately.")
+             f"{tried('scale')}. {shared}All scores: [tune.json]({from_root(path)}). From Table 3 on, every "
+             f"row uses what was chosen for {base}; the variants were not tuned separately.")
     return f"{tables.markdown(['learning rate, scale', *map(named, zip(tasks))], lines)}\n{prose(about)}\n"
 
 

@@ -396,8 +396,8 @@ def test_fetch(server, tmp_path, capsys):
 
 
 def test_fetch_mrpc(server, tmp_path):
-    """Oracle: three plain files, from two places, under the names that the originals' reader expects; the test
-    file under the official name, so that --predict knows it and a submission is called MRPC.tsv."""
+    """Oracle: three plain files, from two places, under the names that the originals' reader expects; the
+    test file under the official name, so that --predict knows it and a submission is called MRPC.tsv."""
     address, pages, _ = server
     line = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t5\t6\ta\tb\r\n0\t7\t8\tc\td\r\n".encode()
     for path, body in (("/senteval/senteval_data/msr_paraphrase_train.txt", line),
