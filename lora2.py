@@ -237,7 +237,8 @@ class RankPruner(nn.Module):
         At k = 1, r = 8 on 768 × 768 that is 24 of 1,560 numbers, the paper's 98.5 % fewer. (Its Section 3.2
         swaps the letters of 3.1; only leaving out the big v and V gives that figure.) Eq. 8 needs all."""
         factors = ("lam", "u", "U", "v", "V") if self.full else ("lam", "u", "U")
-        columns = [[getattr(getattr(layer, factor), what) for layer in self.layers] for factor in factors]
+        columns = [[getattr(layer, factor) for layer in self.layers] for factor in factors]
+        columns = [[w.grad for w in column] for column in columns] if what == "grad" else columns
         require(all(x is not None for column in columns for x in column), "an adapter has no gradient: call "
                 "pruner.step() after backward() and optimizer.step(), before zero_grad()", RuntimeError)
         row = [torch.stack(column).flatten() for column in columns[:3]]        # n·r, n·k·r and n·r·k numbers
