@@ -91,7 +91,7 @@ SHOWN = {
     "All six matrices": [("table4", f"{BASE} − query, key", {"stsb": "+", "cola": "+"}),
                          ("table4", f"{BASE} − query, value", {"stsb": "+", "cola": "≈"}),
                          ("table4", f"{BASE} − query, key, value", {"stsb": "+", "cola": "+"}),
-                         ("pruning", f"{BASE} − not pruned", {"stsb": "−", "cola": "−"})],
+                         ("pruning", f"{BASE} − not pruned", {"stsb": "≈", "cola": "−"})],
     "Eq. 8 and 9": [], "A step": [("table2", "lora2-k1", {"stsb": "≈", "mrpc": "−", "cola": "−"}),
                                   ("table2", "lora2-k8", {"stsb": "≈", "mrpc": "≈", "cola": "≈"})],
     "RTE": []}
