@@ -38,7 +38,8 @@ import options
 import processes
 import tasks
 import train
-from bench_table import ROWS, paired, profile_table, report, saved_table, summary, worst
+from bench_table import (ROWS, paired, products_text, profile_table, report, saved_table, summary,
+                         worst)
 from lora2 import lora2_layers, merge_lora2
 
 TASKS = ("rte", "mrpc", "stsb", "cola")
@@ -399,7 +400,9 @@ def main(argv=None):
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     facts = "".join(f"- {name}: {value}\n" for name, value in about.items())
     text = (f"# Performance\n\n{table}\n{facts}\n## Row 10: where an own frozen step spends its time\n\n"
-            f"{profile_table(job.details['profile'])}\n## Row 5: what a forward pass keeps\n\n"
+            f"{profile_table(job.details['profile'])}\n"
+            f"{products_text(job.details['profile'], job.details[f'products, T={job.T}'])}\n"
+            f"## Row 5: what a forward pass keeps\n\n"
             f"{saved_table(job.details['saved'])}")
     path.with_suffix(".md").write_text(text, encoding="utf-8")
     print(facts + f"written: {path}")

@@ -35,6 +35,8 @@ ROWS = {
     "12 stsb": ("epoch, transformers + peft AdaLoRA / own train.py, STS-B", "≥ 2.2", "≥ 3"),
     "12 cola": ("epoch, transformers + peft AdaLoRA / own train.py, CoLA", "≥ 1.8", "≥ 3")}
 
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")               # in a profile; in place too, as addmm_
+
 
 def summary(values, **more):
     """The median, least and greatest of some values, and how many they are."""
@@ -84,6 +86,19 @@ def saved_table(units):
     """What a forward pass keeps, as Markdown, from {what: how much, in units of B · T · d floats a layer}."""
     return tables.markdown(["own LoRA² k=8 keeps", "in units of B · T · d floats a layer"],
                            [[what, f"{n:.2f}"] for what, n in units.items()])
+
+
+def products_text(lines, products):
+    """Row 10 in a sentence: what the profile's matrix products take, and what share they alone would be.
+
+    products: {"GFLOP": of a step, "GFLOP/s": summary() of the measured rate}, as in bench.py's details.
+    """
+    total = sum(line["seconds"] for line in lines)
+    taken = sum(line["seconds"] for line in lines if line["operation"].rstrip("_") in PRODUCTS)
+    reached, rate = products["GFLOP"] / taken, products["GFLOP/s"]["value"]
+    return (f"The matrix products take {1000 * taken:,.0f} of {1000 * total:,.0f} ms, at {reached:,.0f} of "
+            f"the measured {rate:,.0f} GFLOP/s. Alone they would be a share of {reached / rate:.3f}; the other "
+            f"{1000 * (total - taken):,.0f} ms are passes over memory, dropout's random numbers and calls.\n")
 
 
 def profile_table(lines, most=12):

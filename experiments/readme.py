@@ -304,7 +304,7 @@ def glue(old=None):
 def performance(old=None):
     """What bench.py measured: the first table of its Markdown files, without ranges where it is too wide.
 
-    Of another shape than DeBERTaV3-base, for which the goals are, there is a link.
+    Of another shape than DeBERTaV3-base, for which the goals are, and of another machine there is a link.
     """
     text, found = [], [path for path in (RESULTS / f"bench-{device}.json" for device in ("cpu", "cuda"))
                        if path.exists()]
@@ -318,7 +318,7 @@ def performance(old=None):
         text.append(prose(f"{facts_of([content])}. In full: [{beside.name}]({from_root(beside)})."))
     others = [f"[{path.stem}]({from_root(path)})" for path in sorted(RESULTS.glob("bench-*-*.md"))
               if not path.stem.endswith("quick")]
-    text += [prose(f"Of other shapes: {', '.join(others)}.")] if others else []
+    text += [prose(f"Of other shapes and machines: {', '.join(others)}.")] if others else []
     missing = [name for name, word in (("a CPU", "cpu"), ("a GPU", "cuda"))
                if not any(word in path.name for path in found)]
     text += [f"Not run on {' nor on '.join(missing)}.\n"] if missing else []

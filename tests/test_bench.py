@@ -286,6 +286,11 @@ def test_profile_of_one_product():
     assert line["GFLOP/s"] * line["seconds"] == pytest.approx(2 * 64**3 / 1e9)
     shown = table.profile_table(lines, most=1).splitlines()
     assert shown[2].startswith(f"| {lines[0]['operation']} | ") and shown[3].startswith("| all others | ")
+    lines = [{"operation": name, "seconds": seconds} for name, seconds in (
+        ("addmm", 1.0), ("copy_", 0.5), ("baddbmm_", 0.25), ("add_", 0.25))]
+    text = table.products_text(lines, {"GFLOP": 250.0, "GFLOP/s": {"value": 400.0}})
+    assert text.startswith("The matrix products take 1,250 of 2,000 ms, at 200 of the measured 400 GFLOP/s. "
+                           "Alone they would be a share of 0.500; the other 750 ms are ")
 
 
 def test_folders_are_named_by_their_last_part(tmp_path, monkeypatch, capsys):

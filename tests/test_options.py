@@ -2,6 +2,7 @@
 import inspect
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -154,6 +155,31 @@ def test_peak_memory():
     assert done.returncode == 0, done.stderr
     before, after, now = map(float, done.stdout.split())
     assert after == pytest.approx(now, rel=0.02) and after - before == pytest.approx(0.4, abs=0.05)
+
+
+FAULTS = """
+import resource, sys, torch, processes
+if sys.argv[1] == "kept":
+    processes.keep_freed_memory()
+for _ in range(12):                                        # at first holes of other sizes are left
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [torch.zeros(2**20 * million) for million in (1, 4, 12, 3)]                  # 4 to 48 MB
+    del blocks
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc is left as it is")
+def test_freed_memory_is_kept():
+    """Oracle: the kernel's count of fresh pages: none for blocks of sizes that were freed before."""
+    def last(how):
+        done = subprocess.run([sys.executable, "-c", FAULTS, how], cwd=ROOT, capture_output=True, text=True,
+                              timeout=120)
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout.split()[-1])
+    if not last("default"):
+        pytest.skip("this kernel counts no fresh pages")
+    assert last("kept") < 100 < last("default")            # 100 pages of 80 MB: Python's own small objects
 
 
 def test_peak_memory_is_unknown_without_its_line(tmp_path, monkeypatch):

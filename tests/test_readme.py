@@ -278,7 +278,7 @@ def test_performance_comes_from_the_files(tmp_path, monkeypatch):
     assert f"| 3 | {'x' * 80} |" in readme.performance()   # ranges go first where it is too wide
     (tmp_path / "bench-cpu-large.md").write_text("# Bench\n\n| b |\n")
     (tmp_path / "bench-cpu-quick.md").write_text("# Bench\n\n| b |\n")
-    assert "Of other shapes:\n[bench-cpu-large](" in readme.performance()
+    assert "Of other shapes and machines:\n[bench-cpu-large](" in readme.performance()
     (tmp_path / "bench-cpu.json").write_text("{")
     with pytest.raises(ValueError, match="bench-cpu.json is damaged"):
         readme.performance()
