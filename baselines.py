@@ -8,7 +8,7 @@
     sora      W0 + (alpha / r) B diag(g) A, sparse gate g       Ding et al., arXiv 2311.11696
     lora2     W0 + (alpha / r) v u Λ U V, pruned                lora2.py
 
-Every method but `full` also trains the head: all that is not the encoder. The adapters are subclasses of
+All methods train the head, the pooler and the classifier; `full` trains all. The adapters are subclasses of
 LoRA2Linear, so that wrapping, saving, loading and merging are lora2.py's own.
 """
 import math
@@ -25,6 +25,8 @@ METHODS = ("lora2", "adalora", "lora", "sora", "bitfit", "full", "head")
 
 class LoRALinear(LoRA2Linear):
     """y = x W0ᵀ + b + scale · (x Aᵀ) Bᵀ, A (r, d_in) kaiming-uniform, B (d_out, r) zero. k, init: unused."""
+
+    cast = None                                            # as in FastLoRA2Linear
 
     def __init__(self, base, k=None, r=8, alpha=32, init=None):
         nn.Module.__init__(self)                           # not LoRA2Linear's, which would make v, u, U and V
@@ -48,7 +50,8 @@ class LoRALinear(LoRA2Linear):
     def delta_weight(self):
         """ΔW, (d_out, d_in) as in nn.Linear."""
         down, up = self.down_up()
-        return self.scale * (down @ up).T
+        with torch.autocast(down.device.type, enabled=False):
+            return self.scale * (down @ up).T
 
     def to_lora(self):
         """ΔW = B @ A as a plain LoRA: detached copies of A (r, d_in) and B (d_out, r), the scale in B."""
@@ -58,7 +61,7 @@ class LoRALinear(LoRA2Linear):
     def forward(self, x):
         """x (..., d_in) → (..., d_out)."""
         down, up = self.down_up()
-        return linear_with_update(self.base, x, down, self.scale * up)
+        return linear_with_update(self.base, x, down, self.scale * up, self.cast)
 
 
 class AdaLoRALinear(LoRALinear):
@@ -88,11 +91,11 @@ class SoRALinear(LoRALinear):
 class AdaLoRAPruner(RankPruner):
     """RankPruner with AdaLoRA's scores: 1 + d_in + d_out numbers, all there are, for each singular value."""
 
-    def _scored(self, what):
-        factors = [getattr(getattr(layer, name), what) for layer in self.layers for name in ("lam", "P", "Q")]
+    def _scored(self, get):
+        factors = [get(getattr(layer, name)) for layer in self.layers for name in ("lam", "P", "Q")]
         if any(factor is None for factor in factors):
-            raise RuntimeError("an adapter has no gradient: call pruner.step() after backward() and "
-                               "optimizer.step(), before zero_grad()")
+            raise RuntimeError("an adapter has no gradient (unused?): call pruner.step() after backward() "
+                               "and optimizer.step(), before zero_grad()")
         return torch.cat([factor.flatten() for factor in factors])
 
     def scores(self):
@@ -139,7 +142,8 @@ def add_method(method, model, targets, head, k, r, alpha, init):
     others may be None for a method without use for them. ValueError for what matches nothing.
     """
     if method in LAYERS:                                   # k and init: None but for LoRA²
-        return add_lora2(model, targets, k or 1, r, alpha, init or "gaussian", head, LAYERS[method])
+        k = 1 if k is None else k
+        return add_lora2(model, targets, k, r, alpha, init or "gaussian", head, LAYERS[method])
     if method not in METHODS:
         raise ValueError(f"there is no method {method!r}: the methods are {', '.join(METHODS)}")
     parameters = dict(model.named_parameters())
@@ -163,7 +167,8 @@ def regulariser(method, model, terms):
         return orthogonality_loss(model, terms)
     if method == "adalora":                                # as in its code: the norms are not squared
         layers = [layer for _, layer in lora2_layers(model)]
-        grams = [gram for layer in layers for gram in (layer.P.T @ layer.P, layer.Q @ layer.Q.T)]
+        with torch.autocast(layers[0].P.device.type, enabled=False):
+            grams = [gram for layer in layers for gram in (layer.P.T @ layer.P, layer.Q @ layer.Q.T)]
         grams = torch.stack(grams)                         # (2N, r, r)
         return (grams - torch.eye(grams.shape[-1], device=grams.device)).norm(dim=(1, 2)).mean()
     return None

@@ -6,6 +6,7 @@
 B is the batch, T its padded length, N the rows. User errors raise ValueError or OSError with one finished
 sentence.
 """
+import contextlib
 import itertools
 import random
 from array import array
@@ -62,19 +63,23 @@ def load_tokenizer(name_or_dir):
 
     Raises ValueError that names the file or the files looked for, and what hub.find raises.
     """
-    path = hub.find(name_or_dir, "tokenizer.json")
-    if path is not None:
+    names = "tokenizer.json", "spm.model"
+    path = next(filter(None, (hub.find(name_or_dir, name, network=False) for name in names)), None)
+    if path is None:
+        with contextlib.suppress(OSError):  # for a merged model: it may say that case counts
+            hub.find(name_or_dir, "tokenizer_config.json")
+        path = next(filter(None, (hub.find(name_or_dir, name) for name in names)), None)
+    if path is None:
+        raise ValueError(f"{name_or_dir} has neither tokenizer.json nor spm.model: put one of them there")
+    if path.name == "spm.model":
+        tokenizer = spm.read_spm(path)
+    else:
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # the library's Rust side raises PanicException, which is no Exception
             raise ValueError(f"{path} is not a tokenizer file ({one_line(error)}): get it again") from None
-    else:
-        path = hub.find(name_or_dir, "spm.model")
-        if path is None:
-            raise ValueError(f"{name_or_dir} has neither tokenizer.json nor spm.model: put one of them there")
-        tokenizer = spm.read_spm(path)
     tokenizer.no_padding()  # either can be baked into a tokenizer.json
     tokenizer.no_truncation()
     return tokenizer

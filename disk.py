@@ -4,6 +4,11 @@ import json
 import os
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:                                        # on Windows nothing is locked
+    fcntl = None
+
 import safetensors.torch
 
 
@@ -33,6 +38,28 @@ def writing(path):
     except OSError as e:
         raise OSError(f"{path} could not be written ({e.strerror or one_line(e)}), what was there is "
                       "untouched: make room or give another folder") from e
+
+
+@contextlib.contextmanager
+def alone(folder, program):
+    """Hold a folder, made if need be, for this process: ValueError if another one holds it."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(f"another {program} is running in {folder}: wait for it, or give another "
+                         "--out") from None
+    except OSError:                                        # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)                               # as the end of the process does, however it ends
 
 
 @contextlib.contextmanager

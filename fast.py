@@ -50,12 +50,18 @@ def product_dtype(x):
     return torch.get_autocast_dtype(x.device.type) if cast else x.dtype
 
 
-def linear_with_update(base, x, down, up):
-    """base(x) + x down up for an nn.Linear: x (..., d_in) → (..., d_out), in the dtype of base(x)."""
+def linear_with_update(base, x, down, up, cast=None):
+    """base(x) + x down up for an nn.Linear: x (..., d_in) → (..., d_out), in the dtype of base(x).
+
+    cast: {dtype: (W, b)}, the base's weights in other dtypes, if they are at hand. No gradient of a gradient
+    and no torch.func goes through it.
+    """
     dtype = product_dtype(x)
-    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
-        return base(x) + x.to(dtype) @ down.to(dtype) @ up.to(dtype)           # hooks are to see the base
-    W, b = getattr(base, "cast", {}).get(dtype, (base.weight, base.bias))
+    hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+    mixed = base.weight.dtype != dtype and not torch.is_autocast_enabled(x.device.type)
+    if hooks or mixed or "forward" in vars(base):          # for others to see, for torch to refuse
+        return base(x) + x.to(dtype) @ down.to(dtype) @ up.to(dtype)
+    W, b = (cast or {}).get(dtype, (base.weight, base.bias))
     y = LinearWithUpdate.apply(x.reshape(-1, x.shape[-1]).to(dtype), W.to(dtype), None if b is None else
                                b.to(dtype), down.to(dtype), up.to(dtype))
     return y.view(*x.shape[:-1], base.out_features)
@@ -71,20 +77,21 @@ def cast_frozen(model, dtype):
     for _, layer in lora2_layers(model):
         weights = layer.base.weight, layer.base.bias
         if not any(w is not None and w.requires_grad for w in weights):
-            layer.base.cast = {dtype: tuple(w if w is None else w.to(dtype) for w in weights)}
+            layer.cast = {dtype: tuple(w if w is None else w.to(dtype) for w in weights)}
 
 
 class FastLoRA2Linear(LoRA2Linear):
     """LoRA2Linear with another order of the same products: down = v, up = C V."""
 
     shared = None                                          # (down, up) while shared_updates() is active
+    cast = None                                            # what cast_frozen() made: gone with the adapter
 
     def forward(self, x):
         if self.shared is not None:
-            return linear_with_update(self.base, x, *self.shared)
+            return linear_with_update(self.base, x, *self.shared, self.cast)
         with torch.autocast(x.device.type, enabled=False):
             up = self.core() @ self.V                      # (k, k) @ (k, d_out)
-        return linear_with_update(self.base, x, self.v, up)
+        return linear_with_update(self.base, x, self.v, up, self.cast)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The files of a checkpoint: from a folder, the cache or the Hugging Face Hub, in that order."""
 import contextlib
+import itertools
 import json
 import os
 import pickle
@@ -89,10 +90,12 @@ def read_json(path):
 
 def read_weights(name_or_dir):
     """{key: tensor} of a checkpoint: safetensors or .bin, whole or in shards, memory-mapped if possible."""
-    for filename, read in (("model.safetensors", load_file), ("pytorch_model.bin", read_bin)):
-        paths = [find(name_or_dir, filename)]
+    readers = {"model.safetensors": load_file, "pytorch_model.bin": read_bin}
+    # All in the cache first: one that was filled at once does not know which files the Hub has not.
+    for network, (filename, read) in itertools.product((False, True), readers.items()):
+        paths = [find(name_or_dir, filename, network)]
         if paths == [None]:
-            index = find(name_or_dir, filename + ".index.json")
+            index = find(name_or_dir, filename + ".index.json", network)
             if index is None:
                 continue
             shards = read_json(index).get("weight_map")

@@ -90,7 +90,7 @@ def check_base(name, base, k, r, alpha, init):
     computes something else, or its parent reads it without calling it, as nn.MultiheadAttention does."""
     require(type(base) is nn.Linear, f"{name} is a {type(base).__name__}, not an nn.Linear", TypeError)
     W, most = base.weight, min(base.in_features, base.out_features)
-    require(type(W) is nn.Parameter and W.is_floating_point() and not W.is_meta,
+    require(type(W) is nn.Parameter and W.is_floating_point() and W.itemsize > 1 and not W.is_meta,
             f"{name} has no plain weight of its own: meta device, quantised or re-parametrised", TypeError)
     require(type(k) is type(r) is int and 1 <= k <= most and 1 <= r <= most,
             f"k = {k!r} or r = {r!r} does not fit {name}: give integers from 1 to {most}")
@@ -118,14 +118,14 @@ def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
     missing = sorted(target for target in targets if not any(hit(n, target) for n in names))
     missing += sorted(trainable.difference(*map(parts, kept)))
     linears = sorted({re.sub(r"\b\d+\b", "*", n) for n, m in modules.items() if type(m) is nn.Linear})
-    require(names and not missing, f"{missing or 'no name'} matches nothing; the Linear layers are {linears}")
+    require(names and not missing, f"{missing or 'an empty list'} matches nothing; Linear layers: {linears}")
     for name in names:
         check_base(name, modules[name], k, r, alpha, init)
         uses = sum(parameter is modules[name].weight for parameter in parameters.values())
         require(uses == 1, f"{name}, or its weight, is used in {uses} places: all of them would change")
     adapters = {name: layer(modules[name], k, r, alpha, init) for name in names}
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(name in kept)
+    for name in sorted(parameters, key=kept.__contains__):         # if tied, the name that is kept comes last
+        parameters[name].requires_grad_(name in kept)
     for name in names:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, adapters[name])
@@ -142,11 +142,10 @@ def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
 
     Per adapter, in squared Frobenius norms: ‖vᵀv−I‖² + ‖uuᵀ−I‖² ("uv"), ‖VVᵀ−I‖² + ‖UᵀU−I‖² ("UV"),
     ‖PᵀP−I‖² + ‖QQᵀ−I‖² ("PQ"); `terms` chooses, as Table 3 does. Only k×k products are formed: with
-    X = (vᵀv)(uuᵀ), whose powers have the traces of those of PᵀP, ‖PᵀP−I_r‖² = tr((X−I_k)²) + r − k.
+    X = (vᵀv)(uuᵀ), tr(X) = tr(PᵀP) and tr(X²) = tr((PᵀP)²), so that ‖PᵀP−I_r‖² = tr((X−I_k)²) + r − k.
     Paper: "uv" on the large sides, vvᵀ and uᵀu; as ‖AAᵀ−I_n‖² = ‖AᵀA−I_k‖² + n − k, that is a constant more
     and the same gradient. Authors' code: norms not squared, P and Q detached, an UnboundLocalError. Neither
-    says how to combine layers; a sum over 72 would swamp the task loss (gamma · sum = 135 at k = 1), so ours
-    is the mean.
+    says how to combine layers. Ours: the mean; a sum over 72 (gamma · sum = 135 at k = 1) swamps the task.
     """
     groups = {}                                            # layers of one shape share a batched product
     for _, layer in lora2_layers(model):
@@ -179,8 +178,8 @@ class RankPruner(nn.Module):
     micro-batches). For `warmup` (t_i) steps all stay, then b falls along a cubic; what is pruned trains on
     and may return, until in the last `final` (t_f) steps the set is fixed and the rest is held at 0.
     importance: "reduced" (Eq. 9) or "full" (Eq. 8); beta1, beta2: of its averages Ī and Ū. ValueError for
-    what does not fit. Call step() after optimizer.step(), whose new weights it multiplies with this step's
-    gradients as AdaLoRA's loop does, and before zero_grad(): without gradients it is a RuntimeError.
+    what does not fit. Call step() after optimizer.step() and before zero_grad(): the importance is this
+    step's gradients times the new weights, as in AdaLoRA's loop. A gradient that is None: RuntimeError.
     """
 
     def __init__(self, model, target_rank, total_steps, warmup, final, interval, beta1=0.85, beta2=0.85,
@@ -200,7 +199,7 @@ class RankPruner(nn.Module):
         self.target_rank, self.total_steps, self.beta1, self.beta2 = target_rank, total_steps, beta1, beta2
         self.warmup, self.final, self.interval = warmup, final, interval
         self.t, self.full, self.kept_total = 0, importance == "full", len(found) * self.r
-        self.register_buffer("sensitivity", torch.zeros_like(self._scored("data")))        # Ī, as _scored()
+        self.register_buffer("sensitivity", torch.zeros_like(self._scored(lambda w: w)))   # Ī, as _scored()
         self.register_buffer("uncertainty", torch.zeros_like(self.sensitivity))            # Ū, as _scored()
         self.register_buffer("keep", torch.ones(len(found), self.r, device=device).bool())
 
@@ -218,7 +217,8 @@ class RankPruner(nn.Module):
         if t <= last:
             # The paper has "??" for these in Algorithm 1; they are AdaLoRA's:  I = |w · ∂L/∂w|,
             # Ī ← β1 Ī + (1−β1) I,  Ū ← β2 Ū + (1−β2) |I − Ī|.  Ours: I = 0 in a step that overflowed in fp16.
-            I = (self._scored("data") * self._scored("grad")).abs_().nan_to_num_(0.0, 0.0, 0.0)
+            I = (self._scored(lambda w: w) * self._scored(lambda w: w.grad)).abs_()
+            I = I.where(I.amax() < float("inf"), 0.0)      # also if amax is NaN
             self.sensitivity.lerp_(I, 1 - self.beta1)
             self.uncertainty.lerp_((I - self.sensitivity).abs_(), 1 - self.beta2)
         self.t = t
@@ -232,14 +232,13 @@ class RankPruner(nn.Module):
             torch._foreach_mul_([layer.lam for layer in self.layers], masks)
         return self.kept_total
 
-    def _scored(self, what):
-        """All numbers that count for the scores, in one row: all Λ, all u, all U. what: "data" or "grad".
+    def _scored(self, get):
+        """All numbers that count for the scores, in one row: all Λ, all u, all U; get(w) of each.
         At k = 1, r = 8 on 768 × 768 that is 24 of 1,560 numbers, the paper's 98.5 % fewer. (Its Section 3.2
         swaps the letters of 3.1; only leaving out the big v and V gives that figure.) Eq. 8 needs all."""
         factors = ("lam", "u", "U", "v", "V") if self.full else ("lam", "u", "U")
-        columns = [[getattr(layer, factor) for layer in self.layers] for factor in factors]
-        columns = [[w.grad for w in column] for column in columns] if what == "grad" else columns
-        require(all(x is not None for column in columns for x in column), "an adapter has no gradient: call "
+        columns = [[get(getattr(layer, factor)) for layer in self.layers] for factor in factors]
+        require(all(w is not None for w in sum(columns, [])), "an adapter has no gradient (unused?): call "
                 "pruner.step() after backward() and optimizer.step(), before zero_grad()", RuntimeError)
         row = [torch.stack(column).flatten() for column in columns[:3]]        # n·r, n·k·r and n·r·k numbers
         if self.full:                                                          # v below v, V beside V
@@ -274,14 +273,15 @@ class RankPruner(nn.Module):
 
 
 def lora2_state_dict(model):
-    """{name in state_dict(): copy} of all that fine-tuning changed: trainable parameters, buffers beside one,
-    BatchNorm's statistics; and NAME.scale and 16 entries of W0, to tell another alpha or base by."""
+    """{name in state_dict(): copy} of all that fine-tuning changes: adapters, what else is trainable, buffers
+    beside either, BatchNorm's statistics; and NAME.scale and 16 entries of W0, to tell alpha and base by."""
     tensors = {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
-    owners = {n.rpartition(".")[0] for n, t in tensors.items() if t.requires_grad}
-    owners |= {n for n, module in model.named_modules() if getattr(module, "track_running_stats", False)}
-    state = {n: t.detach().clone() for n, t in tensors.items() if n.rpartition(".")[0] in owners
-             and (t.requires_grad or not isinstance(t, nn.Parameter))}
-    for name, layer in lora2_layers(model):
+    adapters, owner = dict(lora2_layers(model)), lambda n: n.rpartition(".")[0]
+    trained = {n for n, t in tensors.items() if t.requires_grad or owner(n) in adapters}
+    owners = {*map(owner, trained), *(n for n, m in model.named_modules() if hasattr(m, "running_mean"))}
+    state = {n: t.detach().clone() for n, t in tensors.items()
+             if n in trained or owner(n) in owners and not isinstance(t, nn.Parameter)}
+    for name, layer in adapters.items():
         weight = layer.base.weight.detach().flatten()
         state[f"{name}.scale"] = torch.tensor(layer.scale)
         state[f"{name}.base_sample"] = weight[::-(-len(weight) // 16)].float().clone()

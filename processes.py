@@ -123,7 +123,7 @@ def peak_memory(device):
 
 
 class Stopped(Exception):
-    """Ctrl-C or SIGTERM arrived, and the run can be saved. status: for the shell."""
+    """Ctrl-C, SIGTERM or SIGHUP arrived, and the run can be saved. status: for the shell."""
 
     def __init__(self, number, run):
         super().__init__(f"stopped after step {run.step} of {run.T}: --resume {run.out} goes on")
@@ -131,11 +131,14 @@ class Stopped(Exception):
 
 
 class Signals:
-    """Inside `with`, Ctrl-C and SIGTERM are only noted; check() raises Stopped where the state is whole."""
+    """Inside `with`, Ctrl-C, SIGTERM and a lost terminal are only noted; check() raises Stopped where the
+    state is whole."""
 
     def __enter__(self):
         self.number = 0
-        self.previous = {n: signal.signal(n, self.note) for n in (signal.SIGINT, signal.SIGTERM)}
+        numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+        self.previous = {n: signal.signal(n, self.note) for n in numbers
+                         if signal.getsignal(n) is not signal.SIG_IGN}         # as nohup has SIGHUP
         return self
 
     def note(self, number, frame):
@@ -143,11 +146,12 @@ class Signals:
             raise KeyboardInterrupt                        # the second one does not wait
         self.number = number
 
-    def check(self, run):
-        """Several processes agree first, every 10 steps, so that none waits for another that has stopped."""
+    def check(self, run, all_are_here=False):
+        """Several processes agree first, so that none waits for another that has stopped: on GPUs, which they
+        would wait for, every 10 steps. (torchrun kills 30 seconds after a Ctrl-C.)"""
         if run.world == 1:
             highest = self.number
-        elif run.step % 10 == 0:
+        elif all_are_here or run.step % 10 == 0 or run.device.type == "cpu":
             highest = torch.tensor(float(self.number), device=run.device)
             together(dist.all_reduce, highest, dist.ReduceOp.MAX)
         else:

@@ -266,4 +266,5 @@ def check_finite(run):
     if bad_step := int(run.bad_step.item()):
         raise FloatingPointError(
             f"loss or gradient was not finite at step {bad_step}; no update was made from it. The last good "
-            f"state is in {Path(run.out) / 'last.pt'}: try a smaller --lr, a longer --warmup or --dtype fp32")
+            f"state is in {Path(run.out) / 'last.pt'}: begin again with a smaller --lr, a longer --warmup or "
+            "--dtype fp32, and --overwrite")

@@ -2,6 +2,7 @@
 
 Of several processes the first one speaks and writes.
 """
+import hashlib
 import json
 import platform
 import shlex
@@ -19,6 +20,8 @@ import processes
 from baselines import surviving_parameters
 
 LOG_STEPS = 10                                             # between two lines of the log
+SOURCES = [path for path in sorted(Path(__file__).parent.glob("*.py")) if not path.name.startswith("test_")]
+CODE = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()[:16]    # when it began
 
 
 def announce(run):
@@ -68,7 +71,7 @@ class Log:
 
     def __init__(self, run):
         self.path, self.bar = Path(run.out) / "log.jsonl", None
-        self.first, self.started = run.step, time.monotonic()
+        self.first, self.started = run.step, time.perf_counter()           # finer than others on Windows
         if run.rank == 0 and sys.stderr.isatty():
             self.bar = tqdm(total=run.T, initial=run.step, unit="step", dynamic_ncols=True)
 
@@ -83,7 +86,7 @@ class Log:
         """A line about step run.step. R is given as the distance from its floor; tokens: since the start."""
         if run.rank > 0:
             return
-        seconds = time.monotonic() - self.started
+        seconds = time.perf_counter() - self.started
         record = {"step": run.step, "loss": loss.item(), "lr": run.optimizer.param_groups[0]["lr"],
                   "tokens": tokens, "seconds": round(seconds, 3),
                   "tokens_per_second": round(tokens / seconds)}
@@ -171,12 +174,13 @@ def finish(run):
               "peak_memory_gb": round(peak, 2) if peak else None, "device": processes.name_of(run.device),
               "dtype": run.dtype, "processes": run.world, "threads": torch.get_num_threads(),
               "torch": torch.__version__, "python": platform.python_version(),
-              "date": time.strftime("%Y-%m-%d"), "base": run.base, "rows": run.rows, **numbers}
+              "date": time.strftime("%Y-%m-%d"), "code": CODE, "base": run.base, "rows": run.rows, **numbers}
     if run.rank == 0:
         if kept:
             disk.write_json(Path(run.out) / "ranks.json", kept)
-            print(kept_map(kept, models.TARGETS[run.net.config["model_type"]], run.r))
         disk.write_json(Path(run.out) / "result.json", result)
+        if kept:
+            print(kept_map(kept, models.TARGETS[run.net.config["model_type"]], run.r))
         print(summary(result, run.out), flush=True)
     return result
 

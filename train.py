@@ -8,6 +8,7 @@
     python train.py --train-file mine.tsv --dev-file dev.tsv # columns sentence, label; see --train-file
     torchrun --nproc_per_node=2 train.py --task mnli --k 8   # several devices, the same batches
 """
+import contextlib
 import math
 import sys
 import time
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 
 import baselines
 import data
+import disk
 import fast
 import model as models
 import options
@@ -64,12 +66,7 @@ def set_up(settings, facts=None):
     if run.predict:
         splits["to predict"] = tasks.read_split(run.predict, run.row, labelled=False)
     run.data = {name: data.encode(tokenizer, split, run.max_len, name) for name, split in splits.items()}
-    ids, types = (max(int(getattr(examples, field).max()) for examples in run.data.values())
-                  for field in ("ids", "types"))
-    sizes = net.config["vocab_size"], max(2, net.config["type_vocab_size"])    # a single type is ignored
-    if ids >= sizes[0] or types >= sizes[1]:
-        raise ValueError(f"{run.model}: its tokenizer gives ids up to {ids} and types up to {types}, its "
-                         f"model has {sizes[0]} and {sizes[1]} of them: they do not belong together")
+    check_ids(run)
     run.to_predict = run.data.pop("to predict", None)
     run.rows = runs.digest(*(part for name, examples in run.data.items() for part in (name, *examples[:4])))
 
@@ -85,10 +82,20 @@ def set_up(settings, facts=None):
     if run.dtype == "bf16":
         fast.cast_frozen(net, torch.bfloat16)
     if run.compile:                                        # after its limit, 8 shapes, torch stops compiling
-        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.cache_size_limit = 64         # recompile_limit, before torch 2.7 too
         models.relative_rows = torch.compiler.disable(models.relative_rows)    # a plan, made once a length
     run.forward = torch.compile(net) if run.compile else net
     return run
+
+
+def check_ids(run):
+    """ValueError unless the tokenizer belongs to the model: a GPU would end in an assertion of its own."""
+    ids, types = (max(int(getattr(examples, field).max()) for examples in run.data.values())
+                  for field in ("ids", "types"))
+    sizes = run.net.config["vocab_size"], max(2, run.net.config["type_vocab_size"])        # one type: ignored
+    if ids >= sizes[0] or types >= sizes[1]:
+        raise ValueError(f"{run.model}: its tokenizer gives ids up to {ids} and types up to {types}, its "
+                         f"model has {sizes[0]} and {sizes[1]} of them: they do not belong together")
 
 
 def load_splits(run, facts):
@@ -219,10 +226,11 @@ def predict_batch(run, batch):
 
 
 def to_device(run, *tensors):
-    """Copies that the host does not wait for, which takes pinned memory on a GPU."""
-    on_gpu = run.device.type == "cuda"
-    return [(tensor.contiguous().pin_memory() if on_gpu else tensor).to(run.device, non_blocking=True)
-            for tensor in tensors]
+    """Copies. On a GPU the host does not wait for them, which takes pinned memory: without it, as on a Mac,
+    the batch could be gone before it is copied."""
+    if run.device.type != "cuda":
+        return [tensor.to(run.device) for tensor in tensors]
+    return [tensor.contiguous().pin_memory().to(run.device, non_blocking=True) for tensor in tensors]
 
 
 def lr_factor(step, warmup, T):
@@ -246,8 +254,8 @@ def predict(run, examples, signals=None):
     run.net.eval()
     batches = data.batches(examples, run.batch_size, run.pad)
     for i, batch in enumerate(batches if signals else show.bar_of(batches, run, examples)):
-        if signals and run.world == 1:
-            signals.check(run)
+        if signals and (run.world == 1 or i % 10 == 0):
+            signals.check(run, all_are_here=True)
         if i % run.world == run.rank:
             logits, [rows] = predict_batch(run, batch), to_device(run, batch.rows)
             outputs[rows] = logits
@@ -288,7 +296,7 @@ def evaluate_and_keep(run, log, signals):
 
 def start(given):
     """Options given → a run: new, resumed, or with the adapter of --eval. --resume finds it from here on."""
-    with runs.refusing():
+    with runs.refusing(), contextlib.ExitStack() as held:
         tensors = state = facts = None
         if "eval" in given:
             tensors, facts = runs.load_adapter(given["eval"])
@@ -304,11 +312,15 @@ def start(given):
             load_lora2_state_dict(run.net, tensors)
             return run
         prepare_training(run)
+        if run.rank == 0:                                  # two runs in one folder would mix up their files
+            held.enter_context(disk.alone(run.out, "train.py"))
+            runs.check_destinations(settings, resumed=bool(state))         # another may just have ended
         if state:
             runs.restore(run, state)
         else:
             runs.prepare_folder(run)
             runs.save(run)
+        run.release_folder = held.pop_all().close
     show.announce(run)
     return run
 
@@ -319,12 +331,13 @@ def complete(run):
     try:
         with processes.Signals() as signals:
             train(run, log, signals)
+        return show.finish(run)
     except processes.Stopped:
         runs.save(run)
         raise
     finally:
         log.close()
-    return show.finish(run)
+        run.release_folder()
 
 
 def act(given):
@@ -353,6 +366,8 @@ def act(given):
 
 def main(argv=None):
     """The command line; returns the exit status. A user's mistake is one line, a bug keeps its traceback."""
+    for stream in filter(lambda stream: hasattr(stream, "reconfigure"), (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="replace")               # no run shall end for a Λ that a console lacks
     try:
         with runs.refusing():
             given = options.parse(argv, __doc__)
@@ -361,8 +376,11 @@ def main(argv=None):
         return 0
     except runs.Refused as error:
         text, status = f"error: {error}", 2
-    except torch.OutOfMemoryError:
-        text, status = "error: the GPU's memory is full: --accum 2 or more gives the same result with less", 1
+    except RuntimeError as error:
+        if "out of memory" not in str(error):              # CUDA's has a class of its own, a Mac's has not
+            raise
+        text, status = ("error: the GPU's memory is full: begin again with --overwrite and --accum 2, "
+                        "the same result with less; to evaluate give a smaller --batch-size"), 1
     except (FloatingPointError, OSError) as error:         # diverged; a full disk, a lost process
         text, status = f"error: {error}", 1
     except processes.Stopped as stop:

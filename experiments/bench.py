@@ -331,10 +331,11 @@ def measure(job):
         job.details["seconds until"][text.partition(":")[0]] = round(time.perf_counter() - start)
         print(f"{time.perf_counter() - start:4.0f} s: {text}", file=sys.stderr, flush=True)
 
-    if job.peers:
-        small = steps.make_batch(job.config, 2, job.T, job.device)
-        job.details["parity"] = errors = peers.parity(job.folder, small, job.layers)
-        say("own and peer agree: " + ", ".join(f"{what} {error:.0e}" for what, error in errors.items()))
+    for T in (job.T, 2 * job.T) if job.peers else ():      # DeBERTa's distances share buckets at 2 · 128
+        small = steps.make_batch(job.config, 2, T, job.device)
+        job.details[f"parity, T={T}"] = errors = peers.parity(job.folder, small, job.layers)
+        found = ", ".join(f"{what} {error:.0e}" for what, error in errors.items())
+        say(f"T = {T}, own and peer agree: {found}")
     say("counting operations")
     count_operations(job)
     say("counting saved bytes")

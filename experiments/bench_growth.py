@@ -2,8 +2,8 @@
 
 Time and memory of a full LoRA² step, beside those of transformers + peft AdaLoRA with r = k, on two layers of
 the shape unless depth itself is varied: what is looked for is the slope. Memory is what a forward pass saves
-for the backward pass, on a GPU the most that was allocated. The file is made up, as large as MNLI's: 392,702
-pairs of about its lengths, read and tokenised in a process of its own, whose peak is measured.
+for the backward pass, on a GPU the most that was allocated. The files are made up, the largest as large as
+MNLI's: 392,702 pairs of about its lengths, each read and tokenised in a process whose peak is measured.
 """
 import json
 import random
@@ -29,6 +29,7 @@ BASE = {"T": 128, "B": 8, "k": 8, "layers": 2}
 SWEEPS = {"T": (64, 128, 256, 512), "B": (1, 4, 16, 64), "k": (1, 4, 16, 64), "layers": (1, 2, 4, 8, 12)}
 QUICK = {"T": (64, 128), "B": (1, 4), "k": (1, 8), "layers": (1, 2)}
 LIMITS = {"seconds": 60, "GB": 2.0}                        # of the MNLI-sized file
+PARTS = 16, 4, 1                                           # of that file: a sixteenth, a quarter, all
 
 
 def measure(job, name, values):
@@ -98,19 +99,31 @@ def measure_data(job, rows):
     return json.loads(done.stdout)
 
 
-def draw(sweeps, stem):
-    """One panel a sweep, both axes logarithmic: a straight line of slope 1 is linear growth."""
-    figure, axes = plot.new_figure(len(sweeps), 2.6)
+def draw(sweeps, read, stem):
+    """One panel a sweep, all axes logarithmic: a straight line of slope 1 is linear growth."""
+    figure, axes = plot.new_figure(len(sweeps) + 1, 2.6)
     for panel, (name, points) in zip(axes, sweeps.items()):
-        for variant in [key for key in points[0] if key != name]:
-            panel.plot([point[name] for point in points],
-                       [point[variant]["seconds"]["value"] for point in points], marker="o", label=variant)
-        panel.set(xlabel=name, ylabel="seconds per step", xscale="log", yscale="log")
-        panel.set_xticks([point[name] for point in points], [str(point[name]) for point in points])
-        panel.minorticks_off()
-        panel.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+        draw_panel(panel, name, [point[name] for point in points], {
+            variant: ([point[variant]["seconds"]["value"] for point in points],
+                      [point[variant]["bytes"] / 1e6 for point in points])
+            for variant in points[0] if variant != name}, "MB")
+    draw_panel(axes[-1], "rows of the file", [one["rows"] for one in read], {
+        "read, tokenise, plan": ([one["seconds"] for one in read], [one["GB"] for one in read])}, "GB")
     return plot.save(figure, stem)
+
+
+def draw_panel(panel, name, x, lines, unit):
+    """One panel from {label: (seconds, memory)}: seconds on the left axis, memory dashed on the right one."""
+    memory = panel.twinx()
+    for label, (seconds, held) in lines.items():
+        line, = panel.plot(x, seconds, marker="o", label=label)
+        memory.plot(x, held, linestyle="--", color=line.get_color())
+    panel.set(xlabel=name, ylabel="seconds (solid)", xscale="log", yscale="log")
+    memory.set(ylabel=f"{unit} (dashed)", yscale="log")
+    panel.set_xticks(x, [f"{value:,}" for value in x])
+    panel.minorticks_off()
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
 
 
 def markdown(about, sweeps, read):
@@ -126,10 +139,13 @@ def markdown(about, sweeps, read):
             cell for variant in variants for cell in (f"{point[variant]['seconds']['value']:.3f}",
                                                       f"{point[variant]['bytes'] / 1e6:,.0f}"))]
             for point in points])
-    within = read["seconds"] <= LIMITS["seconds"] and read["GB"] <= LIMITS["GB"]
-    return text + (f"\n{read['rows']:,} rows, {read['tokens']:,} tokens: {read['load']:.1f} s to read, "
-                   f"{read['seconds']:.1f} s with tokens and batches, peak {read['GB']:.2f} GB "
-                   f"({'within' if within else 'OVER'} {LIMITS['seconds']} s and {LIMITS['GB']:g} GB)\n")
+    text += "\n" + tables.markdown(
+        ["rows of a file", "tokens", "s to read", "s with tokens and batches", "peak GB"],
+        [[f"{one['rows']:,}", f"{one['tokens']:,}", *(f"{one[key]:.2f}" for key in ("load", "seconds", "GB"))]
+         for one in read])
+    within = read[-1]["seconds"] <= LIMITS["seconds"] and read[-1]["GB"] <= LIMITS["GB"]
+    return text + (f"\nThe largest is {'within' if within else 'OVER'} {LIMITS['seconds']} s and "
+                   f"{LIMITS['GB']:g} GB.\n")
 
 
 def main(job, about):
@@ -138,7 +154,8 @@ def main(job, about):
     with tempfile.TemporaryDirectory() as work:
         job.folder = steps.write_checkpoint(Path(work) / "model", job.config)
         sweeps = {name: measure(job, name, values) for name, values in axes.items()}
-    read = measure_data(job, 20_000 if job.quick else data.TASKS["mnli"].rows["train"])
+    rows = 20_000 if job.quick else data.TASKS["mnli"].rows["train"]
+    read = [measure_data(job, rows // part) for part in PARTS]
     out = Path(job.out)
     out.mkdir(parents=True, exist_ok=True)
     stem = out / f"growth-{job.device}{'-quick' * job.quick}"
@@ -148,7 +165,7 @@ def main(job, about):
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     text = markdown(about, sweeps, read)
     path.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text, *draw(sweeps, stem), path, path.with_suffix(".md"), sep="\n")
+    print(text, *draw(sweeps, read, stem), path, path.with_suffix(".md"), sep="\n")
     return 0
 
 

@@ -106,8 +106,9 @@ class PeerStep:
 # --- do own and peer compute the same? ----------------------------------------------------------------------
 
 def parity(folder, batch, layers=None, tolerance=1e-4):
-    """{what: largest difference between own and peer, relative to the largest number}, without dropout.
+    """{what: largest difference between own and peer, relative to the largest number}.
 
+    In train mode, in which some attention takes another path, with every dropout at 0.
     Fresh LoRA² against the frozen model. LoRA² with random factors against peft's LoRA that it is exported to
     (A = vᵀ and B = (C V)ᵀ, so that dv = dAᵀ and dV = Cᵀ dBᵀ). AdaLoRA with random factors against peft's,
     regulariser included. AssertionError for what differs by more than `tolerance`.
@@ -150,12 +151,12 @@ def parity(folder, batch, layers=None, tolerance=1e-4):
 
 
 def pairs(own, peer):
-    """[(our adapter, peft's adapter), ...]. Both models are put in evaluation mode, ours gets random factors.
+    """[(our adapter, peft's adapter), ...]. Both models lose their dropout, ours gets random factors.
 
     Their size lets the update be about as large as what the frozen matrix does: at the usual init it would be
     lost in rounding, and with it any difference.
     """
-    own.net.eval(), peer.net.eval()
+    without_dropout(own.net), without_dropout(peer.net)
     found = lora2_layers(own.net)
     for _, layer in found:
         for name, factor in layer.named_parameters(recurse=False):
@@ -163,11 +164,19 @@ def pairs(own, peer):
     return [(layer, peer.net.get_submodule(f"base_model.model.{name}")) for name, layer in found]
 
 
+def without_dropout(net):
+    """The model with every dropout at 0, in train mode."""
+    for module in net.train().modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return net
+
+
 @torch.no_grad()
 def logits(step):
     """Logits without dropout, in fp32."""
     ids, mask, _ = step.batch
-    output = step.net.eval()(input_ids=ids, attention_mask=mask)
+    output = without_dropout(step.net)(input_ids=ids, attention_mask=mask)
     return getattr(output, "logits", output)
 
 

@@ -5,6 +5,7 @@ with both and finds the same weights. Shapes: B rows, T tokens, d hidden size, f
 """
 import contextlib
 import json
+import random
 import sys
 import time
 from pathlib import Path
@@ -114,6 +115,9 @@ class OwnStep:
         self.net.to(batch[0].device).train()
         if dtype == "bf16":
             fast.cast_frozen(self.net, torch.bfloat16)
+            for linear in self.net.modules() if method == "frozen" else ():    # the same without adapters
+                if isinstance(linear, torch.nn.Linear) and not linear.weight.requires_grad:
+                    linear.weight.data = linear.weight.data.bfloat16()
         self.forward = torch.compile(self.net) if compile else self.net
         self.parameters = [p for p in self.net.parameters() if p.requires_grad]
         self.pruner, self.steps = None, 1000
@@ -184,11 +188,14 @@ def seconds(function, device, repeat=1):
 
 
 def interleave(variants, rounds, device="cpu", repeat=1):
-    """{name: function} → {name: times}, one a round. Each round begins with another variant; one warms up."""
-    names, times = list(variants), {name: [] for name in variants}
+    """{name: function} → {name: times}, one a round, after a round that warms up.
+
+    Each round has an order of its own, drawn with a fixed seed: what one variant leaves in caches and memory
+    is not always found by the same other one.
+    """
+    times, rng = {name: [] for name in variants}, random.Random(0)
     for i in range(rounds + 1):
-        turn = i % len(names)
-        for name in names[turn:] + names[:turn]:
+        for name in rng.sample(list(variants), len(variants)):
             time_of_one = seconds(variants[name], device, repeat)
             if i:
                 times[name].append(time_of_one)

@@ -15,7 +15,6 @@ it was stopped, the same command goes on: finished runs are read, begun ones res
 Tables are made from the files of finished runs alone (tables.py). As many runs go at once as there are GPUs.
 """
 import argparse
-import contextlib
 import itertools
 import json
 import os
@@ -29,10 +28,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:                                        # on Windows nothing is locked
-    fcntl = None
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
@@ -140,28 +135,6 @@ def run_all(args, cells, progress):
                 process.terminate()                        # SIGTERM: train.py saves its state and ends
             raise
     return failures
-
-
-@contextlib.contextmanager
-def alone(folder):
-    """Hold a folder for this process: ValueError if another one is running a grid there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ValueError(f"another reproduce.py is running in {folder}: wait for it, or give another "
-                         "--out") from None
-    except OSError:                                        # a file system without locks
-        pass
-    try:
-        yield
-    finally:
-        os.close(descriptor)                               # as the end of the process does, however it ends
 
 
 def run_grid(args):
@@ -345,7 +318,7 @@ def main(argv=None):
                 signal.signal(number, stop)
         try:
             if not args.no_run:
-                with alone(args.grid.folder):
+                with disk.alone(args.grid.folder, "reproduce.py"):
                     failures = run_grid(args)
         except KeyboardInterrupt:
             print("\nstopped: the same command goes on", file=sys.stderr)

@@ -227,12 +227,16 @@ two uses of a weight are fine
 + require(uses <= 2
 
 nothing is frozen
-- parameter.requires_grad_(name in kept)
+- parameters[name].requires_grad_(name in kept)
 + pass
 
 the named parts are not made trainable
-- parameter.requires_grad_(name in kept)
-+ parameter.requires_grad_(name in kept and parameter.requires_grad)
+- parameters[name].requires_grad_(name in kept)
++ parameters[name].requires_grad_(name in kept and parameters[name].requires_grad)
+
+a tied parameter has the flag of its last name
+- sorted(parameters, key=kept.__contains__)
++ parameters
 
 subclasses are ignored
 - layer(modules[name], k, r, alpha, init) for
@@ -399,16 +403,20 @@ scores stop one step early
 +         if t < last:
 
 sensitivity has a sign
-- * self._scored("grad")).abs_()
-+ * self._scored("grad"))
+- * self._scored(lambda w: w.grad)).abs_()
++ * self._scored(lambda w: w.grad))
 
 sensitivity is the gradient alone
-- (self._scored("data") * self._scored("grad"))
-+ (self._scored("grad") * 1)
+- (self._scored(lambda w: w) * self._scored(lambda w: w.grad))
++ (self._scored(lambda w: w.grad) * 1)
 
 an overflow stays in the scores
-- .nan_to_num_(0.0, 0.0, 0.0)
-+
+- I = I.where(I.amax() < float("inf"), 0.0)
++ pass
+
+what did not overflow stays in the scores
+- I = I.where(I.amax() < float("inf"), 0.0)
++ I = I.nan_to_num(0.0, 0.0, 0.0)
 
 Ī forgets 1 − β1
 - self.sensitivity.lerp_(I, 1 - self.beta1)
@@ -558,20 +566,24 @@ the selection is not in the state
 + self.keep = torch.ones(len(found), self.r, device=device).bool()
 
 the head is not saved
-- for n, t in tensors.items() if t.requires_grad}
-+ for n, t in tensors.items() if t.requires_grad and ".lam" in n}
+- if t.requires_grad or owner(n) in adapters}
++ if owner(n) in adapters}
+
+frozen adapters are not saved
+- if t.requires_grad or owner(n) in adapters}
++ if t.requires_grad}
 
 a frozen norm's statistics are not saved
-- getattr(module, "track_running_stats", False)
+- hasattr(m, "running_mean")
 + False
 
 buffers are not saved
-- (t.requires_grad or not isinstance(t, nn.Parameter))}
-+ t.requires_grad}
+- n in trained or owner(n) in owners and not isinstance(t, nn.Parameter)}
++ n in trained}
 
 what is saved changes on
-- n: t.detach().clone() for n, t in tensors.items() if
-+ n: t.detach() for n, t in tensors.items() if
+- n: t.detach().clone() for n, t in tensors.items()
++ n: t.detach() for n, t in tensors.items()
 
 missing keys are allowed
 - require(not missing and not stray

@@ -347,6 +347,19 @@ def test_adalora_regulariser():
 
 
 @pytest.mark.parametrize("method", ADAPTERS)
+def test_autocast_does_not_round_the_update(method):
+    """Oracle: the same calls outside autocast, bit for bit: ΔW, export and the regulariser."""
+    model = stir(adapt(method, net()[0].float(), r=3, k=2))
+    layer = lora2_layers(model)[0][1]
+    calls = lambda: [layer.delta_weight(), *layer.to_lora(), *filter(
+        torch.is_tensor, [baselines.regulariser(method, model, ("uv", "UV", "PQ"))])]
+    outside = calls()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = calls()
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(outside, inside, strict=True))
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
 def test_one_formula(method):
     """Oracle: y = x (W0 + ΔW)ᵀ + b with delta_weight(); B A of to_lora(); ΔW itself from one-hot factors."""
     layer = lora2_layers(stir(adapt(method, net()[0], r=3, k=2)))[0][1]

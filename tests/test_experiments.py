@@ -657,7 +657,7 @@ def test_one_at_a_time_in_a_folder(tmp_path, ran, capsys):
     """Oracle: status 2 and one line; nothing runs. The table may be written meanwhile; later all is well."""
     pytest.importorskip("fcntl")
     argv = ["table4", "--tasks", "cola", "--seeds", "0", "--out", str(tmp_path)]
-    with reproduce.alone(grid_of(tmp_path, *argv[:-2]).folder):
+    with disk.alone(grid_of(tmp_path, *argv[:-2]).folder, "reproduce.py"):
         assert reproduce.main(argv) == 2 and ran == []
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and "another reproduce.py is running" in said and "--out" in said

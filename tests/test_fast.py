@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 import baselines
 from fast import (FastLoRA2Linear, LinearWithUpdate, add_gradients, cast_frozen, linear_with_update,
                   shared_updates)
-from lora2 import LoRA2Linear, add_lora2, lora2_layers, lora2_state_dict, orthogonality_loss
+from lora2 import (LoRA2Linear, add_lora2, lora2_layers, lora2_state_dict, merge_lora2,
+                   orthogonality_loss)
 
 
 def twins(k=2, r=4, bias=True, dtype=torch.float64, sizes=(6, 9)):
@@ -95,7 +96,20 @@ def test_frozen_weights_are_cast_once():
         assert torch.equal(compiled(x), expected[0])
     trained = network(FastLoRA2Linear, ["bias"])
     cast_frozen(trained, torch.bfloat16)
-    assert not any(hasattr(layer.base, "cast") for _, layer in lora2_layers(trained))
+    assert not any(layer.cast for _, layer in lora2_layers(trained))
+
+
+def test_what_was_cast_is_gone_with_the_adapter():
+    """Oracle: LoRA2Linear, which never casts W0 ahead: merged in place, then adapted once more."""
+    net, x = network().float(), torch.randn(5, 6)
+    cast_frozen(net, torch.bfloat16)
+    merge_lora2(net)
+    assert not any("cast" in vars(module) for module in net.modules())
+    other = copy.deepcopy(net)
+    for each, layer in ((net, FastLoRA2Linear), (other, LoRA2Linear)):
+        add_lora2(each, ["0", "2", "4"], k=2, r=3, layer=layer)            # Λ = 0: W0 alone is seen
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(net(x), other(x))
 
 
 @pytest.mark.parametrize("base_dtype, autocast", [(torch.float32, True), (torch.bfloat16, False),
@@ -126,6 +140,18 @@ def test_hooks_see_the_base():
     fast.base.register_forward_pre_hook(lambda module, args: seen.append(args))
     fast(x)
     assert len(seen) == 2
+
+
+def test_what_nn_linear_would_do_is_done():
+    """Oracle: LoRA2Linear: a forward put in the place of the base's is called, mixed dtypes are an error."""
+    for layer in twins():
+        x, plain = torch.randn(5, 6, dtype=torch.float64), layer.base.forward
+        before = layer(x)
+        layer.base.forward = lambda x: plain(x) + 1        # as accelerate's offloading does it
+        assert torch.allclose(layer(x), before + 1)
+    for layer in twins(dtype=torch.bfloat16):
+        with pytest.raises(RuntimeError, match="dtype"):
+            layer(torch.randn(5, 6))
 
 
 def network(layer=FastLoRA2Linear, trainable=()):

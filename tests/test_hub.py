@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -177,13 +178,17 @@ def test_first_time_second_time_and_offline(server, tmp_path):
     assert first[4]["ids"] == [0] and len(first[5]["ids"]) >= 3, first      # the latter is [CLS] low [SEP]
     asked = [file for method, name, file in server.requests if name == DEBERTA]
     assert set(asked) == {"config.json", "model.safetensors", "model.safetensors.index.json",
-                          "pytorch_model.bin", "tokenizer.json", "spm.model"}
+                          "pytorch_model.bin", "tokenizer.json", "spm.model", "tokenizer_config.json"}
     assert [file for method, name, file in server.requests if (method, name) == ("GET", DEBERTA)] == [
         "config.json", "pytorch_model.bin", "spm.model"]
     gone = user(tmp_path, GONE, *names)
     offline = user(tmp_path, GONE, *names, "other/model", HF_HUB_OFFLINE="1")
     check_failure(offline[-1], "other/model/config.json is not in the cache", "HF_HUB_OFFLINE is set")
-    for later in (gone, offline):
+    # As `hf download` leaves a cache: the same files, and nothing known of those that the Hub has not.
+    for known in tmp_path.glob("hub/models--*/.no_exist"):
+        shutil.rmtree(known)
+    copied = user(tmp_path, GONE, *names, HF_HUB_OFFLINE="1")
+    for later in (gone, offline, copied):
         for told, before in zip(later, first):
             assert told.get("sum") == before.get("sum") and told.get("ids") == before.get("ids"), told
 

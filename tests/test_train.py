@@ -1,9 +1,12 @@
 """Tests of train.py: what a run computes. Each docstring names its oracle."""
 import json
 import math
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -483,3 +486,48 @@ def test_compile(cli):
         assert cli.tiny(word, "--max-steps 4 --lr 0.001", model="still", out=out).status == 0
     for name, tensor in tensors("plain").items():
         torch.testing.assert_close(tensor, tensors("compiled")[name], rtol=1e-3, atol=1e-4)
+
+
+# --- other machines -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("device, expected", [
+    ("cuda", ["contiguous", "pin_memory", "to cuda, not waited for"]), ("mps", ["to mps"]),
+    ("cpu", ["to cpu"])])
+def test_copies_are_waited_for_unless_pinned(device, expected):
+    """Oracle: the calls written out: what is not pinned may be gone before a copy that nobody waits for."""
+    calls = []
+
+    class Recorded:
+        def to(self, device, non_blocking=False):
+            calls.append(f"to {device}" + ", not waited for" * non_blocking)
+
+        def __getattr__(self, name):
+            return lambda: calls.append(name) or self
+
+    train.to_device(SimpleNamespace(device=torch.device(device)), Recorded())
+    assert calls == expected
+
+
+@pytest.mark.parametrize("error, told", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to ..."), True),
+    (RuntimeError("MPS backend out of memory (MPS allocated: ...)"), True), (RuntimeError("a bug"), False)])
+def test_a_full_gpu_is_told(monkeypatch, capsys, error, told):
+    """Oracle: one line with the options that help, status 1; another RuntimeError keeps its traceback."""
+    monkeypatch.setattr(train, "act", lambda given: (_ for _ in ()).throw(error))
+    if not told:
+        with pytest.raises(RuntimeError, match="a bug"):
+            train.main(["--task", "demo"])
+        return
+    assert train.main(["--task", "demo"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "--accum 2" in said and "--overwrite" in said
+
+
+def test_a_console_without_blocks(cli):
+    """Oracle: the same run: the map of kept values is made of ░ and █, which a Latin-1 console has not."""
+    words = [ROOT / "train.py", *f"--task demo --model {cli.models['deberta']} {SMALL} --out run".split()]
+    done = subprocess.run([sys.executable, *words], capture_output=True, timeout=300, env=os.environ | {
+        "PYTHONIOENCODING": "latin-1", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and b"kept of" in done.stdout and b"?" in done.stdout, done.stderr
+    assert cli.tiny(out="again").status == 0 and outcome("run") == outcome("again")
+    assert re.fullmatch("[0-9a-f]{16}", result("run")["code"])
