@@ -125,25 +125,29 @@ def encode(tokenizer, split, max_len, name="the data"):
 POOL = 80  # batches that are sorted by length together: more of them waste less padding, fewer mix rows more
 
 
-def batches(examples, batch_size, pad_id=0, generator=None, skip=0):
+def batches(examples, batch_size, pad_id=0, generator=None, skip=0, multiple=8):
     """Iterate over ceil(N / batch_size) Batches that hold every row once, rows of similar length together.
 
     With a torch.Generator (drawn from at once) the rows are shuffled, cut into pools, sorted by length in
     their pool and cut into batches, and the batches are shuffled; without one they are sorted by length. T is
-    the longest row, rounded up to a multiple of 8 but never beyond max_len. skip: how many to leave out.
-    ValueError for a batch_size below 1 or a skip below 0, at once.
+    the longest row, rounded up to a multiple of `multiple` (8: what tensor cores are fast with) but never
+    beyond max_len. skip: how many to leave out. ValueError for a batch_size below 1 or a skip below 0, at once.
     """
     if batch_size < 1 or skip < 0:
         raise ValueError(f"batch size {batch_size} with skip {skip}: give at least 1 and at least 0")
-    # Sorting by the padded width leaves rows of equal width in random order: as little padding, more mixing.
-    width = ((examples.starts.diff() + 7) // 8 * 8).clamp(max=examples.max_len)  # (N,)
+    # Sorting by a length that is rounded up leaves rows of one such width in random order: more mixing, for
+    # hardly more padding. The plan is the same whatever `multiple` is: a run may go on on another device.
+    length = examples.starts.diff()  # (N,)
+    step = torch.where(length < 32, 2, 8)
+    width = (length + step - 1) // step * step
     if generator is None:
         plan = width.argsort(stable=True).split(batch_size)
     else:
         pools = torch.randperm(len(width), generator=generator).split(batch_size * POOL)
         plan = [rows for pool in pools for rows in pool[width[pool].argsort(stable=True)].split(batch_size)]
         plan = [plan[i] for i in torch.randperm(len(plan), generator=generator).tolist()]
-    return (_collate(examples, rows, int(width[rows].max()), pad_id) for rows in plan[skip:])
+    padded = ((length + multiple - 1) // multiple * multiple).clamp(max=examples.max_len)
+    return (_collate(examples, rows, int(padded[rows].max()), pad_id) for rows in plan[skip:])
 
 
 def _collate(examples, rows, T, pad_id):

@@ -508,6 +508,14 @@ def test_copies_are_waited_for_unless_pinned(device, expected):
     assert calls == expected
 
 
+def test_no_padding_beyond_the_longest_row_on_a_cpu(cli, monkeypatch):
+    """Oracle: the last column of every batch, in training and evaluation: some row has a token there."""
+    real, seen = train.predict_batch, []
+    monkeypatch.setattr(train, "predict_batch", lambda run, batch: seen.append(
+        bool(batch.attention_mask[:, -1].any())) or real(run, batch))
+    assert cli.tiny().status == 0 and len(seen) > 12 and all(seen)
+
+
 @pytest.mark.parametrize("error, told", [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to ..."), True),
     (RuntimeError("MPS backend out of memory (MPS allocated: ...)"), True), (RuntimeError("a bug"), False)])
