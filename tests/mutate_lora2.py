@@ -498,7 +498,7 @@ a loop over the adapters
 + [layer.lam.mul_(mask) for layer, mask in zip(self.layers, masks)]
 
 missing gradients are not noticed
-- require(all(x is not None for column in columns for x in column)
+- require(all(w is not None for w in sum(columns, []))
 + require(True
 
 v and V are always scored
