@@ -114,6 +114,7 @@ def draw(sweeps, read, stem):
 
 def draw_panel(panel, name, x, lines, unit):
     """One panel from {label: (seconds, memory)}: seconds on the left axis, memory dashed on the right one."""
+    from matplotlib.ticker import LogLocator               # new_figure() has found matplotlib
     memory = panel.twinx()
     for label, (seconds, held) in lines.items():
         line, = panel.plot(x, seconds, marker="o", label=label)
@@ -121,7 +122,10 @@ def draw_panel(panel, name, x, lines, unit):
     panel.set(xlabel=name, ylabel="seconds (solid)", xscale="log", yscale="log")
     memory.set(ylabel=f"{unit} (dashed)", yscale="log")
     panel.set_xticks(x, [f"{value:,}" for value in x])
-    panel.minorticks_off()
+    for axes in (panel, memory):
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
     panel.grid(alpha=0.3)
     panel.legend(fontsize=8)
 
