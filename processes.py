@@ -43,9 +43,9 @@ def keep_freed_memory():
     """Have malloc keep what a step frees for the next one: a training step on a CPU is 10 to 18 % faster.
 
     By default glibc hands large blocks back to the system, and gets them back zeroed, page by page. The price
-    is about an eighth more memory. Other systems' malloc is left as it is. (Not by M_MMAP_THRESHOLD: before
-    glibc 2.35 more than 32 MB are refused, and as any mallopt() fixes the threshold, at 128 KB, it is slower
-    than without.)
+    is about an eighth more memory. Other systems' malloc is left as it is. (Not by M_MMAP_THRESHOLD: an
+    older glibc, 2.31 say, refuses more than 32 MB, and as any mallopt() fixes the threshold, at 128 KB, it
+    would be slower than without.)
     """
     if platform.libc_ver()[0] == "glibc":
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4              # malloc.h
