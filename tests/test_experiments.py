@@ -20,6 +20,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
+import disk
 import grid as grids
 import options
 import plot
