@@ -12,10 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import baselines
-import data
 import demo
-import model
 import options
 import processes
 import runs

@@ -26,7 +26,6 @@ from safetensors import safe_open
 from test_train import write_task
 
 import disk
-import options
 import runs
 import show
 import train
