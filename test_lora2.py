@@ -448,9 +448,9 @@ def test_a_subclass_can_be_added():
     assert type(model.query) is Mine and lora2_layers(model) == [("query", model.query)]
 
 
-def int8_linear():
+def integer_linear(dtype):
     layer = nn.Linear(8, 8)
-    layer.weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
+    layer.weight = nn.Parameter(torch.zeros(8, 8, dtype=dtype), requires_grad=False)
     return layer
 
 
@@ -483,7 +483,8 @@ REFUSED = {
     "parametrised": (lambda: parametrizations.weight_norm(nn.Linear(8, 8)), TypeError, "bad is a Paramet"),
     "pruned by torch": (lambda: prune.identity(nn.Linear(8, 8), "weight"), TypeError, "re-parametrised"),
     "meta": (lambda: nn.Linear(8, 8, device="meta"), TypeError, "bad has no plain weight"),
-    "int8": (int8_linear, TypeError, "quantised"),
+    "int8": (lambda: integer_linear(torch.int8), TypeError, "quantised"),
+    "int32": (lambda: integer_linear(torch.int32), TypeError, "quantised"),
     "fp8": (lambda: nn.Linear(8, 8).to(torch.float8_e4m3fn), TypeError, "quantised"),
     "tensor subclass": (subclassed_weight, TypeError, "bad has no plain weight"),
     "too small for k": (lambda: nn.Linear(8, 1), ValueError, "does not fit bad: give integers from 1 to 1"),
