@@ -131,7 +131,7 @@ def batches(examples, batch_size, pad_id=0, generator=None, skip=0, multiple=8):
     With a torch.Generator (drawn from at once) the rows are shuffled, cut into pools, sorted by length in
     their pool and cut into batches, and the batches are shuffled; without one they are sorted by length. T is
     the longest row, rounded up to a multiple of `multiple` (8: what tensor cores are fast with) but never
-    beyond max_len. skip: how many to leave out. ValueError for a batch_size below 1 or a skip below 0, at once.
+    beyond max_len. skip: how many to leave out. ValueError for a batch_size below 1, a skip below 0, at once.
     """
     if batch_size < 1 or skip < 0:
         raise ValueError(f"batch size {batch_size} with skip {skip}: give at least 1 and at least 0")

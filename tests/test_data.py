@@ -176,7 +176,8 @@ def examples_of(lengths, max_len=512, seed=0):
 
 
 @pytest.mark.parametrize("n, size, seed, multiple", [
-    (1, 4, 0, 8), (4, 4, 0, 1), (5, 4, 1, 8), (7, 1, 2, 8), (3000, 8, None, 8), (1001, 7, 3, 1), (641, 8, 4, 8)])
+    (1, 4, 0, 8), (4, 4, 0, 1), (5, 4, 1, 8), (7, 1, 2, 8), (3000, 8, None, 8), (1001, 7, 3, 1),
+    (641, 8, 4, 8)])
 def test_batches_hold_every_row_once(n, size, seed, multiple):
     """Oracle: the flat rows, one by one: every row in one batch, its tokens in front, padding behind."""
     rng = random.Random(n)
