@@ -15,10 +15,10 @@ from typing import NamedTuple, Optional
 import tokenizers
 import torch
 
-import hub
-import spm
-from disk import one_line
-from tasks import TASKS, Split, get_task, load_split
+from formats import hub
+from formats import spm
+from formats.disk import one_line
+from formats.glue import TASKS, Split, get_task, load_split
 
 
 def load_task(task, data_dir="glue", seed=0):

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-import hub
-from config import HEAD_DROPOUT, check_config
+from formats import hub
+from formats.config import HEAD_DROPOUT, check_config
 
 ARCHITECTURE = {"deberta-v2": "DebertaV2", "roberta": "Roberta", "bert": "Bert"}
 PREFIX = {"deberta-v2": "deberta", "roberta": "roberta", "bert": "bert"}

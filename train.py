@@ -18,16 +18,16 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-import baselines
+from methods import baselines
 import data
-import disk
-import fast
+from formats import disk
+from methods import fast
 import model as models
-import options
-import processes
-import runs
-import show
-import tasks
+from running import options
+from running import machine as processes
+from running import folder as runs
+from running import progress as show
+from formats import glue as tasks
 from lora2 import load_lora2_state_dict
 
 # --- set-up: everything that a user's mistake can break happens here ----------------------------------------
@@ -344,7 +344,7 @@ def complete(run):
 def act(given):
     """Do what the options say: the demo, an evaluation, or a run from its start or from where it stopped."""
     if given.get("task") == "demo" and not given.keys() & {"model", "resume", "eval"}:
-        import demo                                        # it uses this module
+        from running import demo                                        # it uses this module
         return demo.main(given)
     if "resume" in given and (Path(given["resume"]) / "result.json").exists():
         with runs.refusing():

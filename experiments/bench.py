@@ -28,17 +28,17 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import bench_counts as counts
-import bench_peers as peers
-import bench_steps as steps
+from experiments.speed import counts
+from experiments.speed import peers
+from experiments.speed import steps
 import data
-import options
-import processes
-import tasks
+from running import options
+from running import machine as processes
+from formats import glue as tasks
 import train
-from bench_table import (ROWS, paired, products_text, profile_table, report, saved_table, summary,
+from experiments.speed.table import (ROWS, paired, products_text, profile_table, report, saved_table, summary,
                          worst)
 from lora2 import lora2_layers, merge_lora2
 
@@ -377,7 +377,7 @@ def main(argv=None):
     if job.device == "cpu":
         processes.keep_freed_memory()
     if job.growth:
-        import bench_growth
+        from experiments.speed import growth as bench_growth
         return bench_growth.main(job, circumstances(job, words))
     with tempfile.TemporaryDirectory() as work:
         job.work = Path(work)

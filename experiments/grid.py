@@ -7,20 +7,17 @@ import functools
 import itertools
 import json
 import math
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 import torch
 
-import options
-import processes
-import runs
-import tables
+from running import options
+from running import machine as processes
+from running import folder as runs
+from experiments import tables
 
+ROOT = Path(__file__).resolve().parents[1]
 DTYPE = "fp32" if processes.emulates_bf16("cuda" if torch.cuda.is_available() else "cpu") else "bf16"
 TIMING = "timing"                                          # the folder of Table 2's runs
 TUNE_SEED = 1000                                           # of the runs that choose, never of a reported one

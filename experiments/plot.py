@@ -10,10 +10,10 @@ import json
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import model
-import tables
+from experiments import tables
 
 MATRICES = {"q": "query", "k": "key", "v": "value", "o": "attention output", "f1": "feed-forward 1",
             "f2": "feed-forward 2"}

@@ -1,4 +1,4 @@
-"""The parts of README.md that follow from other files: line numbers, line counts, costs, results.
+"""The parts of README.md that follow from other files: line numbers, costs, results.
 
     python experiments/readme.py                               # rewrite them
     python experiments/readme.py --check                       # only say whether that would change anything
@@ -6,12 +6,10 @@
     `code` [lora2.py:1](lora2.py#L1)        the number becomes that of the one line that holds `code`
     <!-- cost --> ... <!-- /cost -->        what is between becomes what the function of that name returns
 
-The table of files keeps its words; a module that is new gets those of its docstring. Costs are counted on
-the code itself. Scores and times come from files that reproduce.py and bench.py wrote below
+Costs are counted on the code itself. Scores and times come from files that reproduce.py and bench.py wrote below
 experiments/results, and from nowhere else; what has no file is "not run".
 """
 import argparse
-import ast
 import json
 import os
 import re
@@ -22,18 +20,17 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import grid as grids                                       # it puts the project's folder on the path
-import baselines
-import disk
-import options
-import tables
+from experiments import grid as grids
+from methods import baselines
+from formats import disk
+from running import options
+from experiments import tables
 from lora2 import LoRA2Linear, RankPruner
 
 ROOT, RESULTS, WIDTH = grids.ROOT, grids.ROOT / "experiments" / "results", 100
 LINK = re.compile(r"`([^`\n]+)`(\s+)\[([\w./]+):\d+\]\(\3#L\d+\)")
-FILE = re.compile(r"^\| \[([\w./]+)\]\(\1\) \| \d+ \| (.*) \|$", re.MULTILINE)
 MEASURES = {"cola": "Matthews", "stsb": "Pearson", "mnli": "accuracy m/mm", "qqp": "accuracy/F1"}
 
 
@@ -53,18 +50,6 @@ def link(match):
     code, space, name = match.groups()
     number = line_of(name, code)
     return f"`{code}`{space}[{name}:{number}]({name}#L{number})"
-
-
-def files(old):
-    """A line per file: those of the table as it is that are still there, then modules that are not in it."""
-    said = {name: words for name, words in FILE.findall(old) if (ROOT / name).exists()}
-    for path in sorted(ROOT.glob("*.py")):
-        words = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
-        words = textwrap.shorten(words, WIDTH - 20 - 2 * len(path.name), placeholder=" ...")
-        said.setdefault(path.name, words)
-    count = lambda name: len((ROOT / name).read_text(encoding="utf-8").splitlines())
-    return tables.markdown(["file", "lines", "what it holds"],
-                           [[f"[{name}]({name})", str(count(name)), words] for name, words in said.items()])
 
 
 # --- what the method costs ----------------------------------------------------------------------------------
@@ -325,7 +310,7 @@ def performance(old=None):
     return "\n".join(text)
 
 
-BLOCKS = (files, cost, glue, results, performance)
+BLOCKS = (cost, glue, results, performance)
 
 
 def update(text):

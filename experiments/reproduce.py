@@ -28,15 +28,15 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-import grid as grids                                       # it puts the project's folder on the path
-import disk
-import plot
-import runs
-import tables
+from experiments import grid as grids
+from formats import disk
+from experiments import plot
+from running import folder as runs
+from experiments import tables
 
 TRAIN = [sys.executable, str(grids.ROOT / "train.py")]
 PAPER = json.loads((grids.ROOT / "experiments" / "paper.json").read_text(encoding="utf-8"))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import baselines
+from methods import baselines
 import model as M
 from lora2 import (LoRA2Linear, RankPruner, load_lora2_state_dict, lora2_layers, lora2_state_dict,
                    merge_lora2, orthogonality_loss)

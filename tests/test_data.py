@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_tasks import GLUE, HEADERS, needs_glue, refusal, write
+from tests.test_tasks import GLUE, HEADERS, needs_glue, refusal, write
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import data
-import tasks
-from tasks import TASKS, Split
+from formats import glue as tasks
+from formats.glue import TASKS, Split
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import data
-import demo
+from running import demo
 import model as models
 import train
 from lora2 import lora2_layers

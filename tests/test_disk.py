@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import disk
-import hub
-import tasks
+from formats import disk
+from formats import hub
+from formats import glue as tasks
 
 
 def contents(folder):

@@ -18,17 +18,16 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
-import disk
-import grid as grids
-import options
-import plot
-import readme
-import reproduce
-import runs
-import tables
-import tasks
+from formats import disk
+from experiments import grid as grids
+from running import options
+from experiments import plot
+from experiments import readme
+from experiments import reproduce
+from running import folder as runs
+from experiments import tables
+from formats import glue as tasks
 
 PAPER = reproduce.PAPER
 SCORES = {"dev": {"matthews": 0.5, "pearson": 0.8, "spearman": 0.7, "accuracy": 0.75, "f1": 0.6},
@@ -801,7 +800,7 @@ def test_stopped(number, tmp_path, stand_in):
     write_run(cells[3])
     stand_in(cells, sleep=60)
     driver = stand_in.here / "driver.py"
-    driver.write_text(f"import sys\nsys.path.insert(0, {str(ROOT / 'experiments')!r})\nimport reproduce\n"
+    driver.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom experiments import reproduce\n"
                       f"reproduce.TRAIN = {reproduce.TRAIN!r}\nsys.exit(reproduce.main({argv!r}))\n")
     process = subprocess.Popen([sys.executable, str(driver)], stderr=subprocess.PIPE, text=True,
                                start_new_session=True)

@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-import baselines
-from fast import (FastLoRA2Linear, LinearWithUpdate, add_gradients, cast_frozen, linear_with_update,
+from methods import baselines
+from methods.fast import (FastLoRA2Linear, LinearWithUpdate, add_gradients, cast_frozen, linear_with_update,
                   shared_updates)
 from lora2 import (LoRA2Linear, add_lora2, lora2_layers, lora2_state_dict, merge_lora2,
                    orthogonality_loss)

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import frozen, outcome
-from test_runs import child
-from test_train import logits, sentences, write_task
+from tests.conftest import frozen, outcome
+from tests.test_runs import child
+from tests.test_train import logits, sentences, write_task
 
-import hub
-import runs
-import tasks
+from formats import hub
+from running import folder as runs
+from formats import glue as tasks
 import train
 
 

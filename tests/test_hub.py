@@ -20,8 +20,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
-import hub
-from test_model import NARROW, build
+from formats import hub
+from tests.test_model import NARROW, build
 
 ROOT = Path(__file__).parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-import make_golden
+from tests import make_golden
 import model as M
-from config import OPTIONS
+from formats.config import OPTIONS
 
 ROOT = Path(__file__).parent.parent
 LENGTHS = (1, 2, 127, 128, 129, 130, 256, 400, 512)

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import demo
-import options
-import processes
-import runs
-import show
+from running import demo
+from running import options
+from running import machine as processes
+from running import folder as runs
+from running import progress as show
 import train
-from test_runs import refused
-from test_train import write_task
+from tests.test_runs import refused
+from tests.test_train import write_task
 
 ROOT = Path(__file__).parents[1]
 
@@ -136,7 +136,8 @@ def test_a_cpu_that_imitates_bf16_is_told(cli, monkeypatch):
 
 
 PEAK = """
-import resource, torch, processes
+import resource, torch
+from running import machine as processes
 before = processes.peak_memory(torch.device("cpu"))
 tensor = torch.ones(100_000_000)
 now = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 1e9
@@ -155,7 +156,8 @@ def test_peak_memory():
 
 
 FAULTS = """
-import resource, sys, torch, processes
+import resource, sys, torch
+from running import machine as processes
 if sys.argv[1] == "kept":
     processes.keep_freed_memory()
 for _ in range(12):                                        # at first holes of other sizes are left

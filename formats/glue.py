@@ -18,7 +18,7 @@ from typing import NamedTuple, Optional
 import torch
 from tqdm import tqdm
 
-from disk import write_file, writing
+from formats.disk import write_file, writing
 
 BASE_URL = "https://dl.fbaipublicfiles.com"  # the GLUE authors' downloads
 

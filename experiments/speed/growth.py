@@ -15,16 +15,17 @@ from pathlib import Path
 
 import torch
 
-import bench_counts as counts
-import bench_peers as peers
-import bench_steps as steps
+from experiments.speed import counts
+from experiments.speed import peers
+from experiments.speed import steps
 import data
-import plot
-import processes
-import tables
-import tasks
-from bench_table import summary
+from experiments import plot
+from running import machine as processes
+from experiments import tables
+from formats import glue as tasks
+from experiments.speed.table import summary
 
+ROOT = Path(__file__).resolve().parents[2]
 BASE = {"T": 128, "B": 8, "k": 8, "layers": 2}
 SWEEPS = {"T": (64, 128, 256, 512), "B": (1, 4, 16, 64), "k": (1, 4, 16, 64), "layers": (1, 2, 4, 8, 12)}
 QUICK = {"T": (64, 128), "B": (1, 4), "k": (1, 8), "layers": (1, 2)}
@@ -94,8 +95,8 @@ def measure_data(job, rows):
     tokenizer = data.load_tokenizer(job.model) if job.model else data.demo_tokenizer()
     with tempfile.TemporaryDirectory() as folder:
         write_mnli(Path(folder) / "MNLI" / "train.tsv", rows, tokenizer)
-        command = [sys.executable, __file__, folder, *([job.model] if job.model else [])]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        command = [sys.executable, "-m", __name__, folder, *([job.model] if job.model else [])]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     return json.loads(done.stdout)
 
 

@@ -8,7 +8,7 @@ import signal
 import torch
 import torch.distributed as dist
 
-from disk import one_line
+from formats.disk import one_line
 
 
 def join(name):

@@ -11,10 +11,10 @@ import warnings
 
 import torch
 
-from bench_steps import OwnStep, freeze, head_of
+from experiments.speed.steps import OwnStep, freeze, head_of
 import model as models
-import tasks
-from baselines import regulariser
+from formats import glue as tasks
+from methods.baselines import regulariser
 from lora2 import lora2_layers
 
 METHODS = ("frozen", "lora", "adalora")

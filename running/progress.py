@@ -13,14 +13,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import disk
+from formats import disk
 import model as models
-import options
-import processes
-from baselines import surviving_parameters
+from running import options
+from running import machine as processes
+from methods.baselines import surviving_parameters
 
 LOG_STEPS = 10                                             # between two lines of the log
-SOURCES = [path for path in sorted(Path(__file__).parent.glob("*.py")) if not path.name.startswith("test_")]
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = [path for room in ("", "methods", "formats", "running") for path in sorted((ROOT / room).glob("*.py"))
+           if not path.name.startswith("test_")]
 CODE = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()[:16]    # when it began
 
 

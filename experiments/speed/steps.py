@@ -14,11 +14,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import baselines
-import fast
+from methods import baselines
+from methods import fast
 import model as models
 
 SIX = ["q", "k", "v", "o", "f1", "f2"]

@@ -22,14 +22,14 @@ import safetensors
 import torch
 import torch.distributed as dist
 
-import config
-import hub
+from formats import config
+from formats import hub
 import model as models
-import processes
-import tasks
-from disk import one_line, reading, write_file, write_tensors, writing
+from running import machine as processes
+from formats import glue as tasks
+from formats.disk import one_line, reading, write_file, write_tensors, writing
 from lora2 import load_lora2_state_dict, lora2_layers, lora2_state_dict, merge_lora2
-from options import INCIDENTAL, flag
+from running.options import INCIDENTAL, flag
 
 FORMAT = 1                                                 # of last.pt and adapter.safetensors
 

@@ -15,7 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidat
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from disk import one_line, replacing
+from formats.disk import one_line, replacing
 
 WAYS_OUT = ("download its files by hand and give --model FOLDER, or run once where the Hub can be reached (a "
             "proxy or HF_ENDPOINT may help); a complete cached copy works without it, also under "

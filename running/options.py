@@ -4,8 +4,8 @@ import math
 import os
 from pathlib import Path
 
-import baselines
-import tasks
+from methods import baselines
+from formats import glue as tasks
 
 # The authors' released settings: batch 32, AdamW, clip 1.0, linear decay after a warm-up, dropout 0.1 in the
 # backbone. ti, tf and dT (Algorithm 1) are steps of the T steps of a full-length run; runs of another length

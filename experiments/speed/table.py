@@ -1,7 +1,7 @@
 """The table of bench.py: its rows with their goals, and how values become a verdict."""
 import statistics
 
-import tables
+from experiments import tables
 
 # Row → what is measured, goal on a CPU (2 threads, fp32, B = 8), goal on an H100 (bf16, B = 32); None: there
 # is none. A row with several goals has several entries: its number is what stands before the space.

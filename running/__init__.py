@@ -1,0 +1,1 @@
+"""What stands around the training loop: options, device and processes, the run folder, progress, exports."""
