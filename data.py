@@ -269,3 +269,28 @@ def demo_tokenizer():
 
 DEMO_PRETRAIN = TASKS["demo"]._replace(rows=dict(train=20000, dev=1000), labels=("0", "1", "2", "3"),
                                        make="pretrain")
+
+
+def check_ids(all_examples, config, model):
+    ids, types = (max(int(getattr(examples, field).max()) for examples in all_examples.values())
+                  for field in ("ids", "types"))
+    sizes = config["vocab_size"], max(2, config["type_vocab_size"])        # one type: ignored
+    if ids >= sizes[0] or types >= sizes[1]:
+        raise ValueError(f"{model}: its tokenizer gives ids up to {ids} and types up to {types}, its "
+                         f"model has {sizes[0]} and {sizes[1]} of them: they do not belong together")
+
+
+def load_own(task, train_file, dev_file, columns):
+    from formats import glue as tasks
+    task = tasks.get_task(task)._replace(header=()) if task != "own" else tasks.Task(
+            "", {}, **columns) if columns else tasks.own_task(train_file)
+    files = ("train", train_file), ("dev", dev_file)
+    return task, {name: tasks.read_split(path, task) for name, path in files if path}
+
+
+_load_task = load_task
+def load_task(task, data_dir="glue", seed=0, training=True):
+    task = get_task(task)
+    if not training and not task.make:
+        task = task._replace(rows={name: n for name, n in task.rows.items() if name != "train"})
+    return _load_task(task, data_dir, seed)

@@ -7,389 +7,350 @@
     python train.py --eval runs/cola/adapter.safetensors --predict ~/glue/CoLA/test.tsv
     python train.py --train-file mine.tsv --dev-file dev.tsv # columns sentence, label; see --train-file
     torchrun --nproc_per_node=2 train.py --task mnli --k 8   # several devices, the same batches
+
+The options are in running/options.py; `o` holds all of them. `here` is the machine: device, dtype, rank and
+number of processes.
 """
-import contextlib
 import math
 import sys
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
-from methods import baselines
 import data
-from formats import disk
-from methods import fast
 import model as models
-from running import options
-from running import machine as processes
-from running import folder as runs
-from running import progress as show
-from formats import glue as tasks
+from formats import glue
 from lora2 import load_lora2_state_dict
+from methods import baselines, fast
+from running import demo, export, folder, machine, options, progress
+from running.errors import refusing, told
 
-# --- set-up: everything that a user's mistake can break happens here ----------------------------------------
+# --- data → model → adapters: what a user's mistake can break ends here -------------------------------------
 
-def set_up(settings, facts=None):
-    """Settings → a run: one namespace with the settings, data, model and adapters. Nothing is written.
+def prepare(o, here, stored=None):
+    """(task, {split: Examples}, Examples of --predict or None, model with adapters, identity of the run).
 
-    facts: of the adapter that is to be evaluated. ValueError, TypeError or OSError with one sentence for
-    whatever a user can have wrong.
+    stored: what the adapter says of itself that is to be evaluated. Nothing is written. ValueError, TypeError
+    or OSError with one sentence for whatever a user can have wrong.
     """
-    run = SimpleNamespace(**settings, step=0, evaluations=[], best=None, pruner=None, budget=None,
-                          seconds=0.0, started=time.monotonic(), warned=set())
-    run.device, run.rank, run.world = processes.join(run.device)
-    if run.device.type == "cpu":
-        processes.keep_freed_memory()
-    slow = processes.emulates_bf16(run.device.type)
-    run.dtype = run.dtype or ("bf16" if run.device.type == "cuda" and not slow else "fp32")
-    if slow and run.dtype == "bf16" and run.rank == 0:
-        print(f"warning: this {run.device.type} has no bf16 arithmetic and imitates it, up to 100 times "
-              "slower: give --dtype fp32", file=sys.stderr)
-    run.settings = settings | {"dtype": run.dtype}
-
-    splits, run.row = load_splits(run, facts)
-    labels = run.row.labels                                # () for a regression
-    tokenizer = data.load_tokenizer(run.model)
-    torch.manual_seed(run.seed)                            # before the head and the adapters are drawn
-    run.net = net = models.from_pretrained(run.model, max(1, len(labels)), run.head_dropout)
-    run.base = runs.fingerprint(net, tokenizer)
-    if facts:
-        runs.check_facts(run, facts)
-    if run.max_len > net.max_len:
-        raise ValueError(f"--max-len {run.max_len}: this model takes {net.max_len} tokens at most")
-    run.pad = net.config["pad_token_id"]
-    if labels:
-        net.config["id2label"] = {str(i): label for i, label in enumerate(labels)}
-    if run.predict:
-        splits["to predict"] = tasks.read_split(run.predict, run.row, labelled=False)
-    run.data = {name: data.encode(tokenizer, split, run.max_len, name) for name, split in splits.items()}
-    check_ids(run)
-    run.to_predict = run.data.pop("to predict", None)
-    run.rows = runs.digest(*(part for name, examples in run.data.items() for part in (name, *examples[:4])))
-
-    parts = {part for name, _ in net.named_parameters() for part in name.split(".")}
-    run.head = [part for part in ("pooler", "classifier") if part in parts]
-    run.adapted = baselines.add_method(run.method, net, models.target_modules(net, run.targets or ["q"]),
-                                       run.head, run.k, run.r, run.alpha, run.init)
-    in_head = lambda name: not set(run.head).isdisjoint(name.split("."))
-    trained = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
-    run.head_parameters = [(name, p) for name, p in trained if in_head(name)]
-    run.body_parameters = [(name, p) for name, p in trained if not in_head(name)]
-    net.to(run.device)
-    if run.dtype == "bf16":
-        fast.cast_frozen(net, torch.bfloat16)
-    if run.compile:                                        # after its limit, 8 shapes, torch stops compiling
-        torch._dynamo.config.cache_size_limit = 64         # recompile_limit, before torch 2.7 too
-        models.relative_rows = torch.compiler.disable(models.relative_rows)    # a plan, made once a length
-    run.forward = torch.compile(net) if run.compile else net
-    run.multiple = 1 if run.device.type == "cpu" and not run.compile else 8    # of tokens in a batch's rows
-    return run
+    folder.check_destinations(o)
+    task, splits = load_splits(o, here, stored)
+    tokenizer = data.load_tokenizer(o.model)
+    torch.manual_seed(o.seed)                              # before the head and the adapters are drawn
+    net = models.from_pretrained(o.model, max(1, len(task.labels)), o.head_dropout)
+    if o.max_len > net.max_len:
+        raise ValueError(f"--max-len {o.max_len}: this model takes {net.max_len} tokens at most")
+    if task.labels:
+        net.config["id2label"] = {str(i): label for i, label in enumerate(task.labels)}
+    if o.predict:
+        splits["to predict"] = glue.read_split(o.predict, task, labelled=False)
+    examples = {name: data.encode(tokenizer, split, o.max_len, name) for name, split in splits.items()}
+    data.check_ids(examples, net.config, o.model)
+    unseen = examples.pop("to predict", None)
+    identity = folder.identity_of(o, here, task, net, tokenizer, examples)
+    if stored:
+        folder.check_adapter(stored, identity, o.eval)
+    targets = models.target_modules(net, o.targets or ["q"])
+    baselines.add_method(o.method, net, targets, net.head, o.k, o.r, o.alpha, o.init)      # LoRA²: add_lora2
+    net.to(here.device)
+    fast.speed_up(net, here.dtype, o.compile)              # the same functions in fewer operations
+    return task, examples, unseen, net, identity
 
 
-def check_ids(run):
-    """ValueError unless the tokenizer belongs to the model: a GPU would end in an assertion of its own."""
-    ids, types = (max(int(getattr(examples, field).max()) for examples in run.data.values())
-                  for field in ("ids", "types"))
-    sizes = run.net.config["vocab_size"], max(2, run.net.config["type_vocab_size"])        # one type: ignored
-    if ids >= sizes[0] or types >= sizes[1]:
-        raise ValueError(f"{run.model}: its tokenizer gives ids up to {ids} and types up to {types}, its "
-                         f"model has {sizes[0]} and {sizes[1]} of them: they do not belong together")
-
-
-def load_splits(run, facts):
-    """({"train": Split, dev splits}, tasks.Task) of a task or of the user's files; no "train" to evaluate."""
-    if run.dev_file:
-        task = tasks.get_task(run.task)._replace(header=()) if run.task != "own" else tasks.Task(
-            "", {}, **facts["columns"]) if facts else tasks.own_task(run.train_file)
-        files = ("train", run.train_file), ("dev", run.dev_file)
-        splits = {name: tasks.read_split(path, task) for name, path in files if path}
+def load_splits(o, here, stored):
+    """(task, {split: texts and labels}) of a GLUE task or of the user's files; no "train" to evaluate."""
+    if o.dev_file:
+        task, splits = data.load_own(o.task, o.train_file, o.dev_file, stored and stored["columns"])
     else:
-        task = tasks.get_task(run.task)
+        task = data.get_task(o.task)
         if task.downloads:
-            if run.rank == 0 and not (Path(run.data_dir) / task.folder).exists():
-                tasks.fetch_task(task, run.data_dir)
-            processes.wait_for_all()                       # all of them, whatever each finds there by now
-        if facts and not task.make:                        # to evaluate, train.tsv need not be there
-            task = task._replace(rows={name: n for name, n in task.rows.items() if name != "train"})
-        splits = data.load_task(task, run.data_dir)
-    return {name: split.part(0, run.limit_train if name == "train" else run.limit_dev)
-            for name, split in splits.items() if not (facts and name == "train")}, task
+            if here.speaks and not (Path(o.data_dir) / task.folder).exists():
+                glue.fetch_task(task, o.data_dir)
+            machine.wait_for_all()                         # all of them, whatever each finds there by now
+        splits = data.load_task(task, o.data_dir, training=not stored)
+    if stored:
+        splits.pop("train", None)
+    return task, {name: split.part(0, o.limit_train if name == "train" else o.limit_dev)
+                  for name, split in splits.items()}
 
 
-def prepare_training(run):
-    """Add to a run what training needs: number of steps, pruner, optimizer."""
-    run.steps_per_epoch = math.ceil(len(run.data["train"].labels) / run.batch_size)
-    run.T = run.max_steps or run.epochs * run.steps_per_epoch
-    run.lr_warmup, *run.phases = options.schedule(run.settings, run.T)
-    if run.method in options.PRUNING:
-        run.budget = len(run.adapted) * run.target_rank
-        run.pruner = baselines.make_pruner(run.method, run.net, run.target_rank, run.T, *run.phases,
-                                           run.importance)
-    elif run.method == "sora":
-        run.pruner = baselines.SparseGates(run.net, run.sora_threshold)
-    run.floor = baselines.regulariser_floor(run.method, run.k, run.r, run.reg_terms)
+def make_optimizer(net, lr, head_lr, weight_decay):
+    """(AdamW, its parameters): a group for each pair of peak learning rate and weight decay.
 
-    groups = {}                                            # (peak learning rate, weight decay) → parameters
-    for named, lr in ((run.body_parameters, run.lr), (run.head_parameters, run.head_lr)):
-        for name, parameter in named:
-            decay = 0.0 if name.endswith("bias") or "LayerNorm" in name else run.weight_decay
-            groups.setdefault((lr, decay), []).append(parameter)
-    run.parameters = [p for group in groups.values() for p in group]
-    run.optimizer = torch.optim.AdamW([{"params": group, "peak": lr, "lr": lr, "weight_decay": decay}
-                                       for (lr, decay), group in groups.items()], fused=True)
-    run.bad_step = torch.zeros((), device=run.device)      # the first step with a non-finite loss or gradient
-    if run.rank > 0:
-        torch.manual_seed(run.seed + run.rank)             # another dropout mask in each process
-
-
-# --- the loop -----------------------------------------------------------------------------------------------
-
-def train(run, log, signals):
-    """Train from run.step to the end, evaluating and saving on the way.
-
-    Nothing in a step waits for the device: a non-finite loss or gradient only sets a flag there, by which
-    AdamW leaves weights and moments as they are; check_finite reads it before anything is logged or saved.
+    Biases and LayerNorms do not decay; the head may have a learning rate of its own.
     """
-    batches, tokens = stream(run), 0
+    groups = {}                                            # (peak learning rate, weight decay) → parameters
+    named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
+    named.sort(key=lambda pair: models.in_head(pair[0], net.head))             # the head comes last
+    for name, p in named:
+        peak = head_lr if models.in_head(name, net.head) else lr
+        decay = 0.0 if name.endswith("bias") or "LayerNorm" in name else weight_decay
+        groups.setdefault((peak, decay), []).append(p)
+    optimizer = torch.optim.AdamW([{"params": group, "peak": peak, "lr": peak, "weight_decay": decay}
+                                   for (peak, decay), group in groups.items()], fused=True)
+    return optimizer, [p for group in groups.values() for p in group]
+
+
+def make_pruner(o, net, plan):
+    """What prunes after each step: LoRA²'s and AdaLoRA's RankPruner, SoRA's sparse gates, or None."""
+    if o.method == "sora":
+        return baselines.SparseGates(net, o.sora_threshold)
+    if o.method not in options.PRUNING:
+        return None
+    return baselines.make_pruner(o.method, net, o.target_rank, plan.steps, plan.prune_warmup, plan.prune_final,
+                                 plan.prune_interval, o.importance)
+
+
+# --- one run ------------------------------------------------------------------------------------------------
+
+def train(o, saved=None):
+    """Train from the start, or on from the state that folder.load_state() has read, to the end of the plan.
+
+    Returns (Machine, task, Examples of --predict or None, model).
+    """
+    with refusing():                                       # around what a user can have wrong
+        here = machine.join(o.device, o.dtype)
+        task, examples, unseen, net, identity = prepare(o, here)
+        plan = options.plan(o, rows=len(examples["train"].labels))
+        pruner = make_pruner(o, net, plan)
+    optimizer, parameters = make_optimizer(net, o.lr, o.head_lr, o.weight_decay)
+    machine.seed_dropout(o.seed, here)
+    guard = Guard(here.device, o.out)
+
+    with (folder.RunFolder(o.out, identity, here, net, optimizer, pruner, guard) as files,
+          machine.Signals(here) as signals, progress.Log(o, plan, here, task, net, guard) as log):
+        state = files.begin(o) if saved is None else files.restore(saved)
+        log.start(state, examples)
+        batches = stream(examples["train"], o, plan, state.step, net, here)
+        while True:
+            if plan.evaluates(state):
+                scores, predictions = evaluate(net, examples, task, o.batch_size, here, signals.watch)
+                files.keep_best(task, scores, predictions)
+                log.evaluation(state, predictions)
+            if plan.saves(state):
+                files.save()
+            if plan.is_over(state):
+                break
+            signals.check(state.step)                      # a Ctrl-C ends here: files saves and lets go
+
+            # ---- one training step ---------------------------------------------------------------------
+            batch = next(batches)
+            state.step += 1
+            loss = gradients(net, batch, task, here, o.accum)                  # forward, backward
+            R = baselines.regulariser(o.method, net, o.reg_terms)              # LoRA²: Eq. 5, once a step
+            if R is not None:
+                fast.add_gradients(o.reg * R, parameters)                      # (γ R).backward(), in one go
+            update(optimizer, parameters, loss, plan.lr_factor(state.step), o.clip, guard, state.step)
+            kept = pruner.step() if pruner else None                           # LoRA²: Algorithm 1
+            optimizer.zero_grad()
+            # --------------------------------------------------------------------------------------------
+
+            state.tokens += int(batch.attention_mask.sum())
+            if log.is_due(state.step):
+                log.training(state, loss, R, kept, optimizer.param_groups[0]["lr"])
+        files.finish(task, progress.counts(net))
+    return here, task, unseen, net
+
+
+# --- the parts of a step; the benchmark times these very functions ------------------------------------------
+
+def gradients(net, batch, task, here, accum):
+    """Forward and backward over this process's parts of a batch. Returns the loss, a scalar, of the whole batch.
+
+    A part's loss is weighted by its rows, so that the gradients, and over all processes their sums, are those
+    of the mean over the batch. R is the same in every process: it is added afterwards, once.
+    """
+    loss = torch.zeros((), device=here.device)
+    for part in parts_of(batch, here.rank, here.world, accum):
+        [labels] = to_device(here.device, part.labels)
+        part_loss = task_loss(predict_batch(net, part, here), labels, task)
+        part_loss = part_loss * (len(part.rows) / len(batch.rows))
+        part_loss.backward()
+        loss += part_loss.detach()
+    machine.sum_gradients(loss, net)                       # nothing to do for one process
+    return loss
+
+
+def update(optimizer, parameters, loss, lr_factor, max_norm, guard, step):
+    """Clip the gradients to a norm, then AdamW at lr_factor times the peak learning rates.
+
+    If loss or gradients are not finite, weights and moments stay as they are, from this step on.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    optimizer.found_inf = guard.see(loss + norm, step)     # torch's own signal to fused AdamW: 1, no update
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * lr_factor
+    optimizer.step()
+
+
+class Guard:
+    """Remembers, on the device, the first step whose loss or gradients were not finite.
+
+    Nothing in a step waits for the device: see() only sets a flag there; check() reads it before anything is
+    logged or written.
+    """
+
+    def __init__(self, device, out):
+        self.bad_step = torch.zeros((), device=device)     # 0: none
+        self.out = out
+
+    def see(self, value, step):
+        """1.0 if this value, a scalar, or one before is not finite, else 0.0: a scalar on the device."""
+        is_first = (self.bad_step == 0) & ~torch.isfinite(value)
+        self.bad_step = torch.where(is_first, float(step), self.bad_step)
+        return (self.bad_step > 0).float()
+
+    def check(self):
+        """FloatingPointError if there was such a step: the one place where a run waits for the device."""
+        if bad_step := int(self.bad_step.item()):
+            raise FloatingPointError(
+                f"loss or gradient was not finite at step {bad_step}; the last good state is in "
+                f"{Path(self.out) / 'last.pt'}: begin again with a smaller --lr, a longer --warmup or "
+                "--dtype fp32, and --overwrite")
+
+
+def predict_batch(net, batch, here):
+    """Logits of a batch, (B, labels) in fp32."""
+    ids, mask, types = to_device(here.device, *batch[:3])
+    with (torch.autocast(here.device.type, torch.bfloat16, enabled=here.dtype == "bf16"),
+          fast.shared_updates(net)):
+        return net(ids, mask, types).float()
+
+
+def task_loss(logits, labels, task):
+    """Cross entropy, or mean squared error for a regression, over the rows of a batch: a scalar."""
+    if task.labels:
+        return F.cross_entropy(logits, labels)
+    return F.mse_loss(logits.squeeze(1), labels)
+
+
+def to_device(device, *tensors):
+    """Copies. On a GPU the host does not wait for them, which takes pinned memory: without it, as on a Mac,
+    the batch could be gone before it is copied."""
+    if device.type != "cuda":
+        return [tensor.to(device) for tensor in tensors]
+    return [tensor.contiguous().pin_memory().to(device, non_blocking=True) for tensor in tensors]
+
+
+# --- batches ------------------------------------------------------------------------------------------------
+
+def stream(examples, o, plan, step, net, here):
+    """Batches without end, from that step on; the order in epoch e depends on the seed and e alone."""
+    epoch, skip = divmod(step, plan.per_epoch)
     while True:
-        if is_due(run):
-            evaluate_and_keep(run, log, signals)
-            runs.save(run)
-        elif run.save_steps and run.step % run.save_steps == 0:
-            runs.save(run)
-        reached = run.stop_at is not None and run.evaluations and run.evaluations[-1]["score"] >= run.stop_at
-        if run.step == run.T or reached:
-            break
-        signals.check(run)
-
-        batch = next(batches)
-        run.step += 1
-        tokens += int(batch.attention_mask.sum())
-        loss = torch.zeros((), device=run.device)
-        for part in micro_batches(batch, run):
-            part_loss = task_loss(run, part) * (len(part.rows) / len(batch.rows))
-            part_loss.backward()
-            loss += part_loss.detach()
-        processes.sum_up([loss] + processes.gradients(run.parameters))
-        R = baselines.regulariser(run.method, run.net, run.reg_terms)  # LoRA²: Eq. 5, once per optimizer step
-        if R is not None:
-            fast.add_gradients(run.reg * R, run.parameters)
-        most = 0.1 if run.method == "sora" else 1.0        # as the authors' scripts of either have it
-        norm = torch.nn.utils.clip_grad_norm_(run.parameters, most)
-
-        is_bad = (run.bad_step == 0) & ~torch.isfinite(loss + norm)
-        run.bad_step = torch.where(is_bad, float(run.step), run.bad_step)
-        run.optimizer.found_inf = (run.bad_step > 0).float()           # if 1, fused AdamW changes nothing
-        for group in run.optimizer.param_groups:
-            group["lr"] = group["peak"] * lr_factor(run.step, run.lr_warmup, run.T)
-        run.optimizer.step()
-        kept = run.pruner.step() if run.pruner else None               # LoRA²: Algorithm 1
-        run.optimizer.zero_grad()
-
-        if run.step % show.LOG_STEPS == 0 or run.step in (1, run.T):
-            runs.check_finite(run)
-            log.training(run, loss, R, kept, tokens)
-    assert run.budget is None or run.budget == sum(run.pruner.kept().values()), run.pruner.kept()
-
-
-def stream(run):
-    """Batches without end, from step run.step on; the order in epoch e depends on the seed and e alone."""
-    epoch, skip = divmod(run.step, run.steps_per_epoch)
-    while True:
-        order = torch.Generator().manual_seed(run.seed * 1_000_003 + epoch)
-        yield from data.batches(run.data["train"], run.batch_size, run.pad, order, skip, run.multiple)
+        order = torch.Generator().manual_seed(o.seed * 1_000_003 + epoch)      # a prime above all epochs
+        yield from data.batches(examples, o.batch_size, net.config["pad_token_id"], order, skip,
+                                multiple_of(here))
         epoch, skip = epoch + 1, 0
 
 
-def micro_batches(batch, run):
-    """This process's share of a batch, in run.accum parts, none of them empty."""
-    n = run.world * run.accum
-    for i in range(run.rank, n, run.world):
-        if len(batch.rows) > i:
+def multiple_of(here):
+    """Of how many tokens the width of a batch is a multiple: a GPU's products are faster with 8."""
+    return 1 if here.device.type == "cpu" else 8
+
+
+def parts_of(batch, rank, world, accum):
+    """This process's share of a batch, in `accum` parts, none of them empty.
+
+    The rows are dealt out in turn: of 5 rows, process 0 of 2 gets rows 0, 2, 4 and process 1 rows 1, 3.
+    """
+    n = world * accum
+    for i in range(rank, n, world):
+        if i < len(batch.rows):
             yield data.Batch(*(tensor[i::n] for tensor in batch))
-
-
-def task_loss(run, batch):
-    """Cross entropy, or mean squared error for a regression, over the rows of a batch."""
-    logits, [labels] = predict_batch(run, batch), to_device(run, batch.labels)
-    return F.cross_entropy(logits, labels) if run.row.labels else F.mse_loss(logits.squeeze(1), labels)
-
-
-def predict_batch(run, batch):
-    """Logits of a batch, (B, labels) in fp32."""
-    ids, mask, types = to_device(run, *batch[:3])
-    with (torch.autocast(run.device.type, torch.bfloat16, enabled=run.dtype == "bf16"),
-          fast.shared_updates(run.net)):
-        return run.forward(ids, mask, types).float()
-
-
-def to_device(run, *tensors):
-    """Copies. On a GPU the host does not wait for them, which takes pinned memory: without it, as on a Mac,
-    the batch could be gone before it is copied."""
-    if run.device.type != "cuda":
-        return [tensor.to(run.device) for tensor in tensors]
-    return [tensor.contiguous().pin_memory().to(run.device, non_blocking=True) for tensor in tensors]
-
-
-def lr_factor(step, warmup, T):
-    """Linear up over `warmup` steps, then linear down to the end; not 0 at any of the steps 1 .. T."""
-    return step / warmup if step <= warmup else (T - step + 1) / (T - warmup)
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------
 
-def is_due(run):
-    """Whether an evaluation belongs after step run.step and has not been made."""
-    last = run.evaluations[-1]["step"] if run.evaluations else 0
-    return run.step > last and (run.step == run.T or run.step % run.steps_per_epoch == 0
-                                or run.eval_steps and run.step % run.eval_steps == 0)
-
-
 @torch.no_grad()
-def predict(run, examples, signals=None):
-    """Predictions for a split, (N,): class ids, or scores of a regression. Processes share the batches."""
-    outputs = torch.zeros(len(examples.starts) - 1, run.net.num_labels, device=run.device)
-    run.net.eval()
-    batches = data.batches(examples, run.batch_size, run.pad, multiple=run.multiple)
-    for i, batch in enumerate(batches if signals else show.bar_of(batches, run, examples)):
-        if signals and (run.world == 1 or i % 10 == 0):
-            signals.check(run, all_are_here=True)
-        if i % run.world == run.rank:
-            logits, [rows] = predict_batch(run, batch), to_device(run, batch.rows)
-            outputs[rows] = logits
-    run.net.train()
-    processes.sum_up([outputs])
+def predict(net, examples, task, batch_size, here, watch):
+    """Predictions for a split, (N,): class ids, or scores of a regression. Processes share the batches.
+
+    watch(batches, how many): gives them on, and looks at signals or shows a bar meanwhile.
+    """
+    rows_of_all = len(examples.starts) - 1
+    outputs = torch.zeros(rows_of_all, net.num_labels, device=here.device)
+    batches = data.batches(examples, batch_size, net.config["pad_token_id"], multiple=multiple_of(here))
+    net.eval()
+    for i, batch in enumerate(watch(batches, math.ceil(rows_of_all / batch_size))):
+        if i % here.world == here.rank:
+            [rows] = to_device(here.device, batch.rows)
+            outputs[rows] = predict_batch(net, batch, here)
+    net.train()
+    machine.sum_up([outputs])
     if not outputs.isfinite().all():
-        raise FloatingPointError(f"after step {run.step} the model's outputs are not finite: try --dtype "
-                                 "fp32 or a smaller --lr")
-    return (outputs.argmax(1) if run.row.labels else outputs.squeeze(1)).cpu()
+        raise FloatingPointError("the model's outputs are not finite: try --dtype fp32 or a smaller --lr")
+    return (outputs.argmax(1) if task.labels else outputs.squeeze(1)).cpu()
 
 
-def evaluate(run, signals=None):
-    """({dev split: {metric: value}}, {dev split: predictions})."""
-    predictions = {name: predict(run, examples, signals) for name, examples in run.data.items()
-                   if name != "train"}
-    show.warn_if_equal(run, predictions)
-    scores = {name: data.metrics(run.row, predicted, run.data[name].labels)
-              for name, predicted in predictions.items()}
+def evaluate(net, examples, task, batch_size, here, watch):
+    """({dev split: {metric: value}}, {dev split: predictions (N,)}) of the dev splits among the examples."""
+    scores, predictions = {}, {}
+    for name, split in examples.items():
+        if name != "train":
+            predictions[name] = predict(net, split, task, batch_size, here, watch)
+            scores[name] = data.metrics(task, predictions[name], split.labels)
     return scores, predictions
-
-
-def evaluate_and_keep(run, log, signals):
-    """Evaluate after step run.step; write adapter.safetensors if nothing before was better."""
-    runs.check_finite(run)
-    scores, predictions = evaluate(run, signals)
-    score = next(iter(scores.values()))[run.row.metrics[0]]
-    evaluation = {"step": run.step, "scores": scores, "score": score}
-    if run.budget is not None:
-        evaluation["kept"] = sum(run.pruner.kept().values())
-    run.evaluations.append(evaluation)
-    if run.best is None or score >= run.best["score"]:     # of equals the later one, which is pruned more
-        run.best = evaluation
-        runs.save_best(run, predictions)
-    log.evaluation(run, evaluation)
 
 
 # --- from the command line ----------------------------------------------------------------------------------
 
-def start(given):
-    """Options given → a run: new, resumed, or with the adapter of --eval. --resume finds it from here on."""
-    with runs.refusing(), contextlib.ExitStack() as held:
-        tensors = state = facts = None
-        if "eval" in given:
-            tensors, facts = runs.load_adapter(given["eval"])
-            settings = options.evaluate(facts["settings"], given)
-        elif "resume" in given:
-            state = runs.load_state(given["resume"])
-            settings = options.resume(state["settings"], given)
-        else:
-            settings = options.resolve(given)
-        runs.check_destinations(settings, resumed=bool(state))
-        run = set_up(settings, facts)
-        if tensors:
-            load_lora2_state_dict(run.net, tensors)
-            return run
-        prepare_training(run)
-        if run.rank == 0:                                  # two runs in one folder would mix up their files
-            held.enter_context(disk.alone(run.out, "train.py"))
-            runs.check_destinations(settings, resumed=bool(state))         # another may just have ended
-        if state:
-            runs.restore(run, state)
-        else:
-            runs.prepare_folder(run)
-            runs.save(run)
-        run.release_folder = held.pop_all().close
-    show.announce(run)
-    return run
+def evaluate_adapter(given):
+    """--eval: load an adapter instead of training one, show its scores, and hand out what is asked for."""
+    with refusing():
+        tensors, stored = folder.load_adapter(given["eval"])
+        o = options.evaluating(stored["settings"], given)
+        here = machine.join(o.device, o.dtype)
+        task, examples, unseen, net, _ = prepare(o, here, stored)
+        load_lora2_state_dict(net, tensors)
+    scores, predictions = evaluate(net, examples, task, o.batch_size, here, progress.bar_on(here))
+    if here.speaks:
+        progress.warn_if_equal(predictions, set())
+        print(f"{progress.rows(examples, task)}\n{progress.scores(scores)}")
+    hand_out(o, here, task, unseen, net, Path(o.eval).parent)
 
 
-def complete(run):
-    """Train a started run to its end and write what belongs there; returns the content of result.json."""
-    log = show.Log(run)
-    try:
-        with processes.Signals() as signals:
-            train(run, log, signals)
-        return show.finish(run)
-    except processes.Stopped:
-        runs.save(run)
-        raise
-    finally:
-        log.close()
-        run.release_folder()
+def train_and_hand_out(o, saved=None):
+    """One run, and of its best adapter what is asked for."""
+    here, task, unseen, net = train(o, saved)
+    if o.predict or o.merge or o.export_peft:
+        tensors, _ = folder.load_adapter(Path(o.out) / "adapter.safetensors")
+        load_lora2_state_dict(net, tensors)
+    hand_out(o, here, task, unseen, net, o.out)
 
 
-def act(given):
-    """Do what the options say: the demo, an evaluation, or a run from its start or from where it stopped."""
+def hand_out(o, here, task, unseen, net, out):
+    """--predict, --merge and --export-peft, of the adapters that the model now holds."""
+    predictions = None
+    if unseen is not None:
+        predictions = predict(net, unseen, task, o.batch_size, here, progress.bar_on(here))
+    if here.speaks:
+        export.hand_out(o, out, task, net, predictions)
+
+
+def act(argv):
+    """Do what the words of the command line say."""
+    given = options.parse(argv, __doc__)
     if given.get("task") == "demo" and not given.keys() & {"model", "resume", "eval"}:
-        from running import demo                                        # it uses this module
-        return demo.main(given)
-    if "resume" in given and (Path(given["resume"]) / "result.json").exists():
-        with runs.refusing():
-            given = show.finished(given)
-        if not given:                                      # nothing more is asked of its adapter
-            return
-    run = start(given)
-    if run.eval:
-        scores, _ = evaluate(run)
-        if run.rank == 0:
-            print(f"{show.rows(run)}\n{show.scores(scores)}")
+        demo.main(given, train)
+    elif "eval" in given:
+        evaluate_adapter(given)
+    elif "resume" not in given:
+        train_and_hand_out(options.resolve(given))
+    elif (Path(given["resume"]) / "result.json").exists():
+        if more := progress.finished(given):               # something else is asked of its adapter
+            evaluate_adapter(more)
     else:
-        complete(run)
-        if run.predict or run.merge or run.export_peft:
-            load_lora2_state_dict(run.net, runs.load_adapter(Path(run.out) / "adapter.safetensors")[0])
-    predictions = predict(run, run.to_predict) if run.predict else None
-    if run.rank == 0:
-        runs.hand_out(run, predictions)
+        with refusing():
+            saved = folder.load_state(given["resume"])
+        train_and_hand_out(options.resumed(saved["settings"], given), saved)
+    machine.leave()
 
 
 def main(argv=None):
     """The command line; returns the exit status. A user's mistake is one line, a bug keeps its traceback."""
-    for stream in filter(lambda stream: hasattr(stream, "reconfigure"), (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="replace")               # no run shall end for a Λ that a console lacks
-    try:
-        with runs.refusing():
-            given = options.parse(argv, __doc__)
-        act(given)
-        processes.leave()
-        return 0
-    except runs.Refused as error:
-        text, status = f"error: {error}", 2
-    except RuntimeError as error:
-        if "out of memory" not in str(error):              # CUDA's has a class of its own, a Mac's has not
-            raise
-        text, status = ("error: the GPU's memory is full: begin again with --overwrite and --accum 2, "
-                        "the same result with less; to evaluate give a smaller --batch-size"), 1
-    except (FloatingPointError, OSError) as error:         # diverged; a full disk, a lost process
-        text, status = f"error: {error}", 1
-    except processes.Stopped as stop:
-        text, status = str(stop), stop.status
-    except KeyboardInterrupt:
-        text, status = "stopped: what was written before is whole", 130
-    print(text, file=sys.stderr)
-    return status
+    return told(act, argv)
 
 
 if __name__ == "__main__":

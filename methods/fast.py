@@ -129,3 +129,11 @@ def add_gradients(loss, parameters):
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     pairs = [(p.grad, gradient) for p, gradient in zip(parameters, gradients) if gradient is not None]
     torch._foreach_add_(*map(list, zip(*pairs)))
+
+
+def speed_up(net, dtype="fp32", compile=False):
+    if dtype == "bf16":
+        cast_frozen(net, torch.bfloat16)
+    if compile:
+        for layer in net.backbone.encoder.layer: layer.compile(dynamic=True)
+    return net

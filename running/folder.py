@@ -1,4 +1,4 @@
-"""The folder of a run: going on after a stop, and what a finished run hands out.
+"""The folder of a run: what is written there, going on after a stop.
 
 A run folder holds
     last.pt               all that --resume needs: tensors and plain values
@@ -12,26 +12,42 @@ log may be ahead of last.pt, which knows how long it was; so may adapter.safeten
 """
 import contextlib
 import hashlib
-import io
 import json
 import os
+import platform
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Optional
 
 import safetensors
 import torch
-import torch.distributed as dist
 
-from formats import config
-from formats import hub
-import model as models
-from running import machine as processes
-from formats import glue as tasks
-from formats.disk import one_line, reading, write_file, write_tensors, writing
-from lora2 import load_lora2_state_dict, lora2_layers, lora2_state_dict, merge_lora2
-from running.options import INCIDENTAL, flag
+from formats import config, disk, glue
+from lora2 import load_lora2_state_dict, lora2_layers, lora2_state_dict
+from methods.baselines import surviving_parameters
+from running import machine, progress
+from running.errors import Stopped, refusing
+from running.options import STORED, flag
 
-FORMAT = 1                                                 # of last.pt and adapter.safetensors
+FORMAT = 2                                                 # of last.pt and adapter.safetensors
+HASH = 32                                                  # digits of the hash behind last.pt
+FILES = ("result.json", "adapter.safetensors", "log.jsonl", "ranks.json", "last.pt")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def hash_of_code():
+    """Hash of the sources that a run depends on, as they are when the program begins."""
+    hasher = hashlib.sha256()
+    for room in ("", "methods", "formats", "running"):
+        for path in sorted((ROOT / room).glob("*.py")):
+            if not path.name.startswith("test_"):
+                hasher.update(path.read_bytes())
+    return hasher.hexdigest()[:16]
+
+
+CODE = hash_of_code()
+
 
 # --- hashes -------------------------------------------------------------------------------------------------
 
@@ -54,78 +70,305 @@ def fingerprint(net, tokenizer):
     """Hash of all that makes a base model compute what it does; a new head is not part of it."""
     weights = {name: tensor for name, tensor in net.state_dict().items() if name not in net.new_weights}
     meaning = [(name, net.config[name]) for name in config.OPTIONS[net.config["model_type"]]]
-    words = sorted(tokenizer.get_vocab())[::tokenizer.get_vocab_size() // 100 + 1]
-    probe = " ".join(words + [word.swapcase() for word in words])              # how text is cut and cased
-    probe = tokenizer.encode(probe, "It's a Naïve TEST № ½ (3.5 %).")
-    return digest(weights, str(meaning), str(sorted(tokenizer.get_vocab().items())), str(probe.ids),
-                  str(probe.type_ids))
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    words = [word for word, _ in vocabulary][::len(vocabulary) // 100 + 1]
+    words += [word.swapcase() for word in words]           # how text is cut and cased
+    probe = tokenizer.encode(" ".join(words), "It's a Naïve TEST № ½ (3.5 %).")
+    return digest(weights, str(meaning), str(vocabulary), str(probe.ids), str(probe.type_ids))
 
 
-# --- the run folder -----------------------------------------------------------------------------------------
+def hash_of_data(examples):
+    """Hash of the encoded rows of {split: Examples}."""
+    parts = []
+    for name, split in examples.items():
+        parts += [name, split.ids, split.types, split.starts, split.labels]
+    return digest(*parts)
 
-def check_destinations(settings, resumed):
+
+def identity_of(o, here, task, net, tokenizer, examples):
+    """What a run is: its settings, and by hash its base model and data; what the data's columns mean."""
+    return {"settings": vars(o) | {"dtype": here.dtype}, "base": fingerprint(net, tokenizer),
+            "rows": hash_of_data(examples),
+            "columns": {name: getattr(task, name) for name in ("texts", "label", "labels", "metrics")}}
+
+
+# --- what changes -------------------------------------------------------------------------------------------
+
+@dataclass
+class State:
+    """All that changes in a run beside tensors; last.pt holds it."""
+    step: int = 0                    # optimizer steps done
+    tokens: int = 0                  # of the training rows seen, without padding
+    seconds: float = 0.0             # that the run took before this process
+    evaluations: list = field(default_factory=list)        # [{"step", "scores", "score", perhaps "kept"}]
+    best: Optional[dict] = None      # one of them; of equals the last, which is pruned more
+    started: float = field(default_factory=time.monotonic)
+
+    def elapsed(self):
+        """Seconds that the run has taken so far."""
+        return self.seconds + time.monotonic() - self.started
+
+
+# --- before a run -------------------------------------------------------------------------------------------
+
+def check_destinations(o):
     """OSError or ValueError unless whatever will be written has a place of its own that holds nothing yet."""
-    folders = {name: Path(settings[name]) for name in ("out", "merge", "export_peft") if settings[name]}
+    folders = {name: Path(getattr(o, name)) for name in ("out", "merge", "export_peft") if getattr(o, name)}
     for name, folder in folders.items():
-        nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+        nearest = folder.absolute()
+        while not nearest.exists():
+            nearest = nearest.parent
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise OSError(f"{flag(name)} {folder}: {nearest} is no folder to write to: give another")
         if not folder.exists() or all(path.suffix == ".tmp" for path in folder.iterdir()):
             continue                                       # .tmp: a write that was cut off
         if name != "out":
             raise ValueError(f"{flag(name)} {folder}: this folder is not empty: give a new or an empty one")
-        if not (resumed or settings["overwrite"]):
+        if not (o.resume or o.overwrite):
             way = f"go on with its run by --resume {folder}, " if (folder / "last.pt").exists() else ""
             raise ValueError(f"{folder} is not empty: {way}replace it by --overwrite, or give another --out")
-    if len({folder.absolute() for folder in folders.values()}) < len(folders):
+        if o.overwrite and not o.resume:
+            files_to_replace(folder)                       # refuses a folder of somebody else
+    if len({folder.resolve() for folder in folders.values()}) < len(folders):
         raise ValueError(f"{', '.join(map(flag, folders))} need a folder each")
 
 
-def prepare_folder(run):
-    """Make the run folder without an older run. Its result goes first: half removed is not finished."""
-    if run.rank == 0:
-        folder = Path(run.out)
-        folder.mkdir(parents=True, exist_ok=True)
-        for pattern in ("result.json", "last.pt", "adapter.safetensors", "log.jsonl", "ranks.json",
-                        "predictions_*.tsv", "*_predictions.tsv", *run.row.submissions.values()):
-            for path in folder.glob(pattern):
+def files_to_replace(folder):
+    """What --overwrite removes from a folder: the files of a run of ours, in order, and nothing else.
+
+    The result goes first, since half removed is not finished; last.pt goes last, by which a run is known.
+    ValueError for a folder that holds such names without a run of ours.
+    """
+    there = [folder / name for name in FILES if (folder / name).exists()]
+    if not there:
+        return []
+    if not is_run(folder):
+        raise ValueError(f"{there[0]} is not of a run of this program, --overwrite leaves it alone: give another "
+                         "--out")
+    tables = [path for path in sorted(folder.glob("*.tsv")) if first_line(path) == "index\tprediction"]
+    return there[:-1] + tables + there[-1:]
+
+
+def first_line(path):
+    """The first line of a text file, which may be anybody's."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.readline(100).rstrip("\n")
+
+
+def is_run(folder):
+    """Whether a folder holds a run of ours: a last.pt with its hash behind it, or a result with settings."""
+    with contextlib.suppress(OSError):
+        with open(folder / "last.pt", "rb") as file:
+            file.seek(-HASH, os.SEEK_END)
+            return file.read().isalnum()
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return "settings" in json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return False
+
+
+# --- the run folder -----------------------------------------------------------------------------------------
+
+class RunFolder:
+    """The folder of one run. Of several processes the first one writes.
+
+    Inside `with` it is locked for this process; if the run is stopped there by a signal, it is saved.
+    path: of the folder. identity: of the run, from identity_of(). here: its Machine. net, optimizer, pruner
+    (or None): what is saved and restored. guard: its check() is called before anything is written.
+    """
+
+    def __init__(self, path, identity, here, net, optimizer, pruner, guard):
+        self.path = Path(path)
+        self.identity = identity
+        self.here = here
+        self.net, self.optimizer, self.pruner = net, optimizer, pruner
+        self.guard = guard
+        self.state = State()
+        self.lock = contextlib.ExitStack()
+
+    @refusing()
+    def __enter__(self):
+        if self.here.speaks:                               # two runs in one folder would mix up their files
+            self.lock.enter_context(disk.alone(self.path, "train.py"))
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        try:
+            if isinstance(error, Stopped):
+                self.save()
+                error.args = (f"stopped after step {self.state.step}: --resume {self.path} goes on",)
+        finally:
+            self.lock.close()
+
+    @refusing()
+    def begin(self, o):
+        """Make the folder of a new run, without an older one; returns its State."""
+        check_destinations(o)                              # again: another run may just have ended
+        if self.here.speaks:
+            for path in files_to_replace(self.path):
                 path.unlink()
+        self.save()
+        return self.state
+
+    @refusing()
+    def restore(self, saved):
+        """Put everything where save() left it; returns the State.
+
+        saved: from load_state(). ValueError if base model, data or number of processes are others.
+        """
+        self.check(saved)
+        state = self.state
+        state.step, state.tokens = saved["step"], saved["tokens"]
+        state.seconds, state.evaluations = saved["seconds"], saved["evaluations"]
+        adapter = self.path / "adapter.safetensors"
+        if state.evaluations or adapter.exists():
+            stored = load_adapter(adapter)[1]
+            state.best = stored["best"]
+            if comparable(stored) != comparable(self.facts(None)):
+                raise ValueError(f"{adapter} is not of this run: give back the one that was there")
+        load_lora2_state_dict(self.net, saved["weights"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.pruner:
+            self.pruner.load_state_dict(saved["pruner"])
+        machine.set_random_state(self.here, saved["rng"][self.here.rank])
+        log = self.path / "log.jsonl"
+        if self.here.speaks and log.exists() and log.stat().st_size > saved["log_bytes"]:
+            os.truncate(log, saved["log_bytes"])           # the steps of these lines come again
+        return state
+
+    def check(self, saved):
+        """ValueError unless a saved state is of this base model, these data and as many processes."""
+        if saved["base"] != self.identity["base"]:
+            raise ValueError(f"{self.identity['settings']['model']} is not the model that the run began with: "
+                             "give that one as --model")
+        if saved["rows"] != self.identity["rows"]:
+            raise ValueError("the data are not those that the run began with: give them back")
+        if len(saved["rng"]) != self.here.world:
+            raise ValueError(f"{len(saved['rng'])} process(es) began this run: resume it with as many")
+
+    def save(self):
+        """Write last.pt: everything on which the rest of the run depends."""
+        self.guard.check()
+        state = self.state
+        rng = machine.gathered(machine.random_state(self.here), self.here)
+        if not self.here.speaks:
+            return
+        log = self.path / "log.jsonl"
+        write_state(self.path, {
+            "settings": self.identity["settings"], "base": self.identity["base"], "rows": self.identity["rows"],
+            "step": state.step, "tokens": state.tokens, "seconds": state.elapsed(),
+            "evaluations": state.evaluations, "rng": rng,
+            "log_bytes": log.stat().st_size if log.exists() else 0,
+            "weights": lora2_state_dict(self.net), "optimizer": self.optimizer.state_dict(),
+            "pruner": self.pruner.state_dict() if self.pruner else {}})
+
+    def keep_best(self, task, scores, predictions):
+        """Note an evaluation in the state; write its predictions and adapter.safetensors if none was better.
+
+        scores: {dev split: {metric: value}}, of which the first decides; predictions: {dev split: (N,)}.
+        """
+        self.guard.check()
+        state, first = self.state, next(iter(scores.values()))
+        evaluation = {"step": state.step, "scores": scores, "score": first[task.metrics[0]]}
+        if self.budget is not None:
+            evaluation["kept"] = sum(self.pruner.kept().values())
+        state.evaluations.append(evaluation)
+        if state.best is not None and evaluation["score"] < state.best["score"]:
+            return
+        state.best = evaluation
+        if self.here.speaks:                               # the adapter last: it is never ahead of them
+            for name, values in predictions.items():
+                glue.write_predictions(self.path / f"predictions_{name}.tsv", task, values.tolist())
+            tensors = lora2_state_dict(self.net)
+            facts = json.dumps(self.facts(state.best), sort_keys=True)
+            disk.write_tensors(self.path / "adapter.safetensors", tensors,
+                               {"lora2": json.dumps([facts, digest(tensors, facts)])})
+
+    def facts(self, best):
+        """What an adapter file says of itself. No paths, times, hosts or devices: equal runs give equal bytes."""
+        settings = {name: value for name, value in self.identity["settings"].items() if name in STORED}
+        if Path(settings["model"]).is_dir():
+            settings["model"] = None
+        return {"format": FORMAT, "settings": settings, "columns": self.identity["columns"],
+                "base": self.identity["base"], "best": best}
+
+    @property
+    def budget(self):
+        """How many singular values pruning leaves; None for a method that does not prune to a number."""
+        target = self.identity["settings"]["target_rank"]
+        return None if target is None else len(lora2_layers(self.net)) * target
+
+    def finish(self, task, numbers):
+        """Write ranks.json and result.json, print them. numbers: of parameters, {what: how many}."""
+        state, settings = self.state, self.identity["settings"]
+        kept = self.pruner.kept() if self.pruner else None
+        peak = machine.peak_memory(self.here.device)
+        result = {
+            "task": settings["task"], "method": settings["method"], "settings": settings,
+            "metric": task.metrics[0], "steps": state.step,
+            "best": state.best, "last": state.evaluations[-1], "evaluations": state.evaluations,
+            "kept": sum(kept.values()) if kept else None, "budget": self.budget,
+            "singular_values": len(kept) * settings["r"] if kept else None,
+            "seconds": round(state.elapsed(), 1), "peak_memory_gb": round(peak, 2) if peak else None,
+            "device": machine.name_of(self.here.device), "dtype": self.here.dtype,
+            "processes": self.here.world, "threads": torch.get_num_threads(),
+            "torch": torch.__version__, "python": platform.python_version(),
+            "date": time.strftime("%Y-%m-%d"), "code": CODE,
+            "base": self.identity["base"], "rows": self.identity["rows"], **numbers,
+            "surviving_parameters": surviving_parameters(self.net, kept, numbers["adapter_parameters"])}
+        assert self.budget is None or result["kept"] == self.budget, kept
+        if self.here.speaks:
+            if kept:
+                disk.write_json(self.path / "ranks.json", kept)
+            disk.write_json(self.path / "result.json", result)
+            progress.show_result(result, kept, self.path)
 
 
-def save(run):
-    """Write everything on which the rest of the run depends."""
-    check_finite(run)
-    mine = {"cpu": torch.get_rng_state()}
-    if run.device.type == "cuda":
-        mine["cuda"] = torch.cuda.get_rng_state(run.device)
-    rng = [mine] * run.world
-    if run.world > 1:
-        processes.together(dist.all_gather_object, rng, mine)
-    log = Path(run.out) / "log.jsonl"
-    if run.rank == 0:
-        write_state(run.out, {
-            "settings": run.settings, "base": run.base, "rows": run.rows, "step": run.step, "rng": rng,
-            "evaluations": run.evaluations, "log_bytes": log.stat().st_size if log.exists() else 0,
-            "seconds": run.seconds + time.monotonic() - run.started, "weights": lora2_state_dict(run.net),
-            "optimizer": run.optimizer.state_dict(), "pruner": run.pruner.state_dict() if run.pruner else {}})
+def comparable(facts):
+    """An adapter's facts without what may differ in one run: its best, and where the base model comes from."""
+    return facts | {"best": None, "settings": facts["settings"] | {"model": None}}
+
+
+# --- last.pt ------------------------------------------------------------------------------------------------
+
+class Hashing:
+    """A file to write to that hashes what goes through."""
+
+    def __init__(self, file):
+        self.file = file
+        self.hasher = hashlib.blake2b(digest_size=HASH // 2)
+
+    def write(self, data):
+        """As of a file."""
+        self.hasher.update(data)
+        return self.file.write(data)
+
+    def flush(self):
+        """As of a file."""
+        self.file.flush()
 
 
 def write_state(folder, state):
-    """last.pt: what torch.save makes, and its hash."""
-    buffer = io.BytesIO()
-    torch.save(state | {"format": FORMAT}, buffer)
-    write_file(Path(folder) / "last.pt", buffer.getbuffer(), digest(buffer.getbuffer()))
+    """last.pt: what torch.save makes, and its hash. It goes to the disk as it is made, never whole in memory."""
+    path = Path(folder) / "last.pt"
+    with disk.writing(path), disk.replacing(path) as (beside,), open(beside, "wb") as file:
+        hashing = Hashing(file)
+        torch.save(state | {"format": FORMAT}, hashing)
+        file.write(hashing.hasher.hexdigest().encode())
 
 
 def load_state(folder):
     """What write_state() wrote to that folder, on the CPU."""
     path = Path(folder) / "last.pt"
     below = [str(found.parent) for found in sorted(Path(folder).glob("*/last.pt"))]
-    with reading(path, f"--resume one of {', '.join(below)}" if below else "there is no run to resume"):
-        content = path.read_bytes()
-        if content[-32:] != digest(content[:-32]).encode():
-            raise ValueError("its hash does not fit")
-        return of_this_version(torch.load(io.BytesIO(content[:-32]), map_location="cpu", weights_only=True))
+    with disk.reading(path, f"--resume one of {', '.join(below)}" if below else "there is no run to resume"):
+        hasher, left = hashlib.blake2b(digest_size=HASH // 2), path.stat().st_size - HASH
+        with open(path, "rb") as file:
+            while piece := file.read(min(max(left, 0), 1 << 20)):
+                hasher.update(piece)
+                left -= len(piece)
+            if file.read() != hasher.hexdigest().encode():
+                raise ValueError("its hash does not fit")
+        return of_this_version(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def of_this_version(content):
@@ -135,75 +378,11 @@ def of_this_version(content):
     return content
 
 
-def restore(run, state):
-    """Put a run where save() left it. ValueError if base model, data or number of processes are others."""
-    if state["base"] != run.base:
-        raise ValueError(f"{run.model} is not the model that the run began with: give that one as --model")
-    if state["rows"] != run.rows:
-        raise ValueError("the data are not those that the run began with: give them back")
-    if len(state["rng"]) != run.world:
-        raise ValueError(f"{len(state['rng'])} process(es) began this run: resume it with as many")
-    adapter = Path(run.out) / "adapter.safetensors"
-    if state["evaluations"] or adapter.exists():
-        stored, mine = load_adapter(adapter)[1], facts(run)
-        run.best = stored["best"]
-        for each in stored, mine:                          # the same base may come from another place now
-            each["best"] = each["settings"]["model"] = None
-        if stored != mine:
-            raise ValueError(f"{adapter} is not of this run: give back the one that was there")
-    load_lora2_state_dict(run.net, state["weights"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    if run.pruner:
-        run.pruner.load_state_dict(state["pruner"])
-    run.step, run.evaluations, run.seconds = state["step"], state["evaluations"], state["seconds"]
-    rng = state["rng"][run.rank]
-    torch.set_rng_state(rng["cpu"])
-    if run.device.type == "cuda" and "cuda" in rng:        # a run that began on a CPU has none
-        torch.cuda.set_rng_state(rng["cuda"], run.device)
-    log = Path(run.out) / "log.jsonl"
-    if run.rank == 0 and log.exists() and log.stat().st_size > state["log_bytes"]:
-        os.truncate(log, state["log_bytes"])               # the steps of these lines come again
-
-
-# --- the adapter file ---------------------------------------------------------------------------------------
-
-def facts(run):
-    """What an adapter file says of itself. No paths, times, hosts or devices: equal runs give equal bytes."""
-    settings = {name: value for name, value in run.settings.items() if name not in INCIDENTAL}
-    if Path(run.model).is_dir():
-        settings["model"] = None
-    return {"format": FORMAT, "settings": settings, "columns": columns(run), "base": run.base,
-            "best": run.best}
-
-
-def columns(run):
-    """What the data mean: columns, names of labels in the order of the model's outputs, metrics."""
-    return {name: getattr(run.row, name) for name in ("texts", "label", "labels", "metrics")}
-
-
-def check_facts(run, stored):
-    """ValueError unless the adapter of --eval, which stores these facts, belongs to model and data."""
-    if stored["base"] != run.base:
-        raise ValueError(f"{run.model} is not the model of {run.eval}, or another version of it: give the "
-                         f"right one as --model, {stored['settings']['model'] or 'a folder'}")
-    if stored["columns"] != columns(run):
-        raise ValueError(f"{run.eval} is for {stored['columns']}, here {run.task} has {columns(run)}: use "
-                         "the version of this program that trained it")
-
-
-def save_best(run, predictions):
-    """Write the predictions, {dev split: (N,)}, then the adapter, which thereby is never ahead of them."""
-    if run.rank == 0:
-        for name, values in predictions.items():
-            tasks.write_predictions(Path(run.out) / f"predictions_{name}.tsv", run.row, values.tolist())
-        tensors, mine = lora2_state_dict(run.net), json.dumps(facts(run), sort_keys=True)
-        write_tensors(Path(run.out) / "adapter.safetensors", tensors,
-                      {"lora2": json.dumps([mine, digest(tensors, mine)])})
-
+# --- adapter.safetensors ------------------------------------------------------------------------------------
 
 def load_adapter(path):
     """({name: tensor}, facts) of an adapter.safetensors."""
-    with reading(path, "give the adapter.safetensors of a run"):
+    with disk.reading(path, "give the adapter.safetensors of a run"):
         with safetensors.safe_open(path, "pt") as file:
             stored, hash_ = json.loads(file.metadata()["lora2"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -215,56 +394,12 @@ def load_adapter(path):
         return tensors, stored
 
 
-def hand_out(run, predictions):
-    """--predict, --export-peft and --merge, of the adapters that the model now holds."""
-    if predictions is not None:
-        folder = run.out or Path(run.eval).parent
-        path = tasks.write_submission(folder, run.row, predictions, Path(run.predict).stem)
-        print(f"predictions for {run.predict} are in {path}")
-    if run.export_peft:
-        with writing(run.export_peft):
-            export_peft(run, run.export_peft)
-        print(f"the adapter as a LoRA for peft is in {run.export_peft}: there give num_labels="
-              f"{run.net.num_labels}")
-    if run.merge:
-        with writing(run.merge):
-            models.save_pretrained(merge_lora2(run.net), run.merge)
-        print(f"the merged model is in {run.merge}")
-
-
-def export_peft(run, folder):
-    """Write a folder that peft opens: each update as its LoRA (to_lora: exact), the head, the tokenizer."""
-    tensors, rank = dict(run.head_parameters), run.k if run.method == "lora2" else run.r
-    for name, layer in lora2_layers(run.net):
-        A, B = layer.to_lora()
-        tensors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
-    tensors = {f"base_model.model.{name}": tensor.detach().contiguous() for name, tensor in tensors.items()}
-    hub.write_checkpoint(folder, {
-        "peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": run.model, "r": rank,
-        "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
-        "target_modules": run.adapted, "modules_to_save": run.head},
-        tensors, tokenizer_of=run.net.source, prefix="adapter_")
-
-
-# --- mistakes and divergence --------------------------------------------------------------------------------
-
-class Refused(Exception):
-    """What a user gave cannot be used; the message says what to do."""
-
-
-@contextlib.contextmanager
-def refusing():
-    """Around all that a user's mistake can break and around nothing else: a bug shall look like one."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError) as error:
-        raise Refused(one_line(error, 2000)) from error
-
-
-def check_finite(run):
-    """End the run if a loss or gradient was not finite: the one place where it waits for the device."""
-    if bad_step := int(run.bad_step.item()):
-        raise FloatingPointError(
-            f"loss or gradient was not finite at step {bad_step}; no update was made from it. The last good "
-            f"state is in {Path(run.out) / 'last.pt'}: begin again with a smaller --lr, a longer --warmup or "
-            "--dtype fp32, and --overwrite")
+def check_adapter(stored, identity, name):
+    """ValueError unless the adapter file of that name, which stores these facts, belongs to model and data."""
+    settings = identity["settings"]
+    if stored["base"] != identity["base"]:
+        raise ValueError(f"{settings['model']} is not the model of {name}, or another version of it: give the "
+                         f"right one as --model, {stored['settings']['model'] or 'a folder'}")
+    if stored["columns"] != identity["columns"]:
+        raise ValueError(f"{name} is for {stored['columns']}, here {settings['task']} has {identity['columns']}: "
+                         "use the version of this program that trained it")

@@ -1,43 +1,98 @@
-"""What a run has to do with the machine: its device, the other processes of torchrun, Ctrl-C and SIGTERM."""
+"""What a run has to do with the machine: its device, the other processes of torchrun, memory, signals."""
 import contextlib
 import ctypes
 import os
 import platform
 import signal
+import sys
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from formats.disk import one_line
+from running.errors import Stopped
 
 
-def join(name):
-    """(torch.device, rank, number of processes); where torchrun started this one, together with the others.
+class Machine(NamedTuple):
+    """Where a run runs."""
+    device: torch.device
+    dtype: str                       # of the products: "fp32", or "bf16" by autocast
+    rank: int                        # of this process; the one of rank 0 speaks and writes
+    world: int                       # number of processes
 
-    The device of that name, or the first there is of cuda, mps and cpu; each process has a GPU of its own.
+    @property
+    def speaks(self):
+        """Whether this process prints and writes files."""
+        return self.rank == 0
+
+
+def join(name=None, dtype=None):
+    """The Machine of this process; where torchrun started it, together with the others.
+
+    name: "cuda", "mps" or "cpu"; by default the first of these that there is. Each process has a GPU of its own.
+    dtype: "fp32" or "bf16"; by default bf16 on a GPU that has it.
+    ValueError with a way out for a device that cannot be used.
     """
-    world, local = (int(os.environ.get(name, default)) for name, default in (
-        ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+    world, local = number_from("WORLD_SIZE", 1), number_from("LOCAL_RANK", 0)
+    device = find_device(name, local, world)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    if world > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
+    rank = dist.get_rank() if world > 1 else 0
+    imitated = emulates_bf16(device.type)
+    if dtype is None:
+        dtype = "bf16" if device.type == "cuda" and not imitated else "fp32"
+    if dtype == "bf16" and imitated and rank == 0:
+        print(f"warning: this {device.type} has no bf16 arithmetic and imitates it, up to 100 times slower: give "
+              "--dtype fp32", file=sys.stderr)
+    return Machine(device, dtype, rank, world)
+
+
+def number_from(variable, default):
+    """The whole number in an environment variable, or the default where it is not set or empty."""
+    text = os.environ.get(variable) or str(default)
+    if not text.isdecimal():
+        raise ValueError(f"the environment says {variable}={text}, which is no number: unset it, or start with torchrun")
+    return int(text)
+
+
+def find_device(name, local, world):
+    """The torch.device of that name, or the first there is; process `local` of this machine has its own GPU."""
     has_mps = torch.backends.mps.is_available() and world == 1                 # gloo knows no mps
     found = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     wanted, gpus = name or found, torch.cuda.device_count()
     if wanted == "cuda" and 0 < gpus <= local:
         raise ValueError(f"process {local} has no GPU, there are {gpus}: give --nproc_per_node={gpus}")
     try:
-        gpu = f"cuda:{local}"
-        device = torch.zeros(1, device=gpu if wanted == "cuda" else wanted).device
+        device = torch.zeros(1, device=f"cuda:{local}" if wanted == "cuda" else wanted).device
         assert device.type in ("cuda", "mps", "cpu")
     except (RuntimeError, AssertionError) as e:            # unknown, absent, or torch was built without it
         why = f" ({one_line(e, 100)})" if str(e) else ""
         other = found if wanted != found else "another, such as cpu"           # a GPU that is full or busy
         raise ValueError(f"--device {wanted} cannot be used here{why}: give {other}") from e
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
-    return device, dist.get_rank() if world > 1 else 0, world
+    return device
 
+
+def emulates_bf16(kind):
+    """Whether a kind of device ("cpu", "cuda", ...) has no arithmetic for bf16: such a CPU is far faster in fp32."""
+    if kind == "cpu":                                      # 0.65 GFLOP/s in place of 63 without AVX-512
+        return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def name_of(device):
+    """What results were made on: a GPU's model, else "cpu" or "mps"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+# --- memory -------------------------------------------------------------------------------------------------
 
 def keep_freed_memory():
     """Have malloc keep what a step frees for the next one: a training step on a CPU is 10 to 18 % faster.
@@ -52,56 +107,6 @@ def keep_freed_memory():
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)                        # no block is a mapping of its own,
         libc.mallopt(M_TRIM_THRESHOLD, -1)                 # and the heap's end is never given back
-
-
-def emulates_bf16(device):
-    """Whether a device ("cpu", "cuda", ...) has no arithmetic for bf16: such a CPU is far faster in fp32."""
-    if device == "cpu":                                    # 0.65 GFLOP/s in place of 63 without AVX-512
-        return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def leave():
-    """Part from the other processes at the end of a run; after an error they find out for themselves."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def together(operation, *arguments):
-    """An operation of all processes. Where one has died the others end with a sentence instead of waiting."""
-    try:
-        operation(*arguments)
-    except RuntimeError as e:
-        raise ConnectionError(f"another process of this run has ended ({one_line(e, 100)}): see what it "
-                              "says; --resume goes on from last.pt") from e
-
-
-def name_of(device):
-    """What results were made on: a GPU's model, else "cpu" or "mps"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-
-def wait_for_all():
-    """Return when all processes of the run have come here; ConnectionError if one has died."""
-    if dist.is_initialized():
-        together(dist.barrier)
-
-
-def sum_up(tensors):
-    """Add up tensors over all processes, in place and in one message."""
-    if dist.is_initialized():
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        together(dist.all_reduce, flat)
-        parts = flat.split([tensor.numel() for tensor in tensors])
-        torch._foreach_copy_(tensors, [part.view_as(tensor) for tensor, part in zip(tensors, parts)])
-
-
-def gradients(parameters):
-    """The gradients; zeros for a parameter that got none, as in a process without a row of a small batch."""
-    for p in parameters:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    return [p.grad for p in parameters]
 
 
 def peak_memory(device):
@@ -122,42 +127,129 @@ def peak_memory(device):
     return None
 
 
-class Stopped(Exception):
-    """Ctrl-C, SIGTERM or SIGHUP arrived, and the run can be saved. status: for the shell."""
+# --- random numbers -----------------------------------------------------------------------------------------
 
-    def __init__(self, number, run):
-        super().__init__(f"stopped after step {run.step} of {run.T}: --resume {run.out} goes on")
-        self.status = 128 + number
+def seed_dropout(seed, here):
+    """Give each process but the first, which has the run's own, another dropout mask."""
+    if here.rank > 0:
+        torch.manual_seed(seed + here.rank)
 
+
+def random_state(here):
+    """What the generators of this process's dropout hold: {"cpu": state, and of its GPU or a Mac's}."""
+    state = {"cpu": torch.get_rng_state()}
+    if here.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(here.device)
+    elif here.device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_random_state(here, state):
+    """Put back what random_state() gave; a run that began on another kind of device has none of this one's."""
+    torch.set_rng_state(state["cpu"])
+    if here.device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], here.device)
+    elif here.device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])
+
+
+# --- several processes --------------------------------------------------------------------------------------
+
+def together(operation, *arguments):
+    """An operation of all processes. Where one has died the others end with a sentence instead of waiting."""
+    try:
+        operation(*arguments)
+    except RuntimeError as e:
+        raise ConnectionError(f"another process of this run has ended ({one_line(e, 100)}): see what it "
+                              "says; --resume goes on from last.pt") from e
+
+
+def wait_for_all():
+    """Return when all processes of the run have come here; ConnectionError if one has died."""
+    if dist.is_initialized():
+        together(dist.barrier)
+
+
+def sum_up(tensors):
+    """Add up tensors over all processes, in place and in one message."""
+    if dist.is_initialized():
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        together(dist.all_reduce, flat)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(tensors, [part.view_as(tensor) for tensor, part in zip(tensors, parts)])
+
+
+def sum_gradients(loss, net):
+    """Add up a loss and a model's gradients over all processes, in place; nothing to do for a single one.
+
+    A process without a row of a small batch has no gradients: its share is zeros.
+    """
+    if dist.is_initialized():
+        trained = [p for p in net.parameters() if p.requires_grad]
+        for p in trained:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        sum_up([loss] + [p.grad for p in trained])
+
+
+def gathered(value, here):
+    """[the value of each process], in the order of their ranks."""
+    values = [value] * here.world
+    if here.world > 1:
+        together(dist.all_gather_object, values, value)
+    return values
+
+
+def leave():
+    """Part from the other processes at the end of a run; after an error they find out for themselves."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# --- signals ------------------------------------------------------------------------------------------------
 
 class Signals:
     """Inside `with`, Ctrl-C, SIGTERM and a lost terminal are only noted; check() raises Stopped where the
     state is whole."""
 
-    def __enter__(self):
+    def __init__(self, here):
+        self.here = here
         self.number = 0
+
+    def __enter__(self):
         numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
         self.previous = {n: signal.signal(n, self.note) for n in numbers
                          if signal.getsignal(n) is not signal.SIG_IGN}         # as nohup has SIGHUP
         return self
 
     def note(self, number, frame):
+        """The handler."""
         if self.number:
             raise KeyboardInterrupt                        # the second one does not wait
         self.number = number
 
-    def check(self, run, all_are_here=False):
-        """Several processes agree first, so that none waits for another that has stopped: on GPUs, which they
-        would wait for, every 10 steps. (torchrun kills 30 seconds after a Ctrl-C.)"""
-        if run.world == 1:
-            highest = self.number
-        elif all_are_here or run.step % 10 == 0 or run.device.type == "cpu":
-            highest = torch.tensor(float(self.number), device=run.device)
+    def check(self, step):
+        """Raise Stopped if a signal arrived; several processes agree first, so that none waits for another.
+
+        On GPUs, which would have to wait for it, they do so every 10 steps. (torchrun kills 30 seconds after a
+        Ctrl-C.)
+        """
+        highest = self.number
+        if self.here.world > 1:
+            if self.here.device.type != "cpu" and step % 10 != 0:
+                return
+            highest = torch.tensor(float(self.number), device=self.here.device)
             together(dist.all_reduce, highest, dist.ReduceOp.MAX)
-        else:
-            return
         if highest:
-            raise Stopped(int(highest), run)
+            raise Stopped(int(highest))
+
+    def watch(self, batches, total):
+        """The batches of an evaluation, with a look at the signals before each, several processes every tenth."""
+        for i, batch in enumerate(batches):
+            if self.here.world == 1 or i % 10 == 0:
+                self.check(step=0)
+            yield batch
 
     def __exit__(self, *exception):
         for number, handler in self.previous.items():

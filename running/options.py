@@ -1,17 +1,21 @@
-"""The command line of train.py: presets, every option with type, default and help, and how they resolve."""
+"""The command line of train.py: presets, the table of options, how they resolve, and when things happen."""
 import argparse
 import math
 import os
+from argparse import Namespace
 from pathlib import Path
+from typing import NamedTuple, Optional
 
+from data import TASKS
 from methods import baselines
-from formats import glue as tasks
+from running.errors import refusing
 
 # The authors' released settings: batch 32, AdamW, clip 1.0, linear decay after a warm-up, dropout 0.1 in the
 # backbone. ti, tf and dT (Algorithm 1) are steps of the T steps of a full-length run; runs of another length
 # use the same fractions of theirs. QNLI has the longest texts; MRPC and RTE choose anew at every step.
-PRESETS = {task: dict(zip(("lr", "epochs", "T", "warmup", "max_len", "head_dropout", "weight_decay", "alpha",
-                           "ti", "tf", "dT", "r", "target_rank", "reg", "seed"), row)) for task, row in {
+COLUMNS = ("lr", "epochs", "T", "warmup", "max_len", "head_dropout", "weight_decay", "alpha",
+           "ti", "tf", "dT", "r", "target_rank", "reg", "seed")
+ROWS = {
     #        lr      epochs  T       warmup  len  drop  decay  alpha  ti    tf     dT   r  target reg  seed
     "cola": (8e-4,   25,     6700,   100,    64,  .10,  0,     32,    800,  3500,  10,  4, 3,     .1,  6),
     "sst2": (8e-4,   24,     50520,  1000,   128, 0,    .01,   16,    6000, 22000, 100, 8, 2,     .1,  6),
@@ -23,91 +27,110 @@ PRESETS = {task: dict(zip(("lr", "epochs", "T", "warmup", "max_len", "head_dropo
     "rte":  (1.2e-3, 50,     3900,   200,    320, .20,  .01,   32,    600,  1800,  1,   4, 3,     .3,  4),
     "demo": (5e-3,   7,      441,    20,     16,  0,    0,     32,    50,   150,   5,   8, 2,     .1,  0),
     "own":  (8e-4,   10,     1000,   60,     128, .10,  .01,   32,    120,  450,   10,  8, 2,     .1,  0),
-}.items()}
+}
+PRESETS = {task: dict(zip(COLUMNS, row)) for task, row in ROWS.items()}
 # What a method, or a method on one task, wants otherwise. alpha 16 at r = 8 is scale 2, the setting of LoRA's
 # and SoRA's authors (LoRA at alpha 32 collapsed on CoLA); full fine-tuning needs small steps.
 EXCEPTIONS = {
     "full": {"lr": 2e-5}, "lora": {"r": 8, "alpha": 16}, "adalora": {"r": 2, "target_rank": 1},
-    "sora": {"r": 8, "alpha": 16, "weight_decay": .1, "warmup": .06},
+    "sora": {"r": 8, "alpha": 16, "weight_decay": .1, "warmup": .06, "clip": .1},
     ("adalora", "cola"): {"r": 3}, ("adalora", "mnli"): {"r": 3}, ("adalora", "qqp"): {"epochs": 5},
     ("adalora", "qnli"): {"lr": 5e-4}, ("full", "demo"): {"lr": 1e-3}}
 
-TASK = "from the preset"
-# (name, type, default, help). Types: a class; a tuple of choices; list for a,b,c; bool for a switch; "path"
-# of a file or folder; "steps" for a number of optimizer steps or, below 1, a fraction of them all.
+# --- the table of options -----------------------------------------------------------------------------------
+
+PRESET = "from the preset"
+COUNT, AMOUNT = (1, 10**9), (0, math.inf)
+PRUNING, ADAPTERS = ("lora2", "adalora"), ("lora2", "adalora", "lora", "sora")
+
+
+class Option(NamedTuple):
+    """One option, a row of the table."""
+    name: str
+    kind: object         # a class; a tuple of choices; list: a,b,c; bool: a switch; "path" of a file or folder;
+    #                      "steps": a number of optimizer steps or, below 1, a fraction of them all
+    default: object
+    help: str
+    bounds: tuple = ()   # least value, and what it must stay below; () where it is judged by what it belongs to
+    items: tuple = ()    # what a list may hold
+    methods: tuple = baselines.METHODS               # to which it means something
+    beside: tuple = ()   # "resume", "eval": may differ there from what the run or the adapter stores
+    stored: bool = True  # in an adapter: it says what was learnt, not where things are or what is done with them
+
+
+AGAIN, EVAL = ("resume", "eval"), ("eval",)
 OPTIONS = {
     "data and model": (
-        ("task", str, None, "one of " + ", ".join(tasks.TASKS)),
-        ("model", "path", "microsoft/deberta-v3-base", "name on the Hub, or a folder"),
-        ("data-dir", "path", "glue", "folder that holds CoLA/, RTE/ ...; a missing task is fetched into it"),
-        ("train-file", "path", None, "your own TSV: sentence (or sentence1, sentence2), and label or score"),
-        ("dev-file", "path", None, "the same, to evaluate on"),
-        ("limit-train", int, None, "train on the first N rows only"),
-        ("limit-dev", int, None, "evaluate on the first N rows only")),
+        Option("task", str, None, "one of " + ", ".join(TASKS)),
+        Option("model", "path", "microsoft/deberta-v3-base", "name on the Hub, or a folder", beside=AGAIN),
+        Option("data-dir", "path", "glue", "folder that holds CoLA/, RTE/ ...; a missing task is fetched into it",
+               beside=AGAIN, stored=False),
+        Option("train-file", "path", None, "your own TSV: sentence (or sentence1, sentence2), and label or score",
+               beside=("resume",), stored=False),
+        Option("dev-file", "path", None, "the same, to evaluate on", beside=AGAIN, stored=False),
+        Option("limit-train", int, None, "train on the first N rows only", COUNT),
+        Option("limit-dev", int, None, "evaluate on the first N rows only", COUNT, beside=EVAL)),
     "method": (
-        ("method", baselines.METHODS, "lora2", "what to train"),
-        ("k", int, 1, "projected dimension of LoRA²"),
-        ("r", int, TASK, "singular values per matrix; the rank of lora, adalora and sora"),
-        ("target-rank", int, TASK, "singular values per matrix that pruning leaves, at most r"),
-        ("alpha", float, TASK, "the update is scaled by alpha / r"),
-        ("targets", list, "q,k,v,o,f1,f2", "query, key, value, attention output, feed-forward matrices"),
-        ("init", ("gaussian", "orthonormal"), "gaussian", "how v, u, U and V start"),
-        ("reg", float, TASK, "gamma, the weight of the regulariser R"),
-        ("reg-terms", list, "uv,UV,PQ", "the groups of Eq. 5 that count"),
-        ("importance", ("reduced", "full"), "reduced", "scores Λ, u and U (Eq. 9), or v and V too (Eq. 8)"),
-        ("sora-threshold", float, 3e-4, "what each of SoRA's gates loses per step")),
+        Option("method", baselines.METHODS, "lora2", "what to train"),
+        Option("k", int, 1, "projected dimension of LoRA²", COUNT, methods=("lora2",)),
+        Option("r", int, PRESET, "singular values per matrix; the rank of lora, adalora and sora", COUNT,
+               methods=ADAPTERS),
+        Option("target-rank", int, PRESET, "singular values per matrix that pruning leaves, at most r",
+               methods=PRUNING),
+        Option("alpha", float, PRESET, "the update is scaled by alpha / r; given --r alone keeps the scale",
+               methods=ADAPTERS),
+        Option("targets", list, "q,k,v,o,f1,f2", "query, key, value, attention output, feed-forward matrices",
+               items=("q", "k", "v", "o", "f1", "f2"), methods=ADAPTERS),
+        Option("init", ("gaussian", "orthonormal"), "gaussian", "how v, u, U and V start", methods=("lora2",)),
+        Option("reg", float, PRESET, "gamma, the weight of the regulariser R", AMOUNT, methods=PRUNING),
+        Option("reg-terms", list, "uv,UV,PQ", "the groups of Eq. 5 that count", items=("uv", "UV", "PQ"),
+               methods=("lora2",)),
+        Option("importance", ("reduced", "full"), "reduced", "scores Λ, u and U (Eq. 9), or v and V too (Eq. 8)",
+               methods=PRUNING),
+        Option("sora-threshold", float, 3e-4, "what each of SoRA's gates loses per step", AMOUNT,
+               methods=("sora",))),
     "training": (
-        ("epochs", int, TASK, "passes over the training rows"),
-        ("max-steps", int, None, "train exactly N optimizer steps instead"),
-        ("stop-at", float, None, "stop once the dev metric reaches this (methods that do not prune)"),
-        ("batch-size", int, 32, "rows per optimizer step"),
-        ("accum", int, 1, "compute each batch in N parts to save memory, with the same result"),
-        ("lr", float, TASK, "peak learning rate"),
-        ("head-lr", float, None, "the same for the head; by default lr"),
-        ("warmup", "steps", TASK, "steps in which the learning rate rises; then it falls linearly"),
-        ("max-len", int, TASK, "longest input in tokens"),
-        ("head-dropout", float, TASK, "dropout in the head; the backbone's is the checkpoint's"),
-        ("weight-decay", float, TASK, "of all but biases and LayerNorms"),
-        ("seed", int, TASK, "draws the new weights, the order of rows and dropout"),
-        ("prune-warmup", "steps", TASK, "steps before pruning begins"),
-        ("prune-final", "steps", TASK, "steps at the end with the selection fixed"),
-        ("prune-interval", "steps", TASK, "steps between two selections"),
-        ("eval-steps", int, None, "evaluate every N steps too, besides each epoch and the end")),
+        Option("epochs", int, PRESET, "passes over the training rows", COUNT),
+        Option("max-steps", int, None, "train exactly N optimizer steps instead", COUNT),
+        Option("stop-at", float, None, "stop once the dev metric reaches this (methods that do not prune)",
+               AMOUNT),
+        Option("batch-size", int, 32, "rows per optimizer step", COUNT, beside=EVAL),
+        Option("accum", int, 1, "compute each batch in N parts to save memory, with the same result", COUNT),
+        Option("lr", float, PRESET, "peak learning rate", AMOUNT),
+        Option("head-lr", float, None, "the same for the head; by default lr", AMOUNT),
+        Option("warmup", "steps", PRESET, "steps in which the learning rate rises; then it falls linearly"),
+        Option("clip", float, 1.0, "largest norm of the gradients; larger ones are scaled down to it", AMOUNT),
+        Option("max-len", int, PRESET, "longest input in tokens", COUNT),
+        Option("head-dropout", float, PRESET, "dropout in the head; the backbone's is the checkpoint's", (0, 1)),
+        Option("weight-decay", float, PRESET, "of all but biases and LayerNorms", AMOUNT),
+        Option("seed", int, PRESET, "draws the new weights, the order of rows and dropout", (0, 2**32)),
+        Option("prune-warmup", "steps", PRESET, "steps before pruning begins", methods=PRUNING),
+        Option("prune-final", "steps", PRESET, "steps at the end with the selection fixed", methods=PRUNING),
+        Option("prune-interval", "steps", PRESET, "steps between two selections", methods=PRUNING),
+        Option("eval-steps", int, None, "evaluate every N steps too, besides each epoch and the end", COUNT)),
     "machine": (
-        ("device", str, None, "cuda, mps or cpu; by default the first there is"),
-        ("dtype", ("fp32", "bf16"), None, "bf16 is autocast; by default on a GPU that has it, else fp32"),
-        ("compile", bool, False, "torch.compile the model")),
+        Option("device", str, None, "cuda, mps or cpu; by default the first there is", beside=AGAIN, stored=False),
+        Option("dtype", ("fp32", "bf16"), None, "bf16 is autocast; by default on a GPU that has it, else fp32",
+               beside=EVAL),
+        Option("compile", bool, False, "torch.compile the layers of the model", beside=EVAL)),
     "files": (
-        ("out", "path", None, "run folder; by default runs/TASK-MODEL-METHOD-sSEED"),
-        ("overwrite", bool, False, "replace the run in that folder"),
-        ("save-steps", int, None, "write last.pt every N steps too, besides each evaluation"),
-        ("resume", "path", None, "go on with the run in this folder; it needs no other option"),
-        ("eval", "path", None, "load this adapter.safetensors and evaluate instead of training"),
-        ("predict", "path", None, "write predictions for this TSV of the task, labels not needed"),
-        ("merge", "path", None, "write the best model to this folder as a plain checkpoint"),
-        ("export-peft", "path", None, "write the best adapter to this folder as peft's LoRA")),
+        Option("out", "path", None, "run folder; by default runs/TASK-MODEL-METHOD-sSEED", stored=False),
+        Option("overwrite", bool, False, "replace the run in that folder", stored=False),
+        Option("save-steps", int, None, "write last.pt every N steps too, besides each evaluation", COUNT,
+               beside=("resume",), stored=False),
+        Option("resume", "path", None, "go on with the run in this folder; it needs no other option", stored=False),
+        Option("eval", "path", None, "load this adapter.safetensors and evaluate instead of training",
+               beside=EVAL, stored=False),
+        Option("predict", "path", None, "write predictions for this TSV of the task, labels not needed",
+               beside=AGAIN, stored=False),
+        Option("merge", "path", None, "write the best model to this folder as a plain checkpoint",
+               beside=AGAIN, stored=False),
+        Option("export-peft", "path", None, "write the best adapter to this folder as peft's LoRA",
+               methods=ADAPTERS, beside=AGAIN, stored=False)),
 }
-DEFAULTS = {name.replace("-", "_"): default for group in OPTIONS.values() for name, _, default, _ in group}
-# Where things are and what is done with them: changes nothing that is learnt, is not stored in an adapter.
-INCIDENTAL = ({name.replace("-", "_") for name, *_ in OPTIONS["files"]}
-              | {"data_dir", "train_file", "dev_file", "device"})
+TABLE = {option.name.replace("-", "_"): option for group in OPTIONS.values() for option in group}
 AFTERWARDS = {"predict", "merge", "export_peft"}           # what can be asked of a finished adapter
-WITH_RESUME = AFTERWARDS | {"model", "data_dir", "train_file", "dev_file", "device", "save_steps"}
-WITH_EVAL = AFTERWARDS | {"eval", "model", "data_dir", "dev_file", "limit_dev", "batch_size", "device",
-                          "dtype", "compile"}
-PRUNING, ADAPTERS = ("lora2", "adalora"), ("lora2", "adalora", "lora", "sora")
-ONLY_FOR = {**dict.fromkeys(("k", "init", "reg_terms"), ("lora2",)), "sora_threshold": ("sora",),
-            **dict.fromkeys(("r", "alpha", "targets", "export_peft"), ADAPTERS),
-            **dict.fromkeys(("importance", "reg", "target_rank", "prune_warmup", "prune_final",
-                             "prune_interval"), PRUNING)}
-# (least value, what it must stay below). alpha, target-rank, schedules, and whether k and r are too large are
-# judged where the matrices and the number of steps are known.
-COUNT, AMOUNT = (1, 10**9), (0, math.inf)
-RANGES = {**dict.fromkeys(("k", "r", "epochs", "max_steps", "batch_size", "accum", "eval_steps", "save_steps",
-                           "max_len", "limit_train", "limit_dev"), COUNT),
-          **dict.fromkeys(("lr", "head_lr", "reg", "weight_decay", "sora_threshold", "stop_at"), AMOUNT),
-          "seed": (0, 2**32), "head_dropout": (0, 1)}
-LISTS = {"targets": ("q", "k", "v", "o", "f1", "f2"), "reg_terms": ("uv", "UV", "PQ")}
+STORED = {name for name, option in TABLE.items() if option.stored}
 
 
 def flag(name):
@@ -115,153 +138,257 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
+# --- from words to options ----------------------------------------------------------------------------------
+
 class Parser(argparse.ArgumentParser):
     """Mistakes are ValueErrors of one sentence, not exits with the whole usage."""
 
     def error(self, message):
-        raise ValueError(f"{message}: python train.py --help lists the options")
+        raise ValueError(f"{message}: {self.usage.split(' [')[0]} --help lists the options")
 
 
+def number_of_steps(text):
+    """The type of an option that counts steps: a whole number, or a fraction below 1."""
+    value = float(text)
+    is_whole = 1 <= value < COUNT[1] and value == int(value)
+    if not (0 <= value < 1 or is_whole):
+        raise argparse.ArgumentTypeError(f"{text} is neither a number of steps nor a fraction below 1")
+    return value
+
+
+def path_of(text):
+    """The type of an option that names a file or a folder."""
+    if not text:                                           # as from a shell variable that is not set
+        raise argparse.ArgumentTypeError("this path is empty")
+    return os.path.expanduser(text)                        # no shell does that after --out=
+
+
+def list_of(text):
+    """The type of an option that lists names: a,b,c."""
+    return [part.strip() for part in text.split(",")]
+
+
+# kind of an option → (its type for argparse, what stands for its value in --help)
+TYPES = {"steps": (number_of_steps, "S"), "path": (path_of, "PATH"), list: (list_of, "A,B"),
+         int: (int, "N"), float: (float, "X"), str: (str, "NAME")}
+
+
+@refusing()
 def parse(argv, description=None):
-    """Command line → {name: value} of the options that were given and only those. ValueError on a mistake."""
-    def steps(text):
-        value = float(text)
-        if not (0 <= value < 1 or 1 <= value < COUNT[1] and value == int(value)):
-            raise argparse.ArgumentTypeError(f"{text} is neither a number of steps nor a fraction below 1")
-        return value
-
-    def given_path(text):
-        if not text:                                       # as from a shell variable that is not set
-            raise argparse.ArgumentTypeError("this path is empty")
-        return os.path.expanduser(text)                    # no shell does that after --out=
-
-    def names(text):
-        return [part.strip() for part in text.split(",")]
-
+    """Command line → {name: value} of the options that were given and only those. Refused on a mistake."""
     parser = Parser(usage="python train.py [options]", description=description, epilog=epilog(),
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                     argument_default=argparse.SUPPRESS)
     for title, options in OPTIONS.items():
         group = parser.add_argument_group(title)
-        for name, kind, default, text in options:
-            text += "" if default in (None, False) else f" ({default})"
-            if kind is bool:
-                group.add_argument(f"--{name}", action="store_true", help=text)
-            elif isinstance(kind, tuple):
-                group.add_argument(f"--{name}", choices=kind, help=text)
+        for option in options:
+            text = option.help
+            if option.default not in (None, False):
+                text += f" ({option.default})"
+            if option.kind is bool:
+                group.add_argument(f"--{option.name}", action="store_true", help=text)
+            elif isinstance(option.kind, tuple):
+                group.add_argument(f"--{option.name}", choices=option.kind, help=text)
             else:
-                metavar = {"steps": "S", "path": "PATH", int: "N", float: "X", list: "A,B"}.get(kind, "NAME")
-                group.add_argument(f"--{name}", help=text, metavar=metavar,
-                                   type={"steps": steps, "path": given_path, list: names}.get(kind, kind))
+                kind, metavar = TYPES[option.kind]
+                group.add_argument(f"--{option.name}", type=kind, metavar=metavar, help=text)
     return vars(parser.parse_args(argv))
 
 
 def epilog():
     """What --help says about S and the presets: a table with a column for each task."""
     names = {"T": "all steps", "ti": "prune-warmup", "tf": "prune-final", "dT": "prune-interval"}
-    rows = [f"  {names.get(name, name.replace('_', '-')):14}"
-            + "".join(f"{row[name]:8g}" for row in PRESETS.values()) for name in PRESETS["rte"]]
-    others = [f"  {key if isinstance(key, str) else ' on '.join(key)}: "
-              + ", ".join(f"{flag(name)} {value:g}" for name, value in changes.items())
-              for key, changes in EXCEPTIONS.items()]
-    return "\n".join(["S: a number of optimizer steps, or a fraction below 1 of them all.", "",
-                      "presets:        " + "".join(f"{task:>8}" for task in PRESETS), *rows, "",
-                      "Steps are those of a full-length run; a run of another length keeps the fractions.",
-                      "Other methods have presets of their own:", *others])
+    lines = ["S: a number of optimizer steps, or a fraction below 1 of them all.", "",
+             "presets:        " + "".join(f"{task:>8}" for task in PRESETS)]
+    for name in COLUMNS:
+        cells = "".join(f"{row[name]:8g}" for row in PRESETS.values())
+        lines.append(f"  {names.get(name, name.replace('_', '-')):14}{cells}")
+    lines += ["", "Steps are those of a full-length run; a run of another length keeps the fractions.",
+              "Other methods have presets of their own:"]
+    for key, changes in EXCEPTIONS.items():
+        where = key if isinstance(key, str) else " on ".join(key)
+        values = ", ".join(f"{flag(name)} {value:g}" for name, value in changes.items())
+        lines.append(f"  {where}: {values}")
+    return "\n".join(lines)
 
 
-def resolve(given):
-    """Options given → all settings of a new run, a plain dict. ValueError for what cannot be or not fit."""
-    own, method = bool(given.keys() & {"train_file", "dev_file"}), given.get("method", "lora2")
+# --- from options given to all settings ---------------------------------------------------------------------
+
+def preset_of(task, method):
+    """{name: value} of what a task and a method want, schedules as fractions of a full-length run."""
+    preset = dict(PRESETS[task])
+    T = preset.pop("T")
+    preset["warmup"] /= T
+    preset["prune_warmup"] = preset.pop("ti") / T
+    preset["prune_final"] = preset.pop("tf") / T
+    preset["prune_interval"] = preset.pop("dT") / T
+    return preset | EXCEPTIONS.get(method, {}) | EXCEPTIONS.get((method, task), {})
+
+
+def task_of(given):
+    """The name of the task that the options mean: one of GLUE's, or "own"."""
+    own = bool(given.keys() & {"train_file", "dev_file"})
     task = given.get("task", "own" if own else None)
     if own and (task != "own" or not given.keys() >= {"train_file", "dev_file"}):
         raise ValueError("your own data need both --train-file and --dev-file, and no --task")
-    if not own and task not in tasks.TASKS:
-        raise ValueError(("there is no --task" if task is None else f"--task {task} is unknown")
-                         + f": give one of {', '.join(tasks.TASKS)}, or your own --train-file and --dev-file")
-    preset = PRESETS[task]
-    T = preset["T"]
-    preset = preset | {"warmup": preset["warmup"] / T, "prune_warmup": preset["ti"] / T,
-                       "prune_final": preset["tf"] / T, "prune_interval": preset["dT"] / T}
-    preset |= EXCEPTIONS.get(method, {}) | EXCEPTIONS.get((method, task), {})
+    if not own and task not in TASKS:
+        what = "there is no --task" if task is None else f"--task {task} is unknown"
+        raise ValueError(f"{what}: give one of {', '.join(TASKS)}, or your own --train-file and --dev-file")
+    return task
 
-    settings = {name: preset[name] if default is TASK else default for name, default in DEFAULTS.items()}
-    settings |= {name: settings[name].split(",") for name in LISTS} | given | {"task": task}
-    if "target_rank" not in given:
+
+@refusing()
+def resolve(given):
+    """Options given, {name: value} → the settings of a new run, as argparse's Namespace. Refused for what
+    cannot be or does not fit."""
+    task, method = task_of(given), given.get("method", "lora2")
+    preset = preset_of(task, method)
+    settings = {name: option.default for name, option in TABLE.items()} | preset | given | {"task": task}
+    for name, option in TABLE.items():
+        if option.kind is list and name not in given:
+            settings[name] = settings[name].split(",")
+        if method not in option.methods and name not in given:
+            settings[name] = None                          # means nothing to the method
+    if "r" in given and "alpha" not in given and "r" in preset and method in ADAPTERS:
+        settings["alpha"] = preset["alpha"] / preset["r"] * given["r"]         # the preset's scale
+    if "target_rank" not in given and method in PRUNING:
         settings["target_rank"] = min(settings["target_rank"], settings["r"])
-    settings |= {name: None for name, methods in ONLY_FOR.items()
-                 if method not in methods and name not in given}
     if settings["head_lr"] is None:
         settings["head_lr"] = settings["lr"]
-    which = method if method != "lora2" else f"lora2-k{settings['k']}"
-    name = f"{task}-{Path(settings['model']).resolve().name}-{which}-s{settings['seed']}"
-    settings["out"] = settings["out"] or f"runs/{name}"
+    if settings["out"] is None:
+        which = f"lora2-k{settings['k']}" if method == "lora2" else method
+        model = Path(settings["model"]).resolve().name
+        settings["out"] = f"runs/{task}-{model}-{which}-s{settings['seed']}"
     return checked(settings)
 
 
-def schedule(settings, T):
-    """Steps, of T: warm-up of the learning rate, then prune-warmup, prune-final and prune-interval."""
-    def steps(name):
-        """Fractions are rounded down, so that a sum of them that is below 1 stays below T."""
-        value = settings[name] or 0
-        return int(round(value * T, 6)) if value < 1 else int(value)
-
-    warmup, start, final = steps("warmup"), steps("prune_warmup"), steps("prune_final")
-    if warmup >= T:
-        raise ValueError(f"--warmup {warmup} must be less than the {T} steps of this run")
-    if start + final >= T:
-        raise ValueError(f"--prune-warmup {start} and --prune-final {final} together must be less than the "
-                         f"{T} steps of this run")
-    return warmup, start, final, max(1, steps("prune_interval"))
-
-
-def resume(settings, given):
+@refusing()
+def resumed(stored, given):
     """The settings of an interrupted run, with what may differ taken from the command line."""
-    return checked(settings | beside_resume(settings, given) | {"out": given["resume"]})
+    return checked(stored | beside_resume(stored, given) | {"out": given["resume"], "resume": given["resume"]})
 
 
-def beside_resume(settings, given):
+def beside_resume(stored, given):
     """What is given beside --resume; ValueError if it differs from a run's settings where it must not."""
-    fixed = {name: settings[name] for name in settings if name not in ("out", "overwrite", "eval")}
-    unread = {"data_dir"} if settings["task"] == "own" else {"train_file", "dev_file"}
-    return agreed(fixed, {name: given[name] for name in given if name != "resume"}, WITH_RESUME - unread,
-                  "--resume")
+    fixed = {name: stored[name] for name in stored if name not in ("out", "overwrite", "eval", "resume")}
+    unread = {"data_dir"} if stored["task"] == "own" else {"train_file", "dev_file"}
+    free = {name for name, option in TABLE.items() if "resume" in option.beside} - unread
+    return agreed(fixed, {name: given[name] for name in given if name != "resume"}, free, "--resume")
 
 
-def evaluate(stored, given):
+@refusing()
+def evaluating(stored, given):
     """The settings with which to evaluate an adapter that stores its own."""
-    settings = checked(DEFAULTS | stored | agreed(stored, given, WITH_EVAL, "--eval"))
+    differ = STORED ^ stored.keys()
+    if differ:
+        raise ValueError(f"{given['eval']} is of another version of this program: "
+                         + ", ".join(f"{flag(name)} {'is new' if name in STORED else 'is unknown'}"
+                                     for name in sorted(differ)))
+    free = {name for name, option in TABLE.items() if "eval" in option.beside}
+    settings = {name: option.default for name, option in TABLE.items()} | stored
+    settings |= agreed(stored, given, free, "--eval")
     if settings["model"] is None:
         raise ValueError(f"{given['eval']} belongs to a model in a folder: give that folder as --model")
     if settings["task"] == "own" and settings["dev_file"] is None:
         raise ValueError(f"{given['eval']} was trained on a file of your own: give one to evaluate it on as "
                          "--dev-file")
-    return settings
+    return checked(settings)
 
 
 def agreed(fixed, given, free, what):
     """`given`; ValueError that names all options in it that are not free and not as in `fixed`."""
-    differ = [f"{flag(name)} {fixed[name]}, not {given[name]}" if name in fixed else f"no {flag(name)}"
-              for name in given.keys() - free if name not in fixed or given[name] != fixed[name]]
+    differ = []
+    for name in sorted(given.keys() - free):
+        if name not in fixed:
+            differ.append(f"no {flag(name)}")
+        elif given[name] != fixed[name]:
+            differ.append(f"{flag(name)} {fixed[name]}, not {given[name]}")
     if differ:
-        raise ValueError(f"{what} has to keep {'; '.join(sorted(differ))}: leave that out")
+        raise ValueError(f"{what} has to keep {'; '.join(differ)}: leave that out")
     return given
 
 
 def checked(settings):
-    """The settings; ValueError for a value out of range or an option that means nothing here."""
+    """The settings as a Namespace; ValueError for a value out of range or an option that means nothing here.
+
+    alpha, target-rank, schedules, and whether k and r are too large are judged where the matrices and the
+    number of steps are known.
+    """
     method = settings["method"]
-    for name, methods in ONLY_FOR.items():
-        if settings[name] is not None and method not in methods:
+    for name, option in TABLE.items():
+        value = settings[name]
+        if value is None:
+            continue
+        if method not in option.methods:
             raise ValueError(f"{flag(name)} means nothing to --method {method}: leave it out")
-    for name, (low, below) in RANGES.items():
-        if settings[name] is not None and not low <= settings[name] < below:
-            raise ValueError(f"{flag(name)} {settings[name]}: give at least {low}"
-                             + (f" and less than {below}" if below < math.inf else ""))
-    for name, known in LISTS.items():
-        values = settings[name]
-        if values is not None and (len(set(values)) < len(values) or not set(values) <= set(known)):
-            raise ValueError(f"{flag(name)} {','.join(values)}: give some of {','.join(known)}, each once")
+        if option.bounds and not option.bounds[0] <= value < option.bounds[1]:
+            most = f" and less than {option.bounds[1]}" if option.bounds[1] < math.inf else ""
+            raise ValueError(f"{flag(name)} {value}: give at least {option.bounds[0]}{most}")
+        if option.items and (len(set(value)) < len(value) or not set(value) <= set(option.items)):
+            raise ValueError(f"{flag(name)} {','.join(value)}: give some of {','.join(option.items)}, each once")
     if settings["stop_at"] is not None and method in PRUNING:
         raise ValueError(f"--stop-at could end --method {method} before its pruning: give --max-steps")
-    return settings
+    return Namespace(**settings)
+
+
+# --- when things happen -------------------------------------------------------------------------------------
+
+class Plan(NamedTuple):
+    """When things happen in a run: all numbers are optimizer steps, counted from 1."""
+    steps: int                       # T
+    per_epoch: int
+    lr_warmup: int
+    prune_warmup: int                # t_i
+    prune_final: int                 # t_f
+    prune_interval: int              # ΔT
+    eval_steps: Optional[int]        # between evaluations besides those after each epoch
+    save_steps: Optional[int]
+    stop_at: Optional[float]         # a score
+
+    def lr_factor(self, step):
+        """Linear up over the warm-up, then linear down to the end; not 0 at any of the steps 1 .. T."""
+        if step <= self.lr_warmup:
+            return step / self.lr_warmup
+        return (self.steps - step + 1) / (self.steps - self.lr_warmup)
+
+    def evaluates(self, state):
+        """Whether an evaluation belongs after step state.step and has not been made."""
+        last = state.evaluations[-1]["step"] if state.evaluations else 0
+        at_end = state.step == self.steps or state.step % self.per_epoch == 0
+        in_between = self.eval_steps is not None and state.step % self.eval_steps == 0
+        return state.step > last and (at_end or in_between)
+
+    def saves(self, state):
+        """Whether last.pt is written after step state.step: after each evaluation, and for --save-steps."""
+        evaluated = bool(state.evaluations) and state.evaluations[-1]["step"] == state.step
+        return evaluated or (self.save_steps is not None and state.step % self.save_steps == 0)
+
+    def is_over(self, state):
+        """Whether step state.step was the last: of all, or because the score of --stop-at is reached."""
+        reached = self.stop_at is not None and state.evaluations and (
+            state.evaluations[-1]["score"] >= self.stop_at)
+        return state.step == self.steps or bool(reached)
+
+
+def plan(o, rows):
+    """The Plan of a run on that many training rows. ValueError if its phases do not fit into its steps."""
+    per_epoch = math.ceil(rows / o.batch_size)
+    T = o.max_steps or o.epochs * per_epoch
+    warmup, start = steps_of(o.warmup, T), steps_of(o.prune_warmup, T)
+    final, interval = steps_of(o.prune_final, T), steps_of(o.prune_interval, T)
+    if warmup >= T:
+        raise ValueError(f"--warmup {warmup} must be less than the {T} steps of this run")
+    if start + final >= T:
+        raise ValueError(f"--prune-warmup {start} and --prune-final {final} together must be less than the "
+                         f"{T} steps of this run")
+    return Plan(T, per_epoch, warmup, start, final, max(1, interval), o.eval_steps, o.save_steps, o.stop_at)
+
+
+def steps_of(value, T):
+    """A number of steps, from a number or a fraction of T; a method without use for it has None, that is 0.
+
+    Fractions are rounded down, so that a sum of them that is below 1 stays below T.
+    """
+    if value is None:
+        return 0
+    return int(round(value * T, 6)) if value < 1 else int(value)

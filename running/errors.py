@@ -1,0 +1,61 @@
+"""What went wrong, as one line: a user's mistake ends with status 2, a failure with 1, a bug with its traceback."""
+import contextlib
+import sys
+
+from formats.disk import one_line
+
+GPU_IS_FULL = ("the GPU's memory is full: begin again with --overwrite and --accum 2, the same result with less; "
+               "to evaluate give a smaller --batch-size")
+
+
+class Refused(Exception):
+    """What a user gave cannot be used; the message says what to do."""
+
+
+class Stopped(Exception):
+    """Ctrl-C, SIGTERM or SIGHUP arrived.
+
+    number: of the signal. The message is for the user, the status (128 + number) for the shell.
+    """
+
+    def __init__(self, number, message="stopped"):
+        super().__init__(message)
+        self.number = number
+        self.status = 128 + number
+
+
+@contextlib.contextmanager
+def refusing():
+    """Around all that a user's mistake can break and around nothing else: a bug shall look like one."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        raise Refused(one_line(error, 2000)) from error
+
+
+def told(action, *arguments):
+    """Run an action of the command line; returns the exit status, having told what went wrong in one line."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")           # no run shall end for a Λ that a console lacks
+    try:
+        action(*arguments)
+        return 0
+    except Refused as error:
+        return report(f"error: {error}", 2)
+    except RuntimeError as error:
+        if "out of memory" not in str(error):              # CUDA's error has a class of its own, a Mac's has not
+            raise
+        return report(f"error: {GPU_IS_FULL}", 1)
+    except (FloatingPointError, OSError) as error:         # diverged; a full disk, a lost process
+        return report(f"error: {error}", 1)
+    except Stopped as stop:
+        return report(str(stop), stop.status)
+    except KeyboardInterrupt:
+        return report("stopped: what was written before is whole", 130)
+
+
+def report(text, status):
+    """Say it on stderr; returns the status."""
+    print(text, file=sys.stderr)
+    return status

@@ -1,0 +1,45 @@
+"""What a finished run hands out: predictions, a merged model, a LoRA for peft."""
+from pathlib import Path
+
+import model as models
+from formats import glue, hub
+from formats.disk import writing
+from lora2 import lora2_layers, merge_lora2
+
+
+def hand_out(o, folder, task, net, predicted):
+    """--predict, --export-peft and --merge, of the adapters that the model now holds; in this order.
+
+    folder: where predictions go. predicted: for the file of --predict, (N,), or None.
+    """
+    if predicted is not None:
+        path = glue.write_submission(folder, task, predicted, Path(o.predict).stem)
+        print(f"predictions for {o.predict} are in {path}")
+    if o.export_peft:
+        with writing(o.export_peft):
+            as_peft(net, o.export_peft, o.model)
+        print(f"the adapter as a LoRA for peft is in {o.export_peft}: there give num_labels={net.num_labels}")
+    if o.merge:
+        with writing(o.merge):
+            models.save_pretrained(merge_lora2(net), o.merge)
+        print(f"the merged model is in {o.merge}")
+
+
+def as_peft(net, folder, base_name):
+    """Write a folder that peft opens: each update as its LoRA (to_lora: exact), the head, the tokenizer.
+
+    base_name: the checkpoint that the adapter belongs to, for peft to find it.
+    """
+    layers = lora2_layers(net)
+    tensors = {name: p for name, p in net.named_parameters() if models.in_head(name, net.head)}
+    for name, layer in layers:
+        A, B = layer.to_lora()                             # (k, d_in), (d_out, k)
+        tensors[f"{name}.lora_A.weight"] = A
+        tensors[f"{name}.lora_B.weight"] = B
+    tensors = {f"base_model.model.{name}": t.detach().contiguous() for name, t in tensors.items()}
+    rank = layers[0][1].k                                  # of a plain LoRA its own rank
+    config = {
+        "peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": base_name,
+        "r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
+        "target_modules": [name for name, _ in layers], "modules_to_save": net.head}
+    hub.write_checkpoint(folder, config, tensors, tokenizer_of=net.source, prefix="adapter_")
