@@ -87,7 +87,7 @@ def hash_of_data(examples):
 
 def identity_of(o, here, task, net, tokenizer, examples):
     """What a run is: its settings, and by hash its base model and data; what the data's columns mean."""
-    return {"settings": vars(o) | {"dtype": here.dtype}, "base": fingerprint(net, tokenizer),
+    return {"settings": vars(o) | {"dtype": here.dtype, "resume": None}, "base": fingerprint(net, tokenizer),
             "rows": hash_of_data(examples),
             "columns": {name: getattr(task, name) for name in ("texts", "label", "labels", "metrics")}}
 
@@ -331,16 +331,25 @@ def comparable(facts):
 # --- last.pt ------------------------------------------------------------------------------------------------
 
 class Hashing:
-    """A file to write to that hashes what goes through."""
+    """A file for torch.save() to write to, that hashes what goes through.
+
+    error: why the disk took no more, or None. Raised in write(), torch would hide it behind one of its own.
+    """
 
     def __init__(self, file):
         self.file = file
         self.hasher = hashlib.blake2b(digest_size=HASH // 2)
+        self.error = None
 
     def write(self, data):
         """As of a file."""
         self.hasher.update(data)
-        return self.file.write(data)
+        if self.error is None:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
 
     def flush(self):
         """As of a file."""
@@ -353,6 +362,8 @@ def write_state(folder, state):
     with disk.writing(path), disk.replacing(path) as (beside,), open(beside, "wb") as file:
         hashing = Hashing(file)
         torch.save(state | {"format": FORMAT}, hashing)
+        if hashing.error:
+            raise hashing.error
         file.write(hashing.hasher.hexdigest().encode())
 
 

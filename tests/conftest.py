@@ -14,6 +14,9 @@ from safetensors.torch import save_file
 import data
 import model as models
 import train
+from lora2 import load_lora2_state_dict
+from running import folder, machine, options
+from running.errors import refusing
 
 # A shell that starts the tests in the background has them, and the programs they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -85,6 +88,17 @@ def cli(tiny, tmp_path, monkeypatch, capsys, one_thread):
     run.tiny = lambda *words, model="deberta", out="run": run(
         "--task demo --model", tiny[model], SMALL, "--out", Path(out), *words)
     return run
+
+
+def opened(**given):
+    """What --eval works with, from its options: a namespace of o, here, task, examples, unseen and net."""
+    with refusing():
+        tensors, stored = folder.load_adapter(given["eval"])
+        o = options.evaluating(stored["settings"], given)
+        here = machine.join(o.device, o.dtype)
+        task, examples, unseen, net, _ = train.prepare(o, here, stored)
+        load_lora2_state_dict(net, tensors)
+    return SimpleNamespace(o=o, here=here, task=task, examples=examples, unseen=unseen, net=net)
 
 
 def frozen(value):

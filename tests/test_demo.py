@@ -1,4 +1,4 @@
-"""Tests of demo.py: what `--task demo` promises."""
+"""Tests of running/demo.py: what `--task demo` promises."""
 import re
 import time
 from pathlib import Path
@@ -10,6 +10,7 @@ import data
 from running import demo
 import model as models
 import train
+from tests.conftest import opened
 from lora2 import lora2_layers
 
 
@@ -39,7 +40,7 @@ def test_demo(tmp_path, monkeypatch, capsys, seed):
     """Oracle: the promised bounds; the formula of the count; the base model, with the adapter off."""
     monkeypatch.chdir(tmp_path)
     before, threads = time.process_time(), torch.get_num_threads()
-    results = demo.main({"task": "demo", "seed": seed})
+    results = demo.main({"task": "demo", "seed": seed}, train.train)
     torch.set_num_threads(threads)
     seconds = time.process_time() - before
     head, lora2, full = (result["last"]["scores"]["dev"]["accuracy"] for result in results.values())
@@ -53,9 +54,9 @@ def test_demo(tmp_path, monkeypatch, capsys, seed):
     row = text.splitlines()[-2].split()
     assert row[-6:] == [f"{lora2:.3f}", "1,696", "4,290", "24", "of", "96"] and "layers 0 to 1" in text
 
-    run = train.start({"eval": "runs/demo/lora2/adapter.safetensors", "model": "runs/demo/base"})
+    run = opened(eval="runs/demo/lora2/adapter.safetensors", model="runs/demo/base")
     base = models.from_pretrained("runs/demo/base", 2)
-    batch = next(data.batches(run.data["dev"], 100))
+    batch = next(data.batches(run.examples["dev"], 100))
     hidden = [net.eval().encode(*batch[:3]) for net in (run.net, base)]
     assert not torch.allclose(*hidden, atol=0.1)
     for _, layer in lora2_layers(run.net):

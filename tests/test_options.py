@@ -12,12 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from running import demo
-from running import options
-from running import machine as processes
-from running import folder as runs
-from running import progress as show
 import train
+from running import demo, export, folder, machine, options, progress
 from tests.test_runs import refused
 from tests.test_train import write_task
 
@@ -27,11 +23,11 @@ ROOT = Path(__file__).parents[1]
 # --- the table ----------------------------------------------------------------------------------------------
 
 def test_every_option_is_read():
-    """Oracle: the source: each option is used as run.NAME, settings["NAME"] or given["NAME"]."""
-    source = "".join(inspect.getsource(module) for module in (train, runs, show, demo))
-    source += inspect.getsource(options).split("DEFAULTS = ")[1]
-    used = re.findall(r"""\brun\.(\w+)|\b(?:settings\[|given\[|steps\()["'](\w+)""", source)
-    assert not options.DEFAULTS.keys() - {name for pair in used for name in pair}
+    """Oracle: the source: each option is used as o.NAME, settings["NAME"] or given["NAME"]."""
+    source = "".join(inspect.getsource(module) for module in (train, folder, progress, export, demo))
+    source += inspect.getsource(options).split("# --- from words to options")[1]
+    used = re.findall(r"""\bo\.(\w+)|\b(?:settings|given)\[["'](\w+)""", source)
+    assert not options.TABLE.keys() - {name for pair in used for name in pair}
 
 
 def test_help_tells_all(capsys):
@@ -42,7 +38,7 @@ def test_help_tells_all(capsys):
     assert end.value.code == 0 and max(map(len, text.splitlines())) <= 110
     for group, rows in options.OPTIONS.items():
         assert f"\n{group}:\n" in text
-        for name, _, default, says in rows:
+        for name, _, default, says, *_ in rows:
             entry = re.search(rf"\n  --{name}(?![\w-])(.*?)(?=\n  --|\n\n)", text, re.DOTALL)
             words = re.sub(r"\s+", " ", entry[1])
             assert says in words and (default in (None, False) or f"({default})" in words), name
@@ -66,7 +62,9 @@ def test_commands_in_help(capsys):
 
 def test_presets_by_method():
     """Oracle: AdaLoRA's scripts (r0 → target), LoRA's and SoRA's scale 2, full fine-tuning's small steps."""
-    of = lambda task, method, **given: options.resolve({"task": task, "method": method} | given)
+    def of(task, method, **given):
+        return vars(options.resolve({"task": task, "method": method} | given))
+
     for task, r in (("cola", 3), ("mnli", 3), ("rte", 2)):
         assert (of(task, "adalora")["r"], of(task, "adalora")["target_rank"]) == (r, 1)
     for method in ("lora", "sora"):
@@ -77,6 +75,29 @@ def test_presets_by_method():
     assert of("rte", "lora2")["head_lr"] == 1.2e-3 and of("rte", "lora2", lr=1.0)["head_lr"] == 1.0
     rte = {"alpha": 32, "r": 4, "target_rank": 3, "reg": 0.3, "seed": 4, "max_len": 320}
     assert rte.items() <= of("rte", "lora2").items()
+
+
+def test_r_alone_keeps_the_scale():
+    """Oracle: the scale of the preset, alpha / r, worked out by hand; alpha given too is taken as it is."""
+    def scale(task, method, **given):
+        o = options.resolve({"task": task, "method": method} | given)
+        return o.alpha / o.r
+
+    assert [scale("cola", "lora", r=r) for r in (1, 8, 16)] == [2, 2, 2]       # it was 16 for r = 1
+    assert [scale("cola", "lora2", r=r) for r in (1, 4, 8)] == [8, 8, 8]       # 32 / 4
+    assert [scale("rte", "adalora", r=r) for r in (2, 12)] == [16, 16]
+    assert scale("cola", "adalora") == 32 / 3              # its own preset of r, not one that was given
+    assert scale("cola", "lora", r=1, alpha=16) == 16 and scale("cola", "lora", alpha=8) == 1
+
+
+@pytest.mark.parametrize("words, scale", [("", "4"), ("--r 4", "4"), ("--r 4 --alpha 32", "8"),
+                                          ("--method lora --r 1", "2")])
+def test_the_scale_is_said(cli, words, scale):
+    """Oracle: alpha / r by hand, in a line of its own; the adapter's layers have it."""
+    said = cli.tiny(words).out.splitlines()
+    assert f"the update is scaled by alpha / r = {scale}" in said
+    tensors = folder.load_adapter("run/adapter.safetensors")[0]
+    assert {float(t) for name, t in tensors.items() if name.endswith(".scale")} == {float(scale)}
 
 
 @pytest.mark.parametrize("text, value", [("0", 0), ("0.25", 0.25), ("1", 1), ("300", 300), ("2e3", 2000)])
@@ -94,8 +115,21 @@ def test_the_device_is_the_first_there_is(monkeypatch, cuda, mps, wanted):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     monkeypatch.setattr(torch, "zeros", lambda n, device: asked.append(device) or zeros(n))
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert processes.join(None)[1:] == (0, 1)
-    assert processes.join("cpu")[0].type == "cpu" and asked == [wanted, "cpu"]
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    assert machine.join(None, "fp32") == (torch.device("cpu"), "fp32", 0, 1)
+    assert machine.join("cpu").device.type == "cpu" and asked == [wanted, "cpu"]
+
+
+@pytest.mark.parametrize("text, world", [("", 1), ("1", 1), (None, 1)])
+def test_an_empty_environment_is_none(monkeypatch, text, world):
+    """Oracle: by hand: WORLD_SIZE="" is a single process; what is no number is named."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if text is not None:
+        monkeypatch.setenv("WORLD_SIZE", text)
+    assert machine.join("cpu").world == world
+    monkeypatch.setenv("LOCAL_RANK", "one")
+    with pytest.raises(ValueError, match="LOCAL_RANK=one, which is no number"):
+        machine.join("cpu")
 
 
 def test_torchrun_on_a_mac_takes_the_cpu(monkeypatch):
@@ -104,7 +138,7 @@ def test_torchrun_on_a_mac_takes_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert processes.join(None) == (torch.device("cpu"), 1, 2)
+    assert machine.join(None) == (torch.device("cpu"), "fp32", 1, 2)
 
 
 def test_a_gpu_that_is_full(monkeypatch):
@@ -114,7 +148,7 @@ def test_a_gpu_that_is_full(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "zeros", zeros)
     with pytest.raises(ValueError, match="--device cuda .*out of memory.*: give another, such as cpu"):
-        processes.join(None)
+        machine.join(None)
 
 
 def test_more_processes_than_gpus(monkeypatch):
@@ -123,13 +157,13 @@ def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="process 2 has no GPU, there are 2: give --nproc_per_node=2"):
-        processes.join(None)
+        machine.join(None)
 
 
 def test_a_cpu_that_imitates_bf16_is_told(cli, monkeypatch):
     """Oracle: by hand: fp32 says nothing and is the default; bf16 is what the user asked for, and is done."""
     for imitates, dtype, told in (True, "bf16", True), (False, "bf16", False), (True, None, False):
-        monkeypatch.setattr(processes, "emulates_bf16", lambda device: imitates)
+        monkeypatch.setattr(machine, "emulates_bf16", lambda device: imitates)
         done = cli.tiny("--max-steps 2", *(["--dtype", dtype] if dtype else []), "--overwrite", out="run")
         assert done.status == 0
         assert ("no bf16 arithmetic and imitates it" in done.err) == told
@@ -137,12 +171,12 @@ def test_a_cpu_that_imitates_bf16_is_told(cli, monkeypatch):
 
 PEAK = """
 import resource, torch
-from running import machine as processes
-before = processes.peak_memory(torch.device("cpu"))
+from running import machine
+before = machine.peak_memory(torch.device("cpu"))
 tensor = torch.ones(100_000_000)
 now = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 1e9
 del tensor
-print(before, processes.peak_memory(torch.device("cpu")), now)
+print(before, machine.peak_memory(torch.device("cpu")), now)
 """
 
 
@@ -157,9 +191,9 @@ def test_peak_memory():
 
 FAULTS = """
 import resource, sys, torch
-from running import machine as processes
+from running import machine
 if sys.argv[1] == "kept":
-    processes.keep_freed_memory()
+    machine.keep_freed_memory()
 for _ in range(12):                                        # at first holes of other sizes are left
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     blocks = [torch.zeros(2**20 * million) for million in (1, 4, 12, 3)]                  # 4 to 48 MB
@@ -187,9 +221,9 @@ def test_peak_memory_is_unknown_without_its_line(tmp_path, monkeypatch):
     status.write_text("Name:\tpython\nVmSize:\t9 kB\nVmRSS:\t5 kB\n")
     monkeypatch.setattr("builtins.open", lambda path, *_, true=open, **more: true(
         status if path == "/proc/self/status" else path, *_, **more))
-    assert processes.peak_memory(torch.device("cpu")) is None
+    assert machine.peak_memory(torch.device("cpu")) is None
     status.write_text("VmHWM:\t5000000 kB\n")
-    assert processes.peak_memory(torch.device("cpu")) == 5.12
+    assert machine.peak_memory(torch.device("cpu")) == 5.12
 
 
 def test_paths_after_an_equals_sign(monkeypatch):
@@ -394,7 +428,7 @@ def test_mistakes_for_the_shell(tiny, tmp_path, words, says):
 
 def test_a_bug_is_no_mistake_of_the_user(cli, monkeypatch):
     """Oracle: Python's own behaviour: an exception in the loop keeps its type and its traceback."""
-    for name in ("task_loss", "evaluate_and_keep"):
+    for name in ("task_loss", "evaluate"):
         with monkeypatch.context() as patch, pytest.raises(ValueError, match="a bug"):
             patch.setattr(train, name, lambda *args: (_ for _ in ()).throw(ValueError("a bug")))
             cli.tiny("--overwrite")

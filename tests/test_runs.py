@@ -1,11 +1,8 @@
-"""Tests of runs.py: a run loses nothing. Each docstring names its oracle."""
-import fcntl
+"""Tests of running/folder.py: a run loses nothing. Each docstring names its oracle."""
 import json
 import os
-import pty
 import random
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -13,22 +10,23 @@ import socket
 import struct
 import subprocess
 import sys
-import termios
 import time
 import traceback
+import tracemalloc
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.conftest import SMALL, outcome, write_checkpoint
 from safetensors import safe_open
+
+import train
+from formats import disk
+from running import machine, options, progress
+from running import folder as runs
+from tests.conftest import SMALL, outcome, write_checkpoint
 from tests.test_train import write_task
 
-from formats import disk
-from running import folder as runs
-from running import progress as show
-import train
+on_unix = pytest.mark.skipif(os.name == "nt", reason="signals, fork and terminals as Unix has them")
 
 ROOT = Path(__file__).parents[1]
 BUSY = "--eval-steps 3 --save-steps 2 --max-steps 8"       # with 6 steps to an epoch, of all kinds of steps
@@ -45,13 +43,15 @@ def refused(done, *says):
 
 
 def at_step(step, action, patch):
-    """Do something in the middle of a step, with pytest's monkeypatch."""
-    real = train.task_loss
+    """Do something in the middle of a step of a run from its start, with pytest's monkeypatch."""
+    real, steps = train.task_loss, 0
 
-    def task_loss(run, batch):
-        if run.step == step:
+    def task_loss(*arguments):                             # called once a step, and not to evaluate
+        nonlocal steps
+        steps += 1
+        if steps == step:
             action()
-        return real(run, batch)
+        return real(*arguments)
     patch.setattr(train, "task_loss", task_loss)
 
 
@@ -152,11 +152,13 @@ def kill_and_resume(cli, n):
     return back
 
 
+@on_unix
 def test_sigkill(cli):
     """Oracle: the unbroken run, bit for bit, but for seconds, tokens per second and date."""
     assert len(kill_and_resume(cli, 3)) == 3
 
 
+@on_unix
 @pytest.mark.slow
 def test_sigkill_often(cli):
     """Oracle: the unbroken run, at 20 random moments, which are not all the same one."""
@@ -165,21 +167,32 @@ def test_sigkill_often(cli):
     assert len(set(back)) > 5
 
 
+@on_unix
 @pytest.mark.parametrize("where", ["step", "evaluation", "save"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signals_save_first(cli, monkeypatch, where, number):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_signals_save_first(cli, monkeypatch, where, name):
     """Oracle: the unbroken run. Ctrl-C or a lost terminal in a step, an evaluation, before it; --resume."""
     assert cli.tiny(BUSY, out="whole").status == 0
-    name = {"step": "task_loss", "evaluation": "predict_batch", "save": "evaluate_and_keep"}[where]
-    real = getattr(train, name)
+    number = getattr(signal, name)
+    names = {"step": "update", "evaluation": "predict_batch", "save": "evaluate"}
+    update, steps = train.update, 0
 
-    def interrupted(run, *rest):
-        if run.step == 6 and (where != "evaluation" or not run.net.training):
+    def counted(*arguments):
+        nonlocal steps
+        steps += 1
+        if where == "step" and steps == 6:
             signal.raise_signal(number)
-        return real(run, *rest)
+        update(*arguments)
+
+    def interrupted(net, *rest, real=getattr(train, names[where])):
+        if steps == 6 and (where == "save" or not net.training):
+            signal.raise_signal(number)
+        return real(net, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, name, interrupted)
+        patch.setattr(train, "update", counted)
+        if where != "step":
+            patch.setattr(train, names[where], interrupted)
         stopped = cli.tiny(BUSY)
     assert stopped.status == 128 + number and "--resume run goes on" in stopped.errors[-1]
     assert runs.load_state("run")["step"] == 6 and not Path("run/result.json").exists()
@@ -187,6 +200,7 @@ def test_signals_save_first(cli, monkeypatch, where, number):
     assert cli("--resume run").status == 0 and outcome("run") == outcome("whole")
 
 
+@on_unix
 def test_nohup_is_left_to_work(cli, monkeypatch):
     """Oracle: the unbroken run: a lost terminal is nothing to a run that was started to outlive it."""
     assert cli.tiny(out="whole").status == 0
@@ -214,7 +228,7 @@ def test_stop_at_survives_a_kill(cli, monkeypatch):
     words = "--method head --stop-at 0.1 --eval-steps 2"
     assert cli.tiny(words, out="whole").status == 0
     with monkeypatch.context() as patch:
-        patch.setattr(train.show, "finish", lambda run: (_ for _ in ()).throw(Killed()))
+        patch.setattr(runs.RunFolder, "finish", lambda *_: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             cli.tiny(words)
     assert cli("--resume run").status == 0
@@ -279,12 +293,12 @@ def test_resume_refuses_another_base(stopped, tmp_path):
 
 def test_the_same_base_may_come_from_another_place(stopped, monkeypatch):
     """Oracle: the run that was never stopped. It began with a name on the Hub and goes on with a folder."""
-    def named(run, facts=runs.facts):
-        stored = facts(run)
+    def named(files, best, facts=runs.RunFolder.facts):
+        stored = facts(files, best)
         return stored | {"settings": stored["settings"] | {"model": "someone/tiny"}}
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "facts", named)
+        patch.setattr(runs.RunFolder, "facts", named)
         stopped.stop(out="hub")
     assert runs.load_adapter("hub/adapter.safetensors")[1]["settings"]["model"] == "someone/tiny"
     assert stopped("--resume hub --model", stopped.models["deberta"]).status == 0
@@ -295,21 +309,31 @@ def test_the_same_base_may_come_from_another_place(stopped, monkeypatch):
 
 def test_a_run_that_began_on_a_cpu_goes_on_on_a_gpu(stopped, monkeypatch):
     """Oracle: the promise of --device beside --resume: last.pt of a CPU has no random state of a GPU."""
-    state = runs.load_state("run")
-    run = train.start({"resume": "run"})
-    run.device = torch.device("cuda")                      # what restore() asks for; nothing is sent there
+    state = runs.load_state("run")["rng"][0]
+    gpu = machine.Machine(torch.device("cuda"), "fp32", 0, 1)
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *_: pytest.fail("there is none"))
-    runs.restore(run, state)
-    assert run.step == 4
+    machine.set_random_state(gpu, state)
+    assert torch.equal(torch.get_rng_state(), state["cpu"]) and set(state) == {"cpu"}
+
+
+def test_a_macs_random_state_is_kept(monkeypatch):
+    """Oracle: the state of its generator, which dropout draws from: without it --resume is another run."""
+    mac, seen = machine.Machine(torch.device("mps"), "fp32", 0, 1), []
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: "of the Mac")
+    monkeypatch.setattr(torch.mps, "set_rng_state", seen.append)
+    state = machine.random_state(mac)
+    machine.set_random_state(mac, state)
+    machine.set_random_state(mac, {"cpu": state["cpu"]})   # of a run that began elsewhere
+    assert seen == ["of the Mac"]
 
 
 def test_files_of_another_version(stopped, monkeypatch):
     """Oracle: the promise, with files that a later version wrote."""
     evaluation = f"--eval run/adapter.safetensors --model {stopped.models['deberta']}"
     assert stopped(evaluation).status == 0
-    monkeypatch.setattr(runs, "FORMAT", 2)
-    refused(stopped("--resume run"), "run/last.pt", "format 1 is of another version of this program")
-    refused(stopped(evaluation), "run/adapter.safetensors", "format 1 is of another version of this program")
+    monkeypatch.setattr(runs, "FORMAT", 3)
+    refused(stopped("--resume run"), "run/last.pt", "format 2 is of another version of this program")
+    refused(stopped(evaluation), "run/adapter.safetensors", "format 2 is of another version of this program")
 
 
 @pytest.mark.parametrize("what", ["layer_norm_eps", "hidden_act", "vocabulary", "lower case", "weights"])
@@ -423,6 +447,68 @@ def test_a_run_is_not_overwritten(cli):
     assert cli.tiny("--overwrite", out="notes").status == 0 and Path("notes/mine.txt").read_text() == "x"
 
 
+@pytest.mark.parametrize("name", ["log.jsonl", "result.json", "last.pt", "adapter.safetensors"])
+def test_overwrite_leaves_other_peoples_files_alone(cli, name):
+    """Oracle: their bytes. A folder that never was a run is refused where names would clash; in one that was,
+    tables that are not predictions of ours stay."""
+    Path("mine").mkdir()
+    Path("mine", name).write_text("{}")
+    refused(cli.tiny("--overwrite", out="mine"), f"mine/{name}", "not of a run", "--out")
+    assert contents("mine") == {name: b"{}"}
+    Path("mine", name).unlink()
+    gold = Path("mine/gold_predictions.tsv")
+    gold.write_text("index\tlabel\n0\tyes\n")
+    for _ in range(2):                                     # into a folder that was no run, then into the run
+        assert cli.tiny("--overwrite --max-steps 2", out="mine").status == 0
+        assert gold.read_text() == "index\tlabel\n0\tyes\n"
+    Path("mine/old_predictions.tsv").write_text("index\tprediction\n0\t1\n")
+    assert cli.tiny("--overwrite --max-steps 2", out="mine").status == 0
+    assert gold.exists() and not Path("mine/old_predictions.tsv").exists()
+
+
+def test_one_folder_under_two_names(cli):
+    """Oracle: the file system: sub/../run and a link are the run folder."""
+    Path("sub").mkdir()
+    Path("link").symlink_to("run")
+    for merge in ("sub/../run", "link"):
+        refused(cli.tiny("--merge", merge), "a folder each")
+    assert not Path("run").exists()
+
+
+def test_an_adapter_of_another_version_names_what_differs(cli, monkeypatch):
+    """Oracle: by hand: a setting that the file lacks, as if it were added later, and one that it has too many."""
+    assert cli.tiny("--max-steps 2").status == 0
+    evaluation = f"--eval run/adapter.safetensors --model {cli.models['deberta']}"
+    for names, told in ((options.STORED | {"dora"}, "--dora is new"),
+                        (options.STORED - {"clip"}, "--clip is unknown")):
+        monkeypatch.setattr(options, "STORED", names)
+        refused(cli(evaluation), "of another version of this program", told)
+
+
+def test_tokens_and_seconds_go_on(stopped):
+    """Oracle: the run that was never stopped: as many tokens at each step; seconds never go back."""
+    assert stopped("--resume run").status == 0 and stopped.tiny("--eval-steps 2", out="whole").status == 0
+    lines = [[json.loads(line) for line in Path(name, "log.jsonl").read_text().splitlines()]
+             for name in ("run", "whole")]
+    steps = [[(line["step"], line["tokens"]) for line in log if "tokens" in line] for log in lines]
+    assert steps[0] == steps[1] and len(steps[0]) == 3
+    seconds = [line["seconds"] for line in lines[0] if "seconds" in line]
+    assert seconds == sorted(seconds)
+
+
+def test_a_state_is_in_memory_once(tmp_path):
+    """Oracle: the sizes of what torch and Python allocate, by tracemalloc: less than a tenth of the state is
+    copied on the way to the disk or back. (It used to be whole in memory once more to write, thrice to read.)"""
+    state = {"weights": {"w": torch.zeros(10_000_000)}}    # 40 MB
+    for action in (lambda: runs.write_state(tmp_path, state), lambda: runs.load_state(tmp_path)):
+        tracemalloc.start()
+        action()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 4_000_000
+    assert torch.equal(runs.load_state(tmp_path)["weights"]["w"], state["weights"]["w"])
+
+
 def test_half_removed_is_not_finished(cli, monkeypatch):
     """Oracle: no result.json beside a run that has not ended, wherever the removal of an older one is cut."""
     unlink, calls = Path.unlink, 0
@@ -460,6 +546,7 @@ def test_places_that_cannot_be_written(cli, words):
 @pytest.fixture
 def small_disk():
     """small_disk(n): from now on the system lets no file grow beyond n bytes; None ends it."""
+    resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda n: resource.setrlimit(resource.RLIMIT_FSIZE, before if n is None else (n, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -554,11 +641,11 @@ def test_settings_are_said_once_and_stored(cli):
 
 
 def test_map_of_kept_values():
-    """Oracle: a picture drawn by hand: rows in the order of the targets, empty where nothing is adapted."""
-    targets = {"q": "query", "o": "output.dense", "f1": "intermediate.dense", "f2": "deep.output.dense"}
-    kept = {"encoder.layer.0.query": 8, "encoder.layer.1.query": 1, "encoder.layer.10.query": 0,
-            "encoder.layer.1.deep.output.dense": 4, "encoder.layer.10.output.dense": 5}
-    assert show.kept_map(kept, targets, 8).splitlines() == [
+    """Oracle: a picture drawn by hand: rows in the paper's order, empty where nothing is adapted."""
+    kept = {"layer.0.attention.self.query": 8, "layer.1.attention.self.query": 1,
+            "layer.10.attention.self.query": 0, "layer.1.output.dense": 4,
+            "layer.10.attention.output.dense": 5}
+    assert progress.kept_map(kept, 8).splitlines() == [
         "kept of 8 singular values, layers 0 to 10 from left to right",
         "  q   8█  1░  0 ",
         "  o   0   0   5▓",
@@ -579,6 +666,7 @@ def processes(words, before=None, n=2):
     return [(end, *text) for end, text in zip(ends, texts)]
 
 
+@on_unix
 def test_two_processes_are_one(cli):
     """Oracle: one process, within float error, without dropout: losses, pruning, metrics counted once."""
     words = f"--task demo --model {cli.models['still']} {SMALL} --max-steps 7 --eval-steps 2 --batch-size 15 "
@@ -597,6 +685,7 @@ def test_two_processes_are_one(cli):
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
 
 
+@on_unix
 def test_a_dead_process_ends_the_others(cli, monkeypatch):
     """Oracle: the promise: a sentence within seconds, where a lost process would be waited for."""
     def dies_early():
@@ -611,6 +700,7 @@ def test_a_dead_process_ends_the_others(cli, monkeypatch):
     refused(cli("--resume run"), "2 process(es)")
 
 
+@on_unix
 def test_one_of_two_processes_is_stopped(cli, monkeypatch):
     """Oracle: two processes that nobody stopped. They agree on a step, save, and go on later."""
     words = f"--task demo --model {cli.models['deberta']} {SMALL} --max-steps 14 --out "
@@ -631,13 +721,14 @@ def test_all_processes_wait_for_a_fetched_task(rank, there, tmp_path, monkeypatc
     """Oracle: one barrier for each process, whether it comes before or after the folder is there: one that
     passes by would leave the others waiting. The first one alone fetches, and only what is missing."""
     calls = []
-    monkeypatch.setattr(train.tasks, "fetch_task", lambda task, folder: calls.append("fetch"))
-    monkeypatch.setattr(train.processes, "wait_for_all", lambda: calls.append("wait"))
+    monkeypatch.setattr(train.glue, "fetch_task", lambda task, folder: calls.append("fetch"))
+    monkeypatch.setattr(train.machine, "wait_for_all", lambda: calls.append("wait"))
     if there:
         (tmp_path / "RTE").mkdir()
-    run = SimpleNamespace(dev_file=None, task="rte", data_dir=tmp_path, rank=rank)
+    o = options.resolve({"task": "rte", "data_dir": str(tmp_path)})
+    here = machine.Machine(torch.device("cpu"), "fp32", rank, 2)
     with pytest.raises(FileNotFoundError):                 # there is nothing in it
-        train.load_splits(run, None)
+        train.load_splits(o, here, None)
     assert calls == ["fetch"] * (rank == 0 and not there) + ["wait"]
 
 
@@ -653,6 +744,7 @@ def test_torchrun(cli):
 
 def test_a_bar_on_a_terminal(cli):
     """Oracle: a terminal of our own (pty): one line rewritten with all numbers, evaluations above it."""
+    fcntl, pty, termios = map(pytest.importorskip, ("fcntl", "pty", "termios"))
     mine, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 200, 0, 0))
     words = f"{ROOT / 'train.py'} --task demo {SMALL} --max-steps 30 --out run --model {cli.models['still']}"

@@ -6,18 +6,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.conftest import SMALL, frozen, outcome
+from tests.conftest import SMALL, frozen, opened, outcome
 
 import data
 import model as models
-from running import options
-from running import folder as runs
 import train
-from lora2 import load_lora2_state_dict, lora2_layers
+from running import export, machine, options, progress
+from running import folder as runs
+from lora2 import RankPruner, add_lora2, load_lora2_state_dict, lora2_layers, orthogonality_loss
 
 ROOT = Path(__file__).parents[1]
 GLUE = ROOT.parent / "shared" / "glue"
@@ -35,12 +34,16 @@ def tensors(folder="run"):
     return runs.load_adapter(Path(folder) / "adapter.safetensors")[0]
 
 
+def dev_batches(run, batch_size):
+    return data.batches(run.examples["dev"], batch_size, run.net.config["pad_token_id"])
+
+
 def logits(run):
     """Of every dev row, in order: (N, labels)."""
     run.net.eval()
     with torch.no_grad():
-        pairs = [(batch.rows, train.predict_batch(run, batch))
-                 for batch in data.batches(run.data["dev"], run.batch_size, run.pad)]
+        pairs = [(batch.rows, train.predict_batch(run.net, batch, run.here))
+                 for batch in dev_batches(run, run.o.batch_size)]
     rows, values = (torch.cat(parts) for parts in zip(*pairs))
     return values[rows.argsort()]
 
@@ -74,11 +77,27 @@ def test_accumulation_changes_nothing(cli, method):
             torch.testing.assert_close(tensor, tensors(accum)[name], rtol=1e-3, atol=2e-4)
 
 
+def test_an_absent_gradient_reaches_the_pruner():
+    """Oracle: RankPruner's promise: a gradient that is None is an error, and one process must not hide it."""
+    net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    add_lora2(net, ["0", "1"], k=1, r=2, init="orthonormal")
+    pruner = RankPruner(net, 1, 9, 1, 1, 1)
+    loss = net[0](torch.ones(2, 3)).sum()                  # the second adapter is not used
+    loss.backward()
+    machine.sum_gradients(loss.detach(), net)
+    assert net[1].lam.grad is None
+    with pytest.raises(RuntimeError, match="no gradient"):
+        pruner.step()
+
+
 def test_lr_by_hand():
     """Oracle: the values worked out by hand: up to the peak at the end of the warm-up, then down to 1/6."""
-    factors = [train.lr_factor(step, 4, 10) for step in range(1, 11)]
-    assert factors == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
-    assert [train.lr_factor(step, 0, 2) for step in (1, 2)] == [1, 1 / 2]
+    def factors(warmup, T):
+        plan = options.Plan(T, T, warmup, 0, 0, 1, None, None, None)
+        return [plan.lr_factor(step) for step in range(1, T + 1)]
+
+    assert factors(4, 10) == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    assert factors(0, 2) == [1, 1 / 2]
 
 
 # Of the authors' released scripts: T, lr warm-up, ti, tf, dT.
@@ -92,38 +111,38 @@ SCHEDULES = {"cola": (6700, 100, 800, 3500, 10), "sst2": (50520, 1000, 6000, 220
 def test_presets_resolve_to_the_authors_steps(task):
     """Oracle: the released scripts' numbers of steps, and T = epochs · ceil(official rows / 32)."""
     T, *steps = SCHEDULES[task]
-    settings = options.resolve({"task": task})
-    assert list(options.schedule(settings, T)) == steps
-    full = settings["epochs"] * math.ceil(data.TASKS[task].rows["train"] / settings["batch_size"])
+    rows = data.TASKS[task].rows["train"]
+    plan = options.plan(options.resolve({"task": task, "max_steps": T}), rows)
+    assert [plan.lr_warmup, plan.prune_warmup, plan.prune_final, plan.prune_interval] == steps
+    full = options.plan(options.resolve({"task": task}), rows).steps
     assert abs(full - T) <= 7                              # MNLI: 85,904 is 7 short of its epochs
-    short = options.schedule(settings, 5)
-    assert sum(short[1:3]) < 5 and short[0] < 5 and short[3] == 1
+    short = options.plan(options.resolve({"task": task, "max_steps": 5}), rows)
+    assert short.prune_warmup + short.prune_final < 5 and short.lr_warmup < 5 and short.prune_interval == 1
 
 
 def test_the_loop_is_the_method(cli, tiny):
     """Oracle: the loop written out again with torch's own autograd, AdamW and the formulas of the paper."""
-    from lora2 import RankPruner, orthogonality_loss
     assert cli.tiny("--k 2 --r 4 --reg 0.3 --max-steps 4 --epochs 1", model="still").status == 0
-    run = train.start({"eval": "run/adapter.safetensors", "model": str(tiny["still"])})
+    run = opened(eval="run/adapter.safetensors", model=str(tiny["still"]))
     trained = {name: p.detach().clone() for name, p in run.net.named_parameters() if p.requires_grad}
 
-    settings = options.resolve({"task": "demo", "model": str(tiny["still"]), "limit_train": 96,
-                                "batch_size": 16, "max_steps": 4, "k": 2, "r": 4, "reg": 0.3})
-    run = train.set_up(settings)
-    parameters = [p for p in run.net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=0, weight_decay=settings["weight_decay"], fused=False)
-    pruner = RankPruner(run.net, 2, 4, int(4 * 50 / 441), int(4 * 150 / 441), 1)
+    o = options.resolve({"task": "demo", "model": str(tiny["still"]), "limit_train": 96, "batch_size": 16,
+                         "max_steps": 4, "k": 2, "r": 4, "reg": 0.3})
+    _, examples, _, net, _ = train.prepare(o, machine.join())
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0, weight_decay=o.weight_decay, fused=False)
+    pruner = RankPruner(net, 2, 4, int(4 * 50 / 441), int(4 * 150 / 441), 1)
     order = torch.Generator().manual_seed(0)
-    for step, batch in enumerate(list(data.batches(run.data["train"], 16, 0, order))[:4], 1):
-        logits = run.net(*batch[:3])
-        loss = torch.nn.functional.cross_entropy(logits, batch.labels) + 0.3 * orthogonality_loss(run.net)
+    for step, batch in enumerate(list(data.batches(examples["train"], 16, 0, order))[:4], 1):
+        logits = net(*batch[:3])
+        loss = torch.nn.functional.cross_entropy(logits, batch.labels) + 0.3 * orthogonality_loss(net)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.param_groups[0]["lr"] = 0.02 * (4 - step + 1) / 4
         optimizer.step()
         pruner.step()
         optimizer.zero_grad()
-    for name, p in run.net.named_parameters():
+    for name, p in net.named_parameters():
         if p.requires_grad:
             torch.testing.assert_close(p.detach(), trained[name], rtol=1e-4, atol=1e-6)
 
@@ -134,21 +153,31 @@ FRESH = """
 import sys, torch
 sys.path.insert(0, {root!r})
 torch.set_num_threads(1)
-import train
-from running import folder as runs
-from tests import test_train
-run = train.start({{"eval": {adapter!r}, "model": {model!r}}})
-print(train.evaluate(run)[0]["dev"]["accuracy"].hex(), runs.digest(test_train.logits(run)))
+from running.folder import digest
+from tests.conftest import opened
+from tests.test_train import accuracy, logits
+run = opened(eval={adapter!r}, model={model!r})
+print(accuracy(run).hex(), digest(logits(run)))
 """
+
+
+def accuracy(run):
+    """Of the dev rows, as --eval computes it."""
+    watch = progress.bar_on(run.here)
+    scores, _ = train.evaluate(run.net, run.examples, run.task, run.o.batch_size, run.here, watch)
+    return scores["dev"]["accuracy"]
 
 
 @pytest.mark.parametrize("model, method", [("deberta", "lora2"), ("bert", "full")])
 def test_a_fresh_process_gives_the_same_score_and_logits(cli, tiny, model, method):
     """Oracle: score and logits of the process that trained, bit for bit."""
     words = ["--task", "demo", "--model", str(tiny[model]), "--method", method, "--out", "run"]
-    run = train.start(options.parse(words + SMALL.split()))
-    score = train.complete(run)["best"]["score"]
-    load_lora2_state_dict(run.net, tensors())
+    o = options.resolve(options.parse(words + SMALL.split()))
+    here, task, _, net = train.train(o)
+    score = result()["best"]["score"]
+    load_lora2_state_dict(net, tensors())
+    run = opened(eval="run/adapter.safetensors", model=str(tiny[model]))
+    run.net = net                                          # the one that was trained
     text = FRESH.format(root=str(ROOT), adapter="run/adapter.safetensors",
                         model=str(tiny[model]))
     fresh = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
@@ -179,16 +208,16 @@ def test_merge_and_peft_open_elsewhere(cli, tiny, model, method):
     words = "--init orthonormal --k 2" if method == "lora2" else ""
     extra = "--export-peft peft" if method != "bitfit" else ""
     assert cli.tiny("--method", method, words, "--merge merged", extra, model=model).status == 0
-    run = train.start({"eval": "run/adapter.safetensors", "model": str(tiny[model])})
+    run = opened(eval="run/adapter.safetensors", model=str(tiny[model]))
     changed = [layer.delta_weight().abs().max() > 1e-3 for _, layer in lora2_layers(run.net)]
     assert method == "bitfit" or sum(changed) > 6          # of 12: pruning may leave some without any
-    expected, batch = logits(run), next(data.batches(run.data["dev"], 64, run.pad))
-    opened = [transformers.AutoModelForSequenceClassification.from_pretrained("merged")]
+    expected, batch = logits(run), next(dev_batches(run, 64))
+    nets = [transformers.AutoModelForSequenceClassification.from_pretrained("merged")]
     if method != "bitfit":
         base = transformers.AutoModelForSequenceClassification.from_pretrained(tiny[model], num_labels=2)
-        opened.append(peft.PeftModel.from_pretrained(base, "peft"))
+        nets.append(peft.PeftModel.from_pretrained(base, "peft"))
         assert Path("peft/tokenizer.json").read_bytes() == (tiny[model] / "tokenizer.json").read_bytes()
-    for net in opened:
+    for net in nets:
         with torch.no_grad():
             theirs = net.eval()(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(),
                                 token_type_ids=batch.token_type_ids).logits
@@ -210,11 +239,11 @@ def test_a_finished_run_hands_out_too(cli, tiny):
 def test_merged_zeros_are_the_base(cli, tiny):
     """Oracle: the base checkpoint's own tensors, after all Λ of a trained adapter are set to 0."""
     assert cli.tiny("--init orthonormal").status == 0
-    run = train.start({"eval": "run/adapter.safetensors", "model": str(tiny["deberta"])})
+    run = opened(eval="run/adapter.safetensors", model=str(tiny["deberta"]))
     for _, layer in lora2_layers(run.net):
         layer.lam.data.zero_()
-    run.merge = "merged"
-    runs.hand_out(run, predictions=None)
+    run.o.merge = "merged"
+    export.hand_out(run.o, "run", run.task, run.net, predicted=None)
     merged, base = (models.hub.read_weights(folder) for folder in ("merged", tiny["deberta"]))
     assert all(torch.equal(merged[name], base[name]) for name in base) and len(merged) > len(base)
 
@@ -224,32 +253,39 @@ def test_merged_zeros_are_the_base(cli, tiny):
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_non_finite_step_is_not_taken(cli, monkeypatch, where):
     """Oracle: weights and moments before the bad step; a run that never met one. Step 10 is logged."""
-    task_loss, regulariser, seen = train.task_loss, train.baselines.regulariser, {}
+    add_up, update, regulariser, seen = train.gradients, train.update, train.baselines.regulariser, {}
 
-    def bad_loss(run, batch):
-        loss = task_loss(run, batch)
-        if run.step == 9:
-            seen["run"], seen["before"] = run, state(run)
-        return loss * math.inf if where == "loss" and run.step == 9 else loss
+    def state():                                           # Λ apart, which the pruner's choice sets to 0
+        weights = {name: p for name, p in seen["net"].named_parameters() if not name.endswith(".lam")}
+        return frozen([weights, seen["optimizer"].state_dict()["state"]])
+
+    def bad_loss(net, *rest):                              # called once a step
+        seen["net"], seen["step"] = net, seen.get("step", 0) + 1
+        loss = add_up(net, *rest)
+        if seen["step"] == 9:
+            seen["before"] = state()
+        return loss * math.inf if where == "loss" and seen["step"] == 9 else loss
 
     def bad_gradient(method, net, terms):                  # of a root at 0: infinite, while R stays finite
         R = regulariser(method, net, terms)
-        bad = where == "gradient" and seen and seen["run"].step == 9
-        return R + (seen["run"].body_parameters[0][1] * 0).square().sum().sqrt() if bad else R
+        bad = where == "gradient" and seen["step"] == 9
+        first = next(p for p in net.parameters() if p.requires_grad)
+        return R + (first * 0).square().sum().sqrt() if bad else R
 
-    def state(run):                                        # Λ apart, which the pruner's choice sets to 0
-        weights = {name: p for name, p in run.net.named_parameters() if not name.endswith(".lam")}
-        return frozen([weights, run.optimizer.state_dict()["state"]])
+    def seen_update(optimizer, *rest):
+        seen["optimizer"] = optimizer
+        update(optimizer, *rest)
 
     words = "--save-steps 4 --eval-steps 5"
     assert cli.tiny(words, out="clean").status == 0
     with monkeypatch.context() as patch:
-        patch.setattr(train, "task_loss", bad_loss)
+        patch.setattr(train, "gradients", bad_loss)
+        patch.setattr(train, "update", seen_update)
         patch.setattr(train.baselines, "regulariser", bad_gradient)
         stopped = cli.tiny(words)
     assert stopped.status == 1 and len(stopped.errors) == 1
     assert "at step 9;" in stopped.err and "run/last.pt" in stopped.err
-    assert seen["run"].step == 10 and state(seen["run"]) == seen["before"]
+    assert seen["step"] == 10 and state() == seen["before"]
     assert runs.load_state("run")["step"] == 8
     assert cli("--resume run").status == 0 and outcome("run") == outcome("clean")
 
@@ -260,8 +296,8 @@ def test_non_finite_outputs_are_no_score(cli, monkeypatch, task):
     column = "score" if task == "regression" else "label"
     Path("own.tsv").write_text(f"sentence\t{column}\n" + "cue0 filler1\t1\ncue0 filler2\t2\n" * 20)
     forward = train.predict_batch
-    monkeypatch.setattr(train, "predict_batch", lambda run, batch: forward(run, batch) * (
-        1 if run.net.training else math.nan))
+    monkeypatch.setattr(train, "predict_batch", lambda net, batch, here: forward(net, batch, here) * (
+        1 if net.training else math.nan))
     stopped = cli("--train-file own.tsv --dev-file own.tsv --out run --max-steps 3 --max-len 16 --model",
                   cli.models["deberta"])
     assert stopped.status == 1 and len(stopped.errors) == 1 and "not finite" in stopped.errors[0]
@@ -373,9 +409,9 @@ def test_mnli_predictions_by_name(cli, tiny):
         again = cli("--eval run/adapter.safetensors --model", tiny["bert"], "--predict", paths[split])
         assert again.status == 0 and f"run/{file}" in again.out
         lines = [line.split("\t")[1] for line in Path("run", file).read_text().splitlines()[1:]]
-        run = train.start({"eval": "run/adapter.safetensors", "model": str(tiny["bert"]),
-                           "predict": str(paths[split])})
-        assert lines == [labels[i] for i in train.predict(run, run.to_predict)]
+        run = opened(eval="run/adapter.safetensors", model=str(tiny["bert"]), predict=str(paths[split]))
+        predictions = train.predict(run.net, run.unseen, run.task, 16, run.here, progress.bar_on(run.here))
+        assert lines == [labels[i] for i in predictions]
 
 
 def test_labels_in_another_order_are_refused(cli, tiny, monkeypatch):
@@ -506,15 +542,15 @@ def test_copies_are_waited_for_unless_pinned(device, expected):
         def __getattr__(self, name):
             return lambda: calls.append(name) or self
 
-    train.to_device(SimpleNamespace(device=torch.device(device)), Recorded())
+    train.to_device(torch.device(device), Recorded())
     assert calls == expected
 
 
 def test_no_padding_beyond_the_longest_row_on_a_cpu(cli, monkeypatch):
     """Oracle: the last column of every batch, in training and evaluation: some row has a token there."""
     real, seen = train.predict_batch, []
-    monkeypatch.setattr(train, "predict_batch", lambda run, batch: seen.append(
-        bool(batch.attention_mask[:, -1].any())) or real(run, batch))
+    monkeypatch.setattr(train, "predict_batch", lambda net, batch, here: seen.append(
+        bool(batch.attention_mask[:, -1].any())) or real(net, batch, here))
     assert cli.tiny().status == 0 and len(seen) > 12 and all(seen)
 
 
@@ -523,7 +559,7 @@ def test_no_padding_beyond_the_longest_row_on_a_cpu(cli, monkeypatch):
     (RuntimeError("MPS backend out of memory (MPS allocated: ...)"), True), (RuntimeError("a bug"), False)])
 def test_a_full_gpu_is_told(monkeypatch, capsys, error, told):
     """Oracle: one line with the options that help, status 1; another RuntimeError keeps its traceback."""
-    monkeypatch.setattr(train, "act", lambda given: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(train, "act", lambda argv: (_ for _ in ()).throw(error))
     if not told:
         with pytest.raises(RuntimeError, match="a bug"):
             train.main(["--task", "demo"])
