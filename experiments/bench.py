@@ -144,9 +144,8 @@ def eval_of(step, merge):
 
 def time_steps(job, T):
     """Rows 1 to 4, 8, 10 and 11 at one length: all variants in the same rounds."""
-    if job.compile:                                        # each length has its own limit of shapes
-        torch.compiler.reset()
-        torch._dynamo.config.recompile_limit = 64
+    if job.compile:
+        torch.compiler.reset()                             # each length has its own limit of graphs
     batch = steps.make_batch(job.config, job.B, T, job.device)
     common = dict(batch=batch, dtype=job.dtype, layers=job.layers)
     own = lambda method, k=1, r=8, **more: steps.OwnStep(job.folder, method, k=k, r=r, **common, **more)

@@ -6,27 +6,22 @@ import gc
 import json
 import math
 import re
-import sys
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).parent.parent
-
-from experiments import bench
-from experiments.speed import counts
-from experiments.speed import growth as bench_growth
-from experiments.speed import peers
-from experiments.speed import steps
-from experiments.speed import table
 import data
+from experiments import bench
+from experiments.speed import counts, peers, steps, table
+from experiments.speed import growth as bench_growth
 from formats import glue as tasks
-import train
+from running import progress
+
+ROOT = Path(__file__).parent.parent
 
 needs_peers = pytest.mark.skipif(not peers.available(), reason="transformers or peft is not installed")
 
@@ -170,40 +165,16 @@ def test_interleaved_variants_take_turns():
 
 # --- the step -----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("method", ["lora2", "adalora"])
-def test_the_timed_step_is_that_of_the_training_loop(folders, tmp_path, method):
-    """Oracle: train.py's own loop, on the same batches with the same settings, to the bit, dropout on. And it
-    reads no more: a count of tokens per batch, which is on the host, and a flag for each of two log lines."""
-    batch = batch_of("tiny", 8, 16)
-    step = steps.OwnStep(folders["tiny"], method, batch, k=2, r=4)
-    start = {name: tensor.clone() for name, tensor in step.net.state_dict().items()}
-    other = steps.OwnStep(folders["tiny"], method, batch, k=2, r=4)
-    other.net.load_state_dict(start)
-
-    ids, mask, labels = batch
-    whole = data.Batch(ids, mask, torch.zeros_like(ids), labels, torch.arange(8))
-    log = SimpleNamespace(training=lambda *_: None)
-    run = SimpleNamespace(
-        net=other.net, forward=other.net, parameters=other.parameters, optimizer=other.optimizer,
-        pruner=other.pruner, bad_step=other.bad_step, method=method, reg=0.1, reg_terms=("uv", "UV", "PQ"),
-        step=0, T=4, lr_warmup=0, device=torch.device("cpu"), world=1, rank=0, accum=1, dtype="fp32",
-        row=SimpleNamespace(labels=("0", "1")), stop_at=None, save_steps=None, eval_steps=None,
-        steps_per_epoch=100, evaluations=[{"step": 4, "score": 0}], budget=None, out=tmp_path)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "stream", lambda run: iter([whole] * 4))
-        patch.setattr(train, "lr_factor", lambda t, warmup, T: 1 - t / 1000)
-        torch.manual_seed(3)
+def test_the_loop_reads_no_more_than_the_step(cli, monkeypatch):
+    """Oracle: by hand: beside the step, which reads nothing (row 7), ten steps of train.py's loop read two
+    numbers each, the width of a batch and its count of tokens, both on the host."""
+    monkeypatch.setattr(progress, "LOG_STEPS", 10**9)
+    reads = []
+    for steps_of_run in (20, 30):
         with counts.Operations() as counted:
-            train.train(run, log, SimpleNamespace(check=lambda run: None))
-    assert counted.reads == 4 + 2
-    torch.manual_seed(3)
-    for _ in range(4):
-        step()
-    changed = 0
-    for name, tensor in step.net.state_dict().items():
-        assert torch.equal(tensor, other.net.state_dict()[name]), name
-        changed += not torch.equal(tensor, start[name])
-    assert changed > 12 and torch.equal(step.pruner.keep, other.pruner.keep)
+            assert cli.tiny(f"--limit-train 640 --max-steps {steps_of_run}", out=str(steps_of_run)).status == 0
+        reads.append(counted.reads)
+    assert reads[1] - reads[0] == 10 * 2
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

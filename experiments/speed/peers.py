@@ -72,23 +72,22 @@ class PeerStep:
             freeze(self.net, names, head_of(self.net))
         else:
             self.net = adapt(self.net, method, names, head_of(self.net), r, steps=1000, alpha=alpha)
-        self.net.to(batch[0].device).train()
+        self.net.to(batch.input_ids.device).train()
         self.parameters = [p for p in self.net.parameters() if p.requires_grad]
         if method != "frozen":
             self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3, weight_decay=0.0, fused=True)
 
     def loss(self):
         """Cross entropy; peft adds its regulariser inside where it gets the labels."""
-        ids, mask, labels = self.batch
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.dtype == "bf16"):
-            return self.net(input_ids=ids, attention_mask=mask, labels=labels).loss
+        batch, kind = self.batch, self.batch.input_ids.device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=self.dtype == "bf16"):
+            return self.net(input_ids=batch.input_ids, attention_mask=batch.attention_mask,
+                            labels=batch.labels).loss
 
     def __call__(self, part=lambda name: contextlib.nullcontext()):
-        """One step, R inside "forward" and "backward": peft does not let them apart."""
-        with part("forward"):
-            loss = self.loss()
-        with part("backward"):
-            loss.backward()
+        """One step, R inside "forward, backward": peft does not let them apart."""
+        with part("forward, backward"):
+            self.loss().backward()
         if self.method == "frozen":
             for parameter in self.parameters:
                 parameter.grad = None
@@ -175,8 +174,8 @@ def without_dropout(net):
 @torch.no_grad()
 def logits(step):
     """Logits without dropout, in fp32."""
-    ids, mask, _ = step.batch
-    output = without_dropout(step.net)(input_ids=ids, attention_mask=mask)
+    batch = step.batch
+    output = without_dropout(step.net)(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
     return getattr(output, "logits", output)
 
 

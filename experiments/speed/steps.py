@@ -1,22 +1,22 @@
 """What bench.py times on our side, a training step of LoRA², of AdaLoRA or of the frozen backbone; and how.
 
-The step is that of train.py's loop, part by part, so that each part can be counted by itself; a test trains
-with both and finds the same weights. Shapes: B rows, T tokens, d hidden size, f feed-forward size, H heads.
+The step calls the functions of train.py's loop one after the other, so that each part can be counted by
+itself. Shapes: B rows, T tokens, d hidden size, f feed-forward size, H heads.
 """
 import contextlib
 import json
 import random
-import sys
 import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from methods import baselines
-from methods import fast
+import data
 import model as models
+import train
+from methods import baselines, fast
+from running import machine
 
 SIX = ["q", "k", "v", "o", "f1", "f2"]
 COMMON = {"hidden_act": "gelu", "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
@@ -52,8 +52,8 @@ def write_checkpoint(folder, config, seed=0):
     """
     folder = Path(folder)
     folder.mkdir(parents=True)
+    shapes = models.SequenceClassifier(models.check_config(dict(config), folder), 2).state_dict()
     torch.manual_seed(seed)
-    shapes = models.skeleton(models.check_config(dict(config), folder), 2).state_dict()
     spread = 1.4 / config["hidden_size"] ** 0.5
     weights = {name: torch.randn(tensor.shape) * (spread if tensor.dim() == 2 else 0.1)
                + (1.0 if name.endswith("LayerNorm.weight") else 0.0) for name, tensor in shapes.items()}
@@ -63,16 +63,18 @@ def write_checkpoint(folder, config, seed=0):
 
 
 def make_batch(config, B, T, device="cpu", seed=0):
-    """(ids, mask, labels): random tokens, the last one padding: transformers drops a mask of ones alone."""
+    """A data.Batch of random tokens, the last one padding: transformers drops a mask of ones alone."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, config["vocab_size"], (B, T), generator=generator)
-    labels, mask = torch.randint(0, 2, (B,), generator=generator), torch.ones(B, T, dtype=torch.bool)
+    labels = torch.randint(0, 2, (B,), generator=generator)
+    mask = torch.ones(B, T, dtype=torch.bool)
     ids[-1, -1], mask[-1, -1] = config["pad_token_id"], False
-    return ids.to(device), mask.to(device), labels.to(device)
+    batch = data.Batch(ids, mask, torch.zeros_like(ids), labels, torch.arange(B))
+    return data.Batch(*(tensor.to(device) for tensor in batch))
 
 
 def head_of(net):
-    """The parts of parameter names that make up the head, as in train.py."""
+    """The parts of parameter names that make up the head, of any model with our module names."""
     parts = {part for name, _ in net.named_parameters() for part in name.split(".")}
     return [name for name in ("pooler", "classifier") if name in parts]
 
@@ -85,11 +87,11 @@ def freeze(net, names, head):
     """
     first = tuple(name.removeprefix("base_model.model.") + ".bias" for name in names[:3])
     for name, parameter in net.named_parameters():
-        parameter.requires_grad_(name in first or not set(head).isdisjoint(name.split(".")))
+        parameter.requires_grad_(name in first or models.in_head(name, head))
 
 
 class OwnStep:
-    """One training step of our model, called without arguments.
+    """One training step of our model, called without arguments: the parts are train.py's own functions.
 
     method: "lora2", "adalora" or "frozen" (forward and backward alone, the step nothing can do without).
     extras: with False neither regulariser nor pruner. dtype: "fp32" or "bf16", that is autocast.
@@ -99,51 +101,38 @@ class OwnStep:
 
     def __init__(self, folder, method, batch, k=1, r=8, extras=True, dtype="fp32", compile=False,
                  layers=None):
-        self.net = models.from_pretrained(folder, 2)
+        self.net = net = models.from_pretrained(folder, 2)
         if layers is not None:
-            del self.net.backbone.encoder.layer[layers:]
-            self.net.config["num_hidden_layers"] = layers
-        names = models.target_modules(self.net, SIX)
-        self.method, self.batch, self.dtype, self.extras = method, batch, dtype, extras
+            del net.backbone.encoder.layer[layers:]
+            net.config["num_hidden_layers"] = layers
+        names = models.target_modules(net, SIX)
+        self.method, self.batch, self.extras, self.k, self.r = method, batch, extras, k, r
+        self.task = data.TASKS["rte"]                      # two classes
+        self.here = machine.Machine(batch.input_ids.device, dtype, 0, 1)
         if method == "frozen":
-            freeze(self.net, names, head_of(self.net))
+            freeze(net, names, net.head)
         else:
-            baselines.add_method(method, self.net, names, head_of(self.net), k, r, 32, None)
-        self.net.to(batch[0].device).train()
-        if dtype == "bf16":
-            fast.cast_frozen(self.net, torch.bfloat16)
-            for linear in self.net.modules() if method == "frozen" else ():    # the same without adapters
-                if isinstance(linear, torch.nn.Linear) and not linear.weight.requires_grad:
-                    linear.weight.data = linear.weight.data.bfloat16()
-        self.forward = torch.compile(self.net) if compile else self.net
-        self.parameters = [p for p in self.net.parameters() if p.requires_grad]
-        self.pruner, self.steps = None, 1000
+            baselines.add_method(method, net, names, net.head, k, r, 32, None)
+        fast.speed_up(net.to(self.here.device).train(), dtype, compile)
+        self.pruner = None
         if method == "frozen":
+            self.parameters = [p for p in net.parameters() if p.requires_grad]
             return
+        self.optimizer, self.parameters = train.make_optimizer(net, lr=1e-3, head_lr=1e-3, weight_decay=0.0)
+        self.steps, self.step = 1000, 0
         if extras:
-            self.pruner = baselines.make_pruner(method, self.net, max(1, r // 2), self.steps, 0, 10, 1, None)
-        body = [p for n, p in self.net.named_parameters()
-                if p.requires_grad and set(head_of(self.net)).isdisjoint(n.split("."))]
-        mine = set(map(id, body))
-        self.optimizer = torch.optim.AdamW([
-            {"params": group, "peak": 1e-3, "lr": 1e-3, "weight_decay": 0.0} for group in (
-                body, [p for p in self.parameters if id(p) not in mine])], fused=True)
-        self.step, self.bad_step = 0, torch.zeros((), device=batch[0].device)
+            self.pruner = baselines.make_pruner(method, net, max(1, r // 2), self.steps, 0, 10, 1, None)
+        self.guard = train.Guard(self.here.device, ".")
 
     def loss(self):
-        """Cross entropy, with all that the forward pass of a step is in train.py: saved bytes need it."""
-        ids, mask, labels = self.batch
-        with (torch.autocast(ids.device.type, torch.bfloat16, enabled=self.dtype == "bf16"),
-              fast.shared_updates(self.net)):
-            logits = self.forward(ids, mask).float()
-        return F.cross_entropy(logits, labels)
+        """The loss of the batch, with all that the forward pass of a step does: saved bytes need it."""
+        logits = train.predict_batch(self.net, self.batch, self.here)
+        return train.task_loss(logits, self.batch.labels, self.task)
 
     def __call__(self, part=lambda name: contextlib.nullcontext()):
         """One step. part(name) is a context around each of its parts, to count them."""
-        with part("forward"):
-            loss = self.loss()
-        with part("backward"):
-            loss.backward()
+        with part("forward, backward"):
+            loss = train.gradients(self.net, self.batch, self.task, self.here, accum=1)
         if self.method == "frozen":
             for parameter in self.parameters:
                 parameter.grad = None
@@ -154,13 +143,8 @@ class OwnStep:
                 R = baselines.regulariser(self.method, self.net, ("uv", "UV", "PQ"))
                 fast.add_gradients(0.1 * R, self.parameters)
         with part("clip, AdamW"):
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-            is_bad = (self.bad_step == 0) & ~torch.isfinite(loss.detach() + norm)
-            self.bad_step = torch.where(is_bad, float(self.step), self.bad_step)
-            self.optimizer.found_inf = (self.bad_step > 0).float()
-            for group in self.optimizer.param_groups:
-                group["lr"] = group["peak"] * (1 - self.step / self.steps)
-            self.optimizer.step()
+            train.update(self.optimizer, self.parameters, loss, 1 - self.step / self.steps, 1.0, self.guard,
+                         self.step)
         with part("importance, selection"):
             if self.pruner:
                 self.pruner.step()
