@@ -1,16 +1,15 @@
-"""Fine-tune DeBERTaV3, RoBERTa or BERT on GLUE with LoRA² or one of the methods it is compared with.
+"""Fine-tune DeBERTaV3, RoBERTa or BERT on GLUE with LoRA² or a method it is compared with.
 
-    python train.py --task demo                              # nothing to download, under a minute
-    python train.py --task rte --k 1                         # DeBERTaV3-base and RTE, fetched if missing
+    python train.py --task demo                    # nothing to download, under a minute
+    python train.py --task rte --k 1               # DeBERTaV3-base and RTE, fetched if missing
     python train.py --task cola --k 8 --model roberta-large --data-dir ~/glue --out runs/cola
-    python train.py --resume runs/cola                       # go on after a stop, or show the result
+    python train.py --resume runs/cola             # go on after a stop, or show the result
     python train.py --eval runs/cola/adapter.safetensors --predict ~/glue/CoLA/test.tsv
-    python train.py --train-file mine.tsv --dev-file dev.tsv # columns sentence, label; see --train-file
-    torchrun --nproc_per_node=2 train.py --task mnli --k 8   # several devices, the same batches
-
-The options are in running/options.py; `o` holds all of them. `here` is the machine: device, dtype, rank and
-number of processes.
+    python train.py --train-file mine.tsv --dev-file dev.tsv  # with columns sentence, label
+    torchrun --nproc_per_node=2 train.py --task mnli --k 8    # several devices, the same batches
 """
+# `o` holds the options (running/options.py); `here` is the machine (running/machine.py): its
+# device, dtype, rank and world.
 import math
 import sys
 from pathlib import Path
@@ -26,18 +25,19 @@ from methods import baselines, fast
 from running import demo, export, folder, machine, options, progress
 from running.errors import refusing, told
 
-# --- data → model → adapters: what a user's mistake can break ends here -------------------------------------
+# --- data → model → adapters → optimizer --------------------------------------------------
 
 def prepare(o, here, stored=None):
-    """(task, {split: Examples}, Examples of --predict or None, model with adapters, identity of the run).
+    """What a user's mistake can break, before anything is written: data, model and adapters.
 
-    stored: what the adapter says of itself that is to be evaluated. Nothing is written. ValueError, TypeError
-    or OSError with one sentence for whatever a user can have wrong.
+    stored: what the adapter that is to be evaluated says of itself; None to train.
+    Returns (task, {split: Examples}, Examples of --predict or None, model, identity of the run).
+    ValueError, TypeError or OSError with one sentence for whatever does not fit.
     """
     folder.check_destinations(o)
-    task, splits = load_splits(o, here, stored)
+    splits, task = load_splits(o, here, stored)
     tokenizer = data.load_tokenizer(o.model)
-    torch.manual_seed(o.seed)                              # before the head and the adapters are drawn
+    torch.manual_seed(o.seed)                              # before head and adapters are drawn
     net = models.from_pretrained(o.model, max(1, len(task.labels)), o.head_dropout)
     if o.max_len > net.max_len:
         raise ValueError(f"--max-len {o.max_len}: this model takes {net.max_len} tokens at most")
@@ -45,34 +45,41 @@ def prepare(o, here, stored=None):
         net.config["id2label"] = {str(i): label for i, label in enumerate(task.labels)}
     if o.predict:
         splits["to predict"] = glue.read_split(o.predict, task, labelled=False)
-    examples = {name: data.encode(tokenizer, split, o.max_len, name) for name, split in splits.items()}
+    examples = {name: data.encode(tokenizer, split, o.max_len, name)
+                for name, split in splits.items()}
     data.check_ids(examples, net.config, o.model)
     unseen = examples.pop("to predict", None)
     identity = folder.identity_of(o, here, task, net, tokenizer, examples)
     if stored:
         folder.check_adapter(stored, identity, o.eval)
+
     targets = models.target_modules(net, o.targets or ["q"])
-    baselines.add_method(o.method, net, targets, net.head, o.k, o.r, o.alpha, o.init)      # LoRA²: add_lora2
+    baselines.add_method(o.method, net, targets, net.head, o.k, o.r, o.alpha, o.init)
+    machine.seed_dropout(o.seed, here)
     net.to(here.device)
-    fast.speed_up(net, here.dtype, o.compile)              # the same functions in fewer operations
+    fast.speed_up(net, here.dtype, o.compile)              # the same in fewer operations
     return task, examples, unseen, net, identity
 
 
 def load_splits(o, here, stored):
-    """(task, {split: texts and labels}) of a GLUE task or of the user's files; no "train" to evaluate."""
-    if o.dev_file:
-        task, splits = data.load_own(o.task, o.train_file, o.dev_file, stored and stored["columns"])
+    """({split: texts and labels}, task) of a GLUE task or of the user's files.
+
+    A missing task is fetched by one of the processes. To evaluate there is no split "train".
+    """
+    if o.dev_file and stored:
+        splits, task = data.load_dev(o.dev_file, o.task, stored["columns"])
+    elif o.dev_file:
+        splits, task = data.load_own(o.train_file, o.dev_file)
     else:
         task = data.get_task(o.task)
         if task.downloads:
-            if here.speaks and not (Path(o.data_dir) / task.folder).exists():
+            if here.speaks and data.is_missing(task, o.data_dir, train=not stored):
                 glue.fetch_task(task, o.data_dir)
-            machine.wait_for_all()                         # all of them, whatever each finds there by now
-        splits = data.load_task(task, o.data_dir, training=not stored)
-    if stored:
-        splits.pop("train", None)
-    return task, {name: split.part(0, o.limit_train if name == "train" else o.limit_dev)
-                  for name, split in splits.items()}
+            machine.wait_for_all()                         # whatever each finds there by now
+        splits = data.load_task(task, o.data_dir, train=not stored)
+    limits = {"train": o.limit_train}
+    return {name: split.part(0, limits.get(name, o.limit_dev))
+            for name, split in splits.items()}, task
 
 
 def make_optimizer(net, lr, head_lr, weight_decay):
@@ -80,32 +87,35 @@ def make_optimizer(net, lr, head_lr, weight_decay):
 
     Biases and LayerNorms do not decay; the head may have a learning rate of its own.
     """
-    groups = {}                                            # (peak learning rate, weight decay) → parameters
-    named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
-    named.sort(key=lambda pair: models.in_head(pair[0], net.head))             # the head comes last
-    for name, p in named:
-        peak = head_lr if models.in_head(name, net.head) else lr
-        decay = 0.0 if name.endswith("bias") or "LayerNorm" in name else weight_decay
-        groups.setdefault((peak, decay), []).append(p)
-    optimizer = torch.optim.AdamW([{"params": group, "peak": peak, "lr": peak, "weight_decay": decay}
-                                   for (peak, decay), group in groups.items()], fused=True)
-    return optimizer, [p for group in groups.values() for p in group]
+    body, head = [], []
+    for name, p in net.named_parameters():
+        if p.requires_grad:
+            (head if models.in_head(name, net.head) else body).append((name, p))
+    groups = {}                                            # (peak, decay) → parameters
+    for named, peak in ((body, lr), (head, head_lr)):
+        for name, p in named:
+            decay = 0.0 if name.endswith("bias") or "LayerNorm" in name else weight_decay
+            groups.setdefault((peak, decay), []).append(p)
+    settings = []
+    for (peak, decay), group in groups.items():
+        settings.append({"params": group, "peak": peak, "lr": peak, "weight_decay": decay})
+    return torch.optim.AdamW(settings, fused=True), [p for group in groups.values() for p in group]
 
 
 def make_pruner(o, net, plan):
-    """What prunes after each step: LoRA²'s and AdaLoRA's RankPruner, SoRA's sparse gates, or None."""
+    """LoRA²'s or AdaLoRA's RankPruner, SoRA's sparse gates, or None: step() once a step."""
     if o.method == "sora":
         return baselines.SparseGates(net, o.sora_threshold)
     if o.method not in options.PRUNING:
         return None
-    return baselines.make_pruner(o.method, net, o.target_rank, plan.steps, plan.prune_warmup, plan.prune_final,
-                                 plan.prune_interval, o.importance)
+    return baselines.make_pruner(o.method, net, o.target_rank, plan.steps, plan.prune_warmup,
+                                 plan.prune_final, plan.prune_interval, o.importance)
 
 
-# --- one run ------------------------------------------------------------------------------------------------
+# --- one run ------------------------------------------------------------------------------
 
 def train(o, saved=None):
-    """Train from the start, or on from the state that folder.load_state() has read, to the end of the plan.
+    """Train from the start, or on from the state that folder.load_state() gave, to the end.
 
     Returns (Machine, task, Examples of --predict or None, model).
     """
@@ -115,7 +125,6 @@ def train(o, saved=None):
         plan = options.plan(o, rows=len(examples["train"].labels))
         pruner = make_pruner(o, net, plan)
     optimizer, parameters = make_optimizer(net, o.lr, o.head_lr, o.weight_decay)
-    machine.seed_dropout(o.seed, here)
     guard = Guard(here.device, o.out)
 
     with (folder.RunFolder(o.out, identity, here, net, optimizer, pruner, guard) as files,
@@ -125,41 +134,41 @@ def train(o, saved=None):
         batches = stream(examples["train"], o, plan, state.step, net, here)
         while True:
             if plan.evaluates(state):
-                scores, predictions = evaluate(net, examples, task, o.batch_size, here, signals.watch)
-                files.keep_best(task, scores, predictions)
-                log.evaluation(state, predictions)
+                found = evaluate(net, examples, task, o.batch_size, here, signals.watch)
+                files.keep_best(task, *found)
+                log.evaluation(state, *found)
             if plan.saves(state):
                 files.save()
             if plan.is_over(state):
                 break
-            signals.check(state.step)                      # a Ctrl-C ends here: files saves and lets go
+            signals.check(state.step)                      # Ctrl-C: files saves and lets go
 
-            # ---- one training step ---------------------------------------------------------------------
+            # ---- one training step -------------------------------------------------------
             batch = next(batches)
             state.step += 1
-            loss = gradients(net, batch, task, here, o.accum)                  # forward, backward
-            R = baselines.regulariser(o.method, net, o.reg_terms)              # LoRA²: Eq. 5, once a step
+            loss = gradients(net, batch, task, here, o.accum)        # forward, backward
+            R = baselines.regulariser(o.method, net, o.reg_terms)    # LoRA²: Eq. 5
             if R is not None:
-                fast.add_gradients(o.reg * R, parameters)                      # (γ R).backward(), in one go
-            update(optimizer, parameters, loss, plan.lr_factor(state.step), o.clip, guard, state.step)
-            kept = pruner.step() if pruner else None                           # LoRA²: Algorithm 1
+                fast.add_gradients(o.reg * R, parameters)            # (γ R).backward()
+            update(optimizer, parameters, loss, plan, state.step, o.clip, guard)
+            kept = pruner.step() if pruner else None                 # LoRA²: Algorithm 1
             optimizer.zero_grad()
-            # --------------------------------------------------------------------------------------------
+            # ------------------------------------------------------------------------------
 
             state.tokens += int(batch.attention_mask.sum())
-            if log.is_due(state.step):
-                log.training(state, loss, R, kept, optimizer.param_groups[0]["lr"])
+            log.training(state, loss, R, kept, optimizer)  # a line every ten steps
         files.finish(task, progress.counts(net))
     return here, task, unseen, net
 
 
-# --- the parts of a step; the benchmark times these very functions ------------------------------------------
+# --- the parts of a step: the benchmark times these very functions ------------------------
 
 def gradients(net, batch, task, here, accum):
-    """Forward and backward over this process's parts of a batch. Returns the loss, a scalar, of the whole batch.
+    """Forward and backward over this process's parts of a batch. Returns the loss, a scalar.
 
-    A part's loss is weighted by its rows, so that the gradients, and over all processes their sums, are those
-    of the mean over the batch. R is the same in every process: it is added afterwards, once.
+    A part's loss is weighted by its share of the rows, so that gradients and loss, summed over
+    parts and processes, are those of the mean over the batch. R is the same in each process: it
+    is added afterwards, once.
     """
     loss = torch.zeros((), device=here.device)
     for part in parts_of(batch, here.rank, here.world, accum):
@@ -168,27 +177,27 @@ def gradients(net, batch, task, here, accum):
         part_loss = part_loss * (len(part.rows) / len(batch.rows))
         part_loss.backward()
         loss += part_loss.detach()
-    machine.sum_gradients(loss, net)                       # nothing to do for one process
+    machine.sum_gradients(loss, net)                       # one process: nothing to do
     return loss
 
 
-def update(optimizer, parameters, loss, lr_factor, max_norm, guard, step):
-    """Clip the gradients to a norm, then AdamW at lr_factor times the peak learning rates.
+def update(optimizer, parameters, loss, plan, step, max_norm, guard):
+    """Clip the gradients to a norm, set the learning rates of this step, AdamW.
 
-    If loss or gradients are not finite, weights and moments stay as they are, from this step on.
+    From a step on whose loss or gradients are not finite, weights and moments stay as they are.
     """
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    optimizer.found_inf = guard.see(loss + norm, step)     # torch's own signal to fused AdamW: 1, no update
+    optimizer.found_inf = guard.see(loss + norm, step)     # 1 tells fused AdamW to do nothing
     for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * lr_factor
+        group["lr"] = group["peak"] * plan.lr_factor(step)
     optimizer.step()
 
 
 class Guard:
     """Remembers, on the device, the first step whose loss or gradients were not finite.
 
-    Nothing in a step waits for the device: see() only sets a flag there; check() reads it before anything is
-    logged or written.
+    No step waits for the device: see() only sets a flag there, and check() reads it before
+    anything is logged or written. out: the run folder, for the message.
     """
 
     def __init__(self, device, out):
@@ -196,18 +205,18 @@ class Guard:
         self.out = out
 
     def see(self, value, step):
-        """1.0 if this value, a scalar, or one before is not finite, else 0.0: a scalar on the device."""
+        """1.0 if this scalar or one before was not finite, else 0.0: a scalar on the device."""
         is_first = (self.bad_step == 0) & ~torch.isfinite(value)
         self.bad_step = torch.where(is_first, float(step), self.bad_step)
         return (self.bad_step > 0).float()
 
     def check(self):
-        """FloatingPointError if there was such a step: the one place where a run waits for the device."""
+        """FloatingPointError that names the step, if there was one."""
         if bad_step := int(self.bad_step.item()):
             raise FloatingPointError(
                 f"loss or gradient was not finite at step {bad_step}; the last good state is in "
-                f"{Path(self.out) / 'last.pt'}: begin again with a smaller --lr, a longer --warmup or "
-                "--dtype fp32, and --overwrite")
+                f"{Path(self.out) / 'last.pt'}: begin again with a smaller --lr, a longer "
+                "--warmup or --dtype fp32, and --overwrite")
 
 
 def predict_batch(net, batch, here):
@@ -219,41 +228,41 @@ def predict_batch(net, batch, here):
 
 
 def task_loss(logits, labels, task):
-    """Cross entropy, or mean squared error for a regression, over the rows of a batch: a scalar."""
+    """Cross entropy, or mean squared error of a regression, over the rows: a scalar."""
     if task.labels:
         return F.cross_entropy(logits, labels)
     return F.mse_loss(logits.squeeze(1), labels)
 
 
 def to_device(device, *tensors):
-    """Copies. On a GPU the host does not wait for them, which takes pinned memory: without it, as on a Mac,
-    the batch could be gone before it is copied."""
+    """Copies of tensors. On a GPU the host does not wait for them, which takes pinned memory:
+    without it, as on a Mac, the batch could be gone before it is copied."""
     if device.type != "cuda":
         return [tensor.to(device) for tensor in tensors]
     return [tensor.contiguous().pin_memory().to(device, non_blocking=True) for tensor in tensors]
 
 
-# --- batches ------------------------------------------------------------------------------------------------
+# --- batches ------------------------------------------------------------------------------
 
 def stream(examples, o, plan, step, net, here):
-    """Batches without end, from that step on; the order in epoch e depends on the seed and e alone."""
+    """Batches without end, from after that step on; epoch e's order is drawn from seed and e."""
     epoch, skip = divmod(step, plan.per_epoch)
     while True:
-        order = torch.Generator().manual_seed(o.seed * 1_000_003 + epoch)      # a prime above all epochs
+        order = torch.Generator().manual_seed(o.seed * 1_000_003 + epoch)
         yield from data.batches(examples, o.batch_size, net.config["pad_token_id"], order, skip,
                                 multiple_of(here))
         epoch, skip = epoch + 1, 0
 
 
 def multiple_of(here):
-    """Of how many tokens the width of a batch is a multiple: a GPU's products are faster with 8."""
+    """What the width of a batch is a multiple of: a GPU's products are faster with 8 tokens."""
     return 1 if here.device.type == "cpu" else 8
 
 
 def parts_of(batch, rank, world, accum):
     """This process's share of a batch, in `accum` parts, none of them empty.
 
-    The rows are dealt out in turn: of 5 rows, process 0 of 2 gets rows 0, 2, 4 and process 1 rows 1, 3.
+    Rows are dealt out in turn: of 5, process 0 of 2 gets rows 0, 2, 4 and process 1 rows 1, 3.
     """
     n = world * accum
     for i in range(rank, n, world):
@@ -261,31 +270,34 @@ def parts_of(batch, rank, world, accum):
             yield data.Batch(*(tensor[i::n] for tensor in batch))
 
 
-# --- evaluation ---------------------------------------------------------------------------------------------
+# --- evaluation ---------------------------------------------------------------------------
 
 @torch.no_grad()
 def predict(net, examples, task, batch_size, here, watch):
-    """Predictions for a split, (N,): class ids, or scores of a regression. Processes share the batches.
+    """Predictions for a split, (N,): class ids, or scores of a regression.
 
-    watch(batches, how many): gives them on, and looks at signals or shows a bar meanwhile.
+    Processes share the batches. watch(batches, how many) gives the batches on, and meanwhile
+    looks at signals or shows a bar.
     """
-    rows_of_all = len(examples.starts) - 1
-    outputs = torch.zeros(rows_of_all, net.num_labels, device=here.device)
-    batches = data.batches(examples, batch_size, net.config["pad_token_id"], multiple=multiple_of(here))
+    N = len(examples.starts) - 1
+    outputs = torch.zeros(N, net.num_labels, device=here.device)
+    batches = data.batches(examples, batch_size, net.config["pad_token_id"],
+                           multiple=multiple_of(here))
     net.eval()
-    for i, batch in enumerate(watch(batches, math.ceil(rows_of_all / batch_size))):
+    for i, batch in enumerate(watch(batches, math.ceil(N / batch_size))):
         if i % here.world == here.rank:
             [rows] = to_device(here.device, batch.rows)
             outputs[rows] = predict_batch(net, batch, here)
     net.train()
-    machine.sum_up([outputs])
+    machine.sum_up([outputs])                              # rows of other processes are 0 here
     if not outputs.isfinite().all():
-        raise FloatingPointError("the model's outputs are not finite: try --dtype fp32 or a smaller --lr")
+        raise FloatingPointError("the model's outputs are not finite: try --dtype fp32 or a "
+                                 "smaller --lr")
     return (outputs.argmax(1) if task.labels else outputs.squeeze(1)).cpu()
 
 
 def evaluate(net, examples, task, batch_size, here, watch):
-    """({dev split: {metric: value}}, {dev split: predictions (N,)}) of the dev splits among the examples."""
+    """({dev split: {metric: value}}, {dev split: predictions (N,)})."""
     scores, predictions = {}, {}
     for name, split in examples.items():
         if name != "train":
@@ -294,22 +306,7 @@ def evaluate(net, examples, task, batch_size, here, watch):
     return scores, predictions
 
 
-# --- from the command line ----------------------------------------------------------------------------------
-
-def evaluate_adapter(given):
-    """--eval: load an adapter instead of training one, show its scores, and hand out what is asked for."""
-    with refusing():
-        tensors, stored = folder.load_adapter(given["eval"])
-        o = options.evaluating(stored["settings"], given)
-        here = machine.join(o.device, o.dtype)
-        task, examples, unseen, net, _ = prepare(o, here, stored)
-        load_lora2_state_dict(net, tensors)
-    scores, predictions = evaluate(net, examples, task, o.batch_size, here, progress.bar_on(here))
-    if here.speaks:
-        progress.warn_if_equal(predictions, set())
-        print(f"{progress.rows(examples, task)}\n{progress.scores(scores)}")
-    hand_out(o, here, task, unseen, net, Path(o.eval).parent)
-
+# --- from the command line ----------------------------------------------------------------
 
 def train_and_hand_out(o, saved=None):
     """One run, and of its best adapter what is asked for."""
@@ -318,6 +315,22 @@ def train_and_hand_out(o, saved=None):
         tensors, _ = folder.load_adapter(Path(o.out) / "adapter.safetensors")
         load_lora2_state_dict(net, tensors)
     hand_out(o, here, task, unseen, net, o.out)
+
+
+def evaluate_adapter(given):
+    """--eval: show the scores of an adapter, and hand out what is asked for."""
+    with refusing():
+        tensors, stored = folder.load_adapter(given["eval"])
+        o = options.evaluating(stored["settings"], given)
+        here = machine.join(o.device, o.dtype)
+        task, examples, unseen, net, _ = prepare(o, here, stored)
+        load_lora2_state_dict(net, tensors)
+    scores, predictions = evaluate(net, examples, task, o.batch_size, here, progress.bar_on(here))
+    if here.speaks:
+        progress.warn_if_equal(predictions)
+        print(progress.rows(examples, task))
+        print(progress.scores_text(scores))
+    hand_out(o, here, task, unseen, net, Path(o.eval).parent)
 
 
 def hand_out(o, here, task, unseen, net, out):
@@ -338,9 +351,9 @@ def act(argv):
         evaluate_adapter(given)
     elif "resume" not in given:
         train_and_hand_out(options.resolve(given))
-    elif (Path(given["resume"]) / "result.json").exists():
-        if more := progress.finished(given):               # something else is asked of its adapter
-            evaluate_adapter(more)
+    elif folder.is_finished(given["resume"]):
+        if wanted := progress.finished(given):             # more is asked of its adapter
+            evaluate_adapter(wanted)
     else:
         with refusing():
             saved = folder.load_state(given["resume"])
@@ -349,7 +362,7 @@ def act(argv):
 
 
 def main(argv=None):
-    """The command line; returns the exit status. A user's mistake is one line, a bug keeps its traceback."""
+    """The command line; returns the exit status. A user's mistake is one line, a bug is not."""
     return told(act, argv)
 
 

@@ -1,1 +1,2 @@
-"""Complete short programs that use lora2.py in other people's projects. A test runs each of them."""
+"""Complete short programs that use lora2.py in other people's projects. A test runs each of
+them."""

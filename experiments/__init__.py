@@ -1,1 +1,2 @@
-"""The paper's tables again (reproduce.py), the benchmark (bench.py), and what came out of both (results/)."""
+"""The paper's tables again (reproduce.py), the benchmark (bench.py), and what came out of both
+(results/)."""

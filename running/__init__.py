@@ -1,1 +1,2 @@
-"""What stands around the training loop: options, device and processes, the run folder, progress, exports."""
+"""What stands around the training loop: options, device and processes, the run folder, progress,
+exports."""

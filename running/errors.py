@@ -1,11 +1,12 @@
-"""What went wrong, as one line: a user's mistake ends with status 2, a failure with 1, a bug with its traceback."""
+"""What went wrong, as one line: a user's mistake ends with status 2, a failure with 1, a bug with
+its traceback."""
 import contextlib
 import sys
 
 from formats.disk import one_line
 
-GPU_IS_FULL = ("the GPU's memory is full: begin again with --overwrite and --accum 2, the same result with less; "
-               "to evaluate give a smaller --batch-size")
+GPU_IS_FULL = ("the GPU's memory is full: begin again with --overwrite and --accum 2, the same "
+               "result with less; to evaluate give a smaller --batch-size")
 
 
 class Refused(Exception):
@@ -26,7 +27,8 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def refusing():
-    """Around all that a user's mistake can break and around nothing else: a bug shall look like one."""
+    """Around all that a user's mistake can break and around nothing else: a bug shall look like
+    one."""
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
@@ -34,17 +36,18 @@ def refusing():
 
 
 def told(action, *arguments):
-    """Run an action of the command line; returns the exit status, having told what went wrong in one line."""
+    """Run an action of the command line; returns the exit status, having told what went wrong in
+    one line."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")           # no run shall end for a Λ that a console lacks
+            stream.reconfigure(errors="replace")  # no run shall end for a Λ that a console lacks
     try:
         action(*arguments)
         return 0
     except Refused as error:
         return report(f"error: {error}", 2)
     except RuntimeError as error:
-        if "out of memory" not in str(error):              # CUDA's error has a class of its own, a Mac's has not
+        if "out of memory" not in str(error):              # a Mac's error has no class of its own
             raise
         return report(f"error: {GPU_IS_FULL}", 1)
     except (FloatingPointError, OSError) as error:         # diverged; a full disk, a lost process

@@ -8,7 +8,8 @@ from lora2 import lora2_layers, merge_lora2
 
 
 def hand_out(o, folder, task, net, predicted):
-    """--predict, --export-peft and --merge, of the adapters that the model now holds; in this order.
+    """--predict, --export-peft and --merge, of the adapters that the model now holds; in this
+    order.
 
     folder: where predictions go. predicted: for the file of --predict, (N,), or None.
     """
@@ -18,7 +19,8 @@ def hand_out(o, folder, task, net, predicted):
     if o.export_peft:
         with writing(o.export_peft):
             as_peft(net, o.export_peft, o.model)
-        print(f"the adapter as a LoRA for peft is in {o.export_peft}: there give num_labels={net.num_labels}")
+        print(f"the adapter as a LoRA for peft is in {o.export_peft}: there give num_labels="
+              f"{net.num_labels}")
     if o.merge:
         with writing(o.merge):
             models.save_pretrained(merge_lora2(net), o.merge)
@@ -26,7 +28,8 @@ def hand_out(o, folder, task, net, predicted):
 
 
 def as_peft(net, folder, base_name):
-    """Write a folder that peft opens: each update as its LoRA (to_lora: exact), the head, the tokenizer.
+    """Write a folder that peft opens: each update as its LoRA (to_lora: exact), the head, the
+    tokenizer.
 
     base_name: the checkpoint that the adapter belongs to, for peft to find it.
     """

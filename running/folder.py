@@ -1,14 +1,14 @@
 """The folder of a run: what is written there, going on after a stop.
 
 A run folder holds
-    last.pt               all that --resume needs: tensors and plain values
-    adapter.safetensors   the best adapter and head, and the settings that define the function
-    predictions_*.tsv     its predictions for each dev split
-    log.jsonl             one object for each logged step and each evaluation
-    ranks.json            kept singular values of each adapted matrix
-    result.json           best, last, counts, settings, seconds, versions; a run that has it is finished
-Every file but the log is written beside and renamed: at any moment it is whole or absent. After a kill the
-log may be ahead of last.pt, which knows how long it was; so may adapter.safetensors, which knows the best.
+    last.pt               all that --resume needs: tensors and plain values adapter.safetensors
+    the best adapter and head, and the settings that define the function predictions_*.tsv     its
+    predictions for each dev split log.jsonl             one object for each logged step and each
+    evaluation ranks.json            kept singular values of each adapted matrix result.json
+    best, last, counts, settings, seconds, versions; a run that has it is finished
+Every file but the log is written beside and renamed: at any moment it is whole or absent. After a
+kill the log may be ahead of last.pt, which knows how long it was; so may adapter.safetensors, which
+knows the best.
 """
 import contextlib
 import hashlib
@@ -49,10 +49,11 @@ def hash_of_code():
 CODE = hash_of_code()
 
 
-# --- hashes -------------------------------------------------------------------------------------------------
+# --- hashes -------------------------------------------------------------------------------
 
 def digest(*parts):
-    """Hash of texts, bytes, tensors and dicts of them: the formats of our files notice no changed bit."""
+    """Hash of texts, bytes, tensors and dicts of them: the formats of our files notice no changed
+    bit."""
     hasher = hashlib.blake2b(digest_size=16)
     for part in parts:
         if isinstance(part, torch.Tensor):
@@ -68,7 +69,8 @@ def digest(*parts):
 
 def fingerprint(net, tokenizer):
     """Hash of all that makes a base model compute what it does; a new head is not part of it."""
-    weights = {name: tensor for name, tensor in net.state_dict().items() if name not in net.new_weights}
+    weights = {name: tensor for name, tensor in net.state_dict().items()
+               if name not in net.new_weights}
     meaning = [(name, net.config[name]) for name in config.OPTIONS[net.config["model_type"]]]
     vocabulary = sorted(tokenizer.get_vocab().items())
     words = [word for word, _ in vocabulary][::len(vocabulary) // 100 + 1]
@@ -86,13 +88,16 @@ def hash_of_data(examples):
 
 
 def identity_of(o, here, task, net, tokenizer, examples):
-    """What a run is: its settings, and by hash its base model and data; what the data's columns mean."""
-    return {"settings": vars(o) | {"dtype": here.dtype, "resume": None}, "base": fingerprint(net, tokenizer),
-            "rows": hash_of_data(examples),
-            "columns": {name: getattr(task, name) for name in ("texts", "label", "labels", "metrics")}}
+    """What a run is: its settings, and by hash its base model and data; what the data's columns
+    mean."""
+    columns = {"texts": task.texts, "label": task.label, "labels": task.labels,
+               "metrics": task.metrics}
+    return {"settings": vars(o) | {"dtype": here.dtype, "resume": None},
+            "base": fingerprint(net, tokenizer), "rows": hash_of_data(examples),
+            "columns": columns}
 
 
-# --- what changes -------------------------------------------------------------------------------------------
+# --- what changes -------------------------------------------------------------------------
 
 @dataclass
 class State:
@@ -100,7 +105,7 @@ class State:
     step: int = 0                    # optimizer steps done
     tokens: int = 0                  # of the training rows seen, without padding
     seconds: float = 0.0             # that the run took before this process
-    evaluations: list = field(default_factory=list)        # [{"step", "scores", "score", perhaps "kept"}]
+    evaluations: list = field(default_factory=list)  # [{"step", "scores", "score", perhaps "kept"}]
     best: Optional[dict] = None      # one of them; of equals the last, which is pruned more
     started: float = field(default_factory=time.monotonic)
 
@@ -109,24 +114,31 @@ class State:
         return self.seconds + time.monotonic() - self.started
 
 
-# --- before a run -------------------------------------------------------------------------------------------
+# --- before a run -------------------------------------------------------------------------
 
 def check_destinations(o):
-    """OSError or ValueError unless whatever will be written has a place of its own that holds nothing yet."""
-    folders = {name: Path(getattr(o, name)) for name in ("out", "merge", "export_peft") if getattr(o, name)}
+    """OSError or ValueError unless whatever will be written has a place of its own that holds
+    nothing yet."""
+    named = {"out": o.out, "merge": o.merge, "export_peft": o.export_peft}
+    folders = {name: Path(place) for name, place in named.items() if place}
     for name, folder in folders.items():
         nearest = folder.absolute()
         while not nearest.exists():
             nearest = nearest.parent
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-            raise OSError(f"{flag(name)} {folder}: {nearest} is no folder to write to: give another")
+            raise OSError(f"{flag(name)} {folder}: {nearest} is no folder to write to: give "
+                          "another")
         if not folder.exists() or all(path.suffix == ".tmp" for path in folder.iterdir()):
             continue                                       # .tmp: a write that was cut off
         if name != "out":
-            raise ValueError(f"{flag(name)} {folder}: this folder is not empty: give a new or an empty one")
+            raise ValueError(f"{flag(name)} {folder}: this folder is not empty: give a new or an "
+                             "empty one")
         if not (o.resume or o.overwrite):
-            way = f"go on with its run by --resume {folder}, " if (folder / "last.pt").exists() else ""
-            raise ValueError(f"{folder} is not empty: {way}replace it by --overwrite, or give another --out")
+            way = ""
+            if (folder / "last.pt").exists():
+                way = f"go on with its run by --resume {folder}, "
+            raise ValueError(f"{folder} is not empty: {way}replace it by --overwrite, or give "
+                             "another --out")
         if o.overwrite and not o.resume:
             files_to_replace(folder)                       # refuses a folder of somebody else
     if len({folder.resolve() for folder in folders.values()}) < len(folders):
@@ -134,18 +146,20 @@ def check_destinations(o):
 
 
 def files_to_replace(folder):
-    """What --overwrite removes from a folder: the files of a run of ours, in order, and nothing else.
+    """What --overwrite removes from a folder: the files of a run of ours, in order, and nothing
+    else.
 
-    The result goes first, since half removed is not finished; last.pt goes last, by which a run is known.
-    ValueError for a folder that holds such names without a run of ours.
+    The result goes first, since half removed is not finished; last.pt goes last, by which a run is
+    known. ValueError for a folder that holds such names without a run of ours.
     """
     there = [folder / name for name in FILES if (folder / name).exists()]
     if not there:
         return []
     if not is_run(folder):
-        raise ValueError(f"{there[0]} is not of a run of this program, --overwrite leaves it alone: give another "
-                         "--out")
-    tables = [path for path in sorted(folder.glob("*.tsv")) if first_line(path) == "index\tprediction"]
+        raise ValueError(f"{there[0]} is not of a run of this program, --overwrite leaves it "
+                         "alone: give another --out")
+    tables = [path for path in sorted(folder.glob("*.tsv"))
+              if first_line(path) == "index\tprediction"]
     return there[:-1] + tables + there[-1:]
 
 
@@ -156,24 +170,30 @@ def first_line(path):
 
 
 def is_run(folder):
-    """Whether a folder holds a run of ours: a last.pt with its hash behind it, or a result with settings."""
+    """Whether a folder holds a run of ours: a last.pt with its hash behind it, or a result with
+    settings."""
     with contextlib.suppress(OSError):
-        with open(folder / "last.pt", "rb") as file:
-            file.seek(-HASH, os.SEEK_END)
-            return file.read().isalnum()
+        return last_bytes(folder / "last.pt").isalnum()
     with contextlib.suppress(OSError, ValueError, TypeError):
         return "settings" in json.loads((folder / "result.json").read_text(encoding="utf-8"))
     return False
 
 
-# --- the run folder -----------------------------------------------------------------------------------------
+# --- the run folder -----------------------------------------------------------------------
+
+def is_finished(folder):
+    """Whether the run in a folder has ended."""
+    return (Path(folder) / "result.json").exists()
+
 
 class RunFolder:
     """The folder of one run. Of several processes the first one writes.
 
-    Inside `with` it is locked for this process; if the run is stopped there by a signal, it is saved.
-    path: of the folder. identity: of the run, from identity_of(). here: its Machine. net, optimizer, pruner
-    (or None): what is saved and restored. guard: its check() is called before anything is written.
+    Inside `with` it is locked for this process; if the run is stopped there by a signal, it is
+    saved.
+    path: of the folder. identity: of the run, from identity_of(). here: its Machine. net,
+    optimizer, pruner (or None): what is saved and restored. guard: its check() is called before
+    anything is written.
     """
 
     def __init__(self, path, identity, here, net, optimizer, pruner, guard):
@@ -187,7 +207,7 @@ class RunFolder:
 
     @refusing()
     def __enter__(self):
-        if self.here.speaks:                               # two runs in one folder would mix up their files
+        if self.here.speaks:  # two runs in one folder would mix up their files
             self.lock.enter_context(disk.alone(self.path, "train.py"))
         return self
 
@@ -195,7 +215,8 @@ class RunFolder:
         try:
             if isinstance(error, Stopped):
                 self.save()
-                error.args = (f"stopped after step {self.state.step}: --resume {self.path} goes on",)
+                error.args = (f"stopped after step {self.state.step}: --resume {self.path} goes "
+                              "on",)
         finally:
             self.lock.close()
 
@@ -236,14 +257,17 @@ class RunFolder:
         return state
 
     def check(self, saved):
-        """ValueError unless a saved state is of this base model, these data and as many processes."""
+        """ValueError unless a saved state is of this base model, these data and as many
+        processes."""
         if saved["base"] != self.identity["base"]:
-            raise ValueError(f"{self.identity['settings']['model']} is not the model that the run began with: "
-                             "give that one as --model")
+            model = self.identity["settings"]["model"]
+            raise ValueError(f"{model} is not the model that the run began with: give that one as "
+                             "--model")
         if saved["rows"] != self.identity["rows"]:
             raise ValueError("the data are not those that the run began with: give them back")
         if len(saved["rng"]) != self.here.world:
-            raise ValueError(f"{len(saved['rng'])} process(es) began this run: resume it with as many")
+            raise ValueError(f"{len(saved['rng'])} process(es) began this run: resume it with as "
+                             "many")
 
     def save(self):
         """Write last.pt: everything on which the rest of the run depends."""
@@ -254,17 +278,20 @@ class RunFolder:
             return
         log = self.path / "log.jsonl"
         write_state(self.path, {
-            "settings": self.identity["settings"], "base": self.identity["base"], "rows": self.identity["rows"],
-            "step": state.step, "tokens": state.tokens, "seconds": state.elapsed(),
+            "settings": self.identity["settings"], "base": self.identity["base"],
+            "rows": self.identity["rows"], "step": state.step, "tokens": state.tokens,
+            "seconds": state.elapsed(),
             "evaluations": state.evaluations, "rng": rng,
             "log_bytes": log.stat().st_size if log.exists() else 0,
             "weights": lora2_state_dict(self.net), "optimizer": self.optimizer.state_dict(),
             "pruner": self.pruner.state_dict() if self.pruner else {}})
 
     def keep_best(self, task, scores, predictions):
-        """Note an evaluation in the state; write its predictions and adapter.safetensors if none was better.
+        """Note an evaluation in the state; write its predictions and adapter.safetensors if none
+        was better.
 
-        scores: {dev split: {metric: value}}, of which the first decides; predictions: {dev split: (N,)}.
+        scores: {dev split: {metric: value}}, of which the first decides; predictions: {dev split:
+        (N,)}.
         """
         self.guard.check()
         state, first = self.state, next(iter(scores.values()))
@@ -275,7 +302,7 @@ class RunFolder:
         if state.best is not None and evaluation["score"] < state.best["score"]:
             return
         state.best = evaluation
-        if self.here.speaks:                               # the adapter last: it is never ahead of them
+        if self.here.speaks:  # the adapter last: it is never ahead of them
             for name, values in predictions.items():
                 glue.write_predictions(self.path / f"predictions_{name}.tsv", task, values.tolist())
             tensors = lora2_state_dict(self.net)
@@ -284,8 +311,9 @@ class RunFolder:
                                {"lora2": json.dumps([facts, digest(tensors, facts)])})
 
     def facts(self, best):
-        """What an adapter file says of itself. No paths, times, hosts or devices: equal runs give equal bytes."""
-        settings = {name: value for name, value in self.identity["settings"].items() if name in STORED}
+        """What an adapter file says of itself. No paths, times, hosts or devices: equal runs give
+        equal bytes."""
+        settings = {name: self.identity["settings"][name] for name in STORED}
         if Path(settings["model"]).is_dir():
             settings["model"] = None
         return {"format": FORMAT, "settings": settings, "columns": self.identity["columns"],
@@ -293,12 +321,14 @@ class RunFolder:
 
     @property
     def budget(self):
-        """How many singular values pruning leaves; None for a method that does not prune to a number."""
+        """How many singular values pruning leaves; None for a method that does not prune to a
+        number."""
         target = self.identity["settings"]["target_rank"]
         return None if target is None else len(lora2_layers(self.net)) * target
 
     def finish(self, task, numbers):
-        """Write ranks.json and result.json, print them. numbers: of parameters, {what: how many}."""
+        """Write ranks.json and result.json, print them. numbers: of parameters, {what: how
+        many}."""
         state, settings = self.state, self.identity["settings"]
         kept = self.pruner.kept() if self.pruner else None
         peak = machine.peak_memory(self.here.device)
@@ -308,13 +338,15 @@ class RunFolder:
             "best": state.best, "last": state.evaluations[-1], "evaluations": state.evaluations,
             "kept": sum(kept.values()) if kept else None, "budget": self.budget,
             "singular_values": len(kept) * settings["r"] if kept else None,
-            "seconds": round(state.elapsed(), 1), "peak_memory_gb": round(peak, 2) if peak else None,
+            "seconds": round(state.elapsed(), 1),
+            "peak_memory_gb": round(peak, 2) if peak else None,
             "device": machine.name_of(self.here.device), "dtype": self.here.dtype,
             "processes": self.here.world, "threads": torch.get_num_threads(),
             "torch": torch.__version__, "python": platform.python_version(),
             "date": time.strftime("%Y-%m-%d"), "code": CODE,
             "base": self.identity["base"], "rows": self.identity["rows"], **numbers,
-            "surviving_parameters": surviving_parameters(self.net, kept, numbers["adapter_parameters"])}
+            "surviving_parameters": surviving_parameters(self.net, kept,
+                                                         numbers["adapter_parameters"])}
         assert self.budget is None or result["kept"] == self.budget, kept
         if self.here.speaks:
             if kept:
@@ -324,62 +356,52 @@ class RunFolder:
 
 
 def comparable(facts):
-    """An adapter's facts without what may differ in one run: its best, and where the base model comes from."""
+    """An adapter's facts without what may differ in one run: its best, and where the base model
+    comes from."""
     return facts | {"best": None, "settings": facts["settings"] | {"model": None}}
 
 
-# --- last.pt ------------------------------------------------------------------------------------------------
-
-class Hashing:
-    """A file for torch.save() to write to, that hashes what goes through.
-
-    error: why the disk took no more, or None. Raised in write(), torch would hide it behind one of its own.
-    """
-
-    def __init__(self, file):
-        self.file = file
-        self.hasher = hashlib.blake2b(digest_size=HASH // 2)
-        self.error = None
-
-    def write(self, data):
-        """As of a file."""
-        self.hasher.update(data)
-        if self.error is None:
-            try:
-                self.file.write(data)
-            except OSError as error:
-                self.error = error
-        return len(data)
-
-    def flush(self):
-        """As of a file."""
-        self.file.flush()
-
+# --- last.pt ------------------------------------------------------------------------------
 
 def write_state(folder, state):
-    """last.pt: what torch.save makes, and its hash. It goes to the disk as it is made, never whole in memory."""
+    """last.pt: what torch.save makes, and its hash. It is never in memory as a whole."""
     path = Path(folder) / "last.pt"
-    with disk.writing(path), disk.replacing(path) as (beside,), open(beside, "wb") as file:
-        hashing = Hashing(file)
-        torch.save(state | {"format": FORMAT}, hashing)
-        if hashing.error:
-            raise hashing.error
-        file.write(hashing.hasher.hexdigest().encode())
+    with disk.writing(path), disk.replacing(path) as (beside,):
+        try:
+            torch.save(state | {"format": FORMAT}, beside)
+        except RuntimeError as error:                      # torch's word for a full disk
+            raise OSError(disk.one_line(error)) from error
+        hash_ = hash_of_file(beside)
+        with open(beside, "ab") as file:
+            file.write(hash_)
 
 
 def load_state(folder):
     """What write_state() wrote to that folder, on the CPU."""
     path = Path(folder) / "last.pt"
     below = [str(found.parent) for found in sorted(Path(folder).glob("*/last.pt"))]
-    with disk.reading(path, f"--resume one of {', '.join(below)}" if below else "there is no run to resume"):
-        hasher, left = hashlib.blake2b(digest_size=HASH // 2), path.stat().st_size - HASH
-        with open(path, "rb") as file:
-            while piece := file.read(min(max(left, 0), 1 << 20)):
-                hasher.update(piece)
-                left -= len(piece)
-            if file.read() != hasher.hexdigest().encode():
-                raise ValueError("its hash does not fit")
+    advice = f"--resume one of {', '.join(below)}" if below else "there is no run to resume"
+    with disk.reading(path, advice):
+        if hash_of_file(path, behind=HASH) != last_bytes(path):
+            raise ValueError("its hash does not fit")
         return of_this_version(torch.load(path, map_location="cpu", weights_only=True))
+
+
+def hash_of_file(path, behind=0):
+    """The hash of a file without its last bytes, as many as are `behind`."""
+    hasher, left = hashlib.blake2b(digest_size=HASH // 2), path.stat().st_size - behind
+    with open(path, "rb") as file:
+        while piece := file.read(min(max(left, 0), 1 << 20)):
+            hasher.update(piece)
+            left -= len(piece)
+    return hasher.hexdigest().encode()
+
+
+def last_bytes(path):
+    """What stands where last.pt has its hash."""
+    with open(path, "rb") as file:
+        file.seek(-min(HASH, path.stat().st_size), os.SEEK_END)
+        return file.read()
 
 
 def of_this_version(content):
@@ -389,7 +411,7 @@ def of_this_version(content):
     return content
 
 
-# --- adapter.safetensors ------------------------------------------------------------------------------------
+# --- adapter.safetensors ------------------------------------------------------------------
 
 def load_adapter(path):
     """({name: tensor}, facts) of an adapter.safetensors."""
@@ -406,11 +428,13 @@ def load_adapter(path):
 
 
 def check_adapter(stored, identity, name):
-    """ValueError unless the adapter file of that name, which stores these facts, belongs to model and data."""
+    """ValueError unless the adapter file of that name, which stores these facts, belongs to model
+    and data."""
     settings = identity["settings"]
     if stored["base"] != identity["base"]:
-        raise ValueError(f"{settings['model']} is not the model of {name}, or another version of it: give the "
-                         f"right one as --model, {stored['settings']['model'] or 'a folder'}")
+        right = stored["settings"]["model"] or "a folder"
+        raise ValueError(f"{settings['model']} is not the model of {name}, or another version of "
+                         f"it: give the right one as --model, {right}")
     if stored["columns"] != identity["columns"]:
-        raise ValueError(f"{name} is for {stored['columns']}, here {settings['task']} has {identity['columns']}: "
-                         "use the version of this program that trained it")
+        raise ValueError(f"{name} is for {stored['columns']}, here {settings['task']} has "
+                         f"{identity['columns']}: use the version of this program that trained it")

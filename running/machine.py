@@ -1,4 +1,5 @@
-"""What a run has to do with the machine: its device, the other processes of torchrun, memory, signals."""
+"""What a run has to do with the machine: its device, the other processes of torchrun, memory,
+signals."""
 import contextlib
 import ctypes
 import os
@@ -30,7 +31,8 @@ class Machine(NamedTuple):
 def join(name=None, dtype=None):
     """The Machine of this process; where torchrun started it, together with the others.
 
-    name: "cuda", "mps" or "cpu"; by default the first of these that there is. Each process has a GPU of its own.
+    name: "cuda", "mps" or "cpu"; by default the first of these that there is. Each process has a
+    GPU of its own.
     dtype: "fp32" or "bf16"; by default bf16 on a GPU that has it.
     ValueError with a way out for a device that cannot be used.
     """
@@ -50,8 +52,8 @@ def join(name=None, dtype=None):
     if dtype is None:
         dtype = "bf16" if device.type == "cuda" and not imitated else "fp32"
     if dtype == "bf16" and imitated and rank == 0:
-        print(f"warning: this {device.type} has no bf16 arithmetic and imitates it, up to 100 times slower: give "
-              "--dtype fp32", file=sys.stderr)
+        print(f"warning: this {device.type} has no bf16 arithmetic and imitates it, up to 100 "
+              "times slower: give --dtype fp32", file=sys.stderr)
     return Machine(device, dtype, rank, world)
 
 
@@ -59,31 +61,36 @@ def number_from(variable, default):
     """The whole number in an environment variable, or the default where it is not set or empty."""
     text = os.environ.get(variable) or str(default)
     if not text.isdecimal():
-        raise ValueError(f"the environment says {variable}={text}, which is no number: unset it, or start with torchrun")
+        raise ValueError(f"the environment says {variable}={text}, which is no number: unset it, "
+                         "or start with torchrun")
     return int(text)
 
 
 def find_device(name, local, world):
-    """The torch.device of that name, or the first there is; process `local` of this machine has its own GPU."""
+    """The torch.device of that name, or the first there is; process `local` of this machine has its
+    own GPU."""
     has_mps = torch.backends.mps.is_available() and world == 1                 # gloo knows no mps
     found = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     wanted, gpus = name or found, torch.cuda.device_count()
     if wanted == "cuda" and 0 < gpus <= local:
-        raise ValueError(f"process {local} has no GPU, there are {gpus}: give --nproc_per_node={gpus}")
+        raise ValueError(f"process {local} has no GPU, there are {gpus}: give "
+                         f"--nproc_per_node={gpus}")
     try:
         device = torch.zeros(1, device=f"cuda:{local}" if wanted == "cuda" else wanted).device
         assert device.type in ("cuda", "mps", "cpu")
-    except (RuntimeError, AssertionError) as e:            # unknown, absent, or torch was built without it
+    except (RuntimeError, AssertionError) as e:  # unknown, absent, or torch was built without it
         why = f" ({one_line(e, 100)})" if str(e) else ""
-        other = found if wanted != found else "another, such as cpu"           # a GPU that is full or busy
+        other = found if wanted != found else "another, such as cpu"  # a GPU that is full or busy
         raise ValueError(f"--device {wanted} cannot be used here{why}: give {other}") from e
     return device
 
 
 def emulates_bf16(kind):
-    """Whether a kind of device ("cpu", "cuda", ...) has no arithmetic for bf16: such a CPU is far faster in fp32."""
-    if kind == "cpu":                                      # 0.65 GFLOP/s in place of 63 without AVX-512
-        return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Whether a kind of device ("cpu", "cuda", ...) has no arithmetic for bf16: such a CPU is far
+    faster in fp32."""
+    if kind == "cpu":  # 0.65 GFLOP/s in place of 63 without AVX-512
+        has_mkldnn = torch.backends.mkldnn.is_available()
+        return not (has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
 
 
@@ -92,15 +99,16 @@ def name_of(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
-# --- memory -------------------------------------------------------------------------------------------------
+# --- memory -------------------------------------------------------------------------------
 
 def keep_freed_memory():
-    """Have malloc keep what a step frees for the next one: a training step on a CPU is 10 to 18 % faster.
+    """Have malloc keep what a step frees for the next one: a training step on a CPU is 10 to 18 %
+    faster.
 
-    By default glibc hands large blocks back to the system, and gets them back zeroed, page by page. The price
-    is about an eighth more memory. Other systems' malloc is left as it is. (Not by M_MMAP_THRESHOLD: an
-    older glibc, 2.31 say, refuses more than 32 MB, and as any mallopt() fixes the threshold, at 128 KB, it
-    would be slower than without.)
+    By default glibc hands large blocks back to the system, and gets them back zeroed, page by page.
+    The price is about an eighth more memory. Other systems' malloc is left as it is. (Not by
+    M_MMAP_THRESHOLD: an older glibc, 2.31 say, refuses more than 32 MB, and as any mallopt() fixes
+    the threshold, at 128 KB, it would be slower than without.)
     """
     if platform.libc_ver()[0] == "glibc":
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4              # malloc.h
@@ -110,16 +118,17 @@ def keep_freed_memory():
 
 
 def peak_memory(device):
-    """The most memory this process has held so far, in GB: on a GPU that of its tensors, else all of it.
+    """The most memory this process has held so far, in GB: on a GPU that of its tensors, else all
+    of it.
 
-    None where the system does not tell (Windows, gVisor). On Linux getrusage() would count what the process
-    that started this one held.
+    None where the system does not tell (Windows, gVisor). On Linux getrusage() would count what the
+    process that started this one held.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     with contextlib.suppress(OSError):
         with open("/proc/self/status", encoding="utf-8") as status:
-            found = [line for line in status if line.startswith("VmHWM")]      # gVisor has no such line
+            found = [line for line in status if line.startswith("VmHWM")]  # gVisor has no such line
         return int(found[0].split()[1]) * 1024 / 1e9 if found else None
     with contextlib.suppress(ImportError):
         import resource
@@ -127,7 +136,7 @@ def peak_memory(device):
     return None
 
 
-# --- random numbers -----------------------------------------------------------------------------------------
+# --- random numbers -----------------------------------------------------------------------
 
 def seed_dropout(seed, here):
     """Give each process but the first, which has the run's own, another dropout mask."""
@@ -136,7 +145,8 @@ def seed_dropout(seed, here):
 
 
 def random_state(here):
-    """What the generators of this process's dropout hold: {"cpu": state, and of its GPU or a Mac's}."""
+    """What the generators of this process's dropout hold: {"cpu": state, and of its GPU or a
+    Mac's}."""
     state = {"cpu": torch.get_rng_state()}
     if here.device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(here.device)
@@ -146,7 +156,8 @@ def random_state(here):
 
 
 def set_random_state(here, state):
-    """Put back what random_state() gave; a run that began on another kind of device has none of this one's."""
+    """Put back what random_state() gave; a run that began on another kind of device has none of
+    this one's."""
     torch.set_rng_state(state["cpu"])
     if here.device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], here.device)
@@ -154,15 +165,16 @@ def set_random_state(here, state):
         torch.mps.set_rng_state(state["mps"])
 
 
-# --- several processes --------------------------------------------------------------------------------------
+# --- several processes --------------------------------------------------------------------
 
 def together(operation, *arguments):
-    """An operation of all processes. Where one has died the others end with a sentence instead of waiting."""
+    """An operation of all processes. Where one has died the others end with a sentence instead of
+    waiting."""
     try:
         operation(*arguments)
     except RuntimeError as e:
-        raise ConnectionError(f"another process of this run has ended ({one_line(e, 100)}): see what it "
-                              "says; --resume goes on from last.pt") from e
+        raise ConnectionError(f"another process of this run has ended ({one_line(e, 100)}): see "
+                              "what it says; --resume goes on from last.pt") from e
 
 
 def wait_for_all():
@@ -177,11 +189,13 @@ def sum_up(tensors):
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         together(dist.all_reduce, flat)
         parts = flat.split([tensor.numel() for tensor in tensors])
-        torch._foreach_copy_(tensors, [part.view_as(tensor) for tensor, part in zip(tensors, parts)])
+        for tensor, part in zip(tensors, parts):
+            tensor.copy_(part.view_as(tensor))
 
 
 def sum_gradients(loss, net):
-    """Add up a loss and a model's gradients over all processes, in place; nothing to do for a single one.
+    """Add up a loss and a model's gradients over all processes, in place; nothing to do for a
+    single one.
 
     A process without a row of a small batch has no gradients: its share is zeros.
     """
@@ -202,16 +216,17 @@ def gathered(value, here):
 
 
 def leave():
-    """Part from the other processes at the end of a run; after an error they find out for themselves."""
+    """Part from the other processes at the end of a run; after an error they find out for
+    themselves."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-# --- signals ------------------------------------------------------------------------------------------------
+# --- signals ------------------------------------------------------------------------------
 
 class Signals:
-    """Inside `with`, Ctrl-C, SIGTERM and a lost terminal are only noted; check() raises Stopped where the
-    state is whole."""
+    """Inside `with`, Ctrl-C, SIGTERM and a lost terminal are only noted; check() raises Stopped
+    where the state is whole."""
 
     def __init__(self, here):
         self.here = here
@@ -230,10 +245,11 @@ class Signals:
         self.number = number
 
     def check(self, step):
-        """Raise Stopped if a signal arrived; several processes agree first, so that none waits for another.
+        """Raise Stopped if a signal arrived; several processes agree first, so that none waits for
+        another.
 
-        On GPUs, which would have to wait for it, they do so every 10 steps. (torchrun kills 30 seconds after a
-        Ctrl-C.)
+        On GPUs, which would have to wait for it, they do so every 10 steps. (torchrun kills 30
+        seconds after a Ctrl-C.)
         """
         highest = self.number
         if self.here.world > 1:
@@ -245,7 +261,8 @@ class Signals:
             raise Stopped(int(highest))
 
     def watch(self, batches, total):
-        """The batches of an evaluation, with a look at the signals before each, several processes every tenth."""
+        """The batches of an evaluation, with a look at the signals before each, several processes
+        every tenth."""
         for i, batch in enumerate(batches):
             if self.here.world == 1 or i % 10 == 0:
                 self.check(step=0)

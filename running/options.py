@@ -1,4 +1,4 @@
-"""The command line of train.py: presets, the table of options, how they resolve, and when things happen."""
+"""The command line of train.py: presets, the table of options, how they resolve, a run's plan."""
 import argparse
 import math
 import os
@@ -10,127 +10,146 @@ from data import TASKS
 from methods import baselines
 from running.errors import refusing
 
-# The authors' released settings: batch 32, AdamW, clip 1.0, linear decay after a warm-up, dropout 0.1 in the
-# backbone. ti, tf and dT (Algorithm 1) are steps of the T steps of a full-length run; runs of another length
-# use the same fractions of theirs. QNLI has the longest texts; MRPC and RTE choose anew at every step.
+# The authors' released settings: batch 32, AdamW, clip 1.0, linear decay after a warm-up, dropout
+# 0.1 in the backbone. ti, tf and dT (Algorithm 1) are steps of the T steps of a full-length run;
+# runs of another length use the same fractions of theirs. QNLI has the longest texts; MRPC and RTE
+# choose anew at every step.
 COLUMNS = ("lr", "epochs", "T", "warmup", "max_len", "head_dropout", "weight_decay", "alpha",
            "ti", "tf", "dT", "r", "target_rank", "reg", "seed")
 ROWS = {
-    #        lr      epochs  T       warmup  len  drop  decay  alpha  ti    tf     dT   r  target reg  seed
-    "cola": (8e-4,   25,     6700,   100,    64,  .10,  0,     32,    800,  3500,  10,  4, 3,     .1,  6),
-    "sst2": (8e-4,   24,     50520,  1000,   128, 0,    .01,   16,    6000, 22000, 100, 8, 2,     .1,  6),
-    "mrpc": (1e-3,   30,     3450,   345,    320, 0,    .01,   32,    600,  1800,  1,   8, 1,     .1,  6),
-    "qqp":  (8e-4,   20,     227420, 2000,   320, .15,  .01,   16,    8000, 25000, 100, 8, 3,     .1,  6),
-    "stsb": (2.2e-3, 25,     4500,   100,    128, .20,  .1,    32,    800,  2000,  10,  4, 1,     .3,  6),
-    "mnli": (5e-4,   7,      85904,  1000,   256, .15,  0,     16,    8000, 50000, 100, 8, 3,     .1,  6),
-    "qnli": (1.2e-3, 5,      16370,  500,    512, .10,  .01,   32,    2000, 8000,  100, 8, 2,     .1,  6),
-    "rte":  (1.2e-3, 50,     3900,   200,    320, .20,  .01,   32,    600,  1800,  1,   4, 3,     .3,  4),
-    "demo": (5e-3,   7,      441,    20,     16,  0,    0,     32,    50,   150,   5,   8, 2,     .1,  0),
-    "own":  (8e-4,   10,     1000,   60,     128, .10,  .01,   32,    120,  450,   10,  8, 2,     .1,  0),
+    #        lr    epochs  T     warmup  len drop decay alpha ti    tf     dT r target reg seed
+    "cola": (8e-4,   25, 6700,   100,    64, .10, 0,    32,  800,  3500,  10, 4, 3,    .1, 6),
+    "sst2": (8e-4,   24, 50520,  1000,  128, 0,   .01,  16, 6000, 22000, 100, 8, 2,    .1, 6),
+    "mrpc": (1e-3,   30, 3450,   345,   320, 0,   .01,  32,  600,  1800,   1, 8, 1,    .1, 6),
+    "qqp":  (8e-4,   20, 227420, 2000,  320, .15, .01,  16, 8000, 25000, 100, 8, 3,    .1, 6),
+    "stsb": (2.2e-3, 25, 4500,   100,   128, .20, .1,   32,  800,  2000,  10, 4, 1,    .3, 6),
+    "mnli": (5e-4,    7, 85904,  1000,  256, .15, 0,    16, 8000, 50000, 100, 8, 3,    .1, 6),
+    "qnli": (1.2e-3,  5, 16370,  500,   512, .10, .01,  32, 2000,  8000, 100, 8, 2,    .1, 6),
+    "rte":  (1.2e-3, 50, 3900,   200,   320, .20, .01,  32,  600,  1800,   1, 4, 3,    .3, 4),
+    "demo": (5e-3,    7, 441,    20,     16, 0,   0,    32,   50,   150,   5, 8, 2,    .1, 0),
+    "own":  (8e-4,   10, 1000,   60,    128, .10, .01,  32,  120,   450,  10, 8, 2,    .1, 0),
 }
 PRESETS = {task: dict(zip(COLUMNS, row)) for task, row in ROWS.items()}
-# What a method, or a method on one task, wants otherwise. alpha 16 at r = 8 is scale 2, the setting of LoRA's
-# and SoRA's authors (LoRA at alpha 32 collapsed on CoLA); full fine-tuning needs small steps.
+# What a method, or a method on one task, wants otherwise. alpha 16 at r = 8 is scale 2, the setting
+# of LoRA's and SoRA's authors (LoRA at alpha 32 collapsed on CoLA); full fine-tuning needs small
+# steps; SoRA's authors clip at 0.1.
 EXCEPTIONS = {
     "full": {"lr": 2e-5}, "lora": {"r": 8, "alpha": 16}, "adalora": {"r": 2, "target_rank": 1},
     "sora": {"r": 8, "alpha": 16, "weight_decay": .1, "warmup": .06, "clip": .1},
     ("adalora", "cola"): {"r": 3}, ("adalora", "mnli"): {"r": 3}, ("adalora", "qqp"): {"epochs": 5},
     ("adalora", "qnli"): {"lr": 5e-4}, ("full", "demo"): {"lr": 1e-3}}
 
-# --- the table of options -----------------------------------------------------------------------------------
+# --- the table of options -----------------------------------------------------------------
 
 PRESET = "from the preset"
-COUNT, AMOUNT = (1, 10**9), (0, math.inf)
+COUNT, AMOUNT = (1, 10**9), (0, math.inf)                  # bounds of whole numbers and of others
+LORA2, SORA = ("lora2",), ("sora",)
 PRUNING, ADAPTERS = ("lora2", "adalora"), ("lora2", "adalora", "lora", "sora")
 
 
 class Option(NamedTuple):
-    """One option, a row of the table."""
+    """One option: a row of the table.
+
+    kind: a class; a tuple of choices; list: a,b,c; bool: a switch; "path" of a file or folder;
+    "steps": a number of optimizer steps or, below 1, a fraction of them all.
+    limits: the least value and what it must stay below; of a list, what it may hold; () where
+    the value is judged by what it belongs to.
+    methods: those to which it means something.
+    beside: "resume", "eval": may differ there from what the run or the adapter stores.
+    """
     name: str
-    kind: object         # a class; a tuple of choices; list: a,b,c; bool: a switch; "path" of a file or folder;
-    #                      "steps": a number of optimizer steps or, below 1, a fraction of them all
+    kind: object
     default: object
     help: str
-    bounds: tuple = ()   # least value, and what it must stay below; () where it is judged by what it belongs to
-    items: tuple = ()    # what a list may hold
-    methods: tuple = baselines.METHODS               # to which it means something
-    beside: tuple = ()   # "resume", "eval": may differ there from what the run or the adapter stores
-    stored: bool = True  # in an adapter: it says what was learnt, not where things are or what is done with them
+    limits: tuple = ()
+    methods: tuple = baselines.METHODS
+    beside: tuple = ()
 
 
-AGAIN, EVAL = ("resume", "eval"), ("eval",)
+RESUME, EVAL, BOTH = ("resume",), ("eval",), ("resume", "eval")
 OPTIONS = {
     "data and model": (
         Option("task", str, None, "one of " + ", ".join(TASKS)),
-        Option("model", "path", "microsoft/deberta-v3-base", "name on the Hub, or a folder", beside=AGAIN),
-        Option("data-dir", "path", "glue", "folder that holds CoLA/, RTE/ ...; a missing task is fetched into it",
-               beside=AGAIN, stored=False),
-        Option("train-file", "path", None, "your own TSV: sentence (or sentence1, sentence2), and label or score",
-               beside=("resume",), stored=False),
-        Option("dev-file", "path", None, "the same, to evaluate on", beside=AGAIN, stored=False),
+        Option("model", "path", "microsoft/deberta-v3-base", "name on the Hub, or a folder",
+               beside=BOTH),
+        Option("data-dir", "path", "glue", "folder of CoLA/, RTE/ ...; what is missing is fetched",
+               beside=BOTH),
+        Option("train-file", "path", None, "your own TSV: sentence (or sentence1, sentence2), and "
+               "label or score", beside=RESUME),
+        Option("dev-file", "path", None, "the same, to evaluate on", beside=BOTH),
         Option("limit-train", int, None, "train on the first N rows only", COUNT),
         Option("limit-dev", int, None, "evaluate on the first N rows only", COUNT, beside=EVAL)),
     "method": (
         Option("method", baselines.METHODS, "lora2", "what to train"),
-        Option("k", int, 1, "projected dimension of LoRA²", COUNT, methods=("lora2",)),
-        Option("r", int, PRESET, "singular values per matrix; the rank of lora, adalora and sora", COUNT,
-               methods=ADAPTERS),
-        Option("target-rank", int, PRESET, "singular values per matrix that pruning leaves, at most r",
-               methods=PRUNING),
-        Option("alpha", float, PRESET, "the update is scaled by alpha / r; given --r alone keeps the scale",
-               methods=ADAPTERS),
-        Option("targets", list, "q,k,v,o,f1,f2", "query, key, value, attention output, feed-forward matrices",
-               items=("q", "k", "v", "o", "f1", "f2"), methods=ADAPTERS),
-        Option("init", ("gaussian", "orthonormal"), "gaussian", "how v, u, U and V start", methods=("lora2",)),
-        Option("reg", float, PRESET, "gamma, the weight of the regulariser R", AMOUNT, methods=PRUNING),
-        Option("reg-terms", list, "uv,UV,PQ", "the groups of Eq. 5 that count", items=("uv", "UV", "PQ"),
-               methods=("lora2",)),
-        Option("importance", ("reduced", "full"), "reduced", "scores Λ, u and U (Eq. 9), or v and V too (Eq. 8)",
-               methods=PRUNING),
+        Option("k", int, 1, "projected dimension of LoRA²", COUNT, LORA2),
+        Option("r", int, PRESET, "singular values per matrix; the rank of lora, adalora and sora",
+               COUNT, ADAPTERS),
+        Option("target-rank", int, PRESET, "singular values per matrix that pruning leaves, at "
+               "most r", (), PRUNING),
+        Option("alpha", float, PRESET, "the update is scaled by alpha / r; --r alone keeps the "
+               "preset's scale", (), ADAPTERS),
+        Option("targets", list, "q,k,v,o,f1,f2", "query, key, value, attention output, "
+               "feed-forward matrices", ("q", "k", "v", "o", "f1", "f2"), ADAPTERS),
+        Option("init", ("gaussian", "orthonormal"), "gaussian", "how v, u, U and V start", (),
+               LORA2),
+        Option("reg", float, PRESET, "gamma, the weight of the regulariser R", AMOUNT, PRUNING),
+        Option("reg-terms", list, "uv,UV,PQ", "the groups of Eq. 5 that count",
+               ("uv", "UV", "PQ"), LORA2),
+        Option("importance", ("reduced", "full"), "reduced", "scores Λ, u and U (Eq. 9), or v and "
+               "V too (Eq. 8)", (), PRUNING),
         Option("sora-threshold", float, 3e-4, "what each of SoRA's gates loses per step", AMOUNT,
-               methods=("sora",))),
+               SORA)),
     "training": (
         Option("epochs", int, PRESET, "passes over the training rows", COUNT),
         Option("max-steps", int, None, "train exactly N optimizer steps instead", COUNT),
-        Option("stop-at", float, None, "stop once the dev metric reaches this (methods that do not prune)",
-               AMOUNT),
+        Option("stop-at", float, None, "stop once the dev metric reaches this (methods that do "
+               "not prune)", AMOUNT),
         Option("batch-size", int, 32, "rows per optimizer step", COUNT, beside=EVAL),
-        Option("accum", int, 1, "compute each batch in N parts to save memory, with the same result", COUNT),
+        Option("accum", int, 1, "compute each batch in N parts to save memory, with the same "
+               "result", COUNT),
         Option("lr", float, PRESET, "peak learning rate", AMOUNT),
         Option("head-lr", float, None, "the same for the head; by default lr", AMOUNT),
-        Option("warmup", "steps", PRESET, "steps in which the learning rate rises; then it falls linearly"),
-        Option("clip", float, 1.0, "largest norm of the gradients; larger ones are scaled down to it", AMOUNT),
+        Option("warmup", "steps", PRESET, "steps in which the learning rate rises; then it falls "
+               "linearly"),
+        Option("clip", float, 1.0, "gradients with a larger norm are scaled down to it", AMOUNT),
         Option("max-len", int, PRESET, "longest input in tokens", COUNT),
-        Option("head-dropout", float, PRESET, "dropout in the head; the backbone's is the checkpoint's", (0, 1)),
+        Option("head-dropout", float, PRESET, "dropout in the head; the backbone's is the "
+               "checkpoint's", (0, 1)),
         Option("weight-decay", float, PRESET, "of all but biases and LayerNorms", AMOUNT),
-        Option("seed", int, PRESET, "draws the new weights, the order of rows and dropout", (0, 2**32)),
-        Option("prune-warmup", "steps", PRESET, "steps before pruning begins", methods=PRUNING),
-        Option("prune-final", "steps", PRESET, "steps at the end with the selection fixed", methods=PRUNING),
-        Option("prune-interval", "steps", PRESET, "steps between two selections", methods=PRUNING),
-        Option("eval-steps", int, None, "evaluate every N steps too, besides each epoch and the end", COUNT)),
+        Option("seed", int, PRESET, "draws the new weights, the order of rows and dropout",
+               (0, 2**32)),
+        Option("prune-warmup", "steps", PRESET, "steps before pruning begins", (), PRUNING),
+        Option("prune-final", "steps", PRESET, "steps at the end with the selection fixed", (),
+               PRUNING),
+        Option("prune-interval", "steps", PRESET, "steps between two selections", (), PRUNING),
+        Option("eval-steps", int, None, "evaluate every N steps too, besides each epoch and the "
+               "end", COUNT)),
     "machine": (
-        Option("device", str, None, "cuda, mps or cpu; by default the first there is", beside=AGAIN, stored=False),
-        Option("dtype", ("fp32", "bf16"), None, "bf16 is autocast; by default on a GPU that has it, else fp32",
-               beside=EVAL),
+        Option("device", str, None, "cuda, mps or cpu; by default the first there is", beside=BOTH),
+        Option("dtype", ("fp32", "bf16"), None, "bf16 is autocast; by default on a GPU that has "
+               "it, else fp32", beside=EVAL),
         Option("compile", bool, False, "torch.compile the layers of the model", beside=EVAL)),
     "files": (
-        Option("out", "path", None, "run folder; by default runs/TASK-MODEL-METHOD-sSEED", stored=False),
-        Option("overwrite", bool, False, "replace the run in that folder", stored=False),
-        Option("save-steps", int, None, "write last.pt every N steps too, besides each evaluation", COUNT,
-               beside=("resume",), stored=False),
-        Option("resume", "path", None, "go on with the run in this folder; it needs no other option", stored=False),
-        Option("eval", "path", None, "load this adapter.safetensors and evaluate instead of training",
-               beside=EVAL, stored=False),
-        Option("predict", "path", None, "write predictions for this TSV of the task, labels not needed",
-               beside=AGAIN, stored=False),
+        Option("out", "path", None, "run folder; by default runs/TASK-MODEL-METHOD-sSEED"),
+        Option("overwrite", bool, False, "replace the run in that folder"),
+        Option("save-steps", int, None, "write last.pt every N steps too, besides each evaluation",
+               COUNT, beside=RESUME),
+        Option("resume", "path", None, "go on with the run in this folder; needs nothing else"),
+        Option("eval", "path", None, "load this adapter.safetensors and evaluate instead of "
+               "training", beside=EVAL),
+        Option("predict", "path", None, "write predictions for this TSV of the task, labels not "
+               "needed", beside=BOTH),
         Option("merge", "path", None, "write the best model to this folder as a plain checkpoint",
-               beside=AGAIN, stored=False),
+               beside=BOTH),
         Option("export-peft", "path", None, "write the best adapter to this folder as peft's LoRA",
-               methods=ADAPTERS, beside=AGAIN, stored=False)),
+               (), ADAPTERS, BOTH)),
 }
 TABLE = {option.name.replace("-", "_"): option for group in OPTIONS.values() for option in group}
 AFTERWARDS = {"predict", "merge", "export_peft"}           # what can be asked of a finished adapter
-STORED = {name for name, option in TABLE.items() if option.stored}
+# In an adapter stands what was learnt and from which model, not where things are.
+PLACES = {"data_dir", "train_file", "dev_file", "device"} | {
+    option.name.replace("-", "_") for option in OPTIONS["files"]}
+STORED = TABLE.keys() - PLACES
 
 
 def flag(name):
@@ -138,7 +157,7 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-# --- from words to options ----------------------------------------------------------------------------------
+# --- from words to options ----------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     """Mistakes are ValueErrors of one sentence, not exits with the whole usage."""
@@ -152,13 +171,14 @@ def number_of_steps(text):
     value = float(text)
     is_whole = 1 <= value < COUNT[1] and value == int(value)
     if not (0 <= value < 1 or is_whole):
-        raise argparse.ArgumentTypeError(f"{text} is neither a number of steps nor a fraction below 1")
+        raise argparse.ArgumentTypeError(f"{text} is neither a number of steps nor a fraction "
+                                         "below 1")
     return value
 
 
 def path_of(text):
     """The type of an option that names a file or a folder."""
-    if not text:                                           # as from a shell variable that is not set
+    if not text:  # as from a shell variable that is not set
         raise argparse.ArgumentTypeError("this path is empty")
     return os.path.expanduser(text)                        # no shell does that after --out=
 
@@ -175,7 +195,8 @@ TYPES = {"steps": (number_of_steps, "S"), "path": (path_of, "PATH"), list: (list
 
 @refusing()
 def parse(argv, description=None):
-    """Command line → {name: value} of the options that were given and only those. Refused on a mistake."""
+    """Command line → {name: value} of the options that were given and only those. Refused on a
+    mistake."""
     parser = Parser(usage="python train.py [options]", description=description, epilog=epilog(),
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                     argument_default=argparse.SUPPRESS)
@@ -203,8 +224,8 @@ def epilog():
     for name in COLUMNS:
         cells = "".join(f"{row[name]:8g}" for row in PRESETS.values())
         lines.append(f"  {names.get(name, name.replace('_', '-')):14}{cells}")
-    lines += ["", "Steps are those of a full-length run; a run of another length keeps the fractions.",
-              "Other methods have presets of their own:"]
+    lines += ["", "Steps are those of a full-length run; a run of another length keeps the "
+              "fractions.", "Other methods have presets of their own:"]
     for key, changes in EXCEPTIONS.items():
         where = key if isinstance(key, str) else " on ".join(key)
         values = ", ".join(f"{flag(name)} {value:g}" for name, value in changes.items())
@@ -212,10 +233,11 @@ def epilog():
     return "\n".join(lines)
 
 
-# --- from options given to all settings ---------------------------------------------------------------------
+# --- from options given to all settings ---------------------------------------------------
 
 def preset_of(task, method):
-    """{name: value} of what a task and a method want, schedules as fractions of a full-length run."""
+    """{name: value} of what a task and a method want, schedules as fractions of a full-length
+    run."""
     preset = dict(PRESETS[task])
     T = preset.pop("T")
     preset["warmup"] /= T
@@ -233,17 +255,19 @@ def task_of(given):
         raise ValueError("your own data need both --train-file and --dev-file, and no --task")
     if not own and task not in TASKS:
         what = "there is no --task" if task is None else f"--task {task} is unknown"
-        raise ValueError(f"{what}: give one of {', '.join(TASKS)}, or your own --train-file and --dev-file")
+        raise ValueError(f"{what}: give one of {', '.join(TASKS)}, or your own --train-file and "
+                         "--dev-file")
     return task
 
 
 @refusing()
 def resolve(given):
-    """Options given, {name: value} → the settings of a new run, as argparse's Namespace. Refused for what
-    cannot be or does not fit."""
+    """Options given, {name: value} → the settings of a new run, as argparse's Namespace. Refused
+    for what cannot be or does not fit."""
     task, method = task_of(given), given.get("method", "lora2")
     preset = preset_of(task, method)
-    settings = {name: option.default for name, option in TABLE.items()} | preset | given | {"task": task}
+    settings = {name: option.default for name, option in TABLE.items()}
+    settings |= preset | given | {"task": task}
     for name, option in TABLE.items():
         if option.kind is list and name not in given:
             settings[name] = settings[name].split(",")
@@ -265,15 +289,18 @@ def resolve(given):
 @refusing()
 def resumed(stored, given):
     """The settings of an interrupted run, with what may differ taken from the command line."""
-    return checked(stored | beside_resume(stored, given) | {"out": given["resume"], "resume": given["resume"]})
+    folder = given["resume"]
+    return checked(stored | beside_resume(stored, given) | {"out": folder, "resume": folder})
 
 
 def beside_resume(stored, given):
-    """What is given beside --resume; ValueError if it differs from a run's settings where it must not."""
-    fixed = {name: stored[name] for name in stored if name not in ("out", "overwrite", "eval", "resume")}
+    """What is given beside --resume; ValueError if it differs from a run's settings where it must
+    not."""
+    fixed = {name: stored[name] for name in stored.keys() - {"out", "overwrite", "eval", "resume"}}
     unread = {"data_dir"} if stored["task"] == "own" else {"train_file", "dev_file"}
     free = {name for name, option in TABLE.items() if "resume" in option.beside} - unread
-    return agreed(fixed, {name: given[name] for name in given if name != "resume"}, free, "--resume")
+    wanted = {name: given[name] for name in given if name != "resume"}
+    return agreed(fixed, wanted, free, "--resume")
 
 
 @refusing()
@@ -288,10 +315,11 @@ def evaluating(stored, given):
     settings = {name: option.default for name, option in TABLE.items()} | stored
     settings |= agreed(stored, given, free, "--eval")
     if settings["model"] is None:
-        raise ValueError(f"{given['eval']} belongs to a model in a folder: give that folder as --model")
+        raise ValueError(f"{given['eval']} belongs to a model in a folder: give that folder as "
+                         "--model")
     if settings["task"] == "own" and settings["dev_file"] is None:
-        raise ValueError(f"{given['eval']} was trained on a file of your own: give one to evaluate it on as "
-                         "--dev-file")
+        raise ValueError(f"{given['eval']} was trained on a file of your own: give one to evaluate "
+                         "it on as --dev-file")
     return checked(settings)
 
 
@@ -309,10 +337,11 @@ def agreed(fixed, given, free, what):
 
 
 def checked(settings):
-    """The settings as a Namespace; ValueError for a value out of range or an option that means nothing here.
+    """The settings as a Namespace; ValueError for a value out of range or an option that means
+    nothing here.
 
-    alpha, target-rank, schedules, and whether k and r are too large are judged where the matrices and the
-    number of steps are known.
+    alpha, target-rank, schedules, and whether k and r are too large are judged where the matrices
+    and the number of steps are known.
     """
     method = settings["method"]
     for name, option in TABLE.items():
@@ -321,17 +350,21 @@ def checked(settings):
             continue
         if method not in option.methods:
             raise ValueError(f"{flag(name)} means nothing to --method {method}: leave it out")
-        if option.bounds and not option.bounds[0] <= value < option.bounds[1]:
-            most = f" and less than {option.bounds[1]}" if option.bounds[1] < math.inf else ""
-            raise ValueError(f"{flag(name)} {value}: give at least {option.bounds[0]}{most}")
-        if option.items and (len(set(value)) < len(value) or not set(value) <= set(option.items)):
-            raise ValueError(f"{flag(name)} {','.join(value)}: give some of {','.join(option.items)}, each once")
+        if option.kind is list:
+            if len(set(value)) < len(value) or not set(value) <= set(option.limits):
+                raise ValueError(f"{flag(name)} {','.join(value)}: give some of "
+                                 f"{','.join(option.limits)}, each once")
+        elif option.limits and not option.limits[0] <= value < option.limits[1]:
+            least, below = option.limits
+            most = f" and less than {below}" if below < math.inf else ""
+            raise ValueError(f"{flag(name)} {value}: give at least {least}{most}")
     if settings["stop_at"] is not None and method in PRUNING:
-        raise ValueError(f"--stop-at could end --method {method} before its pruning: give --max-steps")
+        raise ValueError(f"--stop-at could end --method {method} before its pruning: give "
+                         "--max-steps")
     return Namespace(**settings)
 
 
-# --- when things happen -------------------------------------------------------------------------------------
+# --- when things happen -------------------------------------------------------------------
 
 class Plan(NamedTuple):
     """When things happen in a run: all numbers are optimizer steps, counted from 1."""
@@ -346,7 +379,8 @@ class Plan(NamedTuple):
     stop_at: Optional[float]         # a score
 
     def lr_factor(self, step):
-        """Linear up over the warm-up, then linear down to the end; not 0 at any of the steps 1 .. T."""
+        """Linear up over the warm-up, then linear down to the end; not 0 at any of the steps 1 ..
+        T."""
         if step <= self.lr_warmup:
             return step / self.lr_warmup
         return (self.steps - step + 1) / (self.steps - self.lr_warmup)
@@ -359,19 +393,22 @@ class Plan(NamedTuple):
         return state.step > last and (at_end or in_between)
 
     def saves(self, state):
-        """Whether last.pt is written after step state.step: after each evaluation, and for --save-steps."""
+        """Whether last.pt is written after step state.step: after each evaluation, and for
+        --save-steps."""
         evaluated = bool(state.evaluations) and state.evaluations[-1]["step"] == state.step
         return evaluated or (self.save_steps is not None and state.step % self.save_steps == 0)
 
     def is_over(self, state):
-        """Whether step state.step was the last: of all, or because the score of --stop-at is reached."""
+        """Whether step state.step was the last: of all, or because the score of --stop-at is
+        reached."""
         reached = self.stop_at is not None and state.evaluations and (
             state.evaluations[-1]["score"] >= self.stop_at)
         return state.step == self.steps or bool(reached)
 
 
 def plan(o, rows):
-    """The Plan of a run on that many training rows. ValueError if its phases do not fit into its steps."""
+    """The Plan of a run on that many training rows. ValueError if its phases do not fit into its
+    steps."""
     per_epoch = math.ceil(rows / o.batch_size)
     T = o.max_steps or o.epochs * per_epoch
     warmup, start = steps_of(o.warmup, T), steps_of(o.prune_warmup, T)
@@ -379,13 +416,15 @@ def plan(o, rows):
     if warmup >= T:
         raise ValueError(f"--warmup {warmup} must be less than the {T} steps of this run")
     if start + final >= T:
-        raise ValueError(f"--prune-warmup {start} and --prune-final {final} together must be less than the "
-                         f"{T} steps of this run")
-    return Plan(T, per_epoch, warmup, start, final, max(1, interval), o.eval_steps, o.save_steps, o.stop_at)
+        raise ValueError(f"--prune-warmup {start} and --prune-final {final} together must be less "
+                         f"than the {T} steps of this run")
+    return Plan(T, per_epoch, warmup, start, final, max(1, interval), o.eval_steps, o.save_steps,
+                o.stop_at)
 
 
 def steps_of(value, T):
-    """A number of steps, from a number or a fraction of T; a method without use for it has None, that is 0.
+    """A number of steps, from a number or a fraction of T; a method without use for it has None,
+    that is 0.
 
     Fractions are rounded down, so that a sum of them that is below 1 stays below T.
     """

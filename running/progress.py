@@ -1,4 +1,5 @@
-"""What a person sees of a run: settings and counts before it, bar or lines during it, table and map after.
+"""What a person sees of a run: settings and counts before it, bar or lines during it, table and map
+after.
 
 Of several processes the first one speaks and writes.
 """
@@ -21,17 +22,16 @@ from running.errors import refusing
 LOG_STEPS = 10                                             # between two lines of the log
 
 
-# --- before a run -------------------------------------------------------------------------------------------
+# --- before a run -------------------------------------------------------------------------
 
 def announce(o, here, plan, task, examples, net):
     """Before the first step: settings, counts, matches, schedule."""
     settings = vars(o) | {"dtype": here.dtype}
     print("settings  " + "  ".join(f"{name}={shown(value)}" for name, value in settings.items()
                                    if value is not None and value is not False))
-    adapted, numbers = lora2_layers(net), counts(net)
+    adapted, (body, head, frozen) = lora2_layers(net), counts(net).values()
     what = f"adapter parameters in {len(adapted)} matrices" if adapted else "backbone parameters"
-    print(f"{numbers['adapter_parameters']:,} {what} + {numbers['head_parameters']:,} head parameters are "
-          f"trained, {numbers['frozen_parameters']:,} are frozen")
+    print(f"{body:,} {what} + {head:,} head parameters are trained, {frozen:,} are frozen")
     if o.alpha is not None:
         print(f"the update is scaled by alpha / r = {o.alpha / o.r:g}")
     for short in o.targets or []:
@@ -41,13 +41,15 @@ def announce(o, here, plan, task, examples, net):
     print(rows(examples, task))
     for name, split in examples.items():
         if split.truncated:
-            print(f"{split.truncated} of {len(split.starts) - 1} rows of {name} are cut to {o.max_len} tokens")
+            print(f"{split.truncated} of {len(split.starts) - 1} rows of {name} are cut to "
+                  f"{o.max_len} tokens")
     if o.target_rank is not None:
-        print(f"{len(adapted) * o.r} singular values are pruned to {len(adapted) * o.target_rank} between the "
-              f"steps {plan.prune_warmup} and {plan.steps - plan.prune_final}, every {plan.prune_interval}")
+        print(f"{len(adapted) * o.r} singular values are pruned to {len(adapted) * o.target_rank} "
+              f"between the steps {plan.prune_warmup} and {plan.steps - plan.prune_final}, every "
+              f"{plan.prune_interval}")
     dev = next(name for name in examples if name != "train")
-    print(f"{plan.steps} steps, warm-up {plan.lr_warmup}; the best is chosen by {task.metrics[0]} on {dev}; "
-          f"{here.device}, {here.dtype}, {here.world} process(es)", flush=True)
+    print(f"{plan.steps} steps, warm-up {plan.lr_warmup}; the best is chosen by {task.metrics[0]} "
+          f"on {dev}; {here.device}, {here.dtype}, {here.world} process(es)", flush=True)
 
 
 def shown(value):
@@ -59,7 +61,8 @@ def shown(value):
 
 def rows(examples, task):
     """How much data there is, and which labels: text."""
-    sizes = ", ".join(f"{len(split.starts) - 1:,} rows of {name}" for name, split in examples.items())
+    sizes = ", ".join(f"{len(split.starts) - 1:,} rows of {name}"
+                      for name, split in examples.items())
     return sizes + (f"; labels {', '.join(map(repr, task.labels))}" if task.labels else "; a score")
 
 
@@ -74,10 +77,11 @@ def counts(net):
     return numbers
 
 
-# --- during a run -------------------------------------------------------------------------------------------
+# --- during a run -------------------------------------------------------------------------
 
 class Log:
-    """What is said before the first step; then log.jsonl, and a bar on a terminal or about 20 lines elsewhere.
+    """What is said before the first step; then log.jsonl, and a bar on a terminal or about 20 lines
+    elsewhere.
 
     guard: its check() is called before a line about a step.
     """
@@ -98,7 +102,8 @@ class Log:
             return
         announce(self.o, self.here, self.plan, self.task, examples, self.net)
         if sys.stderr.isatty():
-            self.bar = tqdm(total=self.plan.steps, initial=state.step, unit="step", dynamic_ncols=True)
+            self.bar = tqdm(total=self.plan.steps, initial=state.step, unit="step",
+                            dynamic_ncols=True)
 
     def __enter__(self):
         return self
@@ -117,18 +122,25 @@ class Log:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record, sort_keys=True) + "\n")
         except OSError as e:
-            raise OSError(f"{self.path} could not be written ({e.strerror or e}): make room, --resume") from e
+            raise OSError(f"{self.path} could not be written ({e.strerror or e}): make room, "
+                          "--resume") from e
 
-    def training(self, state, loss, R, kept, lr):
-        """A line about step state.step. loss, R: scalars on the device. R is given as the distance from its
-        floor, tokens and seconds since the run began."""
+    def training(self, state, loss, R, kept, optimizer):
+        """A line about step state.step, if one is due.
+
+        loss, R: scalars on the device; R is given as the distance from its floor. kept: how many
+        singular values the last selection kept, or None. Tokens and seconds are the whole run's.
+        """
+        if not self.is_due(state.step):
+            return
         self.guard.check()
         if not self.here.speaks:
             return
         seconds = time.perf_counter() - self.started       # of this process, for the rates
         rate = round((state.tokens - self.first_tokens) / seconds)
-        record = {"step": state.step, "loss": loss.item(), "lr": lr, "tokens": state.tokens,
-                  "seconds": round(state.elapsed(), 3), "tokens_per_second": rate}
+        record = {"step": state.step, "loss": loss.item(), "lr": optimizer.param_groups[0]["lr"],
+                  "tokens": state.tokens, "seconds": round(state.elapsed(), 3),
+                  "tokens_per_second": rate}
         text = f"loss {record['loss']:.4f}"
         if R is not None:
             record["R"] = R.item() - self.floor
@@ -149,18 +161,22 @@ class Log:
 
     def is_shown(self, step):
         """Whether a line is printed where there is no bar: about 20 in a run, and the last."""
+        steps = self.plan.steps
         before = max(0, step - LOG_STEPS)
-        return step == self.plan.steps or step * 20 // self.plan.steps > before * 20 // self.plan.steps
+        return step == steps or step * 20 // steps > before * 20 // steps
 
-    def evaluation(self, state, predictions):
-        """A line about the last evaluation; predictions: {dev split: (N,)}."""
+    def evaluation(self, state, scores, predictions):
+        """A line about the evaluation that was just made.
+
+        scores: {dev split: {metric: value}}; predictions: {dev split: (N,)}.
+        """
         if not self.here.speaks:
             return
         warn_if_equal(predictions, self.warned)
         evaluation = state.evaluations[-1]
         self.write(evaluation)
         best = "  (best so far)" if evaluation is state.best else ""
-        text = f"step {state.step}/{self.plan.steps}  {scores(evaluation['scores'])}{best}"
+        text = f"step {state.step}/{self.plan.steps}  {scores_text(scores)}{best}"
         if self.bar:
             tqdm.write(text)
         else:
@@ -168,39 +184,45 @@ class Log:
 
 
 def bar_on(here):
-    """A function that puts a bar around batches while they are predicted, where there is a terminal."""
+    """A function that puts a bar around batches while they are predicted, where there is a
+    terminal."""
     def bar(batches, total):
         return tqdm(batches, "predicting", total, leave=False, unit="batch", dynamic_ncols=True,
                     disable=not here.speaks or not sys.stderr.isatty())
     return bar
 
 
-def warn_if_equal(predictions, warned):
+def warn_if_equal(predictions, warned=None):
     """Say so if all predictions for a dev split, {split: (N,)}, are one and the same.
 
     warned: a set of the splits for which that was said already; it is added to.
     """
+    warned = set() if warned is None else warned
     for name, p in predictions.items():
         if len(p) > 1 and bool((p == p[0]).all()) and name not in warned:
             warned.add(name)
-            print(f"warning: all {len(p)} predictions for {name} are equal: the model may have collapsed; "
-                  "a smaller --lr or a longer --warmup may help", file=sys.stderr)
+            print(f"warning: all {len(p)} predictions for {name} are equal: the model may have "
+                  "collapsed; a smaller --lr or a longer --warmup may help", file=sys.stderr)
 
 
-def scores(splits):
+def scores_text(splits):
     """{split: {metric: value}} as text."""
-    return "; ".join(f"{split} " + ", ".join(f"{metric} {value:.4f}" for metric, value in values.items())
-                     for split, values in splits.items())
+    texts = []
+    for split, values in splits.items():
+        numbers = ", ".join(f"{metric} {value:.4f}" for metric, value in values.items())
+        texts.append(f"{split} {numbers}")
+    return "; ".join(texts)
 
 
-# --- after a run --------------------------------------------------------------------------------------------
+# --- after a run --------------------------------------------------------------------------
 
 def kept_map(kept, r):
-    """The kept singular values as a picture for the terminal, like Figure 3: matrices down, layers across.
+    """The kept singular values as a picture for the terminal, like Figure 3: matrices down, layers
+    across.
 
     kept: {module name: count}; r: the count at the start.
     """
-    cells = {models.place_of(name): count for name, count in kept.items()}     # (short name, layer): count
+    cells = {models.place_of(name): count for name, count in kept.items()}  # (matrix, layer)
     layers = sorted({layer for _, layer in cells})
     lines = [f"kept of {r} singular values, layers {layers[0]} to {layers[-1]} from left to right"]
     for matrix in models.TARGETS["bert"]:                   # the same short names in every family
@@ -215,17 +237,19 @@ def kept_map(kept, r):
 
 
 def show_result(result, kept, folder):
-    """The map of kept singular values, where there is one, and the table of a run that has just ended."""
+    """The map of kept singular values, where there is one, and the table of a run that has just
+    ended."""
     if kept:
         print(kept_map(kept, result["settings"]["r"]))
     print(summary(result, folder), flush=True)
 
 
 def summary(result, folder):
-    """The table of a finished run, from its result.json, and the command that evaluates its adapter: text."""
+    """The table of a finished run, from its result.json, and the command that evaluates its
+    adapter: text."""
     lines = []
     for name in ("best", "last"):
-        line = f"{name}  step {result[name]['step']:6}  {scores(result[name]['scores'])}"
+        line = f"{name}  step {result[name]['step']:6}  {scores_text(result[name]['scores'])}"
         if result[name].get("kept") is not None:
             line += f"  kept {result[name]['kept']} of {result['singular_values']}"
         lines.append(line)
@@ -233,7 +257,8 @@ def summary(result, folder):
     for name, value in evaluation_of(result, folder).items():
         words += [options.flag(name), value]
     memory = f", at most {result['peak_memory_gb']} GB" if result.get("peak_memory_gb") else ""
-    lines.append(f"{result['seconds']:.0f} s{memory}; files in {folder}; to evaluate the best again:")
+    lines.append(f"{result['seconds']:.0f} s{memory}; files in {folder}; to evaluate the best "
+                 "again:")
     lines.append(f"  python train.py {shlex.join(words)}")
     return "\n".join(lines)
 
@@ -248,7 +273,8 @@ def evaluation_of(result, folder):
 
 @refusing()
 def finished(given):
-    """Show the finished run that --resume names; the options for what else is asked of its adapter, or {}."""
+    """Show the finished run that --resume names; the options for what else is asked of its adapter,
+    or {}."""
     folder = given["resume"]
     path = Path(folder) / "result.json"
     with disk.reading(path, f"remove it, and --resume {folder} makes it anew"):

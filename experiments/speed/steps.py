@@ -1,7 +1,8 @@
-"""What bench.py times on our side, a training step of LoRA², of AdaLoRA or of the frozen backbone; and how.
+"""What bench.py times on our side, a training step of LoRA², of AdaLoRA or of the frozen backbone;
+and how.
 
-The step calls the functions of train.py's loop one after the other, so that each part can be counted by
-itself. Shapes: B rows, T tokens, d hidden size, f feed-forward size, H heads.
+The step calls the functions of train.py's loop one after the other, so that each part can be
+counted by itself. Shapes: B rows, T tokens, d hidden size, f feed-forward size, H heads.
 """
 import contextlib
 import json
@@ -16,7 +17,7 @@ import data
 import model as models
 import train
 from methods import baselines, fast
-from running import machine
+from running import machine, options
 
 SIX = ["q", "k", "v", "o", "f1", "f2"]
 COMMON = {"hidden_act": "gelu", "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
@@ -36,8 +37,8 @@ def sized(config, layers, d, f, H):
                      "num_attention_heads": H}
 
 
-# The released sizes but for the vocabulary, whose 128,100 rows take no part in a step. "narrow" is for
-# counting operations, which do not depend on the width; "tiny" is for the tests.
+# The released sizes but for the vocabulary, whose 128,100 rows take no part in a step. "narrow" is
+# for counting operations, which do not depend on the width; "tiny" is for the tests.
 SHAPES = {"deberta-v3-base": sized(DEBERTA, 12, 768, 3072, 12),
           "roberta-large": sized(ROBERTA, 24, 1024, 4096, 16),
           "deberta-narrow": sized(DEBERTA, 12, 64, 128, 4), "roberta-narrow": sized(ROBERTA, 12, 64, 128, 4),
@@ -45,10 +46,12 @@ SHAPES = {"deberta-v3-base": sized(DEBERTA, 12, 768, 3072, 12),
 
 
 def write_checkpoint(folder, config, seed=0):
-    """A checkpoint with random weights, head included; returns its folder, for ours and theirs to load.
+    """A checkpoint with random weights, head included; returns its folder, for ours and theirs to
+    load.
 
-    The matrices are larger than at a fresh init: attention scores have a spread of about 1 in place of nearly
-    0, so that the two implementations cannot agree where they attend to nothing in particular.
+    The matrices are larger than at a fresh init: attention scores have a spread of about 1 in place
+    of nearly 0, so that the two implementations cannot agree where they attend to nothing in
+    particular.
     """
     folder = Path(folder)
     folder.mkdir(parents=True)
@@ -63,7 +66,8 @@ def write_checkpoint(folder, config, seed=0):
 
 
 def make_batch(config, B, T, device="cpu", seed=0):
-    """A data.Batch of random tokens, the last one padding: transformers drops a mask of ones alone."""
+    """A data.Batch of random tokens, the last one padding: transformers drops a mask of ones
+    alone."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, config["vocab_size"], (B, T), generator=generator)
     labels = torch.randint(0, 2, (B,), generator=generator)
@@ -80,10 +84,11 @@ def head_of(net):
 
 
 def freeze(net, names, head):
-    """Train the head and the q, k and v biases of the first layer, of any model with our module names.
+    """Train the head and the q, k and v biases of the first layer, of any model with our module
+    names.
 
-    These biases are the cheapest thing that makes the gradient flow exactly as far down as adapters need it:
-    through all layers, but not into the input of the first.
+    These biases are the cheapest thing that makes the gradient flow exactly as far down as adapters
+    need it: through all layers, but not into the input of the first.
     """
     first = tuple(name.removeprefix("base_model.model.") + ".bias" for name in names[:3])
     for name, parameter in net.named_parameters():
@@ -91,12 +96,14 @@ def freeze(net, names, head):
 
 
 class OwnStep:
-    """One training step of our model, called without arguments: the parts are train.py's own functions.
+    """One training step of our model, called without arguments: the parts are train.py's own
+    functions.
 
-    method: "lora2", "adalora" or "frozen" (forward and backward alone, the step nothing can do without).
+    method: "lora2", "adalora" or "frozen" (forward and backward alone, the step nothing can do
+    without).
     extras: with False neither regulariser nor pruner. dtype: "fp32" or "bf16", that is autocast.
-    The pruner is in the middle of its schedule and chooses anew at every step, as with the presets of MRPC
-    and RTE.
+    The pruner is in the middle of its schedule and chooses anew at every step, as with the presets
+    of MRPC and RTE.
     """
 
     def __init__(self, folder, method, batch, k=1, r=8, extras=True, dtype="fp32", compile=False,
@@ -119,13 +126,15 @@ class OwnStep:
             self.parameters = [p for p in net.parameters() if p.requires_grad]
             return
         self.optimizer, self.parameters = train.make_optimizer(net, lr=1e-3, head_lr=1e-3, weight_decay=0.0)
-        self.steps, self.step = 1000, 0
+        self.plan = options.Plan(1000, 1000, 0, 0, 10, 1, None, None, None)
+        self.step = 0
         if extras:
-            self.pruner = baselines.make_pruner(method, net, max(1, r // 2), self.steps, 0, 10, 1, None)
+            self.pruner = baselines.make_pruner(method, net, max(1, r // 2), 1000, 0, 10, 1, None)
         self.guard = train.Guard(self.here.device, ".")
 
     def loss(self):
-        """The loss of the batch, with all that the forward pass of a step does: saved bytes need it."""
+        """The loss of the batch, with all that the forward pass of a step does: saved bytes need
+        it."""
         logits = train.predict_batch(self.net, self.batch, self.here)
         return train.task_loss(logits, self.batch.labels, self.task)
 
@@ -143,18 +152,19 @@ class OwnStep:
                 R = baselines.regulariser(self.method, self.net, ("uv", "UV", "PQ"))
                 fast.add_gradients(0.1 * R, self.parameters)
         with part("clip, AdamW"):
-            train.update(self.optimizer, self.parameters, loss, 1 - self.step / self.steps, 1.0, self.guard,
-                         self.step)
+            train.update(self.optimizer, self.parameters, loss, self.plan, self.step, 1.0,
+                         self.guard)
         with part("importance, selection"):
             if self.pruner:
                 self.pruner.step()
         self.optimizer.zero_grad()
 
 
-# --- timing -------------------------------------------------------------------------------------------------
+# --- timing -------------------------------------------------------------------------------
 
 def seconds(function, device, repeat=1):
-    """Time of one call: the host's on a CPU; on a GPU between two events, of `repeat` calls, without gaps."""
+    """Time of one call: the host's on a CPU; on a GPU between two events, of `repeat` calls,
+    without gaps."""
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -171,8 +181,8 @@ def seconds(function, device, repeat=1):
 def interleave(variants, rounds, device="cpu", repeat=1):
     """{name: function} → {name: times}, one a round, after a round that warms up.
 
-    Each round has an order of its own, drawn with a fixed seed: what one variant leaves in caches and memory
-    is not always found by the same other one.
+    Each round has an order of its own, drawn with a fixed seed: what one variant leaves in caches
+    and memory is not always found by the same other one.
     """
     times, rng = {name: [] for name in variants}, random.Random(0)
     for i in range(rounds + 1):
@@ -184,12 +194,14 @@ def interleave(variants, rounds, device="cpu", repeat=1):
 
 
 def profile(function, device="cpu"):
-    """Where one call spends its time: [{"operation", "calls", "seconds", "GFLOP/s"}], the longest first.
+    """Where one call spends its time: [{"operation", "calls", "seconds", "GFLOP/s"}], the longest
+    first.
 
-    The time in an operation itself, without those it calls; on a GPU that of its kernels. GFLOP/s is 0 where
-    the profiler knows no count: it knows those of matrix products. They are counted in a call of their own:
-    the profiler keeps much for them, the step gets fresh memory, and whatever operation touches that first
-    would be charged for it. For the same reason the fastest of five profiled calls is shown.
+    The time in an operation itself, without those it calls; on a GPU that of its kernels. GFLOP/s
+    is 0 where the profiler knows no count: it knows those of matrix products. They are counted in a
+    call of their own: the profiler keeps much for them, the step gets fresh memory, and whatever
+    operation touches that first would be charged for it. For the same reason the fastest of five
+    profiled calls is shown.
     """
     kinds, on_gpu = torch.profiler.ProfilerActivity, device == "cuda"
 
