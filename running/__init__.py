@@ -1,2 +1,1 @@
-"""What stands around the training loop: options, device and processes, the run folder, progress,
-exports."""
+"""What stands around the training loop: options, machine, run folder, progress, exports, errors."""

@@ -35,8 +35,7 @@ WAYS = {"head only": ["--method", "head", "--lr", "5e-3"],
 
 
 def write_base(path, config, weights):
-    """A folder as the Hub ships a pretrained model: config, the encoder's weights, the
-    tokenizer."""
+    """A folder as the Hub ships a pretrained model: config, encoder weights, tokenizer."""
     path.mkdir(parents=True, exist_ok=True)
     backbone = {name: tensor for name, tensor in weights.items() if name.startswith("deberta.")}
     disk.write_json(path / "config.json", config)
@@ -61,8 +60,7 @@ def write_random_model(path, seed):
 
 
 def write_pretraining_data(path):
-    """train.tsv and dev.tsv of the question to pretrain on, as a user's own data; returns their
-    options."""
+    """train.tsv and dev.tsv of the first question, as a user's own data; returns their options."""
     words = []
     for name, split in toy.splits("pretrain", toy.PRETRAINING_ROWS).items():
         file = path / f"{name}.tsv"
@@ -79,8 +77,7 @@ def run(train, model, out, seed, *words):
 
 
 def main(given, train):
-    """Run the demo in the folder given["out"]; {way: its result.json}. train: train.py's
-    function."""
+    """Run the demo in the folder given["out"]; {way: result}. train: train.py's function."""
     out, seed = place_and_seed(given)
     torch.set_num_threads(1)  # matrices this small are slower on several cores
     print("1. Pretraining a small DeBERTa. The question: of which class is the word that the cue "
@@ -100,8 +97,7 @@ def main(given, train):
 
 @refusing()
 def place_and_seed(given):
-    """Where the demo runs, and its seed. Refused for other options, and for a folder that it did
-    not make."""
+    """Where the demo runs, and its seed. Refused: other options, a folder of somebody else."""
     strange = given.keys() - {"task", "out", "seed", "overwrite"}
     o = options.resolve({"out": "runs/demo", "overwrite": "out" not in given} | given)
     out = Path(o.out)

@@ -1,5 +1,4 @@
-"""What went wrong, as one line: a user's mistake ends with status 2, a failure with 1, a bug with
-its traceback."""
+"""What went wrong, as one line: a user's mistake is status 2, a failure 1; a bug keeps its traceback."""
 import contextlib
 import sys
 
@@ -27,8 +26,7 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def refusing():
-    """Around all that a user's mistake can break and around nothing else: a bug shall look like
-    one."""
+    """Around all that a user's mistake can break and nothing else: a bug shall look like one."""
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
@@ -36,8 +34,7 @@ def refusing():
 
 
 def told(action, *arguments):
-    """Run an action of the command line; returns the exit status, having told what went wrong in
-    one line."""
+    """Run an action of the command line, tell what goes wrong; returns the exit status."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # no run shall end for a Λ that a console lacks

@@ -8,8 +8,7 @@ from lora2 import lora2_layers, merge_lora2
 
 
 def hand_out(o, folder, task, net, predicted):
-    """--predict, --export-peft and --merge, of the adapters that the model now holds; in this
-    order.
+    """--predict, --export-peft and --merge, in this order, of the adapters the model now holds.
 
     folder: where predictions go. predicted: for the file of --predict, (N,), or None.
     """
@@ -28,8 +27,7 @@ def hand_out(o, folder, task, net, predicted):
 
 
 def as_peft(net, folder, base_name):
-    """Write a folder that peft opens: each update as its LoRA (to_lora: exact), the head, the
-    tokenizer.
+    """Write a folder that peft opens: each update as its LoRA (exact), head and tokenizer.
 
     base_name: the checkpoint that the adapter belongs to, for peft to find it.
     """

@@ -1,14 +1,15 @@
 """The folder of a run: what is written there, going on after a stop.
 
-A run folder holds
-    last.pt               all that --resume needs: tensors and plain values adapter.safetensors
-    the best adapter and head, and the settings that define the function predictions_*.tsv     its
-    predictions for each dev split log.jsonl             one object for each logged step and each
-    evaluation ranks.json            kept singular values of each adapted matrix result.json
-    best, last, counts, settings, seconds, versions; a run that has it is finished
+    last.pt               all that --resume needs: tensors and plain values
+    adapter.safetensors   the best adapter and head, and the settings that define the function
+    predictions_*.tsv     its predictions for each dev split
+    log.jsonl             one object for each logged step and each evaluation
+    ranks.json            kept singular values of each adapted matrix
+    result.json           best, last, counts, settings, versions; a run that has it is finished
+
 Every file but the log is written beside and renamed: at any moment it is whole or absent. After a
-kill the log may be ahead of last.pt, which knows how long it was; so may adapter.safetensors, which
-knows the best.
+kill the log may be ahead of last.pt, which knows how long it was; so may adapter.safetensors,
+which knows the best.
 """
 import contextlib
 import hashlib
@@ -52,8 +53,7 @@ CODE = hash_of_code()
 # --- hashes -------------------------------------------------------------------------------
 
 def digest(*parts):
-    """Hash of texts, bytes, tensors and dicts of them: the formats of our files notice no changed
-    bit."""
+    """Hash of texts, bytes, tensors and dicts of them; no bit changes unnoticed."""
     hasher = hashlib.blake2b(digest_size=16)
     for part in parts:
         if isinstance(part, torch.Tensor):
@@ -88,8 +88,7 @@ def hash_of_data(examples):
 
 
 def identity_of(o, here, task, net, tokenizer, examples):
-    """What a run is: its settings, and by hash its base model and data; what the data's columns
-    mean."""
+    """What a run is: settings, hashes of base model and data, what the data's columns mean."""
     columns = {"texts": task.texts, "label": task.label, "labels": task.labels,
                "metrics": task.metrics}
     return {"settings": vars(o) | {"dtype": here.dtype, "resume": None},
@@ -117,8 +116,7 @@ class State:
 # --- before a run -------------------------------------------------------------------------
 
 def check_destinations(o):
-    """OSError or ValueError unless whatever will be written has a place of its own that holds
-    nothing yet."""
+    """OSError or ValueError unless all that will be written has a free place of its own."""
     named = {"out": o.out, "merge": o.merge, "export_peft": o.export_peft}
     folders = {name: Path(place) for name, place in named.items() if place}
     for name, folder in folders.items():
@@ -146,8 +144,7 @@ def check_destinations(o):
 
 
 def files_to_replace(folder):
-    """What --overwrite removes from a folder: the files of a run of ours, in order, and nothing
-    else.
+    """What --overwrite removes from a folder, in order: the files of a run of ours alone.
 
     The result goes first, since half removed is not finished; last.pt goes last, by which a run is
     known. ValueError for a folder that holds such names without a run of ours.
@@ -170,8 +167,7 @@ def first_line(path):
 
 
 def is_run(folder):
-    """Whether a folder holds a run of ours: a last.pt with its hash behind it, or a result with
-    settings."""
+    """Whether a folder holds a run of ours: a last.pt with its hash, or a result with settings."""
     with contextlib.suppress(OSError):
         return last_bytes(folder / "last.pt").isalnum()
     with contextlib.suppress(OSError, ValueError, TypeError):
@@ -189,11 +185,9 @@ def is_finished(folder):
 class RunFolder:
     """The folder of one run. Of several processes the first one writes.
 
-    Inside `with` it is locked for this process; if the run is stopped there by a signal, it is
-    saved.
-    path: of the folder. identity: of the run, from identity_of(). here: its Machine. net,
-    optimizer, pruner (or None): what is saved and restored. guard: its check() is called before
-    anything is written.
+    Inside `with` it is locked for this process, and a run that is stopped there is saved.
+    identity: from identity_of(). net, optimizer, pruner (or None): what is saved and restored.
+    guard: its check() is called before anything is written.
     """
 
     def __init__(self, path, identity, here, net, optimizer, pruner, guard):
@@ -257,8 +251,7 @@ class RunFolder:
         return state
 
     def check(self, saved):
-        """ValueError unless a saved state is of this base model, these data and as many
-        processes."""
+        """ValueError unless a saved state is of this base model, these data, as many processes."""
         if saved["base"] != self.identity["base"]:
             model = self.identity["settings"]["model"]
             raise ValueError(f"{model} is not the model that the run began with: give that one as "
@@ -287,8 +280,7 @@ class RunFolder:
             "pruner": self.pruner.state_dict() if self.pruner else {}})
 
     def keep_best(self, task, scores, predictions):
-        """Note an evaluation in the state; write its predictions and adapter.safetensors if none
-        was better.
+        """Note an evaluation; write its predictions and adapter.safetensors if none was better.
 
         scores: {dev split: {metric: value}}, of which the first decides; predictions: {dev split:
         (N,)}.
@@ -311,8 +303,7 @@ class RunFolder:
                                {"lora2": json.dumps([facts, digest(tensors, facts)])})
 
     def facts(self, best):
-        """What an adapter file says of itself. No paths, times, hosts or devices: equal runs give
-        equal bytes."""
+        """What an adapter says of itself: no paths, times, devices; equal runs give equal bytes."""
         settings = {name: self.identity["settings"][name] for name in STORED}
         if Path(settings["model"]).is_dir():
             settings["model"] = None
@@ -321,14 +312,12 @@ class RunFolder:
 
     @property
     def budget(self):
-        """How many singular values pruning leaves; None for a method that does not prune to a
-        number."""
+        """How many singular values pruning leaves; None for a method without such a number."""
         target = self.identity["settings"]["target_rank"]
         return None if target is None else len(lora2_layers(self.net)) * target
 
     def finish(self, task, numbers):
-        """Write ranks.json and result.json, print them. numbers: of parameters, {what: how
-        many}."""
+        """Write and print ranks.json and result.json. numbers: of parameters, {what: how many}."""
         state, settings = self.state, self.identity["settings"]
         kept = self.pruner.kept() if self.pruner else None
         peak = machine.peak_memory(self.here.device)
@@ -356,8 +345,7 @@ class RunFolder:
 
 
 def comparable(facts):
-    """An adapter's facts without what may differ in one run: its best, and where the base model
-    comes from."""
+    """An adapter's facts without what may differ in one run: its best, the base model's place."""
     return facts | {"best": None, "settings": facts["settings"] | {"model": None}}
 
 
@@ -428,8 +416,7 @@ def load_adapter(path):
 
 
 def check_adapter(stored, identity, name):
-    """ValueError unless the adapter file of that name, which stores these facts, belongs to model
-    and data."""
+    """ValueError unless the adapter of that name, which stores these facts, fits model and data."""
     settings = identity["settings"]
     if stored["base"] != identity["base"]:
         right = stored["settings"]["model"] or "a folder"

@@ -1,5 +1,4 @@
-"""What a run has to do with the machine: its device, the other processes of torchrun, memory,
-signals."""
+"""What a run has to do with the machine: device, memory, torchrun's processes, signals."""
 import contextlib
 import ctypes
 import os
@@ -67,8 +66,7 @@ def number_from(variable, default):
 
 
 def find_device(name, local, world):
-    """The torch.device of that name, or the first there is; process `local` of this machine has its
-    own GPU."""
+    """The torch.device of that name, or the first there is; process `local` has its own GPU."""
     has_mps = torch.backends.mps.is_available() and world == 1                 # gloo knows no mps
     found = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     wanted, gpus = name or found, torch.cuda.device_count()
@@ -86,8 +84,7 @@ def find_device(name, local, world):
 
 
 def emulates_bf16(kind):
-    """Whether a kind of device ("cpu", "cuda", ...) has no arithmetic for bf16: such a CPU is far
-    faster in fp32."""
+    """Whether a kind of device ("cpu", ...) has no arithmetic for bf16 and is slow with it."""
     if kind == "cpu":  # 0.65 GFLOP/s in place of 63 without AVX-512
         has_mkldnn = torch.backends.mkldnn.is_available()
         return not (has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -102,8 +99,7 @@ def name_of(device):
 # --- memory -------------------------------------------------------------------------------
 
 def keep_freed_memory():
-    """Have malloc keep what a step frees for the next one: a training step on a CPU is 10 to 18 %
-    faster.
+    """Have malloc keep what a step frees: a step on a CPU is 10 to 18 % faster.
 
     By default glibc hands large blocks back to the system, and gets them back zeroed, page by page.
     The price is about an eighth more memory. Other systems' malloc is left as it is. (Not by
@@ -118,8 +114,7 @@ def keep_freed_memory():
 
 
 def peak_memory(device):
-    """The most memory this process has held so far, in GB: on a GPU that of its tensors, else all
-    of it.
+    """The most memory this process has held, in GB: on a GPU that of its tensors, else all.
 
     None where the system does not tell (Windows, gVisor). On Linux getrusage() would count what the
     process that started this one held.
@@ -145,8 +140,7 @@ def seed_dropout(seed, here):
 
 
 def random_state(here):
-    """What the generators of this process's dropout hold: {"cpu": state, and of its GPU or a
-    Mac's}."""
+    """What dropout's generators hold: {"cpu": state, perhaps "cuda" or "mps": state}."""
     state = {"cpu": torch.get_rng_state()}
     if here.device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(here.device)
@@ -156,8 +150,7 @@ def random_state(here):
 
 
 def set_random_state(here, state):
-    """Put back what random_state() gave; a run that began on another kind of device has none of
-    this one's."""
+    """Put random_state() back; a run that began on another device has none of this one's."""
     torch.set_rng_state(state["cpu"])
     if here.device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], here.device)
@@ -168,8 +161,7 @@ def set_random_state(here, state):
 # --- several processes --------------------------------------------------------------------
 
 def together(operation, *arguments):
-    """An operation of all processes. Where one has died the others end with a sentence instead of
-    waiting."""
+    """An operation of all processes; where one has died, the others end with a sentence."""
     try:
         operation(*arguments)
     except RuntimeError as e:
@@ -194,8 +186,7 @@ def sum_up(tensors):
 
 
 def sum_gradients(loss, net):
-    """Add up a loss and a model's gradients over all processes, in place; nothing to do for a
-    single one.
+    """Add up loss and gradients over all processes, in place; nothing to do for one.
 
     A process without a row of a small batch has no gradients: its share is zeros.
     """
@@ -216,8 +207,7 @@ def gathered(value, here):
 
 
 def leave():
-    """Part from the other processes at the end of a run; after an error they find out for
-    themselves."""
+    """Part from the other processes at the end of a run; after an error they find out."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -225,8 +215,7 @@ def leave():
 # --- signals ------------------------------------------------------------------------------
 
 class Signals:
-    """Inside `with`, Ctrl-C, SIGTERM and a lost terminal are only noted; check() raises Stopped
-    where the state is whole."""
+    """Inside `with`, Ctrl-C, SIGTERM and a lost terminal are noted; check() raises Stopped."""
 
     def __init__(self, here):
         self.here = here
@@ -245,8 +234,7 @@ class Signals:
         self.number = number
 
     def check(self, step):
-        """Raise Stopped if a signal arrived; several processes agree first, so that none waits for
-        another.
+        """Raise Stopped if a signal arrived. Several processes agree first: none shall wait.
 
         On GPUs, which would have to wait for it, they do so every 10 steps. (torchrun kills 30
         seconds after a Ctrl-C.)
@@ -261,8 +249,7 @@ class Signals:
             raise Stopped(int(highest))
 
     def watch(self, batches, total):
-        """The batches of an evaluation, with a look at the signals before each, several processes
-        every tenth."""
+        """The batches of an evaluation; looks at signals before each, several processes every 10."""
         for i, batch in enumerate(batches):
             if self.here.world == 1 or i % 10 == 0:
                 self.check(step=0)

@@ -195,8 +195,7 @@ TYPES = {"steps": (number_of_steps, "S"), "path": (path_of, "PATH"), list: (list
 
 @refusing()
 def parse(argv, description=None):
-    """Command line → {name: value} of the options that were given and only those. Refused on a
-    mistake."""
+    """Command line → {name: value} of the options that were given. Refused on a mistake."""
     parser = Parser(usage="python train.py [options]", description=description, epilog=epilog(),
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                     argument_default=argparse.SUPPRESS)
@@ -236,8 +235,7 @@ def epilog():
 # --- from options given to all settings ---------------------------------------------------
 
 def preset_of(task, method):
-    """{name: value} of what a task and a method want, schedules as fractions of a full-length
-    run."""
+    """{name: value} that a task and a method want; schedules are fractions of all steps."""
     preset = dict(PRESETS[task])
     T = preset.pop("T")
     preset["warmup"] /= T
@@ -262,8 +260,7 @@ def task_of(given):
 
 @refusing()
 def resolve(given):
-    """Options given, {name: value} → the settings of a new run, as argparse's Namespace. Refused
-    for what cannot be or does not fit."""
+    """Options given, {name: value} → all settings of a new run. Refused for what cannot be."""
     task, method = task_of(given), given.get("method", "lora2")
     preset = preset_of(task, method)
     settings = {name: option.default for name, option in TABLE.items()}
@@ -294,8 +291,7 @@ def resumed(stored, given):
 
 
 def beside_resume(stored, given):
-    """What is given beside --resume; ValueError if it differs from a run's settings where it must
-    not."""
+    """What is given beside --resume; ValueError if it differs from the run where it must not."""
     fixed = {name: stored[name] for name in stored.keys() - {"out", "overwrite", "eval", "resume"}}
     unread = {"data_dir"} if stored["task"] == "own" else {"train_file", "dev_file"}
     free = {name for name, option in TABLE.items() if "resume" in option.beside} - unread
@@ -337,8 +333,7 @@ def agreed(fixed, given, free, what):
 
 
 def checked(settings):
-    """The settings as a Namespace; ValueError for a value out of range or an option that means
-    nothing here.
+    """The settings as a Namespace; ValueError for what is out of range or means nothing here.
 
     alpha, target-rank, schedules, and whether k and r are too large are judged where the matrices
     and the number of steps are known.
@@ -393,22 +388,19 @@ class Plan(NamedTuple):
         return state.step > last and (at_end or in_between)
 
     def saves(self, state):
-        """Whether last.pt is written after step state.step: after each evaluation, and for
-        --save-steps."""
+        """Whether last.pt is written after this step: after evaluations, and for --save-steps."""
         evaluated = bool(state.evaluations) and state.evaluations[-1]["step"] == state.step
         return evaluated or (self.save_steps is not None and state.step % self.save_steps == 0)
 
     def is_over(self, state):
-        """Whether step state.step was the last: of all, or because the score of --stop-at is
-        reached."""
+        """Whether this was the last step: of all, or because --stop-at is reached."""
         reached = self.stop_at is not None and state.evaluations and (
             state.evaluations[-1]["score"] >= self.stop_at)
         return state.step == self.steps or bool(reached)
 
 
 def plan(o, rows):
-    """The Plan of a run on that many training rows. ValueError if its phases do not fit into its
-    steps."""
+    """The Plan of a run on that many training rows. ValueError if its phases do not fit."""
     per_epoch = math.ceil(rows / o.batch_size)
     T = o.max_steps or o.epochs * per_epoch
     warmup, start = steps_of(o.warmup, T), steps_of(o.prune_warmup, T)
@@ -423,8 +415,7 @@ def plan(o, rows):
 
 
 def steps_of(value, T):
-    """A number of steps, from a number or a fraction of T; a method without use for it has None,
-    that is 0.
+    """A number of steps, from a number, a fraction of T or None (nothing to the method: 0).
 
     Fractions are rounded down, so that a sum of them that is below 1 stays below T.
     """

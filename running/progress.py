@@ -1,5 +1,4 @@
-"""What a person sees of a run: settings and counts before it, bar or lines during it, table and map
-after.
+"""What a person sees of a run: settings and counts, bar or lines, the table and the map.
 
 Of several processes the first one speaks and writes.
 """
@@ -80,8 +79,7 @@ def counts(net):
 # --- during a run -------------------------------------------------------------------------
 
 class Log:
-    """What is said before the first step; then log.jsonl, and a bar on a terminal or about 20 lines
-    elsewhere.
+    """What is said before the first step; then log.jsonl, and a bar or about 20 lines.
 
     guard: its check() is called before a line about a step.
     """
@@ -184,8 +182,7 @@ class Log:
 
 
 def bar_on(here):
-    """A function that puts a bar around batches while they are predicted, where there is a
-    terminal."""
+    """A function that puts a bar around batches that are predicted, if there is a terminal."""
     def bar(batches, total):
         return tqdm(batches, "predicting", total, leave=False, unit="batch", dynamic_ncols=True,
                     disable=not here.speaks or not sys.stderr.isatty())
@@ -217,8 +214,7 @@ def scores_text(splits):
 # --- after a run --------------------------------------------------------------------------
 
 def kept_map(kept, r):
-    """The kept singular values as a picture for the terminal, like Figure 3: matrices down, layers
-    across.
+    """The kept singular values as a picture: matrices down, layers across, as in Figure 3.
 
     kept: {module name: count}; r: the count at the start.
     """
@@ -237,16 +233,14 @@ def kept_map(kept, r):
 
 
 def show_result(result, kept, folder):
-    """The map of kept singular values, where there is one, and the table of a run that has just
-    ended."""
+    """The map of kept singular values, if any, and the table of a run that has just ended."""
     if kept:
         print(kept_map(kept, result["settings"]["r"]))
     print(summary(result, folder), flush=True)
 
 
 def summary(result, folder):
-    """The table of a finished run, from its result.json, and the command that evaluates its
-    adapter: text."""
+    """The table of a finished run, from its result.json, and how to evaluate its adapter."""
     lines = []
     for name in ("best", "last"):
         line = f"{name}  step {result[name]['step']:6}  {scores_text(result[name]['scores'])}"
@@ -273,8 +267,7 @@ def evaluation_of(result, folder):
 
 @refusing()
 def finished(given):
-    """Show the finished run that --resume names; the options for what else is asked of its adapter,
-    or {}."""
+    """Show the finished run of --resume; the options for what more is asked of it, or {}."""
     folder = given["resume"]
     path = Path(folder) / "result.json"
     with disk.reading(path, f"remove it, and --resume {folder} makes it anew"):
