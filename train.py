@@ -127,7 +127,7 @@ def train(o, saved=None):
     optimizer, parameters = make_optimizer(net, o.lr, o.head_lr, o.weight_decay)
     guard = Guard(here.device, o.out)
 
-    with (folder.RunFolder(o.out, identity, here, net, optimizer, pruner, guard) as files,
+    with (folder.RunFolder(o.out, identity, here, plan, net, optimizer, pruner, guard) as files,
           machine.Signals(here) as signals, progress.Log(o, plan, here, task, net, guard) as log):
         state = files.begin(o) if saved is None else files.restore(saved)
         log.start(state, examples)

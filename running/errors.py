@@ -1,4 +1,4 @@
-"""What went wrong, as one line: a user's mistake is status 2, a failure 1; a bug keeps its traceback."""
+"""What went wrong, as one line: a user's mistake is status 2, a failure 1, a bug a traceback."""
 import contextlib
 import sys
 

@@ -190,10 +190,10 @@ class RunFolder:
     guard: its check() is called before anything is written.
     """
 
-    def __init__(self, path, identity, here, net, optimizer, pruner, guard):
+    def __init__(self, path, identity, here, plan, net, optimizer, pruner, guard):
         self.path = Path(path)
         self.identity = identity
-        self.here = here
+        self.here, self.plan = here, plan
         self.net, self.optimizer, self.pruner = net, optimizer, pruner
         self.guard = guard
         self.state = State()
@@ -201,7 +201,7 @@ class RunFolder:
 
     @refusing()
     def __enter__(self):
-        if self.here.speaks:  # two runs in one folder would mix up their files
+        if self.here.speaks:                               # two runs in one folder would mix up their files
             self.lock.enter_context(disk.alone(self.path, "train.py"))
         return self
 
@@ -209,8 +209,8 @@ class RunFolder:
         try:
             if isinstance(error, Stopped):
                 self.save()
-                error.args = (f"stopped after step {self.state.step}: --resume {self.path} goes "
-                              "on",)
+                error.args = (f"stopped after step {self.state.step} of {self.plan.steps}: "
+                              f"--resume {self.path} goes on",)
         finally:
             self.lock.close()
 
@@ -294,7 +294,7 @@ class RunFolder:
         if state.best is not None and evaluation["score"] < state.best["score"]:
             return
         state.best = evaluation
-        if self.here.speaks:  # the adapter last: it is never ahead of them
+        if self.here.speaks:                               # the adapter last: it is never ahead of them
             for name, values in predictions.items():
                 glue.write_predictions(self.path / f"predictions_{name}.tsv", task, values.tolist())
             tensors = lora2_state_dict(self.net)
