@@ -201,7 +201,7 @@ class RunFolder:
 
     @refusing()
     def __enter__(self):
-        if self.here.speaks:                               # two runs in one folder would mix up their files
+        if self.here.speaks:                               # two runs would mix up their files
             self.lock.enter_context(disk.alone(self.path, "train.py"))
         return self
 
@@ -294,7 +294,7 @@ class RunFolder:
         if state.best is not None and evaluation["score"] < state.best["score"]:
             return
         state.best = evaluation
-        if self.here.speaks:                               # the adapter last: it is never ahead of them
+        if self.here.speaks:                               # the adapter last: never ahead of these
             for name, values in predictions.items():
                 glue.write_predictions(self.path / f"predictions_{name}.tsv", task, values.tolist())
             tensors = lora2_state_dict(self.net)

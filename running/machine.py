@@ -249,7 +249,7 @@ class Signals:
             raise Stopped(int(highest))
 
     def watch(self, batches, total):
-        """The batches of an evaluation; looks at signals before each, of several processes every 10th."""
+        """The batches of an evaluation; several processes look at signals every tenth batch."""
         for i, batch in enumerate(batches):
             if self.here.world == 1 or i % 10 == 0:
                 self.check(step=0)
