@@ -1,24 +1,20 @@
 """What the paper's tables consist of, as runs of train.py, and which of those runs are finished.
 
-A table has rows and tasks; a cell is one run, of a row on a task with a seed, in a folder of its own. A
-finished run is trusted only if every setting in its result.json is the one asked for.
+A table has rows and tasks; a cell is one run, of a row on a task with a seed, in a folder of its own. A run
+is finished if there is a record of it (summary.py), in that folder or in a TABLE.json, with the very settings
+that are asked for.
 """
 import functools
-import itertools
-import json
 import math
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-from running import options
-from running import machine as processes
+from experiments import summary
+from formats import disk
 from running import folder as runs
-from experiments import tables
+from running import options
 
 ROOT = Path(__file__).resolve().parents[1]
-DTYPE = "fp32" if processes.emulates_bf16("cuda" if torch.cuda.is_available() else "cpu") else "bf16"
 TIMING = "timing"                                          # the folder of Table 2's runs
 TUNE_SEED = 1000                                           # of the runs that choose, never of a reported one
 PRESETS = {
@@ -31,7 +27,7 @@ PRESETS = {
                   "run with the task's settings for LoRA², full fine-tuning with a learning rate of 2e-5."]},
     "small": {
         "model": "sentence-transformers/all-MiniLM-L6-v2",
-        "flags": {"limit-train": 2000, "epochs": 6, "dtype": DTYPE},
+        "flags": {"limit-train": 2000, "epochs": 6, "dtype": "bf16"},
         # On CoLA all methods are near chance after 3 epochs: too early to choose by. On RTE they are after
         # 6, and its dev set has 277 rows: the best of six such runs would be luck.
         "lrs": (1e-3, 3e-3, 1e-2), "scales": (2, 8), "tuning": {"stsb": {"epochs": 3}},
@@ -67,7 +63,7 @@ ROWS = {
     "sora-r1": ("SoRA r=1", {"method": "sora", "r": 1, "alpha": 2}),
     "sora-r8": ("SoRA r=8", {"method": "sora", "r": 8, "alpha": 16}),
     "lora2-k1": ("LoRA² k=1", {"k": 1}), "lora2-k8": ("LoRA² k=8", {"k": 8}),
-    "lora2-k1-orthonormal": ("LoRA² k=1, orthonormal init", {"k": 1, "init": "orthonormal"})}
+    "lora2-k1-orthonormal": ("LoRA² k=1, orthonormal", {"k": 1, "init": "orthonormal"})}
 VARIANTS = {                                               # of the preset's base row, whose tuning they share
     "left": ("u, v", {"reg-terms": "uv"}), "right": ("U, V", {"reg-terms": "UV"}),
     "factors": ("u, v, U, V", {"reg-terms": "uv,UV"}), "products": ("P, Q", {"reg-terms": "PQ"}),
@@ -76,33 +72,47 @@ VARIANTS = {                                               # of the preset's bas
     "eq8": ("importance of Eq. 8", {"importance": "full"}), "unpruned": ("not pruned", {"target-rank": "r"})}
 
 METHODS = {
-    "paper": ("cola sst2 mrpc qqp stsb mnli qnli rte",
-              "full bitfit adalora-r2 lora-r1 sora-r1 lora2-k1 adalora-r8 lora-r8 sora-r8 lora2-k8"),
-    "small": ("stsb cola mrpc rte",
-              "full head bitfit adalora-r2 lora-r1 sora-r1 lora2-k1 lora2-k1-orthonormal lora-r8 lora2-k8")}
-TIMED, GROUPS = "adalora-r8 lora2-k1 lora2-k8", "*-noreg *-left *-right *-factors *-products *"
-FOUR, TWO = "cola mrpc stsb rte", "stsb cola"
-# Table: title; for each preset tasks and rows ("*" is its base row); pairs of rows whose difference is shown.
+    "paper": ["full", "bitfit", "adalora-r2", "lora-r1", "sora-r1", "lora2-k1", "adalora-r8", "lora-r8",
+              "sora-r8", "lora2-k8"],
+    "small": ["full", "head", "bitfit", "adalora-r2", "lora-r1", "sora-r1", "lora2-k1",
+              "lora2-k1-orthonormal", "lora-r8", "lora2-k8"]}
+
+
+class Table(NamedTuple):
+    """A table of the paper. A variant among its rows is one of the preset's base row, which is "base"."""
+    title: str
+    tasks: dict                  # preset → tasks
+    rows: dict | list            # preset → rows, or those of both
+    pairs: list = []             # of rows, whose difference is shown
+
+
+def both(paper, small):
+    """{preset: its tasks}, of two texts."""
+    return {"paper": paper.split(), "small": small.split()}
+
+
 TABLES = {
-    "tune": ("Learning rates and scales", METHODS, []),
-    "table1": ("Table 1: the methods", METHODS, [
-        "lora2-k1 lora-r1", "lora2-k1-orthonormal lora-r1", "lora2-k1-orthonormal lora2-k1",
-        "lora2-k1 adalora-r2", "lora2-k8 lora-r8", "lora2-k8 lora2-k1"]),
-    "table2": ("Table 2: time per step", {"paper": ("cola sst2 mrpc qqp stsb mnli rte", TIMED),
-                                          "small": ("stsb cola mrpc", TIMED)}, []),
-    "table3": ("Table 3: groups of the regulariser", {"paper": ("mrpc stsb mnli rte", GROUPS),
-                                                      "small": (TWO, GROUPS)}, [
-                                                          "* *-noreg", "*-left *-noreg", "*-right *-noreg",
-                                                          "*-factors *-noreg", "*-products *-noreg",
-                                                          "* *-factors", "* *-products"]),
-    "table4": ("Table 4: adapted matrices", {"paper": (FOUR, "*-qk *-qv *-qkv *"),
-                                             "small": (TWO, "*-qk *-qv *-qkv *")}, [
-                                                 "* *-qk", "* *-qv", "* *-qkv", "*-qkv *-qk"]),
-    "figure3": ("Figure 3: kept singular values", {"paper": ("mnli qqp mrpc sst2", "*"),
-                                                   "small": ("stsb cola mrpc", "*")}, []),
-    "pruning": ("Pruned against not pruned", {"paper": (FOUR, "*-unpruned *"),
-                                              "small": (TWO, "*-unpruned *")}, ["* *-unpruned"]),
-    "overlap": ("Eq. 8 against Eq. 9", {"paper": (FOUR, "* *-eq8"), "small": (TWO, "* *-eq8")}, ["*-eq8 *"])}
+    "tune": Table("Learning rates and scales",
+                  both("cola sst2 mrpc qqp stsb mnli qnli rte", "stsb cola mrpc rte"), METHODS),
+    "table1": Table("Table 1: the methods",
+                    both("cola sst2 mrpc qqp stsb mnli qnli rte", "stsb cola mrpc rte"), METHODS,
+                    [("lora2-k1", "lora-r1"), ("lora2-k1-orthonormal", "lora-r1"),
+                     ("lora2-k1-orthonormal", "lora2-k1"), ("lora2-k1", "adalora-r2"),
+                     ("lora2-k8", "lora-r8"), ("lora2-k8", "lora2-k1")]),
+    "table2": Table("Table 2: time per step", both("cola sst2 mrpc qqp stsb mnli rte", "stsb cola mrpc"),
+                    ["adalora-r8", "lora2-k1", "lora2-k8"]),
+    "table3": Table("Table 3: groups of the regulariser", both("mrpc stsb mnli rte", "stsb cola"),
+                    ["noreg", "left", "right", "factors", "products", "base"],
+                    [("base", "noreg"), ("left", "noreg"), ("right", "noreg"), ("factors", "noreg"),
+                     ("products", "noreg"), ("base", "factors"), ("base", "products")]),
+    "table4": Table("Table 4: adapted matrices", both("cola mrpc stsb rte", "stsb cola"),
+                    ["qk", "qv", "qkv", "base"],
+                    [("base", "qk"), ("base", "qv"), ("base", "qkv"), ("qkv", "qk")]),
+    "figure3": Table("Figure 3: kept singular values", both("mnli qqp mrpc sst2", "stsb cola mrpc"), ["base"]),
+    "pruning": Table("Pruned against not pruned", both("cola mrpc stsb rte", "stsb cola"),
+                     ["unpruned", "base"], [("base", "unpruned")]),
+    "overlap": Table("Eq. 8 against Eq. 9", both("cola mrpc stsb rte", "stsb cola"), ["base", "eq8"],
+                     [("eq8", "base")])}
 
 
 class Cell(NamedTuple):
@@ -118,13 +128,23 @@ class Grid(NamedTuple):
     """What was asked for: a table on a model, with all that decides what its runs are."""
     table: str
     preset: dict
+    flags: dict                  # options of train.py that all runs share
     model: str
     data_dir: str
     tasks: list
     rows: dict                   # row → its name in paper.json
     pairs: list
     seeds: list
-    folder: Path                 # of the table's files and, below it, of all runs
+    folder: Path                 # of the table's files
+    runs: Path                   # of the run folders
+    known: list                  # records of finished runs in the folder's tables
+
+
+def full_name(row, base):
+    """A row's name, with that of the base row it is, or is a variant of: "noreg" → "lora2-k1-noreg"."""
+    if row == "base":
+        return base
+    return f"{base}-{row}" if row in VARIANTS else row
 
 
 def row_of(name):
@@ -146,13 +166,13 @@ def settings_of(flags):
     return options.resolve(options.parse(command_line(flags)))
 
 
-def make_cell(grid, row, task, seed, tuned, part="runs", **extra):
+def make_cell(grid, row, task, seed, tuned, part="reported", **extra):
     """A row's run on a task. tuned: {"lr": ..., "scale": ...}, or {} for train.py's presets.
 
     The folder's name says how it is tuned: should another choice prove better, runs with this one stay.
     """
     flags = {"task": task, "model": grid.model, "data-dir": grid.data_dir, "seed": seed}
-    flags |= grid.preset["flags"] | row_of(row)[1] | extra
+    flags |= grid.flags | row_of(row)[1] | extra
     r = settings_of(tuple((name, value) for name, value in flags.items() if value != "r"))["r"]
     if flags.get("target-rank") == "r":
         flags["target-rank"] = r
@@ -161,7 +181,12 @@ def make_cell(grid, row, task, seed, tuned, part="runs", **extra):
     if "scale" in tuned:
         flags["alpha"] = tuned["scale"] * r
     tag = "".join(f"-{name}{value:g}" for name, value in tuned.items())
-    return Cell(row, task, seed, grid.folder / part / task / f"{row}{tag}-s{seed}", tuple(flags.items()))
+    return Cell(row, task, seed, grid.runs / part / task / f"{row}{tag}-s{seed}", tuple(flags.items()))
+
+
+def is_timed(cell):
+    """Whether a cell is one of Table 2's."""
+    return cell.folder.parent.parent.name == TIMING
 
 
 def tuned_on(preset, task):
@@ -173,11 +198,14 @@ def tunings(grid, row, task):
     """[(tuning, its cell)]: one grid for all rows, but for the lower rates of full fine-tuning."""
     task = tuned_on(grid.preset, task)
     method = row_of(row)[1].get("method", "lora2")
-    rates = [{"lr": float(f"{lr / 10:g}") if method == "full" else lr} for lr in grid.preset["lrs"]]
-    scales = [{"scale": s} for s in grid.preset["scales"]] if method in options.ADAPTERS else [{}]
-    all_tuned = [rate | scale for rate, scale in itertools.product(rates, scales)]
-    extra = grid.preset["tuning"].get(task, {})
-    return [(tuned, make_cell(grid, row, task, TUNE_SEED, tuned, "tune", **extra)) for tuned in all_tuned]
+    found = []
+    for lr in grid.preset["lrs"]:
+        rate = {"lr": float(f"{lr / 10:g}") if method == "full" else lr}
+        for scale in grid.preset["scales"] if method in options.ADAPTERS else [None]:
+            tuned = rate if scale is None else rate | {"scale": scale}
+            extra = grid.preset["tuning"].get(task, {})
+            found.append((tuned, make_cell(grid, row, task, TUNE_SEED, tuned, "tune", **extra)))
+    return found
 
 
 def choose(grid, row, task):
@@ -185,9 +213,14 @@ def choose(grid, row, task):
 
     The score after the last step, as it is reported: the best of many evaluations near chance is luck.
     """
-    scored = [(result["last"]["score"], tuned) for tuned, cell in tunings(grid, row_of(row)[2], task)
-              if (result := read(cell))]
-    return max(scored, key=lambda pair: pair[0])[1] if scored else None if grid.preset["lrs"] else {}
+    if not grid.preset["lrs"]:
+        return {}
+    best, chosen = -math.inf, None
+    for tuned, cell in tunings(grid, row_of(row)[2], task):
+        run = record_of(grid, cell)
+        if run and run["last"]["score"] > best:
+            best, chosen = run["last"]["score"], tuned
+    return chosen
 
 
 def tuning_cells(grid, task):
@@ -200,34 +233,37 @@ def reported_cells(grid, task):
     """The runs of the table's rows, without those whose tuning has yet to run."""
     if grid.table == "tune":
         return []
+    cells = []
     if grid.table == "table2":                             # seed by seed, one method after the other
         extra = {"max-steps": grid.preset["timed_steps"], "limit-dev": 32}
-        return [make_cell(grid, row, task, seed, {}, TIMING, **extra)
-                for seed in grid.seeds for row in grid.rows]
-    tuned = {row: choose(grid, row, task) for row in grid.rows}
-    return [make_cell(grid, row, task, seed, tuned[row]) for row in grid.rows for seed in grid.seeds
-            if tuned[row] is not None]
+        for seed in grid.seeds:
+            cells += [make_cell(grid, row, task, seed, {}, TIMING, **extra) for row in grid.rows]
+        return cells
+    for row in grid.rows:
+        tuned = choose(grid, row, task)
+        if tuned is not None:
+            cells += [make_cell(grid, row, task, seed, tuned) for seed in grid.seeds]
+    return cells
 
 
 # --- what is there ------------------------------------------------------------------------------------------
 
-def read(cell):
-    """The result of a finished run; None without one, or a damaged one. ValueError if it is another run's."""
-    try:
-        result = json.loads((cell.folder / "result.json").read_text(encoding="utf-8"))
-        settings = dict(result["settings"])
-        numbers = [result[name] for name in ("adapter_parameters", "steps", "seconds")]
-        numbers += [result[name] for name in ("surviving_parameters", "peak_memory_gb") if result.get(name)]
-        for which in tables.WHICH:
-            numbers += tables.score(result, which, cell.task) + [result[which]["score"]]
-        numbers += [result["head_parameters"]] if "head_parameters" in result else []
-        prints = [result[name] for name in ("base", "rows") if name in result]
-        if not all(map(math.isfinite, numbers)) or not all(isinstance(text, str) for text in prints):
-            return None
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
-        return None
-    check(cell, settings)
-    return result
+def record_of(grid, cell):
+    """The record of a finished run, in its folder or in a table; None without one.
+
+    ValueError if the folder holds another run.
+    """
+    path = cell.folder / "record.json"
+    if path.exists():
+        run = disk.read_json(path, f"remove {cell.folder} and run it again")
+        check(cell, run["settings"])
+        return run
+    asked = summary.comparable(settings_of(cell.flags))
+    for run in grid.known:
+        is_enough = grid.table != "overlap" or cell.seed == TUNE_SEED or "kept" in run
+        if run["settings"] == asked and is_enough:
+            return run | {"row": cell.row}
+    return None
 
 
 def resumable(cell):
@@ -235,7 +271,7 @@ def resumable(cell):
 
     A run that is timed never does: its log would tell of two machines, or of one in two moods.
     """
-    if cell.folder.parent.parent.name == TIMING:
+    if is_timed(cell):
         return False
     try:
         state = runs.load_state(cell.folder)
@@ -246,39 +282,37 @@ def resumable(cell):
 
 
 def check(cell, found):
-    """ValueError unless the settings found in a cell's folder are those asked for.
-
-    A model may be in another place than where it was for the run: its name is what counts.
-    """
-    name = lambda settings: settings | {"model": Path(str(settings.get("model"))).name}
-    asked, found = name(settings_of(cell.flags)), name(found)
-    free = options.INCIDENTAL | {"dtype"}                  # which the device decides; tables tell it
-    differ = [name for name in sorted((asked.keys() | found.keys()) - free)
-              if asked.get(name) != found.get(name)]
+    """ValueError unless the settings found in a cell's folder are those asked for."""
+    asked, found = summary.comparable(settings_of(cell.flags)), summary.comparable(found)
+    differ = [name for name in sorted(asked.keys() | found.keys()) if asked.get(name) != found.get(name)]
     if differ:
         raise ValueError(f"{cell.folder} holds a run with " + ", ".join(
             f"{options.flag(name)} {found.get(name)}, not {asked.get(name)}" for name in differ[:3])
-            + ": move it away, or give another --out")
+            + ": move it away, or give another --runs")
 
 
 def finished(grid):
-    """{(row, task): {seed: (folder, result)}} of the table's finished runs.
+    """The records of the table's finished runs.
 
-    ValueError if two runs on a task are of different models or data of the same name.
+    ValueError if two of them, or of the runs that chose their tuning, are of different models or data.
     """
-    found = {(row, task): {} for row in grid.rows for task in grid.tasks}
+    shown, all_runs = [], []
     for task in grid.tasks:
-        sources = {}                                       # (what, its fingerprint) → a folder
-        reported = reported_cells(grid, task)
-        for cell in reported + tuning_cells(grid, task):
-            if result := read(cell):
-                if cell in reported:
-                    found[cell.row, task][cell.seed] = cell.folder, result
-                sources |= {(what, result[what]): cell.folder for what in ("base", "rows")
-                            if what in result and (what == "base" or cell.task == task)}
-        for what, words in (("base", "models"), ("rows", "data")):
-            folders = [folder for (name, _), folder in sources.items() if name == what]
-            if len(folders) > 1:
-                raise ValueError(f"{folders[0]} and {folders[1]} are runs on different {words} of one name: "
-                                 "move one away, or give another --out")
-    return found
+        tuned, reported = tuning_cells(grid, task), reported_cells(grid, task)
+        for cell in reported + tuned:
+            run = record_of(grid, cell)
+            if run and run not in all_runs:                # two tasks may share their tuning
+                all_runs.append(run)
+                if cell in (tuned if grid.table == "tune" else reported):
+                    shown.append(run)
+    first = {}                                             # what it is of → the first run that tells
+    for run in all_runs:
+        for what, source in (("models", run["base"]), (f"{run['task']} data", run["rows"])):
+            if source is None:
+                continue
+            other_source, other = first.setdefault(what, (source, run))
+            if other_source != source:
+                both = [f"{one['row']} on {one['task']}, seed {one['seed']}" for one in (other, run)]
+                raise ValueError(f"{both[0]} and {both[1]} are runs on different {what} of one name: give "
+                                 "another --runs and --out")
+    return shown

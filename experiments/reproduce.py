@@ -10,12 +10,12 @@
     table4    adapted matrices       figure3  kept singular values      pruning  pruned against not pruned
     overlap   what Eq. 8 and Eq. 9 keep
 
-Each run is one call of train.py in a folder of its own below OUT/PRESET-MODEL (grid.py says which). However
+Each run is one call of train.py in a folder of its own below RUNS/PRESET-MODEL (grid.py says which). However
 it was stopped, the same command goes on: finished runs are read, begun ones resumed, damaged ones run again.
-Tables are made from the files of finished runs alone (tables.py). As many runs go at once as there are GPUs.
+What tables need of finished runs goes into OUT/PRESET-MODEL/TABLE.json (summary.py), from which TABLE.md is
+made (tables.py). A run that such a file lists need not be run again. As many go at once as there are GPUs.
 """
 import argparse
-import itertools
 import json
 import os
 import queue
@@ -33,10 +33,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from experiments import grid as grids
-from formats import disk
 from experiments import plot
-from running import folder as runs
+from experiments import summary
 from experiments import tables
+from formats import disk
+from running import machine
+from running import options
 
 TRAIN = [sys.executable, str(grids.ROOT / "train.py")]
 PAPER = json.loads((grids.ROOT / "experiments" / "paper.json").read_text(encoding="utf-8"))
@@ -46,8 +48,6 @@ PAPER = json.loads((grids.ROOT / "experiments" / "paper.json").read_text(encodin
 
 def execute(cell, resume, device, processes, stop):
     """Run train.py to its end; (exit status, what it said last)."""
-    for name in ("result.json", "kept.json"):              # there only if damaged, or of a damaged run
-        (cell.folder / name).unlink(missing_ok=True)
     argv = grids.command_line(cell.flags) + ["--out", str(cell.folder), "--overwrite"]
     if resume:                                             # both may be in another place by now
         places = [flag for flag in cell.flags if flag[0] in ("model", "data-dir")]
@@ -63,14 +63,11 @@ def execute(cell, resume, device, processes, stop):
 
 
 def tidy(cell, keep):
-    """Note which singular values a finished run kept; then remove what no table needs, unless `keep`."""
-    last, kept = cell.folder / "last.pt", cell.folder / "kept.json"
-    if last.exists() and (cell.folder / "ranks.json").exists() and not kept.exists():
-        weights = runs.load_state(cell.folder)["weights"]
-        lams = {name.removesuffix(".lam"): weights[name] for name in weights if name.endswith(".lam")}
-        if lams:                                           # what is pruned is 0 from the last phase on
-            disk.write_json(kept, {name: lam.nonzero().flatten().tolist() for name, lam in lams.items()})
-    for path in [last, cell.folder / "adapter.safetensors", *cell.folder.glob("predictions_*.tsv")]:
+    """Note what tables need of a finished run; then remove what is large, unless `keep`."""
+    record = summary.record(cell, grids.is_timed(cell))
+    disk.write_file(cell.folder / "record.json", summary.layout(record) + "\n")
+    for path in [cell.folder / "last.pt", cell.folder / "adapter.safetensors",
+                 *cell.folder.glob("predictions_*.tsv")]:
         if not keep:
             path.unlink(missing_ok=True)
 
@@ -88,37 +85,37 @@ class Progress:
         print(f"\r{text:<108.108}" if terminal else text, end="" if terminal else "\n", flush=True)
 
 
+def run_one(cell, resume, devices, processes, stop):
+    """Run a cell to its end on a device that is free; (exit status, what it said last)."""
+    device = devices.get()
+    try:
+        if stop.is_set():
+            return 1, "stopped"
+        outcome = execute(cell, resume, device, processes, stop)
+        if resume and outcome[0] == 2:                     # its files do not fit together: begin anew
+            outcome = execute(cell, False, device, processes, stop)
+        if outcome[0] == 2:
+            stop.set()
+        return outcome
+    finally:
+        devices.put(device)
+
+
 def run_all(args, cells, progress):
     """Run the cells that are not finished, args.jobs at once. Returns what went wrong, a line each.
 
     A user's mistake (status 2) ends the whole grid as a ValueError. When stopped, the runs are told to save.
     """
-    waiting = [cell for cell in cells if grids.read(cell) is None]
+    waiting = [cell for cell in cells if grids.record_of(args.grid, cell) is None]
     resume = {cell: grids.resumable(cell) for cell in waiting}             # ends here at another run's folder
     progress.done += len(cells) - len(waiting)
-    for cell in set(cells) - set(waiting):                 # one that was stopped between its end and this
-        tidy(cell, args.keep)
     devices, processes, failures, stop = queue.Queue(), [], [], threading.Event()
     for i in range(args.jobs):
         devices.put(args.gpus[i % len(args.gpus)] if args.gpus else None)
-
-    def work(cell):
-        device = devices.get()
-        try:
-            if stop.is_set():
-                return 1, "stopped"
-            outcome = execute(cell, resume[cell], device, processes, stop)
-            if resume[cell] and outcome[0] == 2:           # its files do not fit together: begin anew
-                outcome = execute(cell, False, device, processes, stop)
-            if outcome[0] == 2:
-                stop.set()
-            return outcome
-        finally:
-            devices.put(device)
-
     with ThreadPoolExecutor(args.jobs) as pool:
         try:
-            futures = {pool.submit(work, cell): cell for cell in waiting}
+            futures = {pool.submit(run_one, cell, resume[cell], devices, processes, stop): cell
+                       for cell in waiting}
             for future in as_completed(futures):
                 cell, (status, said) = futures[future], future.result()
                 if status == 2:
@@ -128,7 +125,7 @@ def run_all(args, cells, progress):
                 else:
                     tidy(cell, args.keep)
                 progress.done, progress.ran = progress.done + 1, progress.ran + 1
-                progress.show(f"{cell.folder.relative_to(args.grid.folder)} {said if status else 'done'}")
+                progress.show(f"{cell.folder.relative_to(args.grid.runs)} {said if status else 'done'}")
         except BaseException:
             stop.set()                                     # what has not begun does not begin
             for process in processes:
@@ -158,7 +155,7 @@ def list_grid(grid):
         cells = [cell for cell in grids.tuning_cells(grid, task) + reported if cell not in listed]
         listed.update(cells)
         for cell in cells:
-            state = "done  " if grids.read(cell) else "resume" if grids.resumable(cell) else "to run"
+            state = "done  " if grids.record_of(grid, cell) else "resume" if grids.resumable(cell) else "to run"
             line = ["python", "train.py", *grids.command_line(cell.flags), "--out", str(cell.folder)]
             print(state, shlex.join(line))
         if grid.table != "tune":
@@ -168,94 +165,68 @@ def list_grid(grid):
 
 # --- writing ------------------------------------------------------------------------------------------------
 
-def tune_table(grid):
-    """What each row scored over its grid: (dict for JSON, Markdown)."""
-    table, lines = {row: {} for row in grid.rows}, []
-    tasks = dict.fromkeys(grids.tuned_on(grid.preset, task) for task in grid.tasks)
-    for row, task in itertools.product(grid.rows, tasks):
-        tried = [tuned | {which: 100 * result[which]["score"] for which in tables.WHICH}
-                 for tuned, cell in grids.tunings(grid, row, task) if (result := grids.read(cell))]
-        table[row][task] = {"chosen": grids.choose(grid, row, task), "tried": tried}
-    for row, cells in table.items():
-        cells = [", ".join(f"{name} {value:g}" for name, value in cell["chosen"].items())
-                 + f" ({max(one['last'] for one in cell['tried']):.2f}, of {len(cell['tried'])})"
-                 if cell["tried"] else "not run" for cell in cells.values()]
-        lines.append([grids.row_of(row)[0], *cells])
-    head = ["chosen (score, of how many runs)", *(tables.COLUMNS[task][0] for task in tasks)]
-    return table, tables.markdown(head, lines)
-
-
-def contents(grid, found):
-    """What a table says: (dict for JSON, Markdown)."""
-    labels = {row: grids.row_of(row)[0] for row in grid.rows}
-    paper = PAPER.get(grid.table, {"rows": {}})
-    if grid.table == "tune":
-        return tune_table(grid)
-    if grid.table == "table2":
-        return tables.time_table(found, list(grid.rows), labels, grid.tasks, paper)
-    if grid.table == "figure3":
-        return plot.figure3(found, labels, grid.folder / grid.table)
-    rows = tables.score_rows(found, grid.rows, labels, grid.tasks, paper)
-    pairs = tables.differences(rows, grid.pairs, grid.tasks)
-    table = {"rows": rows, "differences": pairs}
-    text = tables.score_markdown(rows, grid.tasks)
-    if pairs:
-        text += "\n" + tables.differences_markdown(pairs, grid.tasks)
-    if grid.table == "overlap":
-        table["overlap"], more = tables.overlap_table(found, list(grid.rows), grid.tasks)
-        text += "\n" + more
-    return table, text
-
-
 def notes_of(grid):
     """The sentences below a table."""
     notes = [*PAPER[grid.table]["notes"], PAPER["source"]] if grid.table in PAPER else []
     notes += grids.NOTES.get(grid.table, [])
     if grid.table == "table2":
         return notes + [f"{grid.preset['timed_steps']} steps of each run, with train.py's own settings."]
-    tuned = grids.TUNED if grid.table in ("tune", "table1") else grids.SHARED
-    return notes + grid.preset["notes"] + [tuned] * bool(grid.preset["lrs"])
+    notes += grid.preset["notes"]
+    if grid.preset["lrs"]:
+        notes.append(grids.TUNED if grid.table in ("tune", "table1") else grids.SHARED)
+    return notes
+
+
+def facts_of(runs):
+    """Where runs come from: on what, with what, when, how long."""
+    facts = {}
+    for name in ("device", "dtype", "threads", "torch", "python", "date"):
+        facts[name] = sorted({str(run[name]) for run in runs})
+    facts["date"] = list(dict.fromkeys(facts["date"][:1] + facts["date"][-1:]))        # the first, the last
+    peaks = [run["peak_memory_gb"] for run in runs if run["peak_memory_gb"]]           # older runs do not tell
+    return facts | {"hours": round(sum(run["seconds"] for run in runs) / 3600, 2),
+                    "peak_memory_gb": max(peaks, default=None)}
 
 
 def write_table(args):
-    """Write TABLE.json and TABLE.md from the files of finished runs; returns the path of the latter."""
+    """Write TABLE.json and TABLE.md of the finished runs; returns the path of the latter.
+
+    What TABLE.json held before and the table does not show stays in it, as "left_out".
+    """
     grid = args.grid
-    found = grids.finished(grid)
+    runs = grids.finished(grid)
+    if grid.table != "overlap":
+        runs = [{name: value for name, value in run.items() if name != "kept"} for run in runs]
+    path, left_out = grid.folder / f"{grid.table}.json", []
+    if path.exists():
+        before, shown = summary.load(path), [run["settings"] for run in runs]
+        for run in before["runs"] + before["left_out"]:
+            if run["settings"] not in shown:
+                left_out.append(run)
+    paper = PAPER.get(grid.table, {"rows": {}})["rows"]
+    if grid.table != "table2":
+        paper = {row: paper[name] for row, name in grid.rows.items() if name in paper}
+    tasks = list(dict.fromkeys(grids.tuned_on(grid.preset, task) for task in grid.tasks))
+    content = {"name": grid.table, "title": grids.TABLES[grid.table].title, "command": args.command,
+               "model": grid.model, "tasks": tasks if grid.table == "tune" else grid.tasks,
+               "seeds": [grids.TUNE_SEED] if grid.table == "tune" else grid.seeds,
+               "rows": {row: grids.row_of(row)[0] for row in grid.rows}, "pairs": grid.pairs,
+               **facts_of(runs), "notes": notes_of(grid), "paper": paper, "runs": runs, "left_out": left_out}
+    text = tables.page(content)                            # before anything is written: it may be refused
     grid.folder.mkdir(parents=True, exist_ok=True)
-    table, text = contents(grid, found)
-    results = [result for some in found.values() for _, result in some.values()]
-    if grid.table == "tune":
-        cells = dict.fromkeys(cell for task in grid.tasks for cell in grids.tuning_cells(grid, task))
-        results = [result for cell in cells if (result := grids.read(cell))]
-    facts = {name: sorted({str(result.get(name)) for result in results})
-             for name in ("device", "dtype", "threads", "torch", "python", "date")}
-    facts["date"] = list(dict.fromkeys(facts["date"][:1] + facts["date"][-1:]))        # the first, the last
-    peak = max((result.get("peak_memory_gb") or 0 for result in results), default=0)
-    about = {"command": args.command, "model": grid.model, "runs": len(results), **facts,
-             "hours": round(sum(result.get("seconds", 0) for result in results) / 3600, 2),
-             "peak_memory_gb": peak or None,               # runs of before it was measured do not tell
-             "notes": notes_of(grid)}
-    facts = "; ".join(f"{name} {', '.join(values) or '–'}" for name, values in facts.items())
-    notes = [*about["notes"], f"{about['runs']} runs, {about['hours']} hours; {facts}", f"`{args.command}`"]
-    disk.write_json(grid.folder / f"{grid.table}.json", about | {"table": table})
-    path = grid.folder / f"{grid.table}.md"
-    title = f"{grids.TABLES[grid.table][0]} ({Path(grid.model).name})"
-    legend = tables.LEGEND if grid.table not in ("tune", "table2", "figure3") else tables.SPREAD
-    disk.write_file(path, f"# {title}\n\n{text.strip()}\n\n{legend}\n\n"
-                    + "".join(f"- {note}\n" for note in notes))
-    return path
+    if grid.table == "figure3":
+        plot.figure3(content, grid.folder / grid.table)
+    summary.write(path, content)
+    disk.write_file(path.with_suffix(".md"), text)
+    return path.with_suffix(".md")
 
 
 # --- the command line ---------------------------------------------------------------------------------------
 
 def parse(argv):
     """Command line → what to do. ValueError with one sentence for a mistake."""
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise ValueError(f"{message}: python experiments/reproduce.py --help lists what there is")
-
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.Parser(prog="experiments/reproduce.py", description=__doc__, allow_abbrev=False,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("table", choices=grids.TABLES)
     add("--preset", choices=grids.PRESETS, default="paper")
@@ -263,37 +234,52 @@ def parse(argv):
     add("--data-dir", default="glue", help="folder of the GLUE files")
     add("--tasks", help="a,b,c; by default the table's")
     add("--seeds", default="0,1,2", help="a,b,c")
-    add("--out", default="experiments/results", help="folder for runs and tables")
+    add("--out", default="experiments/results", help="folder for tables (experiments/results)")
+    add("--runs", default="runs/reproduce", help="folder for runs (runs/reproduce)")
     add("--jobs", type=int, help="runs at once; by default one for each visible GPU, else one")
     add("--keep", action="store_true", help="keep adapters, last.pt and predictions of finished runs")
     add("--dry-run", action="store_true", help="list all runs and their state; run and write nothing")
     add("--no-run", action="store_true", help="run nothing; write the table from what is finished")
     args = parser.parse_args(argv)
-    preset = grids.PRESETS[args.preset]
-    _, choices, pairs = grids.TABLES[args.table]
-    tasks, rows = (text.split() for text in choices[args.preset])
-    tasks = list(dict.fromkeys(args.tasks.split(","))) if args.tasks is not None else tasks
-    unknown = [task for task in tasks if task not in tables.COLUMNS]
-    if unknown:
-        raise ValueError(f"there is no task {unknown[0]!r}: the tasks are {', '.join(tables.COLUMNS)}")
+    args.grid = make_grid(args)
+    args.gpus = visible_gpus()
+    if args.jobs is None:
+        args.jobs = max(1, len(args.gpus))
+    if args.jobs < 1:
+        raise ValueError(f"--jobs {args.jobs}: give at least 1")
+    if args.table == "table2":                             # what is timed runs alone
+        args.jobs = 1
+    args.command = shlex.join(["python", "experiments/reproduce.py", *argv])
+    return args
+
+
+def make_grid(args):
+    """The Grid that a command line asks for. ValueError with one sentence for a mistake."""
+    preset, table = grids.PRESETS[args.preset], grids.TABLES[args.table]
+    tasks = table.tasks[args.preset]
+    if args.tasks is not None:
+        tasks = list(dict.fromkeys(args.tasks.split(",")))
+    for task in tasks:
+        if task not in tables.COLUMNS:
+            raise ValueError(f"there is no task {task!r}: the tasks are {', '.join(tables.COLUMNS)}")
     seeds = args.seeds.split(",")
     if not all(seed.isdecimal() and int(seed) != grids.TUNE_SEED for seed in seeds):
         raise ValueError(f"--seeds {args.seeds}: give numbers such as 0,1,2 and not {grids.TUNE_SEED}, by "
                          "which learning rates are chosen")
+    base, rows = preset["base"], table.rows
+    if isinstance(rows, dict):
+        rows = rows[args.preset]
+    rows = {grids.full_name(row, base): grids.full_name(row, "lora2-k1") for row in rows}
+    pairs = [[grids.full_name(row, base) for row in pair] for pair in table.pairs]
+    pairs = [pair for pair in pairs if rows.keys() >= set(pair)]           # a preset may lack a row
+    flags = dict(preset["flags"])
+    if flags.get("dtype") == "bf16" and machine.emulates_bf16("cuda" if torch.cuda.is_available() else "cpu"):
+        flags["dtype"] = "fp32"
     model = args.model or preset["model"]
-    name = os.path.basename(os.path.abspath(model))        # of "." too, and of a name on the Hub
-    full = lambda row: row.replace("*", preset["base"])
-    rows = {full(row): row.replace("*", "lora2-k1") for row in rows}
-    pairs = [tuple(map(full, pair.split())) for pair in pairs]
-    args.grid = grids.Grid(args.table, preset, model, args.data_dir, tasks, rows,
-                           [pair for pair in pairs if {*pair} <= rows.keys()], sorted(set(map(int, seeds))),
-                           Path(args.out) / f"{args.preset}-{name}")
-    args.gpus = visible_gpus()
-    args.jobs = 1 if args.table == "table2" else max(1, len(args.gpus)) if args.jobs is None else args.jobs
-    if args.jobs < 1:
-        raise ValueError(f"--jobs {args.jobs}: give at least 1")
-    args.command = shlex.join(["python", "experiments/reproduce.py", *argv])
-    return args
+    name = f"{args.preset}-{os.path.basename(os.path.abspath(model))}"     # of "." too, of a name on the Hub
+    folder = Path(args.out) / name
+    return grids.Grid(args.table, preset, flags, model, args.data_dir, tasks, rows, pairs,
+                      sorted(set(map(int, seeds))), folder, Path(args.runs) / name, summary.load_all(folder))
 
 
 def visible_gpus():
@@ -318,7 +304,7 @@ def main(argv=None):
                 signal.signal(number, stop)
         try:
             if not args.no_run:
-                with disk.alone(args.grid.folder, "reproduce.py"):
+                with disk.alone(args.grid.runs, "reproduce.py", "--runs"):
                     failures = run_grid(args)
         except KeyboardInterrupt:
             print("\nstopped: the same command goes on", file=sys.stderr)

@@ -1,11 +1,9 @@
-"""From finished runs to tables: mean ± standard deviation, averages, Markdown. Runs nothing.
+"""From the records of a table's runs to Markdown: mean ± standard deviation, averages, differences. Reads no file.
 
-found[row, task] is {seed: (run folder, content of its result.json)}. Scores are in percent; a score is a list
-with one number for each of the task's columns (MNLI and QQP have two).
+`content` is what TABLE.json holds (summary.py). Scores are in percent; a score is a list with one number for
+each of the task's columns (MNLI and QQP have two).
 """
-import contextlib
 import itertools
-import json
 import statistics
 
 COLUMNS = {                      # task → its name, its metrics as (dev split, metric): those of Table 1
@@ -14,16 +12,20 @@ COLUMNS = {                      # task → its name, its metrics as (dev split,
     "stsb": ("STS-B", [("dev", "pearson")]),
     "mnli": ("MNLI", [("dev_matched", "accuracy"), ("dev_mismatched", "accuracy")]),
     "qnli": ("QNLI", [("dev", "accuracy")]), "rte": ("RTE", [("dev", "accuracy")])}
-WHICH = ("best", "last")                                   # the best evaluation on the dev set; the last step
-SPREAD = ("Mean ± standard deviation over seeds (number of runs). ≈: a difference, of a ratio that from 1, "
-          "not larger than its own spread over seeds.")
-LEGEND = (f"{SPREAD} *best*: the best evaluation, chosen on the dev set itself; *last*: after the last step. "
-          "An average is over tasks, seed by seed; MNLI and QQP count as the mean of their columns.")
+MATRICES = {"q": "query", "k": "key", "v": "value", "o": "attention output", "f1": "feed-forward 1",
+            "f2": "feed-forward 2"}                        # in Figure 3's order
+WHICH = {"last": "after the last step", "best": "at the best evaluation"}
+SPREAD = ("Mean ± standard deviation over the seeds; (n = ...) where it is of another number of values. ≈: a "
+          "difference, of a ratio that from 1, not larger than its own spread over the seeds.")
+LEGEND = ("The best evaluation is chosen on the dev set itself. An average is over tasks, seed by seed; MNLI "
+          "and QQP count as the mean of their columns.")
 
 
-def score(result, which, task):
+# --- numbers ------------------------------------------------------------------------------------------------
+
+def score(run, which, task):
     """The score of a run, in percent: a list with a number for each column of the task."""
-    return [100 * result[which]["scores"][split][metric] for split, metric in COLUMNS[task][1]]
+    return [100 * run[which]["scores"][split][metric] for split, metric in COLUMNS[task][1]]
 
 
 def mean_of(columns):
@@ -39,16 +41,10 @@ def average(scores):
 def summary(values):
     """Mean, sample standard deviation (None for one value) and number of values; None without any."""
     values = list(values)
-    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None,
-            "n": len(values)} if values else None
-
-
-def show(part, digits=2, sign=""):
-    """A summary as text; "not run" for None."""
-    if part is None:
-        return "not run"
-    spread = f" ± {part['std']:.{digits}f}" if part["std"] is not None else ""
-    return f"{part['mean']:{sign}.{digits}f}{spread} ({part['n']})"
+    if not values:
+        return None
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.mean(values), "std": spread, "n": len(values)}
 
 
 def near(part, to=0):
@@ -56,156 +52,79 @@ def near(part, to=0):
     return part is not None and part["std"] is not None and abs(part["mean"] - to) <= part["std"]
 
 
-def span(values):
-    """Counts, which may differ between tasks, as text: "1,560–1,640"."""
-    values = sorted(set(values))
-    return "–".join(f"{value:,}" for value in dict.fromkeys(values[:1] + values[-1:])) or "–"
+def by_seed(content, row, task):
+    """{seed: record} of a cell of the table."""
+    return {run["seed"]: run for run in content["runs"] if (run["row"], run["task"]) == (row, task)}
 
 
-def markdown(head, rows):
-    """A Markdown table; cells are text."""
-    return "".join("| " + " | ".join(line) + " |\n" for line in [head, ["---"] * len(head), *rows])
+def in_both(content, a, b, task):
+    """[(record of row a, record of row b)] of the seeds that both have."""
+    ours, theirs = by_seed(content, a, task), by_seed(content, b, task)
+    return [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
 
 
-def load(folder, name):
-    """A JSON or JSON-lines file of a finished run; ValueError if it is not there or damaged."""
-    with whole(folder, name):
-        text = (folder / name).read_text(encoding="utf-8")
-        content = list(map(json.loads, text.splitlines())) if name.endswith("l") else dict(json.loads(text))
-        if not content:
-            raise ValueError("it is empty")
-        return content
+def score_of(content, row, task, which):
+    """The score of a row on a task: a list with a summary for each column."""
+    scores = [score(run, which, task) for run in by_seed(content, row, task).values()]
+    if not scores:
+        return [None] * len(COLUMNS[task][1])
+    return [summary(column) for column in zip(*scores)]
 
 
-@contextlib.contextmanager
-def whole(folder, name):
-    """Around whatever a damaged file of a finished run can break: then ValueError that says what to do."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as e:
-        raise ValueError(f"{folder / name} is missing or damaged: remove {folder} and run it again") from e
+def average_of(content, row, which):
+    """The average of a row over the tasks, of the seeds that have all of them."""
+    runs = {task: by_seed(content, row, task) for task in content["tasks"]}
+    complete = set.intersection(*map(set, runs.values()))
+    return summary(average({task: score(runs[task][seed], which, task) for task in runs})
+                   for seed in complete)
 
 
-def load_alike(runs, name, kind):
-    """{key: {matrix: value}} from a file of each of the runs {key: (folder, result)}: ValueError unless all
-    are of the same matrices and all values of type `kind`, or a mean would silently be of some."""
-    contents = {}
-    for key, (folder, _) in runs.items():
-        contents[key] = load(folder, name)
-        with whole(folder, name):
-            if contents[key].keys() != next(iter(contents.values())).keys() or not all(
-                    isinstance(value, kind) for value in contents[key].values()):
-                raise ValueError("other matrices than in the first run, or no values")
-    return contents
+def difference(content, a, b, task, which):
+    """Row a − row b on a task, seed by seed."""
+    return summary(mean_of(score(ours, which, task)) - mean_of(score(theirs, which, task))
+                   for ours, theirs in in_both(content, a, b, task))
 
 
-# --- Tables 1, 3, 4 and their like: scores ------------------------------------------------------------------
-
-def score_rows(found, rows, labels, tasks, paper):
-    """Our numbers and the paper's, for JSON. rows: row → its name in `paper`, a table of paper.json."""
-    table = []
-    for row, paper_row in rows.items():
-        done = {task: {seed: result for seed, (_, result) in found[row, task].items()} for task in tasks}
-        entry = {"row": row, "label": labels[row], "paper": paper["rows"].get(paper_row), "tasks": {}}
-        for task, results in done.items():
-            cell = entry["tasks"][task] = {"seeds": {
-                seed: {which: score(one, which, task) for which in WHICH} for seed, one in results.items()}}
-            for which in WHICH:
-                columns = zip(*(one[which] for one in cell["seeds"].values()))
-                cell[which] = [summary(column) for column in columns] or [None] * len(COLUMNS[task][1])
-            for name in ("adapter_parameters", "surviving_parameters", "head_parameters"):
-                cell[name] = sorted({result[name] for result in results.values() if name in result})
-            cell["settings"] = {name: sorted({str(one["settings"].get(name)) for one in results.values()})
-                                for name in ("lr", "alpha", "r", "target_rank")}
-        complete = sorted(set.intersection(*(set(results) for results in done.values())))
-        of_seed = lambda seed, which: average({task: score(done[task][seed], which, task) for task in tasks})
-        entry["average"] = {which: summary(of_seed(seed, which) for seed in complete) for which in WHICH}
-        table.append(entry)
-    return table
-
-
-def score_markdown(table, tasks):
-    """Three lines for each row: ours at the best evaluation, ours after the last step, the paper's."""
-    lines = []
-    for entry in table:
-        counts = [span(n for cell in entry["tasks"].values() for n in cell[f"{kind}_parameters"])
-                  for kind in ("adapter", "surviving")]
-        counts = counts[0] if counts[1] in ("–", counts[0]) else f"{counts[0]}, of which {counts[1]} survive"
-        for which in WHICH:
-            start = [f"**{entry['label']}**", counts] if which == "best" else ["", ""]
-            cells = [" / ".join(map(show, entry["tasks"][task][which])) for task in tasks]
-            lines.append([*start, which, *cells, show(entry["average"][which])])
-        if entry["paper"]:
-            scores = {task: entry["paper"]["scores"].get(task, [None]) for task in tasks}
-            cells = [" / ".join("–" if x is None else f"{x:.2f}" for x in scores[task]) for task in tasks]
-            known = all(x is not None for columns in scores.values() for x in columns)     # else another mean
-            lines.append(["", entry["paper"].get("parameters", ""), "paper", *cells,
-                          f"{average(scores):.2f}" if known else "–"])
-    head = ["", "adapter parameters", "", *(COLUMNS[task][0] for task in tasks), f"average of {len(tasks)}"]
-    return markdown(head, lines)
-
-
-def differences(table, pairs, tasks):
-    """For each pair (a, b) of rows a − b on each task, over the seeds that both have; for JSON."""
-    rows, result = {entry["row"]: entry for entry in table}, []
-    for a, b in pairs:
-        entry = {"difference": f"{rows[a]['label']} − {rows[b]['label']}"}
-        for task in tasks:
-            ours, theirs = (rows[row]["tasks"][task]["seeds"] for row in (a, b))
-            entry[task] = {which: summary(mean_of(ours[seed][which]) - mean_of(theirs[seed][which])
-                                          for seed in ours if seed in theirs) for which in WHICH}
-        result.append(entry)
-    return result
-
-
-def differences_markdown(table, tasks):
-    """A line for each pair, best and last. ≈ marks what is smaller than its own spread."""
-    lines = []
-    for entry, which in itertools.product(table, WHICH):
-        parts = [entry[task][which] for task in tasks]
-        lines.append([entry["difference"], which,
-                      *("≈ " * near(part) + show(part, sign="+") for part in parts)])
-    return markdown(["difference", "", *(COLUMNS[task][0] for task in tasks)], lines)
-
-
-# --- Table 2: time ------------------------------------------------------------------------------------------
-
-def time_table(found, rows, labels, tasks, paper):
-    """Speeds, and times per step over those of the first row: (dict for JSON, Markdown).
+def time_ratio(content, a, b, task):
+    """Time per step of row a over row b's, seed by seed.
 
     Runs of one seed see the same batches, so that the ratio of their times per step is that of their tokens
-    per second the other way round. The first log line but that of step 1 ends the warm-up; what is between it
-    and the last one counts.
+    per second the other way round.
     """
-    def speed(folder):
-        with whole(folder, "log.jsonl"):
-            lines = [line for line in load(folder, "log.jsonl") if "loss" in line and line["step"] > 1]
-            for a, b in itertools.pairwise(lines):         # a run that went on after a stop counts anew
-                if not (a["tokens"] < b["tokens"] and a["seconds"] < b["seconds"]):
-                    raise ValueError("tokens or seconds go back")
-            first, *_, last = lines
-            return (last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"])
-
-    base, *others = rows
-    table, lines = {}, []
-    for task in tasks:
-        speeds = {row: {seed: speed(folder) for seed, (folder, _) in found[row, task].items()}
-                  for row in rows}
-        ratio = {row: summary(speeds[base][seed] / speed for seed, speed in speeds[row].items()
-                              if seed in speeds[base]) for row in others}
-        of_paper = paper["rows"].get(task)
-        table[task] = {"tokens_per_second": {row: summary(speeds[row].values()) for row in rows},
-                       "time_ratio": ratio, "paper": of_paper}
-        lines.append([COLUMNS[task][0], *(show(table[task]["tokens_per_second"][row], 0) for row in rows),
-                      *("≈ " * near(ratio[row], 1) + show(ratio[row], 3) for row in others),
-                      "{0:.2f} → {1:.2f}, {2:.3f}".format(*of_paper, of_paper[1] / of_paper[0])
-                      if of_paper else "–"])
-    head = ["", *(f"{labels[row]}, tokens/s" for row in rows),
-            *(f"time of a step, {labels[row]} over {labels[base]}" for row in others), "paper, s and ratio"]
-    return table, markdown(head, lines)
+    return summary(theirs["tokens_per_second"] / ours["tokens_per_second"]
+                   for ours, theirs in in_both(content, a, b, task))
 
 
-# --- Eq. 8 against Eq. 9 ------------------------------------------------------------------------------------
+def tried(content, row, task):
+    """[{"lr", "scale" if there is one, "score" after the last step}] of the runs that choose a row's tuning."""
+    found = []
+    for run in content["runs"]:
+        if (run["row"], run["task"]) == (row, task):
+            settings = run["settings"]
+            one = {"lr": settings["lr"], "score": 100 * run["last"]["score"]}
+            if "alpha" in settings:
+                one["scale"] = settings["alpha"] / settings["r"]
+            found.append(one)
+    return found
+
+
+# --- kept singular values -----------------------------------------------------------------------------------
+
+def alike(runs, name):
+    """{(matrix, layer): entry} of `name`, "ranks" or "kept", of each run. ValueError unless they are of the
+    same matrices: a mean would silently be of some."""
+    found = []
+    for run in runs:
+        found.append({})
+        for short, layers in run.get(name, {}).items():
+            for layer, entry in enumerate(layers):
+                if entry is not None:
+                    found[-1][short, layer] = entry
+        if not found[-1] or found[-1].keys() != found[0].keys():
+            raise ValueError(f"{run['row']} on {run['task']}, seed {run['seed']}: {name} is of other matrices "
+                             "than in the first run: remove its folder and run it again")
+    return found
+
 
 def shared(a, b):
     """The part of the kept singular values that two runs share, from {matrix: indices}, in percent."""
@@ -213,31 +132,233 @@ def shared(a, b):
     return 100 * sum(len(set(a[name]) & set(b[name])) for name in a) / kept
 
 
+def counts(kept):
+    """As many of each matrix, as if the first ones had been kept."""
+    return {name: range(len(indices)) for name, indices in kept.items()}
+
+
 def shared_by_chance(a, b):
     """shared() of as many of each matrix, on average, if b's matrices changed places at random."""
-    a, b = ([len(indices) for indices in kept.values()] for kept in (a, b))
-    return 100 * sum(map(min, *zip(*itertools.product(a, b)))) / len(a) / max(sum(a), sum(b), 1)
+    pairs = itertools.product(map(len, a.values()), map(len, b.values()))
+    kept = max(sum(map(len, a.values())), sum(map(len, b.values())), 1)
+    return 100 * sum(map(min, pairs)) / len(a) / kept
 
 
-def overlap_table(found, rows, tasks):
-    """How alike the selections of two rows are, Eq. 9's and Eq. 8's: (list for JSON, Markdown)."""
-    counts = lambda kept: {name: range(len(indices)) for name, indices in kept.items()}
-    part = lambda kept, n: 100 * sum(len(indices) == n for indices in kept.values()) / len(kept)
-    table = {}
-    for task in tasks:
-        kept = load_alike({(row, seed): run for row in rows for seed, run in found[row, task].items()},
-                          "kept.json", list)
-        a, b = ({seed: one for (of, seed), one in kept.items() if of == row} for row in rows)
-        r = [result["settings"]["r"] for row in rows for _, result in found[row, task].values()][:1]
-        both, two = [seed for seed in a if seed in b], list(itertools.combinations(a.values(), 2))
-        lines = {"kept by both: the very same singular values": [shared(a[seed], b[seed]) for seed in both],
-                 "kept by both: as many of each matrix": [shared(counts(a[s]), counts(b[s])) for s in both],
-                 "for scale: as many, Eq. 9 with two seeds": [shared(*map(counts, pair)) for pair in two],
-                 "for scale: the same, matrices shuffled": [shared_by_chance(*pair) for pair in two]}
-        for number, kept in ((9, a), (8, b)):
-            lines |= {f"matrices that keep {how}, Eq. {number}": [part(one, n) for one in kept.values()]
-                      for how, n in [("nothing", 0), ("everything", *r)][:2 * len(r)]}
-        for line, values in lines.items():
-            table.setdefault(line, {"measure": line})[task] = summary(values)
-    return list(table.values()), markdown(["%", *(COLUMNS[task][0] for task in tasks)], [
-        [line["measure"], *(show(line.get(task), 1) for task in tasks)] for line in table.values()])
+def part_with(kept, n):
+    """The part of the matrices that keep n singular values, in percent."""
+    return 100 * sum(len(indices) == n for indices in kept.values()) / len(kept)
+
+
+def overlap(content, task):
+    """{measure: values}: how alike the selections of the two rows are, Eq. 9's and Eq. 8's."""
+    nine, eight = (list(by_seed(content, row, task).values()) for row in content["rows"])
+    alike(nine + eight, "kept")
+    r = [run["settings"]["r"] for run in nine + eight]
+    same_seed = [alike(pair, "kept") for pair in in_both(content, *content["rows"], task)]
+    two_seeds = list(itertools.combinations(alike(nine, "kept"), 2))
+    found = {
+        "kept by both: the very same singular values": [shared(a, b) for a, b in same_seed],
+        "kept by both: as many of each matrix": [shared(counts(a), counts(b)) for a, b in same_seed],
+        "for scale: as many, Eq. 9 with two seeds": [shared(counts(a), counts(b)) for a, b in two_seeds],
+        "for scale: the same, matrices shuffled": [shared_by_chance(a, b) for a, b in two_seeds]}
+    for name, runs in (("Eq. 9", nine), ("Eq. 8", eight)):
+        kept = alike(runs, "kept")
+        found[f"matrices that keep nothing, {name}"] = [part_with(one, 0) for one in kept]
+        found[f"matrices that keep everything, {name}"] = [part_with(one, r[0]) for one in kept]
+    return found
+
+
+def mean_ranks(runs):
+    """{matrix: [how many singular values each layer kept, on average over runs]}; None: it was not adapted."""
+    ranks, mean = alike(runs, "ranks"), {}
+    for short, layers in runs[0]["ranks"].items():
+        mean[short] = [None] * len(layers)
+        for layer in range(len(layers)):
+            if (short, layer) in ranks[0]:
+                mean[short][layer] = statistics.mean(one[short, layer] for one in ranks)
+    return mean
+
+
+# --- Markdown -----------------------------------------------------------------------------------------------
+
+def markdown(head, rows):
+    """A Markdown table; cells are text."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def show(part, seeds, digits=2, sign=""):
+    """A summary as text, with the number of its values where that is not `seeds`; "not run" for None."""
+    if part is None:
+        return "not run"
+    text = f"{part['mean']:{sign}.{digits}f}"
+    if part["std"] is not None:
+        text += f"±{part['std']:.{digits}f}"
+    if part["n"] != seeds:
+        text += f" (n = {part['n']})"
+    return text.replace("-", "−")
+
+
+def show_change(part, seeds, digits=2, sign="", to=0):
+    """The same, after ≈ if it is not further from a number than its own spread."""
+    mark = "≈" if near(part, to) else ""
+    return mark + show(part, seeds, digits, sign)
+
+
+def span(values):
+    """Counts, which may differ between tasks, as text: "1,560–1,640"; "–" for none."""
+    values = sorted(value for value in set(values) if value is not None)
+    ends = dict.fromkeys(values[:1] + values[-1:])
+    return "–".join(f"{value:,}" for value in ends) or "–"
+
+
+def layout(content):
+    """(the tasks in the order of the paper's columns, their names, the number of seeds) of a table."""
+    tasks = [task for task in COLUMNS if task in content["tasks"]]
+    return tasks, [COLUMNS[task][0] for task in tasks], len(content["seeds"])
+
+
+def score_table(content, which="last", digits=2):
+    """The scores of all rows on all tasks."""
+    tasks, names, seeds = layout(content)
+    lines = []
+    for row, label in content["rows"].items():
+        trained = span(run["adapter_parameters"] for run in content["runs"] if run["row"] == row)
+        line = [label, trained]
+        for task in tasks:
+            columns = score_of(content, row, task, which)
+            line.append("/".join(show(part, seeds, digits) for part in columns))
+        lines.append([*line, show(average_of(content, row, which), seeds, digits)])
+    return markdown([WHICH[which], "trained", *names, "average"], lines)
+
+
+def difference_table(content, which="last"):
+    """Pairs of rows, seed by seed."""
+    tasks, names, seeds = layout(content)
+    lines = []
+    for a, b in content["pairs"]:
+        parts = [difference(content, a, b, task, which) for task in tasks]
+        lines.append([f"{content['rows'][a]} − {content['rows'][b]}",
+                      *(show_change(part, seeds, sign="+") for part in parts)])
+    return markdown([f"difference {WHICH[which]}", *names], lines)
+
+
+def paper_table(content):
+    """What the paper reports of the same rows and tasks, beside how many of our parameters survive pruning."""
+    tasks, names, _ = layout(content)
+    lines = []
+    for row, label in content["rows"].items():
+        paper = content["paper"].get(row, {"scores": {}})
+        scores = {task: paper["scores"].get(task, [None]) for task in tasks}
+        survive = span(run["surviving_parameters"] for run in content["runs"] if run["row"] == row)
+        line = [label, survive, paper.get("parameters", "–")]
+        for task in tasks:
+            line.append("/".join("–" if x is None else f"{x:.2f}" for x in scores[task]))
+        unknown = any(None in columns for columns in scores.values())      # then it would be another mean
+        lines.append([*line, "–" if unknown else f"{average(scores):.2f}"])
+    return markdown(["the paper", "here survive", "parameters", *names, "average"], lines)
+
+
+def overlap_table(content):
+    """How alike the selections by Eq. 8 and Eq. 9 are."""
+    tasks, names, seeds = layout(content)
+    found = {task: overlap(content, task) for task in tasks}
+    lines = []
+    for measure in found[tasks[0]]:
+        lines.append([measure, *(show(summary(found[task][measure]), seeds, 1) for task in tasks)])
+    return markdown(["%", *names], lines)
+
+
+def tuning_table(content):
+    """Of each row the learning rate and scale with the best score, the first of equals."""
+    tasks, names, _ = layout(content)
+    lines = []
+    for row, label in content["rows"].items():
+        line = [label]
+        for task in tasks:
+            runs = tried(content, row, task)
+            best = max(runs, key=lambda one: one["score"], default=None)
+            if best:
+                scale = f", {best['scale']:g}" if "scale" in best else ""
+                line.append(f"{best['lr']:g}{scale} ({best['score']:.2f}, of {len(runs)})")
+            else:
+                line.append("not run")
+        lines.append(line)
+    return markdown(["learning rate, scale (score, of how many runs)", *names], lines)
+
+
+def time_tables(content):
+    """[times of a step over those of the first row, tokens per second], each beside the paper's."""
+    tasks, names, seeds = layout(content)
+    base, *others = content["rows"]
+    ratios, speeds = [], []
+    for task, name in zip(tasks, names):
+        paper = content["paper"].get(task)
+        parts = [time_ratio(content, row, base, task) for row in others]
+        ratios.append([name, *(show_change(part, seeds, 3, to=1) for part in parts),
+                       f"{paper[1] / paper[0]:.3f}" if paper else "–"])
+        parts = [summary(run["tokens_per_second"] for run in by_seed(content, row, task).values())
+                 for row in content["rows"]]
+        speeds.append([name, *(show(part, seeds, 0) for part in parts),
+                       f"{paper[0]:.2f} → {paper[1]:.2f}" if paper else "–"])
+    labels = content["rows"].values()
+    head = [f"time of a step over {content['rows'][base]}'s", *list(labels)[1:], "the paper's"]
+    return [markdown(head, ratios), markdown(["tokens per second", *labels, "the paper's seconds"], speeds)]
+
+
+def kept_tables(content):
+    """Figure 3 as numbers, of the only row: a title and a table for each task."""
+    ((row, label),) = content["rows"].items()
+    texts = []
+    for task in content["tasks"]:
+        runs, title = list(by_seed(content, row, task).values()), f"{COLUMNS[task][0]}, {label}: "
+        if not runs:
+            texts.append(f"{title}not run\n")
+            continue
+        texts.append(f"{title}kept of {runs[0]['settings']['r']}, mean of {len(runs)} runs\n")
+        lines = []
+        for short, layers in mean_ranks(runs).items():
+            lines.append([MATRICES[short], *("–" if x is None else f"{x:.3g}" for x in layers)])
+        texts.append(markdown(["layer", *map(str, range(len(lines[0]) - 1))], lines))
+    return texts
+
+
+def parts_of(content):
+    """The tables of TABLE.md; docs/results.md shows those before the first heading."""
+    if content["name"] == "tune":
+        return [tuning_table(content)]
+    if content["name"] == "table2":
+        return time_tables(content)
+    if content["name"] == "figure3":
+        picture = ["![kept singular values, layer by layer](figure3.svg)\n"] if content["runs"] else []
+        return [*picture, "## In numbers\n", *kept_tables(content)]
+    parts = [score_table(content), difference_table(content)]
+    if content["name"] == "overlap":
+        parts.append(overlap_table(content))
+    return [*parts, "## At the best evaluation\n", score_table(content, "best"),
+            difference_table(content, "best"), "## The paper's numbers\n", paper_table(content)]
+
+
+def size_of(content):
+    """How many runs there are behind a table, and what they took, as text."""
+    memory = f", at most {content['peak_memory_gb']} GB" if content["peak_memory_gb"] else ""
+    return f"{len(content['runs'])} runs, {content['hours']} hours{memory}"
+
+
+def made_on(contents):
+    """On what, with what and when the runs of some tables were made, as text."""
+    facts = []
+    for name in ("seeds", "device", "dtype", "threads", "torch", "python", "date"):
+        values = sorted({str(value) for content in contents for value in content[name]})
+        facts.append(f"{name} {', '.join(values) or '–'}")
+    return "; ".join(facts)
+
+
+def page(content):
+    """TABLE.md, from what TABLE.json holds."""
+    legend = {"tune": [], "figure3": [], "table2": [SPREAD]}.get(content["name"], [SPREAD, LEGEND])
+    notes = [*legend, *content["notes"], f"{size_of(content)}; {made_on([content])}",
+             f"`{content['command']}`"]
+    model = content["model"].rpartition("/")[2]
+    return "\n".join([f"# {content['title']} ({model})\n", *parts_of(content), "## How it was made\n",
+                      "".join(f"- {note}\n" for note in notes)])

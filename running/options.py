@@ -119,7 +119,7 @@ class Parser(argparse.ArgumentParser):
     """Mistakes are ValueErrors of one sentence, not exits with the whole usage."""
 
     def error(self, message):
-        raise ValueError(f"{message}: python train.py --help lists the options")
+        raise ValueError(f"{message}: python {self.prog} --help lists the options")
 
 
 def parse(argv, description=None):
@@ -138,9 +138,9 @@ def parse(argv, description=None):
     def names(text):
         return [part.strip() for part in text.split(",")]
 
-    parser = Parser(usage="python train.py [options]", description=description, epilog=epilog(),
-                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS)
+    parser = Parser(prog="train.py", usage="python train.py [options]", description=description,
+                    epilog=epilog(), formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for title, options in OPTIONS.items():
         group = parser.add_argument_group(title)
         for name, kind, default, text in options:
