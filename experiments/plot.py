@@ -1,9 +1,9 @@
-"""Pictures of a run: Figure 3 as a heat map, kept singular values over time, task loss and R over time.
+"""Pictures of a run: Figure 3 as a heat map; kept singular values, task loss and R over time.
 
     python experiments/plot.py runs/cola-lora2-s6              # PNG and SVG files into that folder
     python experiments/plot.py runs/cola-lora2-s6 --out pictures
 
-Needs matplotlib. What a run does not have is not drawn: kept values of a method that does not prune, say.
+Needs matplotlib. What a run does not have is not drawn, kept values without pruning for example.
 """
 import argparse
 import json
@@ -20,14 +20,13 @@ PANELS = {"loss": "task loss", "R": "R above its floor", "kept": "kept singular 
 
 
 def heat_map(axes, ranks, r, title):
-    """Figure 3 of {matrix: [count of each layer]}: layers from left to right, matrices from top to bottom."""
-    counts = [[float("nan") if n is None else n for n in layers] for layers in ranks.values()]
+    """Figure 3 of {matrix: [count of each layer]}: layers to the right, matrices downwards."""
+    counts = list(ranks.values())
     image = axes.imshow(counts, vmin=0, vmax=r, cmap="YlGnBu", aspect="auto")
-    for i, layers in enumerate(ranks.values()):
+    for i, layers in enumerate(counts):
         for j, count in enumerate(layers):
-            if count is not None:
-                axes.text(j, i, f"{count:.3g}", ha="center", va="center", fontsize=8,
-                          color="white" if count > 0.6 * r else "black")
+            axes.text(j, i, f"{count:.3g}", ha="center", va="center", fontsize=8,
+                      color="white" if count > 0.6 * r else "black")
     axes.set_xticks(range(len(counts[0])))
     axes.set_yticks(range(len(ranks)), [tables.MATRICES[short] for short in ranks])
     axes.set_xlabel("layer")
@@ -41,7 +40,7 @@ def new_figure(panels=1, height=3.2):
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as e:
-        raise ImportError("the pictures need matplotlib: pip install -r requirements-dev.txt") from e
+        raise ImportError("pictures need matplotlib: pip install -r requirements-dev.txt") from e
     matplotlib.rcParams["svg.hashsalt"] = "lora2"          # the same picture, the same bytes
     figure = Figure(figsize=(7, height * panels), layout="constrained")
     return figure, [figure.add_subplot(panels, 1, i + 1) for i in range(panels)]
@@ -60,7 +59,7 @@ def save_both(figure, stem):
 
 
 def figure3(content, stem):
-    """Draw Figure 3 from what figure3.json holds, mean over seeds: a panel for each task with runs."""
+    """Draw Figure 3 from what figure3.json holds: a panel for each task, the mean over seeds."""
     panels = []
     for task in content["tasks"]:
         for row, label in content["rows"].items():
@@ -76,7 +75,7 @@ def figure3(content, stem):
 
 
 def read_run(folder):
-    """(title, r, {matrix: [count of each layer]} or None, log lines with a loss) of a finished run's folder.
+    """(title, r, {matrix: [count of each layer]} or None, log lines with a loss) of a finished run.
 
     ValueError or OSError of one sentence for what is missing or damaged.
     """

@@ -1,16 +1,17 @@
 """What is left of runs: a record of each, and TABLE.json, from which all that is printed is made.
 
-A record is a dict, made from the folder of a finished run of train.py, in which it stays as record.json:
+A record is a dict, made from the folder of a finished run of train.py, where it is record.json:
 
     row, task, seed, settings   which run it is
-    best, last                  two of its evaluations: {"step", "score", "scores": {split: {metric: value}}}
+    best, last                  two of its evaluations: step, score, scores {split: {metric: value}}
     FACTS                       as in result.json; null where that does not say
-    ranks                       {matrix: [how many singular values each layer kept]}, of a method that prunes
+    ranks                       {matrix: [how many singular values each layer kept]}, if it pruned
     kept                        {matrix: [which ones each layer kept]}, of LoRA² and AdaLoRA
     tokens_per_second           of a timed run
 
-TABLE.json says how a table was made and holds its records, one a line ("kept" in overlap.json alone). Settings
-that all of them share stand there once. Records that the table no longer shows are under "left_out".
+TABLE.json says what a table shows and holds its records, one a line ("kept" in overlap.json alone).
+Settings that all of them share stand there once. Under "left_out" are records of runs that the
+table showed before.
 """
 import itertools
 import json
@@ -23,15 +24,15 @@ from running import options
 from experiments import tables
 
 FACTS = ("adapter_parameters", "surviving_parameters", "head_parameters", "frozen_parameters",
-         "singular_values", "budget", "steps", "seconds", "peak_memory_gb", "device", "dtype", "processes",
-         "threads", "torch", "python", "date", "code", "base", "rows")
-FREE = options.INCIDENTAL | {"dtype"}                      # the device decides it; tables tell it
+         "singular_values", "budget", "steps", "seconds", "peak_memory_gb", "device", "dtype",
+         "processes", "threads", "torch", "python", "date", "code", "base", "rows")
+FREE = options.INCIDENTAL | {"dtype"}   # the device decides it; tables tell it
 
 
-# --- from a run folder to a record --------------------------------------------------------------------------
+# --- from a run folder to a record -----------------------------------------------------------
 
 def comparable(settings):
-    """The settings that make a run what it is. A model may be in another folder: its name is what counts."""
+    """The settings that make a run what it is; of a model in a folder its name alone."""
     found = {}
     for name, value in settings.items():
         if value is not None and name not in FREE:
@@ -41,18 +42,19 @@ def comparable(settings):
 
 
 def record(cell, is_timed):
-    """The record of a run that has just finished. ValueError or OSError if a file is damaged or missing."""
+    """The record of a run that has just finished. ValueError or OSError for a damaged file."""
     folder, advice = cell.folder, f"remove {cell.folder} and run it again"
     result = disk.read_json(folder / "result.json", advice)
     run = {"row": cell.row, "task": cell.task, "seed": cell.seed,
-           "settings": comparable(result["settings"]), "best": result["best"], "last": result["last"]}
+           "settings": comparable(result["settings"]),
+           "best": result["best"], "last": result["last"]}
     for name in FACTS:
         run[name] = result.get(name)
     if (folder / "ranks.json").exists():
         run["ranks"] = read_ranks(folder)
         kept = {}
         for name, tensor in runs.load_state(folder)["weights"].items():
-            if name.endswith(".lam"):                      # what is pruned is 0 from the last phase on
+            if name.endswith(".lam"):   # what is pruned is 0 from the last phase on
                 kept[name.removesuffix(".lam")] = tensor.nonzero().flatten().tolist()
         if kept:
             run["kept"] = by_place(kept)
@@ -62,7 +64,7 @@ def record(cell, is_timed):
 
 
 def read_ranks(folder):
-    """ranks.json by place: {matrix: [count of each layer]}. ValueError or OSError for what is no such thing."""
+    """ranks.json by place: {matrix: [count of each layer]}. ValueError or OSError if damaged."""
     path = folder / "ranks.json"
     with disk.reading(path, f"remove {folder} and run it again"):
         counts = json.loads(path.read_text(encoding="utf-8"))
@@ -72,22 +74,24 @@ def read_ranks(folder):
 
 
 def by_place(values):
-    """{module name: value} → {matrix: [value of layer 0, layer 1, ...]}; None where nothing was adapted."""
-    grid, depth = {}, 0
+    """{module name: value} → {matrix: [value of layer 0, layer 1, ...]}, in Figure 3's order."""
+    grid = {}
     for name, value in values.items():
         short, layer = place_of(name)
         grid.setdefault(short, {})[layer] = value
-        depth = max(depth, layer + 1)
-    return {short: [grid[short].get(layer) for layer in range(depth)]
-            for short in tables.MATRICES if short in grid}
+    found = {}
+    for short in tables.MATRICES:
+        if short in grid:
+            found[short] = [grid[short][layer] for layer in range(len(grid[short]))]
+    return found
 
 
 def place_of(name):
-    """("f2", 3) of "bert.encoder.layer.3.output.dense"; ValueError if it is no matrix of an encoder layer."""
+    """("f2", 3) of "bert.encoder.layer.3.output.dense". ValueError for another kind of name."""
     short, longest = None, 0
     for targets in model.TARGETS.values():
         for matrix, end in targets.items():
-            if name.endswith(f".{end}") and len(end) > longest:            # attention.output.dense is no f2
+            if name.endswith(f".{end}") and len(end) > longest:            # o ends like f2
                 short, longest = matrix, len(end)
     numbers = [part for part in name.split(".") if part.isdigit()]
     if short is None or not numbers:
@@ -104,14 +108,14 @@ def speed(folder):
     with disk.reading(path, f"remove {folder} and run it again"):
         lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
         lines = [line for line in lines if "loss" in line and line["step"] > 1]
-        for a, b in itertools.pairwise(lines):             # a run that went on after a stop counts anew
+        for a, b in itertools.pairwise(lines):             # after a stop they begin anew
             if not (a["tokens"] < b["tokens"] and a["seconds"] < b["seconds"]):
                 raise ValueError("tokens or seconds go back")
         first, *_, last = lines
         return (last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"])
 
 
-# --- TABLE.json ---------------------------------------------------------------------------------------------
+# --- TABLE.json ------------------------------------------------------------------------------
 
 def write(path, content):
     """Write TABLE.json. content: a dict, with records in the lists "runs" and "left_out"."""
@@ -121,12 +125,12 @@ def write(path, content):
         for name in list(shared):
             if run["settings"].get(name) != shared[name]:
                 del shared[name]
+    elsewhere = shared.keys() | {"task", "seed"}           # which a record has anyway
     brief = {"settings": shared}
     for part in ("runs", "left_out"):
         brief[part] = []
         for run in content[part]:
-            own = {name: value for name, value in run["settings"].items()
-                   if name not in shared and name not in ("task", "seed")}         # which the record has
+            own = {name: value for name, value in run["settings"].items() if name not in elsewhere}
             brief[part].append(run | {"settings": own})
     disk.write_file(path, layout(content | brief) + "\n")
 
@@ -152,9 +156,11 @@ def load_all(folder):
 
 
 def layout(value, indent=""):
-    """JSON with a line for each entry of a dict and each dict of a list; what is in such a list is one line."""
+    """JSON with a line for each entry of a dict, and one for each dict that is in a list."""
     if isinstance(value, dict) and value:
-        inner = [f"{json.dumps(str(name))}: {layout(item, indent + ' ')}" for name, item in value.items()]
+        inner = []
+        for name, item in value.items():
+            inner.append(f"{json.dumps(str(name))}: {layout(item, indent + ' ')}")
         start, end = "{}"
     elif isinstance(value, list) and value and isinstance(value[0], dict):
         inner = [json.dumps(item, ensure_ascii=False) for item in value]

@@ -1,12 +1,13 @@
-"""From the records of a table's runs to Markdown: mean ± standard deviation, averages, differences. Reads no file.
+"""From the records of runs to Markdown: mean ± standard deviation, averages, differences.
 
-`content` is what TABLE.json holds (summary.py). Scores are in percent; a score is a list with one number for
-each of the task's columns (MNLI and QQP have two).
+`content` is what TABLE.json holds (summary.py). Scores are in percent; a score is a list with one
+number for each of the task's columns (MNLI and QQP have two). Reads no file.
 """
 import itertools
 import statistics
 
-COLUMNS = {                      # task → its name, its metrics as (dev split, metric): those of Table 1
+# Task → its name, its metrics as (dev split, metric): the columns of Table 1, in the paper's order.
+COLUMNS = {
     "cola": ("CoLA", [("dev", "matthews")]), "sst2": ("SST-2", [("dev", "accuracy")]),
     "mrpc": ("MRPC", [("dev", "accuracy")]), "qqp": ("QQP", [("dev", "accuracy"), ("dev", "f1")]),
     "stsb": ("STS-B", [("dev", "pearson")]),
@@ -15,13 +16,14 @@ COLUMNS = {                      # task → its name, its metrics as (dev split,
 MATRICES = {"q": "query", "k": "key", "v": "value", "o": "attention output", "f1": "feed-forward 1",
             "f2": "feed-forward 2"}                        # in Figure 3's order
 WHICH = {"last": "after the last step", "best": "at the best evaluation"}
-SPREAD = ("Mean ± standard deviation over the seeds; (n = ...) where it is of another number of values. ≈: a "
-          "difference, of a ratio that from 1, not larger than its own spread over the seeds.")
-LEGEND = ("The best evaluation is chosen on the dev set itself. An average is over tasks, seed by seed; MNLI "
-          "and QQP count as the mean of their columns.")
+SPREAD = ("Mean ± standard deviation over the seeds; (n = ...) where it is of another number of "
+          "values. ≈: a difference, of a ratio that from 1, not larger than its own spread over "
+          "the seeds.")
+LEGEND = ("The best evaluation is chosen on the dev set itself. An average is over tasks, seed by "
+          "seed; MNLI and QQP count as the mean of their columns.")
 
 
-# --- numbers ------------------------------------------------------------------------------------------------
+# --- numbers ---------------------------------------------------------------------------------
 
 def score(run, which, task):
     """The score of a run, in percent: a list with a number for each column of the task."""
@@ -34,12 +36,12 @@ def mean_of(columns):
 
 
 def average(scores):
-    """{task: score} → the mean over tasks: the rule of all rows of the paper's Table 1 but LoRA² k=8's."""
+    """{task: score} → the mean over tasks: the paper's rule, but for its row LoRA² k=8."""
     return statistics.mean(mean_of(columns) for columns in scores.values())
 
 
 def summary(values):
-    """Mean, sample standard deviation (None for one value) and number of values; None without any."""
+    """Mean, sample standard deviation (None for one value), number of values; None without any."""
     values = list(values)
     if not values:
         return None
@@ -74,9 +76,10 @@ def score_of(content, row, task, which):
 def average_of(content, row, which):
     """The average of a row over the tasks, of the seeds that have all of them."""
     runs = {task: by_seed(content, row, task) for task in content["tasks"]}
-    complete = set.intersection(*map(set, runs.values()))
-    return summary(average({task: score(runs[task][seed], which, task) for task in runs})
-                   for seed in complete)
+    averages = []
+    for seed in set.intersection(*map(set, runs.values())):
+        averages.append(average({task: score(runs[task][seed], which, task) for task in runs}))
+    return summary(averages)
 
 
 def difference(content, a, b, task, which):
@@ -88,15 +91,15 @@ def difference(content, a, b, task, which):
 def time_ratio(content, a, b, task):
     """Time per step of row a over row b's, seed by seed.
 
-    Runs of one seed see the same batches, so that the ratio of their times per step is that of their tokens
-    per second the other way round.
+    Runs of one seed see the same batches, so that the ratio of their times per step is that of
+    their tokens per second the other way round.
     """
     return summary(theirs["tokens_per_second"] / ours["tokens_per_second"]
                    for ours, theirs in in_both(content, a, b, task))
 
 
 def tried(content, row, task):
-    """[{"lr", "scale" if there is one, "score" after the last step}] of the runs that choose a row's tuning."""
+    """[{"lr", "scale" if it has one, "score" after the last step}] of a row's runs on a task."""
     found = []
     for run in content["runs"]:
         if (run["row"], run["task"]) == (row, task):
@@ -108,78 +111,81 @@ def tried(content, row, task):
     return found
 
 
-# --- kept singular values -----------------------------------------------------------------------------------
+# --- kept singular values --------------------------------------------------------------------
 
-def alike(runs, name):
-    """{(matrix, layer): entry} of `name`, "ranks" or "kept", of each run. ValueError unless they are of the
-    same matrices: a mean would silently be of some."""
-    found = []
+def check_alike(runs, name):
+    """ValueError unless the entry `name`, "ranks" or "kept", of all runs is of the same matrices.
+
+    A mean would silently be of some.
+    """
+    first = None
     for run in runs:
-        found.append({})
-        for short, layers in run.get(name, {}).items():
-            for layer, entry in enumerate(layers):
-                if entry is not None:
-                    found[-1][short, layer] = entry
-        if not found[-1] or found[-1].keys() != found[0].keys():
-            raise ValueError(f"{run['row']} on {run['task']}, seed {run['seed']}: {name} is of other matrices "
-                             "than in the first run: remove its folder and run it again")
-    return found
+        shape = {short: len(layers) for short, layers in run.get(name, {}).items()}
+        first = first or shape
+        if not shape or shape != first:
+            raise ValueError(f"{run['row']} on {run['task']}, seed {run['seed']}: {name} is of "
+                             "other matrices than in the first run: remove its folder and run it "
+                             "again")
+
+
+def kept_of(run):
+    """[the indices of the kept singular values] of each matrix of a run."""
+    return [set(indices) for layers in run["kept"].values() for indices in layers]
 
 
 def shared(a, b):
-    """The part of the kept singular values that two runs share, from {matrix: indices}, in percent."""
-    kept = max(sum(map(len, a.values())), sum(map(len, b.values())), 1)
-    return 100 * sum(len(set(a[name]) & set(b[name])) for name in a) / kept
+    """Percentage of the kept singular values, [the indices of each matrix], that two runs share."""
+    kept = max(sum(map(len, a)), sum(map(len, b)), 1)
+    return 100 * sum(len(one & other) for one, other in zip(a, b, strict=True)) / kept
 
 
-def counts(kept):
-    """As many of each matrix, as if the first ones had been kept."""
-    return {name: range(len(indices)) for name, indices in kept.items()}
+def shared_counts(a, b):
+    """The same if each matrix kept as many, but always its first ones."""
+    return shared([set(range(len(one))) for one in a], [set(range(len(one))) for one in b])
 
 
 def shared_by_chance(a, b):
     """shared() of as many of each matrix, on average, if b's matrices changed places at random."""
-    pairs = itertools.product(map(len, a.values()), map(len, b.values()))
-    kept = max(sum(map(len, a.values())), sum(map(len, b.values())), 1)
+    pairs = itertools.product(map(len, a), map(len, b))
+    kept = max(sum(map(len, a)), sum(map(len, b)), 1)
     return 100 * sum(map(min, pairs)) / len(a) / kept
 
 
 def part_with(kept, n):
     """The part of the matrices that keep n singular values, in percent."""
-    return 100 * sum(len(indices) == n for indices in kept.values()) / len(kept)
+    return 100 * sum(len(one) == n for one in kept) / len(kept)
 
 
 def overlap(content, task):
     """{measure: values}: how alike the selections of the two rows are, Eq. 9's and Eq. 8's."""
-    nine, eight = (list(by_seed(content, row, task).values()) for row in content["rows"])
-    alike(nine + eight, "kept")
-    r = [run["settings"]["r"] for run in nine + eight]
-    same_seed = [alike(pair, "kept") for pair in in_both(content, *content["rows"], task)]
-    two_seeds = list(itertools.combinations(alike(nine, "kept"), 2))
+    runs = [list(by_seed(content, row, task).values()) for row in content["rows"]]
+    check_alike(runs[0] + runs[1], "kept")
+    nine, eight = ([kept_of(run) for run in some] for some in runs)
+    same_seed = [(kept_of(a), kept_of(b)) for a, b in in_both(content, *content["rows"], task)]
+    two_seeds = list(itertools.combinations(nine, 2))
     found = {
         "kept by both: the very same singular values": [shared(a, b) for a, b in same_seed],
-        "kept by both: as many of each matrix": [shared(counts(a), counts(b)) for a, b in same_seed],
-        "for scale: as many, Eq. 9 with two seeds": [shared(counts(a), counts(b)) for a, b in two_seeds],
+        "kept by both: as many of each matrix": [shared_counts(a, b) for a, b in same_seed],
+        "for scale: as many, Eq. 9 with two seeds": [shared_counts(a, b) for a, b in two_seeds],
         "for scale: the same, matrices shuffled": [shared_by_chance(a, b) for a, b in two_seeds]}
-    for name, runs in (("Eq. 9", nine), ("Eq. 8", eight)):
-        kept = alike(runs, "kept")
+    r = [run["settings"]["r"] for run in runs[0] + runs[1]]
+    for name, kept in (("Eq. 9", nine), ("Eq. 8", eight)):
         found[f"matrices that keep nothing, {name}"] = [part_with(one, 0) for one in kept]
         found[f"matrices that keep everything, {name}"] = [part_with(one, r[0]) for one in kept]
     return found
 
 
 def mean_ranks(runs):
-    """{matrix: [how many singular values each layer kept, on average over runs]}; None: it was not adapted."""
-    ranks, mean = alike(runs, "ranks"), {}
-    for short, layers in runs[0]["ranks"].items():
-        mean[short] = [None] * len(layers)
-        for layer in range(len(layers)):
-            if (short, layer) in ranks[0]:
-                mean[short][layer] = statistics.mean(one[short, layer] for one in ranks)
+    """{matrix: [how many singular values each layer kept, on average over the runs]}."""
+    check_alike(runs, "ranks")
+    mean = {}
+    for short in runs[0]["ranks"]:
+        layers = zip(*(run["ranks"][short] for run in runs))
+        mean[short] = [statistics.mean(counts) for counts in layers]
     return mean
 
 
-# --- Markdown -----------------------------------------------------------------------------------------------
+# --- Markdown --------------------------------------------------------------------------------
 
 def markdown(head, rows):
     """A Markdown table; cells are text."""
@@ -188,7 +194,7 @@ def markdown(head, rows):
 
 
 def show(part, seeds, digits=2, sign=""):
-    """A summary as text, with the number of its values where that is not `seeds`; "not run" for None."""
+    """A summary as text, with the number of its values if that is not `seeds`."""
     if part is None:
         return "not run"
     text = f"{part['mean']:{sign}.{digits}f}"
@@ -213,23 +219,22 @@ def span(values):
 
 
 def layout(content):
-    """(the tasks in the order of the paper's columns, their names, the number of seeds) of a table."""
+    """(tasks in the order of the paper's columns, their names, number of seeds) of a table."""
     tasks = [task for task in COLUMNS if task in content["tasks"]]
     return tasks, [COLUMNS[task][0] for task in tasks], len(content["seeds"])
 
 
-def score_table(content, which="last", digits=2):
+def score_table(content, which="last"):
     """The scores of all rows on all tasks."""
     tasks, names, seeds = layout(content)
     lines = []
     for row, label in content["rows"].items():
-        trained = span(run["adapter_parameters"] for run in content["runs"] if run["row"] == row)
-        line = [label, trained]
+        line = [label]
         for task in tasks:
             columns = score_of(content, row, task, which)
-            line.append("/".join(show(part, seeds, digits) for part in columns))
-        lines.append([*line, show(average_of(content, row, which), seeds, digits)])
-    return markdown([WHICH[which], "trained", *names, "average"], lines)
+            line.append("/".join(show(part, seeds) for part in columns))
+        lines.append([*line, show(average_of(content, row, which), seeds)])
+    return markdown([WHICH[which], *names, "average"], lines)
 
 
 def difference_table(content, which="last"):
@@ -243,20 +248,32 @@ def difference_table(content, which="last"):
     return markdown([f"difference {WHICH[which]}", *names], lines)
 
 
-def paper_table(content):
-    """What the paper reports of the same rows and tasks, beside how many of our parameters survive pruning."""
-    tasks, names, _ = layout(content)
+def parameter_table(content):
+    """How many parameters a row trains, how many survive its pruning, and what the paper says."""
     lines = []
     for row, label in content["rows"].items():
-        paper = content["paper"].get(row, {"scores": {}})
+        runs = [run for run in content["runs"] if run["row"] == row]
+        paper = content["paper"].get(row, {})
+        trained = span(run["adapter_parameters"] for run in runs)
+        surviving = span(run["surviving_parameters"] for run in runs)
+        lines.append([label, trained, surviving, paper.get("parameters", "–")])
+    return markdown(["parameters", "trained", "surviving", "the paper's"], lines)
+
+
+def paper_table(content):
+    """The scores that the paper reports of the same rows and tasks; "" if there are none."""
+    tasks, names, _ = layout(content)
+    lines = []
+    for row, paper in content["paper"].items():
         scores = {task: paper["scores"].get(task, [None]) for task in tasks}
-        survive = span(run["surviving_parameters"] for run in content["runs"] if run["row"] == row)
-        line = [label, survive, paper.get("parameters", "–")]
+        line = [content["rows"][row]]
         for task in tasks:
             line.append("/".join("–" if x is None else f"{x:.2f}" for x in scores[task]))
-        unknown = any(None in columns for columns in scores.values())      # then it would be another mean
+        unknown = any(None in columns for columns in scores.values())
         lines.append([*line, "–" if unknown else f"{average(scores):.2f}"])
-    return markdown(["the paper", "here survive", "parameters", *names, "average"], lines)
+    if not lines:
+        return "The paper reports nothing of these rows.\n"
+    return markdown(["the paper", *names, "average"], lines)
 
 
 def overlap_table(content):
@@ -287,23 +304,33 @@ def tuning_table(content):
     return markdown(["learning rate, scale (score, of how many runs)", *names], lines)
 
 
-def time_tables(content):
-    """[times of a step over those of the first row, tokens per second], each beside the paper's."""
+def ratio_table(content):
+    """Times of a step over those of the first row, ours and the paper's."""
     tasks, names, seeds = layout(content)
     base, *others = content["rows"]
-    ratios, speeds = [], []
+    lines = []
     for task, name in zip(tasks, names):
-        paper = content["paper"].get(task)
         parts = [time_ratio(content, row, base, task) for row in others]
-        ratios.append([name, *(show_change(part, seeds, 3, to=1) for part in parts),
-                       f"{paper[1] / paper[0]:.3f}" if paper else "–"])
-        parts = [summary(run["tokens_per_second"] for run in by_seed(content, row, task).values())
-                 for row in content["rows"]]
-        speeds.append([name, *(show(part, seeds, 0) for part in parts),
-                       f"{paper[0]:.2f} → {paper[1]:.2f}" if paper else "–"])
+        paper = content["paper"].get(task)
+        lines.append([name, *(show_change(part, seeds, 3, to=1) for part in parts),
+                      f"{paper[1] / paper[0]:.3f}" if paper else "–"])
+    labels = list(content["rows"].values())
+    return markdown([f"time of a step over {labels[0]}'s", *labels[1:], "the paper's"], lines)
+
+
+def speed_table(content):
+    """Tokens per second; of the paper's rows seconds per step."""
+    tasks, names, seeds = layout(content)
+    lines = []
+    for task, name in zip(tasks, names):
+        line = [name]
+        for row in content["rows"]:
+            runs = by_seed(content, row, task).values()
+            line.append(show(summary(run["tokens_per_second"] for run in runs), seeds, 0))
+        paper = content["paper"].get(task)
+        lines.append([*line, f"{paper[0]:.2f} → {paper[1]:.2f}" if paper else "–"])
     labels = content["rows"].values()
-    head = [f"time of a step over {content['rows'][base]}'s", *list(labels)[1:], "the paper's"]
-    return [markdown(head, ratios), markdown(["tokens per second", *labels, "the paper's seconds"], speeds)]
+    return markdown(["tokens per second", *labels, "the paper's seconds"], lines)
 
 
 def kept_tables(content):
@@ -311,54 +338,60 @@ def kept_tables(content):
     ((row, label),) = content["rows"].items()
     texts = []
     for task in content["tasks"]:
-        runs, title = list(by_seed(content, row, task).values()), f"{COLUMNS[task][0]}, {label}: "
+        runs = list(by_seed(content, row, task).values())
+        title = f"{COLUMNS[task][0]}, {label}"
         if not runs:
-            texts.append(f"{title}not run\n")
+            texts.append(f"{title}: not run\n")
             continue
-        texts.append(f"{title}kept of {runs[0]['settings']['r']}, mean of {len(runs)} runs\n")
+        texts.append(f"{title}: kept of {runs[0]['settings']['r']}, mean of {len(runs)} runs\n")
         lines = []
         for short, layers in mean_ranks(runs).items():
-            lines.append([MATRICES[short], *("–" if x is None else f"{x:.3g}" for x in layers)])
-        texts.append(markdown(["layer", *map(str, range(len(lines[0]) - 1))], lines))
+            lines.append([MATRICES[short], *(f"{count:.3g}" for count in layers)])
+        texts.append(markdown(["layer", *map(str, range(len(layers)))], lines))
     return texts
 
 
 def parts_of(content):
-    """The tables of TABLE.md; docs/results.md shows those before the first heading."""
+    """(the tables that docs/results.md shows, the others with their headings) of TABLE.md."""
     if content["name"] == "tune":
-        return [tuning_table(content)]
+        return [tuning_table(content)], []
     if content["name"] == "table2":
-        return time_tables(content)
+        return [ratio_table(content), speed_table(content)], []
     if content["name"] == "figure3":
-        picture = ["![kept singular values, layer by layer](figure3.svg)\n"] if content["runs"] else []
-        return [*picture, "## In numbers\n", *kept_tables(content)]
-    parts = [score_table(content), difference_table(content)]
+        picture = "![kept singular values, layer by layer](figure3.svg)\n"
+        shown = [picture] if content["runs"] else []
+        return shown, ["## In numbers\n", *kept_tables(content)]
+    parts = [score_table(content), difference_table(content), parameter_table(content)]
     if content["name"] == "overlap":
         parts.append(overlap_table(content))
-    return [*parts, "## At the best evaluation\n", score_table(content, "best"),
-            difference_table(content, "best"), "## The paper's numbers\n", paper_table(content)]
+    best = [score_table(content, "best"), difference_table(content, "best")]
+    return parts, ["## At the best evaluation\n", *best,
+                   "## What the paper reports\n", paper_table(content)]
 
 
-def size_of(content):
-    """How many runs there are behind a table, and what they took, as text."""
-    memory = f", at most {content['peak_memory_gb']} GB" if content["peak_memory_gb"] else ""
-    return f"{len(content['runs'])} runs, {content['hours']} hours{memory}"
-
-
-def made_on(contents):
-    """On what, with what and when the runs of some tables were made, as text."""
-    facts = []
-    for name in ("seeds", "device", "dtype", "threads", "torch", "python", "date"):
-        values = sorted({str(value) for content in contents for value in content[name]})
+def facts_of(content):
+    """What a table's runs took, and on what, with what and when they were made, as text."""
+    runs = content["runs"]
+    hours = round(sum(run["seconds"] for run in runs) / 3600, 2)
+    peak = max((run["peak_memory_gb"] or 0 for run in runs), default=0)    # older runs do not tell
+    memory = f", at most {peak} GB" if peak else ""
+    facts = [f"{len(runs)} runs, {hours} hours{memory}"]
+    for name in ("seed", "device", "dtype", "threads", "torch", "python", "date"):
+        values = sorted({str(run[name]) for run in runs})
         facts.append(f"{name} {', '.join(values) or '–'}")
-    return "; ".join(facts)
+    return "; ".join(facts) + "."
 
 
 def page(content):
     """TABLE.md, from what TABLE.json holds."""
-    legend = {"tune": [], "figure3": [], "table2": [SPREAD]}.get(content["name"], [SPREAD, LEGEND])
-    notes = [*legend, *content["notes"], f"{size_of(content)}; {made_on([content])}",
-             f"`{content['command']}`"]
+    shown, others = parts_of(content)
+    legend = [SPREAD, LEGEND]
+    if content["name"] == "table2":
+        legend = [SPREAD]
+    if content["name"] in ("tune", "figure3"):
+        legend = []
+    notes = [*legend, *content["notes"], f"`{content['command']}`"]
     model = content["model"].rpartition("/")[2]
-    return "\n".join([f"# {content['title']} ({model})\n", *parts_of(content), "## How it was made\n",
-                      "".join(f"- {note}\n" for note in notes)])
+    parts = [f"# {content['title']} ({model})\n", *shown, f"{facts_of(content)}\n", *others,
+             "## How it was made\n", "".join(f"- {note}\n" for note in notes)]
+    return "\n".join(parts)

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,6 +98,15 @@ def all_cells(grid):
 
 
 @pytest.fixture
+def four(tmp_path):
+    """Table 4 on CoLA with seed 0, four runs: its command, its grid, its cells."""
+    argv = ["table4", "--tasks", "cola", "--seeds", "0", *where(tmp_path / "out")]
+    grid = reproduce.parse(argv).grid
+    return SimpleNamespace(argv=argv, grid=grid, cells=grids.reported_cells(grid, "cola"),
+                           page=grid.folder / "table4.md", json=grid.folder / "table4.json")
+
+
+@pytest.fixture
 def ran(monkeypatch):
     """Instead of train.py: a result that depends on the cell. A list of (row, task, seed, resumed)."""
     calls = []
@@ -176,14 +186,15 @@ def test_score_table():
     assert tables.average_of(content, "a", "best") == pytest.approx({"mean": 57.5, "std": 0, "n": 2})
     assert tables.average_of(content, "b", "best") is None
     assert tables.score_table(content, "best").splitlines() == [
-        "| at the best evaluation | trained | CoLA | MNLI | average |", "| --- | --- | --- | --- | --- |",
-        "| method a | 1,560–1,640 | 50.00±10.00 | 70.00±14.14 (n = 2)/60.00±14.14 (n = 2) | "
-        "57.50±0.00 (n = 2) |",
-        "| method b | 1,560 | 20.00 (n = 1) | not run/not run | not run |"]
-    assert tables.score_table(content, digits=1).splitlines()[2].startswith(
-        "| method a | 1,560–1,640 | 40.0±10.0 | 60.0±14.1 (n = 2)/55.0±21.2 (n = 2) |")
+        "| at the best evaluation | CoLA | MNLI | average |", "| --- | --- | --- | --- |",
+        "| method a | 50.00±10.00 | 70.00±14.14 (n = 2)/60.00±14.14 (n = 2) | 57.50±0.00 (n = 2) |",
+        "| method b | 20.00 (n = 1) | not run/not run | not run |"]
+    assert tables.score_table(content).splitlines()[2].startswith(
+        "| method a | 40.00±10.00 | 60.00±14.14 (n = 2)/55.00±21.21 (n = 2) |")
     assert tables.paper_table(content).splitlines()[2:] == [
-        "| method a | – | 2k | 70.00 | 90.00/80.00 | 77.50 |", "| method b | 20 | – | 60.00 | – | – |"]
+        "| method a | 70.00 | 90.00/80.00 | 77.50 |", "| method b | 60.00 | – | – |"]
+    assert tables.parameter_table(content).splitlines()[2:] == [
+        "| method a | 1,560–1,640 | – | 2k |", "| method b | 1,560 | 20 | – |"]
 
 
 def test_differences():
@@ -208,9 +219,9 @@ def test_time_tables():
         for row, some in speeds.items() for seed, speed in enumerate(some)], "paper": PAPER["table2"]["rows"]}
     assert tables.time_ratio(content, "lora2-k1", "adalora-r8", "cola") == pytest.approx(
         {"mean": 2.5, "std": math.sqrt(0.5), "n": 2})
-    ratios, speeds = (table.splitlines()[2] for table in tables.time_tables(content))
-    assert ratios == "| CoLA | 2.500±0.707 | 1.000 (n = 1) | 1.129 |"
-    assert speeds == "| CoLA | 110±14 | 45±7 | 100 (n = 1) | 1.01 → 1.14 |"
+    ratios, speeds = tables.ratio_table(content), tables.speed_table(content)
+    assert ratios.splitlines()[2] == "| CoLA | 2.500±0.707 | 1.000 (n = 1) | 1.129 |"
+    assert speeds.splitlines()[2] == "| CoLA | 110±14 | 45±7 | 100 (n = 1) | 1.01 → 1.14 |"
 
 
 @pytest.mark.parametrize("mean, std, to, expected", [
@@ -225,10 +236,10 @@ def test_near(mean, std, to, expected):
 
 def test_overlap():
     """Oracle: by hand. Of 4 kept singular values 2 are the same ones, and 3 lie in the same matrices."""
-    a, b = {"x": [0, 1, 2], "y": [5]}, {"x": [0, 3], "y": [5, 6]}
+    a, b = [{0, 1, 2}, {5}], [{0, 3}, {5, 6}]
     assert tables.shared(a, b) == 50 and tables.shared(a, a) == 100
-    assert tables.shared(tables.counts(a), tables.counts(b)) == 75
-    assert tables.shared({"x": []}, {"x": []}) == 0
+    assert tables.shared_counts(a, b) == 75
+    assert tables.shared([set()], [set()]) == 0
 
 
 def test_overlap_table():
@@ -303,13 +314,17 @@ def test_one_grid_for_all_methods(tmp_path):
     assert {cell.seed for cell in grids.tuning_cells(grid, "stsb")} == {grids.TUNE_SEED}
 
 
-def test_timings_are_interleaved(tmp_path):
-    """Oracle: the order by hand: each seed runs all methods before the next seed does; one run at a time."""
+def test_timings_are_interleaved_and_never_resumed(tmp_path, ran):
+    """Oracle: the order by hand: each seed runs all methods before the next seed does; one run at a time.
+    After a stop a log counts tokens and seconds anew: a speed across that would be of no run."""
     args = parse(tmp_path, "table2", "--tasks", "cola", "--seeds", "0,1", "--jobs", "4")
     cells = grids.reported_cells(args.grid, "cola")
     assert [(cell.seed, cell.row) for cell in cells] == [(s, row) for s in (0, 1) for row in args.grid.rows]
     steps = grids.PRESETS["paper"]["timed_steps"]
     assert args.jobs == 1 and {dict(cell.flags)["max-steps"] for cell in cells} == {steps}
+    for cell in cells:
+        begin(cell)
+    assert reproduce.run_grid(args) == [] and [call[3] for call in ran] == [False] * 6
 
 
 @pytest.mark.parametrize("preset", grids.PRESETS)
@@ -383,14 +398,20 @@ def test_another_choice_leaves_the_runs_of_before(tmp_path, ran):
     assert before == {folder: (folder / "record.json").read_bytes() for folder in before}
 
 
-def test_a_table_is_enough(tmp_path, ran):
-    """Oracle: the list of runs, and the bytes. Without run folders, as in a fresh clone, nothing that a table
-    lists is run again, by this table or another; one more seed runs alone; a narrower table loses nothing.
-    Only what Eq. 8 and Eq. 9 keep is not in Table 4, so those runs are needed again."""
+def test_what_is_finished_is_not_run(tmp_path, ran):
+    """Oracle: the list of runs, and the bytes. The second call runs nothing and writes the same; a lost run
+    alone is run. Without run folders, as in a fresh clone, nothing that a table lists is run, by this table
+    or by another; one more seed runs alone; a narrower table loses nothing. Only what Eq. 8 and Eq. 9 keep
+    is not in Table 4."""
     argv = ["--tasks", "cola,mrpc", *where(tmp_path)]
     assert reproduce.main(["table4", *argv, "--seeds", "0,1"]) == 0 and len(ran) == 4 * 2 * 2
     folder = tmp_path / "paper-deberta-v3-base"
     before = {name: (folder / name).read_bytes() for name in ("table4.md", "table4.json")}
+    (folder / "table4.json").unlink()
+    lost = grids.reported_cells(grid_of(tmp_path, "table4", *argv[:2], "--seeds", "0"), "cola")[3]
+    (lost.folder / "record.json").unlink()
+    ran.clear()
+    assert reproduce.main(["table4", *argv, "--seeds", "0,1"]) == 0 and ran == [(lost.row, "cola", 0, False)]
     shutil.rmtree(tmp_path / "runs")
     ran.clear()
     assert reproduce.main(["table4", *argv, "--seeds", "0,1"]) == 0 and ran == []
@@ -431,10 +452,9 @@ def test_a_tables_file_is_whole_and_has_a_line_for_each_run(tmp_path, ran):
 
 @pytest.mark.parametrize("name, damage", [("record.json", ""), ("record.json", "["), ("result.json", "{"),
                                           ("ranks.json", '{"classifier": 1}'), ("last.pt", "")])
-def test_damaged_files_of_a_run_are_named(name, damage, tmp_path, ran, monkeypatch, capsys):
+def test_damaged_files_of_a_run_are_named(name, damage, four, ran, monkeypatch, capsys):
     """Oracle: status 2 and one line with the file and what to do; a record is made whole or not at all."""
-    argv = ["table4", "--tasks", "cola", "--seeds", "0", *where(tmp_path)]
-    cell = grids.reported_cells(grid_of(tmp_path, *argv[:-4]), "cola")[1]
+    cell = four.cells[1]
     if name == "record.json":
         write_run(cell)
         (cell.folder / name).write_text(damage)
@@ -442,83 +462,61 @@ def test_damaged_files_of_a_run_are_named(name, damage, tmp_path, ran, monkeypat
         real = reproduce.execute
         monkeypatch.setattr(reproduce, "execute", lambda cell, *more: (
             real(cell, *more), (cell.folder / name).write_text(damage))[0])
-    assert reproduce.main(argv) == 2
+    assert reproduce.main(four.argv) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and name in said and (name == "last.pt" or "run it again" in said)
-    assert len(list(tmp_path.rglob("record.json"))) == (name == "record.json")
+    assert len(list(four.grid.runs.rglob("record.json"))) == (name == "record.json")
 
 
 @pytest.mark.parametrize("name, value", [
     ("lr", 0.5), ("epochs", 1), ("model", "other"), ("limit_train", 7), ("seed", 4), ("method", "lora"),
-    ("reg_terms", ["uv"]), ("unheard_of", 1)])
-def test_other_settings_are_refused(name, value, tmp_path, ran, capsys):
-    """Oracle: the one error line, status 2. Nothing runs, nothing is written over, no table is made of it."""
-    grid = grid_of(tmp_path, "table4", "--tasks", "cola", "--seeds", "0")
-    cell = grids.reported_cells(grid, "cola")[1]
+    ("reg_terms", ["uv"]), ("unheard_of", 1), ("lr", None)])
+def test_other_settings_are_refused(name, value, four, ran, capsys):
+    """Oracle: the one error line, status 2. Nothing runs, nothing is written over, no table is made of it. A
+    setting that a record lacks is another one."""
+    cell = four.cells[1]
     write_run(cell, result_of(cell, **{name: value}))
     before = (cell.folder / "record.json").read_bytes()
     for more in ([], ["--dry-run"], ["--no-run"]):
-        argv = ["table4", "--tasks", "cola", "--seeds", "0", *where(tmp_path)]
-        assert reproduce.main(argv + more) == 2
+        assert reproduce.main(four.argv + more) == 2
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1 and lines[0].startswith("error: ") and str(cell.folder) in lines[0]
         assert f"--{name.replace('_', '-')} {value}" in lines[0] and "--runs" in lines[0]
     assert ran == [] and (cell.folder / "record.json").read_bytes() == before
-    assert not list(tmp_path.rglob("*.md"))
+    assert not four.page.exists()
 
 
-def test_a_missing_setting_is_another_setting(tmp_path):
-    """Oracle: ValueError that names it: a result that does not say its learning rate is not trusted."""
-    grid = grid_of(tmp_path, "table4", "--tasks", "cola", "--seeds", "0")
-    cell = grids.reported_cells(grid, "cola")[0]
-    result = result_of(cell)
-    del result["settings"]["lr"]
-    write_run(cell, result)
-    with pytest.raises(ValueError, match="--lr None, not 0.0008"):
-        grids.record_of(grid, cell)
-
-
-def test_what_cannot_change_a_result_may_differ(tmp_path):
+def test_what_cannot_change_a_result_may_differ(four):
     """Oracle: options.INCIDENTAL: another folder, data folder or device is the same run."""
-    grid = grid_of(tmp_path, "table4", "--tasks", "cola", "--seeds", "0")
-    cell = grids.reported_cells(grid, "cola")[0]
     other = {"out": "elsewhere", "data_dir": "there", "device": "cuda", "dtype": "bf16", "resume": "x"}
-    write_run(cell, result_of(cell, **other))
-    assert grids.record_of(grid, cell)["steps"] == 10
+    write_run(four.cells[0], result_of(four.cells[0], **other))
+    assert grids.record_of(four.grid, four.cells[0])["steps"] == 10
 
 
 @pytest.mark.parametrize("what, words, other", [("base", "different models", "a"),
                                                 ("rows", "different cola data", "b")])
 def test_models_and_data_of_one_name_are_told_apart(what, words, other, tmp_path, capsys):
-    """Oracle: status 2 and one line that names both runs. Another task has other data, but not another model.
-    """
-    argv = ["table4", "--tasks", "cola,rte", "--seeds", "0", *where(tmp_path), "--no-run"]
+    """Oracle: status 2 and one line that names both runs. Another task has other data, but not another model;
+    the runs that chose the tuning have to be of the same."""
+    argv = ["table4", "--preset", "small", "--tasks", "cola,stsb", "--seeds", "0", *where(tmp_path),
+            "--no-run"]
     grid = grid_of(tmp_path, *argv[:-5])
+    for task, value in (("cola", "a"), ("stsb", other)):
+        for cell in grids.tuning_cells(grid, task):
+            write_run(cell, result_of(cell) | {what: value})
     cells = grids.reported_cells(grid, "cola")
-    for cell, value in [(cells[0], "a"), (cells[1], "a"), (grids.reported_cells(grid, "rte")[0], other)]:
-        write_run(cell, result_of(cell) | {what: value})
-    write_run(cells[2])                                    # of before: it does not tell
+    write_run(cells[0], result_of(cells[0]) | {what: "a"})
+    write_run(cells[1])                                    # of before: it does not tell
     assert reproduce.main(argv) == 0
-    write_run(cells[3], result_of(cells[3]) | {what: "c"})
+    write_run(cells[2], result_of(cells[2]) | {what: "c"})
     capsys.readouterr()
     assert reproduce.main(argv) == 2
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and words in said
-    assert all(f"{cells[i].row} on cola, seed 0" in said for i in (0, 3))
-
-
-def test_nothing_is_chosen_by_runs_on_another_model(tmp_path, capsys):
-    """Oracle: status 2 and one line that names a run of the tuning and one of the reported runs."""
-    argv = ["table4", "--preset", "small", "--tasks", "cola", "--seeds", "0", *where(tmp_path)]
-    grid = grid_of(tmp_path, *argv[:-4])
-    for cell in grids.tuning_cells(grid, "cola"):
-        write_run(cell, result_of(cell) | {"base": "a"})
-    cell = grids.reported_cells(grid, "cola")[0]
-    write_run(cell, result_of(cell) | {"base": "b"})
-    assert reproduce.main([*argv, "--no-run"]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "different models" in said
-    assert f"{cell.row} on cola, seed 0" in said and "seed 1000" in said
+    assert said.count("\n") == 1 and words in said and "on cola, seed 0 and " in said
+    assert f"{cells[2].row} on cola, seed 0" in said
+    shutil.rmtree(cells[0].folder)
+    (grid.folder / "table4.json").unlink()
+    assert reproduce.main(argv) == 2 and "seed 1000" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("lines", [
@@ -552,59 +550,21 @@ def test_a_matrix_that_one_run_lacks(table, name, spoilt, tmp_path, ran, capsys)
     assert said.count("\n") == 1 and f"{name} is of other matrices" in said and "run it again" in said
 
 
-def test_what_is_timed_is_never_resumed(tmp_path, ran):
-    """Oracle: the list of runs. After a stop a log counts tokens and seconds anew; a speed across that would
-    be of no run."""
-    argv = ["table2", "--tasks", "cola", "--seeds", "0", *where(tmp_path)]
-    for cell in grids.reported_cells(grid_of(tmp_path, *argv[:-4]), "cola"):
-        begin(cell)
-    assert reproduce.main(argv) == 0 and [call[3] for call in ran] == [False] * 3
-
-
-def begin(cell, **settings):
+def begin(cell):
     """A last.pt as a stopped run leaves it."""
     cell.folder.mkdir(parents=True, exist_ok=True)
-    save_state(cell, {"settings": grids.settings_of(cell.flags) | settings, "weights": {}})
+    runs.write_state(cell.folder, {"settings": grids.settings_of(cell.flags), "weights": {}})
 
 
-def save_state(cell, state):
-    runs.write_state(cell.folder, state)
-
-
-def test_begun_runs_are_resumed(tmp_path, ran, capsys):
-    """Oracle: the list of runs. A good state is resumed, a damaged one begins anew, another's is refused."""
-    argv = ["table4", "--tasks", "cola", "--seeds", "0", *where(tmp_path)]
-    cells = grids.reported_cells(grid_of(tmp_path, *argv[:-4]), "cola")
-    begin(cells[0])
-    begin(cells[1])
-    (cells[1].folder / "last.pt").write_bytes((cells[1].folder / "last.pt").read_bytes()[:100])
-    begin(cells[2], lr=0.5)
-    assert reproduce.main(argv) == 2 and ran == [] and "--lr 0.5, not" in capsys.readouterr().err
-    (cells[2].folder / "last.pt").unlink()
-    write_run(cells[3])
-    reproduce.main([*argv, "--dry-run"])
+def test_begun_runs_are_resumed(four, ran, capsys):
+    """Oracle: the list of runs: what left a state goes on, what left a record is done."""
+    begin(four.cells[0])
+    write_run(four.cells[3])
+    reproduce.main([*four.argv, "--dry-run"])
     states = [line.split(" python")[0].strip() for line in capsys.readouterr().out.splitlines()]
     assert states == ["resume", "to run", "to run", "done"] and ran == []
-    assert reproduce.main(argv) == 0
-    assert ran == [(cell.row, "cola", 0, i == 0) for i, cell in enumerate(cells[:3])]
-
-
-def test_what_is_finished_is_not_run(tmp_path, ran, capsys):
-    """Oracle: the list of runs. The second call runs nothing and writes the same bytes; a lost run alone is
-    run; two tables share the runs they have in common."""
-    argv = ["--tasks", "cola", "--seeds", "0,1", *where(tmp_path)]
-    assert reproduce.main(["table4", *argv]) == 0 and len(ran) == 4 * 2
-    folder = tmp_path / "paper-deberta-v3-base"
-    before = {name: (folder / name).read_bytes() for name in ("table4.md", "table4.json")}
-    ran.clear()
-    assert reproduce.main(["table4", *argv]) == 0 and ran == []
-    assert before == {name: (folder / name).read_bytes() for name in before}
-    cells = grids.reported_cells(grid_of(tmp_path, "table4", *argv[:-4]), "cola")
-    (cells[3].folder / "record.json").unlink()
-    (folder / "table4.json").unlink()
-    assert reproduce.main(["table4", *argv]) == 0 and ran == [(cells[3].row, "cola", cells[3].seed, False)]
-    ran.clear()
-    assert reproduce.main(["pruning", *argv]) == 0 and {call[0] for call in ran} == {"lora2-k1-unpruned"}
+    assert reproduce.main(four.argv) == 0
+    assert ran == [(cell.row, "cola", 0, i == 0) for i, cell in enumerate(four.cells[:3])]
 
 
 def test_tuning_comes_first_and_is_kept(tmp_path, ran):
@@ -639,7 +599,7 @@ def test_the_table_says_where_it_comes_from(tmp_path, ran):
     text = path.read_text(encoding="utf-8")
     assert "50.50±0.71" in text and "| 68.66 |" in text and "not run" not in text
     assert f"`{shlex.join(['python', 'experiments/reproduce.py', *argv])}`" in text
-    assert ("8 runs, 0.08 hours; seeds 0, 1; device cpu; dtype fp32; threads 1; torch 2; python 3; "
+    assert ("8 runs, 0.08 hours; seed 0, 1; device cpu; dtype fp32; threads 1; torch 2; python 3; "
             "date 2026-01-01") in text
 
 
@@ -699,16 +659,15 @@ def test_a_table_of_nothing(table, tmp_path, capsys):
     assert "not run" in (folder / f"{table}.md").read_text(encoding="utf-8")
 
 
-def test_one_at_a_time_in_a_folder(tmp_path, ran, capsys):
+def test_one_at_a_time_in_a_folder(four, ran, capsys):
     """Oracle: status 2 and one line; nothing runs. The table may be written meanwhile; later all is well."""
     pytest.importorskip("fcntl")
-    argv = ["table4", "--tasks", "cola", "--seeds", "0", *where(tmp_path)]
-    with disk.alone(grid_of(tmp_path, *argv[:-4]).runs, "reproduce.py"):
-        assert reproduce.main(argv) == 2 and ran == []
+    with disk.alone(four.grid.runs, "reproduce.py"):
+        assert reproduce.main(four.argv) == 2 and ran == []
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and "another reproduce.py is running" in said and "--runs" in said
-        assert reproduce.main([*argv, "--no-run"]) == 0
-    assert reproduce.main(argv) == 0 and len(ran) == 4
+        assert reproduce.main([*four.argv, "--no-run"]) == 0
+    assert reproduce.main(four.argv) == 0 and len(ran) == 4
 
 
 @pytest.mark.parametrize("part, more", [("list_grid", ["--dry-run"]), ("write_table", ["--no-run"])])
@@ -766,88 +725,81 @@ def stand_in(tmp_path, monkeypatch):
 
 
 def test_train_is_called_as_its_command_line_wants(tmp_path, stand_in, capfd):
-    """Oracle: options.parse, which reads what was passed; --resume for a begun run; its chatter is not shown;
-    only result.json and the log are left behind."""
+    """Oracle: options.parse, which reads what was passed; --resume for a begun run, with all its options,
+    which train.py holds against what is stored; its chatter is not shown; only small files are left."""
     argv = ["table4", "--tasks", "cola", "--seeds", "0", "--data-dir", "my data", *where(tmp_path)]
     cells = grids.reported_cells(reproduce.parse(argv).grid, "cola")
     begin(cells[0])
     stand_in(cells)
     assert reproduce.main(argv) == 0
     calls = [call[0] for call in stand_in.calls()]
-    assert calls[0] == ["--resume", str(cells[0].folder), "--model", "microsoft/deberta-v3-base",
-                        "--data-dir", "my data"]
+    given = options.parse(calls[0])
+    assert given.pop("resume") == str(cells[0].folder) and given["data_dir"] == "my data"
+    assert options.resolve(given) == grids.settings_of(cells[0].flags)
     for call, cell in zip(calls[1:], cells[1:]):
         assert options.resolve(options.parse(call)) == grids.settings_of(cell.flags) | {
             "out": str(cell.folder), "overwrite": True}
     out = capfd.readouterr().out
     assert "chatter" not in out and out.count("done") == 4 and "[4/4, about 0.0 h left]" in out
-    assert sorted(path.name for path in cells[1].folder.iterdir()) == ["log.jsonl", "record.json", "result.json"]
+    left = sorted(path.name for path in cells[1].folder.iterdir())
+    assert left == ["log.jsonl", "record.json", "result.json"]
     begin(cells[1])
-    (cells[1].folder / "record.json").unlink()             # as if it had been stopped between its end and that
+    (cells[1].folder / "record.json").unlink()             # as if stopped between its end and that
     (tmp_path / "paper-deberta-v3-base" / "table4.json").unlink()
     assert reproduce.main([*argv, "--keep"]) == 0          # its state is good: resumed, all kept
-    assert stand_in.calls()[-1][0][0] == "--resume" and (cells[1].folder / "adapter.safetensors").exists()
+    assert "--resume" in stand_in.calls()[-1][0] and (cells[1].folder / "adapter.safetensors").exists()
 
 
-def test_a_mistake_ends_the_grid_a_failure_does_not(tmp_path, stand_in, capsys):
+def test_a_mistake_ends_the_grid_a_failure_does_not(four, stand_in, capsys):
     """Oracle: train.py's statuses. 1, a run that diverged: the others run, status 1 and a line for it; the
-    table has a gap. 2, a user's mistake: its line is ours, nothing more is run."""
-    argv = ["table4", "--tasks", "cola", "--seeds", "0", *where(tmp_path / "out")]
-    cells = grids.reported_cells(reproduce.parse(argv).grid, "cola")
-    stand_in(cells, fail={cells[1].folder.name: (1, "loss was not finite")})
-    assert reproduce.main(argv) == 1 and len(stand_in.calls()) == 4
-    captured = capsys.readouterr()
-    assert captured.err == f"error: {cells[1].folder}: status 1, loss was not finite\n"
-    text = (tmp_path / "out/paper-deberta-v3-base/table4.md").read_text(encoding="utf-8")
-    assert text.count("not run") == 6                      # best and last, of CoLA, the average, a difference
-    stand_in(cells, fail={"--task": (2, "there is no model x")})
-    assert reproduce.main(argv) == 2 and capsys.readouterr().err == "error: there is no model x\n"
-    assert len(stand_in.calls()) == 5
-
-
-def test_what_cannot_be_resumed_begins_anew(tmp_path, stand_in):
-    """Oracle: the calls. train.py refuses to resume (an adapter is missing, say): the run begins anew."""
-    argv = ["table4", "--tasks", "cola", "--seeds", "0", *where(tmp_path / "out")]
-    cells = grids.reported_cells(reproduce.parse(argv).grid, "cola")
-    begin(cells[3])
-    stand_in(cells, fail={"--resume": (2, "adapter.safetensors is missing")})
-    assert reproduce.main(argv) == 0
+    table has a gap. 2 of a run that went on, whose adapter is missing, say: it begins anew. 2, a user's
+    mistake: its line is ours, nothing more is run."""
+    folders = [cell.folder for cell in four.cells]
+    stand_in(four.cells, fail={folders[1].name: (1, "loss was not finite")})
+    assert reproduce.main(four.argv) == 1 and len(stand_in.calls()) == 4
+    assert capsys.readouterr().err == f"error: {folders[1]}: status 1, loss was not finite\n"
+    assert four.page.read_text(encoding="utf-8").count("not run") == 6     # CoLA, average, difference
+    begin(four.cells[1])
+    stand_in(four.cells, fail={"--resume": (2, "adapter.safetensors is missing")})
+    assert reproduce.main(four.argv) == 0
     calls = [call[0] for call in stand_in.calls()]
-    assert len(calls) == 5 and calls[3][0] == "--resume" and calls[4][-2] == str(cells[3].folder)
+    assert len(calls) == 6 and calls[4][-2:] == ["--resume", str(folders[1])]
+    assert calls[5][-3:] == ["--out", str(folders[1]), "--overwrite"]
+    for path in (four.json, folders[1] / "record.json"):
+        path.unlink()
+    stand_in(four.cells, fail={"--task": (2, "there is no model x")})
+    assert reproduce.main(four.argv) == 2 and capsys.readouterr().err == "error: there is no model x\n"
+    assert len(stand_in.calls()) == 7
 
 
-def test_runs_share_the_gpus(tmp_path, stand_in, monkeypatch):
+def test_runs_share_the_gpus(four, stand_in, monkeypatch):
     """Oracle: CUDA_VISIBLE_DEVICES and the times of the calls: two at once, one on each of GPUs 3 and 5."""
     monkeypatch.setattr(reproduce, "visible_gpus", lambda: ["3", "5"])
-    argv = ["table4", "--tasks", "cola", "--seeds", "0", *where(tmp_path / "out")]
-    stand_in(grids.reported_cells(reproduce.parse(argv).grid, "cola"), sleep=0.6)
-    assert reproduce.main(argv) == 0
+    stand_in(four.cells, sleep=0.6)
+    assert reproduce.main(four.argv) == 0
     _, devices, times = zip(*stand_in.calls())
     assert sorted(devices[:2]) == sorted(devices[2:]) == ["3", "5"]
     assert times[1] - times[0] < 0.5 < times[2] - times[0]
 
 
-def test_stopped_while_a_run_begins(tmp_path, stand_in):
+def test_stopped_while_a_run_begins(four, stand_in):
     """Oracle: the clock: a run that begins after the signal is told to end; it would have slept for long."""
     stop, processes, began = threading.Event(), [], time.monotonic()
-    cell = grids.reported_cells(grid_of(tmp_path / "out", "table4", "--tasks", "cola"), "cola")[0]
-    stand_in([cell], sleep=60)
+    stand_in(four.cells, sleep=60)
     stop.set()
-    status, _ = reproduce.execute(cell, False, None, processes, stop)
+    status, _ = reproduce.execute(four.cells[0], False, None, processes, stop)
     assert status != 0 and len(processes) == 1 and time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_stopped(number, tmp_path, stand_in):
+def test_stopped(number, four, stand_in):
     """Oracle: the stand-in, which saves on SIGTERM as train.py does. The run is told to save, once; no other
     begins; the table of what there is gets written; the status is 130."""
-    argv = ["table4", "--tasks", "cola", "--seeds", "0", *where(tmp_path / "out")]
-    cells = grids.reported_cells(reproduce.parse(argv).grid, "cola")
-    write_run(cells[3])
-    stand_in(cells, sleep=60)
+    write_run(four.cells[3])
+    stand_in(four.cells, sleep=60)
     driver = stand_in.here / "driver.py"
     driver.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom experiments import reproduce\n"
-                      f"reproduce.TRAIN = {reproduce.TRAIN!r}\nsys.exit(reproduce.main({argv!r}))\n")
+                      f"reproduce.TRAIN = {reproduce.TRAIN!r}\nsys.exit(reproduce.main({four.argv!r}))\n")
     process = subprocess.Popen([sys.executable, str(driver)], stderr=subprocess.PIPE, text=True,
                                start_new_session=True)
     deadline = time.monotonic() + 60
@@ -858,7 +810,7 @@ def test_stopped(number, tmp_path, stand_in):
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and said == "\nstopped: the same command goes on\n"
     assert (stand_in.here / "saved").read_text() == "x" and len(stand_in.calls()) == 1
-    assert "| 50.00 |" in (tmp_path / "out/paper-deberta-v3-base/table4.md").read_text(encoding="utf-8")
+    assert "| 50.00 |" in four.page.read_text(encoding="utf-8")
 
 
 def test_the_record_of_a_run(tmp_path):
@@ -866,17 +818,18 @@ def test_the_record_of_a_run(tmp_path):
     is not asked is not there; only what was changed by hand stays: the large files go, unless kept."""
     cell = grids.reported_cells(grid_of(tmp_path, "overlap", "--tasks", "cola", "--seeds", "0"), "cola")[0]
     leave_run(cell, result_of(cell) | {"base": "x", "task": "cola", "peak_memory_gb": None})
-    name = "deberta.encoder.layer.1.output.dense"
+    name = "deberta.encoder.layer.0.output.dense"
     (cell.folder / "ranks.json").write_text(json.dumps({name: 2}))
-    save_state(cell, {"weights": {f"{name}.lam": torch.tensor([0.0, 2.0, 0.0, -1.0]),
-                                  f"{name}.u": torch.ones(1, 4)}})
+    runs.write_state(cell.folder, {"weights": {f"{name}.lam": torch.tensor([0.0, 2.0, 0.0, -1.0]),
+                                              f"{name}.u": torch.ones(1, 4)}})
     reproduce.tidy(cell, keep=True)
     assert (cell.folder / "last.pt").exists()
     reproduce.tidy(cell, keep=False)
     assert not (cell.folder / "last.pt").exists()
     run = json.loads((cell.folder / "record.json").read_text())
-    assert run["kept"] == {"f2": [None, [1, 3]]} and run["ranks"] == {"f2": [None, 2]}
-    assert run["best"]["scores"] == SCORES and (run["row"], run["task"], run["seed"]) == ("lora2-k1", "cola", 0)
+    assert run["kept"] == {"f2": [[1, 3]]} and run["ranks"] == {"f2": [2]}
+    assert (run["row"], run["task"], run["seed"]) == ("lora2-k1", "cola", 0)
+    assert run["best"]["scores"] == SCORES
     assert (run["base"], run["rows"], run["seconds"], run["device"]) == ("x", None, 36.0, "cpu")
     assert run["settings"] == summary.comparable(grids.settings_of(cell.flags))
     assert not run["settings"].keys() & {"out", "data_dir", "dtype"} and "tokens_per_second" not in run
@@ -886,8 +839,8 @@ def test_the_record_of_a_run(tmp_path):
 
 @pytest.mark.parametrize("table", grids.TABLES)
 def test_the_committed_tables_follow_from_their_runs(table, tmp_path, monkeypatch):
-    """Oracle: the committed files. The command that is written in them, given nothing but the JSON files, makes
-    the same JSON and the same Markdown, to the byte; it runs nothing."""
+    """Oracle: the committed files. The command that is written in them, given nothing but the JSON files,
+    makes the same JSON and the same Markdown, to the byte; it runs nothing."""
     if table == "figure3":
         pytest.importorskip("matplotlib")
     name = Path("experiments/results/small-all-MiniLM-L6-v2")
@@ -902,17 +855,18 @@ def test_the_committed_tables_follow_from_their_runs(table, tmp_path, monkeypatc
 
 def test_results_are_summaries():
     """Oracle: the file system: at most 60 files, no logs, no folder of a run."""
-    found = [path.relative_to(ROOT) for path in (ROOT / "experiments" / "results").rglob("*") if path.is_file()]
+    folder = ROOT / "experiments" / "results"
+    found = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     assert len(found) <= 60 and {path.suffix for path in found} == {".json", ".md", ".svg"}
-    assert {len(path.parts) for path in found} == {3, 4}
+    assert {len(path.parts) for path in found} == {1, 2}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments" / "results").glob("bench-*.json")),
                          ids=lambda path: path.stem)
 def test_the_committed_benches_follow_from_their_json(path):
     """Oracle: the Markdown file beside it, to the byte."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    assert bench_table.page(content, path.stem.split("-")[1]) == path.with_suffix(".md").read_text(encoding="utf-8")
+    content, device = json.loads(path.read_text(encoding="utf-8")), path.stem.split("-")[1]
+    assert bench_table.page(content, device) == path.with_suffix(".md").read_text(encoding="utf-8")
 
 
 # --- pictures -----------------------------------------------------------------------------------------------
@@ -921,11 +875,12 @@ def test_the_committed_benches_follow_from_their_json(path):
 def test_places(q, family):
     """Oracle: the module names of the three families, written out."""
     prefix = f"{family}.encoder.layer"
-    values = {f"{prefix}.0.attention.self.{q}": 1, f"{prefix}.3.output.dense": 2,
-              f"{prefix}.2.attention.output.dense": 3, f"{prefix}.2.intermediate.dense": 0}
-    assert summary.by_place(values) == {"q": [1, None, None, None], "o": [None, None, 3, None],
-                                        "f1": [None, None, 0, None], "f2": [None, None, None, 2]}
-    assert list(summary.by_place(values)) == ["q", "o", "f1", "f2"]        # Figure 3's order
+    values = {f"{prefix}.1.attention.self.{q}": 1, f"{prefix}.0.attention.self.{q}": 5,
+              f"{prefix}.0.output.dense": 2, f"{prefix}.0.attention.output.dense": 3,
+              f"{prefix}.0.intermediate.dense": 0}
+    found = summary.by_place(values)
+    assert found == {"q": [5, 1], "o": [3], "f1": [0], "f2": [2]}
+    assert list(found) == ["q", "o", "f1", "f2"]           # Figure 3's order
     for bad in ("classifier", "encoder.output.dense"):
         with pytest.raises(ValueError, match="is no adapted matrix"):
             summary.place_of(bad)
@@ -966,10 +921,10 @@ def test_heat_map_shows_the_counts():
     """Oracle: the numbers put in: rows are matrices in the paper's order, columns layers."""
     pytest.importorskip("matplotlib")
     figure, (axes,) = plot.new_figure()
-    kept = {"q": [8, 2], "f2": [None, 5.5]}
+    kept = {"q": [8, 2], "f2": [0, 5.5]}
     image = plot.heat_map(axes, kept, 8, "CoLA")
     assert image.get_array().tolist()[0] == [8, 2] and image.get_array().tolist()[1][1] == 5.5
-    assert image.get_clim() == (0, 8) and [text.get_text() for text in axes.texts] == ["8", "2", "5.5"]
+    assert image.get_clim() == (0, 8) and [text.get_text() for text in axes.texts] == ["8", "2", "0", "5.5"]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["query", "feed-forward 2"]
 
 
@@ -1025,7 +980,7 @@ def test_a_tiny_grid_through_train(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(grids.PRESETS["small"], "lrs", (1e-2,))
     monkeypatch.setitem(grids.PRESETS["small"], "scales", (2,))
     monkeypatch.setitem(grids.TABLES, "table4", grids.Table(
-        "Table 4", {"small": ["cola"]}, ["qk", "base"], [("base", "qk")]))
+        "Table 4", {"small": ["cola"]}, {"small": ["qk", "base"]}, [("base", "qk")]))
     argv = ["--preset", "small", "--model", str(tiny["bert"]), "--data-dir", str(tmp_path / "glue"),
             "--tasks", "cola", "--seeds", "0", *where(tmp_path / "out")]
     for table, count in (("table4", 3), ("overlap", 3), ("figure3", 2)):

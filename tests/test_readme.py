@@ -1,4 +1,4 @@
-"""What README.md and docs/ promise: their commands and its code run, their links, numbers and names are true.
+"""What README.md and docs/ promise: commands and code run; links, numbers and names are true.
 
 The demo itself, of which the README shows the output, runs in the slow test:
     pytest -m slow tests/test_readme.py
@@ -6,7 +6,6 @@ The demo itself, of which the README shows the output, runs in the slow test:
 import json
 import re
 import shlex
-import shutil
 import xml.etree.ElementTree
 from collections import Counter
 from pathlib import Path
@@ -32,9 +31,10 @@ import train
 from lora2 import add_lora2
 
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in readme.PAGES}
-README, RESULTS, CHOICES = (PAGES[name] for name in ("README.md", "docs/results.md", "docs/paper-and-code.md"))
-FENCES = re.findall(r"^```(\w*)\n(.*?)^```$", "\n".join(PAGES.values()), re.DOTALL | re.MULTILINE)
-SMALL = readme.folder_of("small")
+ALL = "\n".join(PAGES.values())
+README, CHOICES, RESULTS, PERFORMANCE = PAGES.values()
+FENCES = re.findall(r"^```(\w*)\n(.*?)^```$", ALL, re.DOTALL | re.MULTILINE)
+FILES = ROOT / "experiments" / "results"
 PAPER = json.loads((ROOT / "experiments" / "paper.json").read_text(encoding="utf-8"))["table1"]["rows"]
 INSTALLS = ("pip ", "pytest ")
 
@@ -69,7 +69,8 @@ def test_every_equation_leads_to_its_line():
         assert len(re.findall(r"#L\d+\)", text)) == len(found)           # none without code before it
         for code, name, number, target, line in found:
             assert (ROOT / page).parent.joinpath(target).resolve() == ROOT / name and number == line
-            assert code in (ROOT / name).read_text(encoding="utf-8").splitlines()[int(number) - 1], (code, name)
+            lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+            assert code in lines[int(number) - 1], (code, name)
         anchors += len(found)
     assert anchors >= 14
 
@@ -84,8 +85,8 @@ def test_the_pages_fit_a_terminal():
 
 
 ORTHONORMAL = "lora2-k1-orthonormal"
-# What docs/results.md says the results show: the start of a point → [(table, row a, row b, {task: sign of a − b,
-# or of the time of a over b's less 1})]. + and −: larger than its spread over seeds, ≈: not.
+# What docs/results.md says the results show: the start of a point → [(table, row a, row b, {task: sign})], of
+# a − b or, in Table 2, of the time of a over b's less 1. + and −: larger than its spread over seeds, ≈: not.
 SHOWN = {
     "LoRA² against LoRA": [
         ("table1", "lora2-k1", "lora-r1", {"stsb": "−", "mrpc": "−", "cola": "≈"}),
@@ -108,7 +109,7 @@ SHOWN = {
 
 def small(name):
     """What a committed TABLE.json of the small preset holds."""
-    return summary.load(SMALL / f"{name}.json")
+    return summary.load(FILES / "small-all-MiniLM-L6-v2" / f"{name}.json")
 
 
 def test_what_the_results_show():
@@ -151,7 +152,8 @@ def test_what_the_results_show():
 def test_how_the_results_were_tuned_and_pruned():
     """Oracle: the settings of the runs: their rates, scales, and what pruning leaves of a matrix's values."""
     text, preset = " ".join(RESULTS.split()), grids.PRESETS["small"]
-    tried = [one for row in small("tune")["rows"] if row != "full" for one in tables.tried(small("tune"), row, "cola")]
+    tune = small("tune")
+    tried = [one for row in tune["rows"] if row != "full" for one in tables.tried(tune, row, "cola")]
     assert {one["lr"] for one in tried} == set(preset["lrs"]) == {0.001, 0.003, 0.01}
     assert {one["scale"] for one in tried if "scale" in one} == set(preset["scales"]) == {2, 8}
     assert "learning rates 0.001, 0.003, 0.01 (full fine-tuning: a tenth) and scales 2, 8" in text
@@ -177,13 +179,27 @@ def test_the_papers_runs():
 
 
 def test_what_is_said_of_performance():
-    """Oracle: the committed bench of a CPU: its medians, and which rows fail on which machine."""
-    read = lambda name: json.loads((readme.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    rows = {key: row["result"]["value"] for key, row in read("bench-cpu")["rows"].items()
-            if row["result"] != "not run"}
+    """Oracle: the committed bench of a CPU: its medians, its machine."""
+    content = json.loads((FILES / "bench-cpu.json").read_text(encoding="utf-8"))
+    rows = {key: row["result"]["value"] for key, row in content["rows"].items() if row["result"] != "not run"}
     said = " ".join(README.partition("## Performance")[2].split())
-    assert [f"{100 * rows[f'1 k={k}'] - 100:.0f} % (k = {k})" for k in (1, 8)] == ["7 % (k = 1)", "13 % (k = 8)"]
-    assert "7 % (k = 1) or 13 % (k = 8) more" in said and f"{rows['3 T=128']:.1f} times as fast" in said
+    more = [f"{100 * rows[f'1 k={k}'] - 100:.0f} % (k = {k})" for k in (1, 8)]
+    assert f"{more[0]} or {more[1]} more" in said and f"{rows['3 T=128']:.1f} times as fast" in said
+    assert content["device"].startswith("Intel(R) Xeon(R)") and content["threads"] == 2
+    assert "On two cores of an Intel Xeon, fp32." in PERFORMANCE and content["dtype"] == "fp32"
+
+
+def test_every_result_is_shown_or_linked_and_what_is_not_run_is_said():
+    """Oracle: the files of results: each Markdown file is linked; none is of the paper's runs or of a GPU."""
+    for path in FILES.rglob("*.md"):
+        if not path.stem.endswith("quick"):
+            assert f"(../experiments/results/{path.relative_to(FILES).as_posix()})" in RESULTS + PERFORMANCE
+    shown = [name for which, name in readme.BLOCK.findall(RESULTS) if which == "all"]
+    assert shown == [f"small-all-MiniLM-L6-v2/{name}.md" for name in grids.TABLES]
+    titles = re.findall("^### (.*)", RESULTS, re.MULTILINE)
+    assert titles == [table.title for table in grids.TABLES.values()]
+    assert not list(FILES.glob("paper-*")) and "have not been repeated" in RESULTS
+    assert not list(FILES.glob("*cuda*")) and "Not run on a GPU." in PERFORMANCE
 
 
 def test_fences():
@@ -201,13 +217,14 @@ def test_links_inside_the_repository_resolve(name):
 
 def test_the_rooms_and_the_files_to_read_are_listed():
     """Oracle: the folder."""
-    names = [path.name for path in ROOT.glob("*.py")] + [f"{path.parent.name}/" for path in ROOT.glob("*/__init__.py")]
+    names = [path.name for path in ROOT.glob("*.py")]
+    names += [f"{path.parent.name}/" for path in ROOT.glob("*/__init__.py")]
     assert all(f"| [{name}]({name.rstrip('/')}) |" in README for name in names)
 
 
 def test_every_test_that_is_named_exists():
     """Oracle: the definitions in the files; a test without a file is one of test_lora2.py."""
-    named = re.findall(r"`(?:(tests/\w+\.py)::)?(test_\w+)`", "\n".join(PAGES.values()))
+    named = re.findall(r"`(?:(tests/\w+\.py)::)?(test_\w+)`", ALL)
     assert len(named) > 20
     for name, test in named:
         source = (ROOT / (name or "test_lora2.py")).read_text(encoding="utf-8")
@@ -219,7 +236,7 @@ def test_every_option_that_is_named_exists():
     known = {f"--{name}" for group in options.OPTIONS.values() for name, *_ in group}
     foreign = {"--no-deps", "--help", "--nproc", "--preset", "--dry-run",
                "--quick", "--epoch-rows", "--growth", "--runs"}   # pip's, argparse's and so on
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", "\n".join(PAGES.values()))) <= known | foreign
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ALL)) <= known | foreign
 
 
 def test_the_picture_has_all_parts_in_both_schemes():
@@ -238,29 +255,29 @@ def test_the_picture_has_all_parts_in_both_schemes():
 
 def test_a_stale_page_is_made_new(tmp_path, monkeypatch, capsys):
     """Oracle: by hand: numbers of lines, a block that changed; --check writes nothing."""
-    (tmp_path / "docs").mkdir()
+    for folder in ("docs", "experiments/results/x"):
+        (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "a.py").write_text('"""First line.\n\nMore."""\nx = 1\ny = 2\n')
-    page = "`y = 2`\n[a.py:{}](../a.py#L{})\n<!-- block -->\n{}\n<!-- /block -->\n"
+    (tmp_path / "experiments/results/x/t.md").write_text(
+        "# Title\n\n| new |\n\n![p](p.svg)\n\n## More\n\n| not this |\n")
+    page = ("`y = 2`\n[a.py:{}](../a.py#L{})\n<!-- all of x/t.md -->\n{}<!-- -->\n"
+            "<!-- first of x/t.md -->\n{}<!-- -->\n")
+    old = page.format(1, 1, "| old |\n", "")
     path = tmp_path / "docs" / "page.md"
-    path.write_text(page.format(1, 1, "| old |"))
+    path.write_text(old)
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     monkeypatch.setattr(readme, "PAGES", ["docs/page.md"])
-    monkeypatch.setattr(readme, "BLOCKS", {"block": lambda folder: f"| of {folder.name} |\n"})
-    assert readme.main(["--check"]) == 1 and "| old |" in path.read_text()
+    assert readme.main(["--check"]) == 1 and path.read_text() == old
     assert readme.main([]) == 0 and readme.main(["--check"]) == 0
-    assert path.read_text() == page.format(5, 5, "| of docs |")
-    for code in ("nowhere", "e"):                          # on no line, and on several
-        path.write_text(page.format(1, 1, "| old |").replace("y = 2", code))
-        capsys.readouterr()
-        assert readme.main([]) == 2
-        assert capsys.readouterr().err.startswith(f"error: docs/page.md: `{code}` is on ")
-        assert "| old |" in path.read_text()
-
-
-def test_every_block_is_in_a_page():
-    """Oracle: the pages' comments."""
-    named = [name for text in PAGES.values() for _, name, _, _ in readme.BLOCK.findall(text)]
-    assert sorted(named) == sorted(readme.BLOCKS)
+    assert path.read_text() == page.format(
+        5, 5, "| new |\n\n![p](../experiments/results/x/p.svg)\n", "| new |\n")
+    capsys.readouterr()
+    for text in (old.replace("y = 2", "nowhere"), old.replace("y = 2", "e"), old.replace("t.md", "u.md")):
+        path.write_text(text)                              # code on no line, on several; no such file
+        assert readme.main([]) == 2 and path.read_text() == text
+        said = capsys.readouterr().err
+        assert said.startswith("error: docs/page.md: ") and said.count("\n") == 1
+        assert ("` is on " in said) == ("t.md" in text)
 
 
 def test_what_it_costs_by_hand():
@@ -281,40 +298,6 @@ def test_what_it_costs_by_hand():
         assert forward == f"+{more / 1e6:.2f}M, +{100 * more / frozen:.2f} %"
         assert both == f"+{3 * more / 1e6:.2f}M, +{100 * 3 * more / (2 * frozen):.2f} %"
     assert rows["AdaLoRA r=8"] == [f"{r * (2 * d + 1):,}"] * 2 + rows["LoRA r=8"][2:]      # Λ is no matrix
-
-
-def test_results_come_from_the_files(tmp_path, monkeypatch):
-    """Oracle: by hand: what stands before the second heading of a Markdown file, with its links; what has no
-    file is not run."""
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    empty = readme.results(tmp_path)
-    assert empty.count("Not run: Learning rates and scales; Table 1: the methods") == 2 and "|" not in empty
-    shutil.copytree(SMALL, tmp_path / SMALL.name)
-    (tmp_path / SMALL.name / "table3.json").unlink()
-    (tmp_path / SMALL.name / "table4.md").write_text("# Table 4\n\n| a |\n![b](c.svg)\n\n## More\n\n| d |\n")
-    text = readme.results(tmp_path)
-    assert "### Table 4: adapted matrices\n\n| a |\n![b](small-all-MiniLM-L6-v2/c.svg)\n\n24 runs, " in text
-    assert "| d |" not in text and "Not run: Table 3: groups of the regulariser." in text
-    (tmp_path / SMALL.name / "table4.md").unlink()
-    with pytest.raises(ValueError, match="table4.md is missing"):
-        readme.results(tmp_path)
-
-
-def test_performance_comes_from_the_files(tmp_path, monkeypatch):
-    """Oracle: by hand. The first table that bench.py wrote beside its JSON file is taken as it is."""
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    assert readme.performance(tmp_path) == "Not run on a CPU nor on a GPU."
-    path = tmp_path / "bench-cpu.json"
-    path.write_text(json.dumps({"device": "abc", "dtype": "fp32", "date": "today", "threads": 2}))
-    path.with_suffix(".md").write_text("# Bench\n\n| b |\n| --- |\n| 3 |\n\nwords\n\n## More\n\n| 4 |\n")
-    (tmp_path / "bench-cpu-large.md").write_text("# Bench\n\n| b |\n")
-    (tmp_path / "bench-cpu-quick.md").write_text("# Bench\n\n| b |\n")
-    assert readme.performance(tmp_path / "docs") == (
-        "| b |\n| --- |\n| 3 |\n\nabc, fp32, today, 2 threads. In full: [bench-cpu.md](../bench-cpu.md).\n\n"
-        "Of other shapes and machines: [bench-cpu-large](../bench-cpu-large.md).\n\nNot run on a GPU.")
-    path.write_text("{")
-    with pytest.raises(ValueError, match="bench-cpu.json is damaged"):
-        readme.performance(tmp_path)
 
 
 # --- commands -----------------------------------------------------------------------------------------------
@@ -437,7 +420,7 @@ def test_the_example_for_your_own_model_runs(tmp_path, monkeypatch, capsys, one_
 
 def test_programs_that_are_named_in_passing_are_there():
     """Oracle: the file system."""
-    named = set(re.findall(r"`python ([\w/]+\.py)", "\n".join(PAGES.values())))
+    named = set(re.findall(r"`python ([\w/]+\.py)", ALL))
     assert named == {"examples/planted.py", "train.py", "experiments/readme.py"}
     assert all((ROOT / name).exists() for name in named)
 
