@@ -8,7 +8,7 @@
 A ratio of times is taken within a round, in which all variants run one after the other, each time in another
 order; shown are the median over the rounds, the least and the greatest. Counts are exact. Before anything is
 timed, own and peer have to compute the same logits and gradients. Ours are the public functions of this
-project, the peers are transformers and peft in train mode with dropout: bench_peers.py. Without them, without
+project, the peers are transformers and peft in train mode with dropout: speed/peers.py. Without them, without
 a GPU, without --model (a folder; for rows 9 and 12) the rows concerned are "not run".
 """
 import argparse
@@ -18,7 +18,6 @@ import gc
 import importlib.metadata
 import importlib.util
 import io
-import json
 import os
 import platform
 import sys
@@ -38,8 +37,7 @@ from running import options
 from running import machine as processes
 from formats import glue as tasks
 import train
-from experiments.speed.table import (ROWS, paired, products_text, profile_table, report, saved_table, summary,
-                         worst)
+from experiments.speed.table import ROWS, page, paired, report, summary, worst, write
 from lora2 import lora2_layers, merge_lora2
 
 TASKS = ("rte", "mrpc", "stsb", "cola")
@@ -381,31 +379,23 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as work:
         job.work = Path(work)
         measure(job)
-    about = circumstances(job, words)
-    only = [key for key in ROWS if not job.counts or key[0] in "5679" and key != "5 peak"]
-    judged = [key for key in only if not job.quick and (key[:2] != "12" or not job.epoch_rows)]
-    table = report(job.results, job.device, judged, only)
-    print(table)
     if job.counts:
+        counted = [key for key in ROWS if key[0] in "5679" and key != "5 peak"]
+        print(report(job.results, job.device, counted, counted))
         for line in job.details["operations"] + job.details["saved bytes"]:
             print(line)
         return 0
-    about["seconds"] = job.details["seconds until"]["done"]
-    suffix = "" if job.shape == "deberta-v3-base" else f"-{job.shape}"
-    path = Path(job.out) / f"bench-{job.device}{suffix}{'-quick' * job.quick}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = {key: {"ratio": what, "goal": goals[job.device == "cuda"],
-                  "result": job.results.get(key, "not run")} for key, (what, *goals) in ROWS.items()}
-    content = about | {"rows": rows, "details": job.details}
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    facts = "".join(f"- {name}: {value}\n" for name, value in about.items())
-    text = (f"# Performance\n\n{table}\n{facts}\n## Row 10: where an own frozen step spends its time\n\n"
-            f"{profile_table(job.details['profile'])}\n"
-            f"{products_text(job.details['profile'], job.details[f'products, T={job.T}'])}\n"
-            f"## Row 5: what a forward pass keeps\n\n"
-            f"{saved_table(job.details['saved'])}")
-    path.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(facts + f"written: {path}")
+    rows = {}
+    for key, (what, *goals) in ROWS.items():
+        rows[key] = {"ratio": what, "goal": goals[job.device == "cuda"],
+                     "result": job.results.get(key, "not run")}
+    content = circumstances(job, words) | {"seconds": job.details["seconds until"]["done"], "rows": rows,
+                                           "details": job.details}
+    shape = "" if job.shape == "deberta-v3-base" else f"-{job.shape}"
+    quick = "-quick" if job.quick else ""
+    text = page(content, job.device)
+    path = write(Path(job.out) / f"bench-{job.device}{shape}{quick}", content, text)
+    print(text.partition("\n## ")[0], f"written: {path}", sep="\n")
     return 0
 
 

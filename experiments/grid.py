@@ -1,62 +1,39 @@
 """What the paper's tables consist of, as runs of train.py, and which of those runs are finished.
 
-A table has rows and tasks; a cell is one run, of a row on a task with a seed, in a folder of its own. A
-finished run is trusted only if every setting in its result.json is the one asked for.
+A table has rows and tasks; a cell is one run, of a row on a task with a seed, in a folder of its
+own. A run is finished if there is a record of it (summary.py), in that folder or in a TABLE.json,
+with the very settings that are asked for.
 """
 import functools
-import itertools
-import json
 import math
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-from running import options
-from running import machine as processes
-from running import folder as runs
+from experiments import summary
 from experiments import tables
+from formats import disk
+from running import options
 
 ROOT = Path(__file__).resolve().parents[1]
-DTYPE = "fp32" if processes.emulates_bf16("cuda" if torch.cuda.is_available() else "cpu") else "bf16"
-TIMING = "timing"                                          # the folder of Table 2's runs
-TUNE_SEED = 1000                                           # of the runs that choose, never of a reported one
+TIMING = "timing"                       # the folder of Table 2's runs
+TUNE_SEED = 1000                        # of the runs that choose, never of a reported one
 PRESETS = {
-    "paper": {                                             # train.py's own presets are the authors' settings
-        "model": "microsoft/deberta-v3-base", "flags": {}, "lrs": (), "scales": (), "tuning": {},
-        "tuned_on": {},
-        "base": "lora2-k1",                                # the LoRA² of Tables 3, 4 and so on
-        "timed_steps": 70,            # of a run in Table 2: no evaluation before (RTE: 78)
-        "notes": ["The authors' scripts leave k = 1, RoBERTa-large, BitFit and full fine-tuning open: these "
-                  "run with the task's settings for LoRA², full fine-tuning with a learning rate of 2e-5."]},
+    "paper": {                          # train.py's own presets are the authors' settings
+        "model": "microsoft/deberta-v3-base", "flags": {},
+        "lrs": (), "scales": (), "tuning": {}, "tuned_on": {},
+        "base": "lora2-k1",             # the LoRA² of Tables 3, 4 and so on
+        "timed_steps": 70},             # of a run in Table 2: no evaluation before (RTE: 78)
     "small": {
         "model": "sentence-transformers/all-MiniLM-L6-v2",
-        "flags": {"limit-train": 2000, "epochs": 6, "dtype": DTYPE},
-        # On CoLA all methods are near chance after 3 epochs: too early to choose by. On RTE they are after
-        # 6, and its dev set has 277 rows: the best of six such runs would be luck.
-        "lrs": (1e-3, 3e-3, 1e-2), "scales": (2, 8), "tuning": {"stsb": {"epochs": 3}},
-        "tuned_on": {"rte": "mrpc"},
-        "base": "lora2-k1-orthonormal", "timed_steps": 40,
-        "notes": ["The first 2,000 training rows, the whole dev set, 6 epochs (3 to choose learning rate "
-                  "and scale on STS-B), bf16 autocast where the machine has it: neither the paper's model "
-                  "nor its data. RTE has MRPC's learning rates and scales: on this model it is too near "
-                  "chance to choose any. Tables 3 and 4 and what follows are of LoRA² with orthonormal "
-                  "init."]}}
-TUNED = ("Each method has on each task the learning rate and scale with the best score after the last step "
-         f"on seed {TUNE_SEED}, which is not reported, of one grid for all (full fine-tuning: a tenth of the "
-         "rates).")
-SHARED = ("All rows have the learning rate and scale that were chosen, on seed "
-          f"{TUNE_SEED}, for LoRA² with six matrices, all terms, pruning and Eq. 9: the others might do "
-          "better with their own.")
-NOTES = {
-    "table1": ["SoRA has the rest of its authors' recipe too: gradients clipped at 0.1, weight decay 0.1, "
-               "warm-up 6 %. Its gates lose 3e-4 a step, so that few close in a short run."],
-    "table2": ["One method after the other, seed by seed, on the same batches. The time is that of the "
-               "training steps alone, from the log. AdaLoRA r=8 is what pruning leaves of r = 12; LoRA² "
-               "begins with its task's r (CoLA and STS-B 4, MRPC 8)."],
-    "overlap": ["Two runs of one seed begin as the same model and see the same batches in the same order."]}
-# Row: label, options of train.py. LoRA and SoRA have their authors' alpha / r = 2 where it is not tuned. What
-# AdaLoRA calls r = 2 is what pruning leaves (0.32M survive); it begins with 1.5 times as many.
+        "flags": {"limit-train": 2000, "epochs": 6, "dtype": "bf16"},
+        # On CoLA all methods are near chance after 3 epochs: too early to choose by. On RTE they
+        # are after 6, and its dev set has 277 rows: the best of six such runs would be luck.
+        "lrs": (1e-3, 3e-3, 1e-2), "scales": (2, 8),
+        "tuning": {"stsb": {"epochs": 3}}, "tuned_on": {"rte": "mrpc"},
+        "base": "lora2-k1-orthonormal", "timed_steps": 40}}
+
+# Row: label, options of train.py. LoRA and SoRA have their authors' alpha / r = 2 where it is not
+# tuned. What AdaLoRA calls r = 2 is what pruning leaves (0.32M survive): it begins with 3.
 ROWS = {
     "full": ("full fine-tuning", {"method": "full"}), "head": ("head alone", {"method": "head"}),
     "bitfit": ("BitFit", {"method": "bitfit"}),
@@ -67,71 +44,97 @@ ROWS = {
     "sora-r1": ("SoRA r=1", {"method": "sora", "r": 1, "alpha": 2}),
     "sora-r8": ("SoRA r=8", {"method": "sora", "r": 8, "alpha": 16}),
     "lora2-k1": ("LoRA² k=1", {"k": 1}), "lora2-k8": ("LoRA² k=8", {"k": 8}),
-    "lora2-k1-orthonormal": ("LoRA² k=1, orthonormal init", {"k": 1, "init": "orthonormal"})}
-VARIANTS = {                                               # of the preset's base row, whose tuning they share
+    "lora2-k1-orthonormal": ("LoRA² k=1, orthonormal", {"k": 1, "init": "orthonormal"})}
+VARIANTS = {                            # of the preset's base row, whose tuning they share
     "left": ("u, v", {"reg-terms": "uv"}), "right": ("U, V", {"reg-terms": "UV"}),
     "factors": ("u, v, U, V", {"reg-terms": "uv,UV"}), "products": ("P, Q", {"reg-terms": "PQ"}),
     "noreg": ("no regulariser", {"reg": 0}), "qk": ("query, key", {"targets": "q,k"}),
     "qv": ("query, value", {"targets": "q,v"}), "qkv": ("query, key, value", {"targets": "q,k,v"}),
-    "eq8": ("importance of Eq. 8", {"importance": "full"}), "unpruned": ("not pruned", {"target-rank": "r"})}
+    "eq8": ("importance of Eq. 8", {"importance": "full"}),
+    "unpruned": ("not pruned", {"target-rank": "r"})}
 
-METHODS = {
-    "paper": ("cola sst2 mrpc qqp stsb mnli qnli rte",
-              "full bitfit adalora-r2 lora-r1 sora-r1 lora2-k1 adalora-r8 lora-r8 sora-r8 lora2-k8"),
-    "small": ("stsb cola mrpc rte",
-              "full head bitfit adalora-r2 lora-r1 sora-r1 lora2-k1 lora2-k1-orthonormal lora-r8 lora2-k8")}
-TIMED, GROUPS = "adalora-r8 lora2-k1 lora2-k8", "*-noreg *-left *-right *-factors *-products *"
-FOUR, TWO = "cola mrpc stsb rte", "stsb cola"
-# Table: title; for each preset tasks and rows ("*" is its base row); pairs of rows whose difference is shown.
+
+class Table(NamedTuple):
+    """A table. "base" among its rows is the preset's base row, a variant's name a variant of it."""
+    title: str
+    tasks: dict                         # preset → tasks
+    rows: dict                          # preset → rows
+    pairs: list = []                    # of rows, whose difference is shown
+
+
+def both(paper, small=None):
+    """{preset: list of words}, of two texts or of one for both presets."""
+    return {"paper": paper.split(), "small": (small or paper).split()}
+
+
+ALL_TASKS = both("cola sst2 mrpc qqp stsb mnli qnli rte", "stsb cola mrpc rte")
+FOUR_TASKS = both("cola mrpc stsb rte", "stsb cola")
+METHODS = both("full bitfit adalora-r2 lora-r1 sora-r1 lora2-k1 adalora-r8 lora-r8 sora-r8 "
+               "lora2-k8",
+               "full head bitfit adalora-r2 lora-r1 sora-r1 lora2-k1 lora2-k1-orthonormal "
+               "lora-r8 lora2-k8")
 TABLES = {
-    "tune": ("Learning rates and scales", METHODS, []),
-    "table1": ("Table 1: the methods", METHODS, [
-        "lora2-k1 lora-r1", "lora2-k1-orthonormal lora-r1", "lora2-k1-orthonormal lora2-k1",
-        "lora2-k1 adalora-r2", "lora2-k8 lora-r8", "lora2-k8 lora2-k1"]),
-    "table2": ("Table 2: time per step", {"paper": ("cola sst2 mrpc qqp stsb mnli rte", TIMED),
-                                          "small": ("stsb cola mrpc", TIMED)}, []),
-    "table3": ("Table 3: groups of the regulariser", {"paper": ("mrpc stsb mnli rte", GROUPS),
-                                                      "small": (TWO, GROUPS)}, [
-                                                          "* *-noreg", "*-left *-noreg", "*-right *-noreg",
-                                                          "*-factors *-noreg", "*-products *-noreg",
-                                                          "* *-factors", "* *-products"]),
-    "table4": ("Table 4: adapted matrices", {"paper": (FOUR, "*-qk *-qv *-qkv *"),
-                                             "small": (TWO, "*-qk *-qv *-qkv *")}, [
-                                                 "* *-qk", "* *-qv", "* *-qkv", "*-qkv *-qk"]),
-    "figure3": ("Figure 3: kept singular values", {"paper": ("mnli qqp mrpc sst2", "*"),
-                                                   "small": ("stsb cola mrpc", "*")}, []),
-    "pruning": ("Pruned against not pruned", {"paper": (FOUR, "*-unpruned *"),
-                                              "small": (TWO, "*-unpruned *")}, ["* *-unpruned"]),
-    "overlap": ("Eq. 8 against Eq. 9", {"paper": (FOUR, "* *-eq8"), "small": (TWO, "* *-eq8")}, ["*-eq8 *"])}
+    "tune": Table("Learning rates and scales", ALL_TASKS, METHODS),
+    "table1": Table("Table 1: the methods", ALL_TASKS, METHODS, [
+        ("lora2-k1", "lora-r1"), ("lora2-k1-orthonormal", "lora-r1"),
+        ("lora2-k1-orthonormal", "lora2-k1"), ("lora2-k1", "adalora-r2"),
+        ("lora2-k8", "lora-r8"), ("lora2-k8", "lora2-k1")]),
+    "table2": Table("Table 2: time per step",
+                    both("cola sst2 mrpc qqp stsb mnli rte", "stsb cola mrpc"),
+                    both("adalora-r8 lora2-k1 lora2-k8")),
+    "table3": Table("Table 3: groups of the regulariser",
+                    both("mrpc stsb mnli rte", "stsb cola"),
+                    both("noreg left right factors products base"), [
+                        ("base", "noreg"), ("left", "noreg"), ("right", "noreg"),
+                        ("factors", "noreg"), ("products", "noreg"),
+                        ("base", "factors"), ("base", "products")]),
+    "table4": Table("Table 4: adapted matrices", FOUR_TASKS, both("qk qv qkv base"), [
+        ("base", "qk"), ("base", "qv"), ("base", "qkv"), ("qkv", "qk")]),
+    "figure3": Table("Figure 3: kept singular values",
+                     both("mnli qqp mrpc sst2", "stsb cola mrpc"), both("base")),
+    "pruning": Table("Pruned against not pruned", FOUR_TASKS, both("unpruned base"), [
+        ("base", "unpruned")]),
+    "overlap": Table("Eq. 8 against Eq. 9", FOUR_TASKS, both("base eq8"), [("eq8", "base")])}
 
 
 class Cell(NamedTuple):
-    """One run of train.py: its row, task and seed in the table, its folder, its options (name, value)."""
+    """One run of train.py."""
     row: str
     task: str
     seed: int
     folder: Path
-    flags: tuple
+    flags: tuple                        # options of train.py: (name, value)
 
 
 class Grid(NamedTuple):
     """What was asked for: a table on a model, with all that decides what its runs are."""
     table: str
     preset: dict
+    flags: dict                         # options of train.py that all runs share
     model: str
     data_dir: str
     tasks: list
-    rows: dict                   # row → its name in paper.json
+    rows: dict                          # row → its name in paper.json
     pairs: list
     seeds: list
-    folder: Path                 # of the table's files and, below it, of all runs
+    folder: Path                        # of the table's files
+    runs: Path                          # of the run folders
+    known: list                         # records of finished runs in the folder's tables
+
+
+def full_name(row, base):
+    """The row that a name in TABLES means, given the base row: "noreg" → "lora2-k1-noreg"."""
+    if row == "base":
+        return base
+    return f"{base}-{row}" if row in VARIANTS else row
 
 
 def row_of(name):
     """(label, options, the row whose tuning it uses) of a row, or of a variant of one."""
     base, _, variant = name.rpartition("-")
     if variant in VARIANTS:
-        return VARIANTS[variant][0], ROWS[base][1] | VARIANTS[variant][1], base
+        label, flags = VARIANTS[variant]
+        return label, ROWS[base][1] | flags, base
     return *ROWS[name], name
 
 
@@ -143,17 +146,20 @@ def command_line(flags):
 @functools.cache
 def settings_of(flags):
     """All settings that train.py would run with; ValueError for what it would refuse."""
-    return options.resolve(options.parse(command_line(flags)))
+    return vars(options.resolve(options.parse(command_line(flags))))
 
 
-def make_cell(grid, row, task, seed, tuned, part="runs", **extra):
+def make_cell(grid, row, task, seed, tuned, part="reported", **extra):
     """A row's run on a task. tuned: {"lr": ..., "scale": ...}, or {} for train.py's presets.
 
-    The folder's name says how it is tuned: should another choice prove better, runs with this one stay.
+    The folder's name says how it is tuned: runs with another choice have others.
     """
     flags = {"task": task, "model": grid.model, "data-dir": grid.data_dir, "seed": seed}
-    flags |= grid.preset["flags"] | row_of(row)[1] | extra
-    r = settings_of(tuple((name, value) for name, value in flags.items() if value != "r"))["r"]
+    flags |= grid.flags | row_of(row)[1] | extra
+    task_settings = settings_of((("task", task), ("method", flags.get("method", "lora2"))))
+    r = flags.get("r", task_settings["r"])
+    if "r" in flags:
+        flags.setdefault("alpha", task_settings["alpha"])  # given r alone, the scale would stay
     if flags.get("target-rank") == "r":
         flags["target-rank"] = r
     if "lr" in tuned:
@@ -161,7 +167,13 @@ def make_cell(grid, row, task, seed, tuned, part="runs", **extra):
     if "scale" in tuned:
         flags["alpha"] = tuned["scale"] * r
     tag = "".join(f"-{name}{value:g}" for name, value in tuned.items())
-    return Cell(row, task, seed, grid.folder / part / task / f"{row}{tag}-s{seed}", tuple(flags.items()))
+    folder = grid.runs / part / task / f"{row}{tag}-s{seed}"
+    return Cell(row, task, seed, folder, tuple(flags.items()))
+
+
+def is_timed(cell):
+    """Whether a cell is one of Table 2's."""
+    return cell.folder.parent.parent.name == TIMING
 
 
 def tuned_on(preset, task):
@@ -173,21 +185,30 @@ def tunings(grid, row, task):
     """[(tuning, its cell)]: one grid for all rows, but for the lower rates of full fine-tuning."""
     task = tuned_on(grid.preset, task)
     method = row_of(row)[1].get("method", "lora2")
-    rates = [{"lr": float(f"{lr / 10:g}") if method == "full" else lr} for lr in grid.preset["lrs"]]
-    scales = [{"scale": s} for s in grid.preset["scales"]] if method in options.ADAPTERS else [{}]
-    all_tuned = [rate | scale for rate, scale in itertools.product(rates, scales)]
-    extra = grid.preset["tuning"].get(task, {})
-    return [(tuned, make_cell(grid, row, task, TUNE_SEED, tuned, "tune", **extra)) for tuned in all_tuned]
+    found = []
+    for lr in grid.preset["lrs"]:
+        rate = {"lr": float(f"{lr / 10:g}") if method == "full" else lr}
+        for scale in grid.preset["scales"] if method in options.ADAPTERS else [None]:
+            tuned = rate if scale is None else rate | {"scale": scale}
+            extra = grid.preset["tuning"].get(task, {})
+            found.append((tuned, make_cell(grid, row, task, TUNE_SEED, tuned, "tune", **extra)))
+    return found
 
 
 def choose(grid, row, task):
-    """The tuning with the best score, the first of equals. {}: nothing is tuned; None: no run is finished.
+    """The tuning with the best score, the first of equals.
 
-    The score after the last step, as it is reported: the best of many evaluations near chance is luck.
+    {}: nothing is tuned; None: no run is finished. The score is that after the last step, as it is
+    reported: the best of many evaluations near chance is luck.
     """
-    scored = [(result["last"]["score"], tuned) for tuned, cell in tunings(grid, row_of(row)[2], task)
-              if (result := read(cell))]
-    return max(scored, key=lambda pair: pair[0])[1] if scored else None if grid.preset["lrs"] else {}
+    if not grid.preset["lrs"]:
+        return {}
+    best, chosen = -math.inf, None
+    for tuned, cell in tunings(grid, row_of(row)[2], task):
+        run = record_of(grid, cell)
+        if run and run["last"]["score"] > best:
+            best, chosen = run["last"]["score"], tuned
+    return chosen
 
 
 def tuning_cells(grid, task):
@@ -200,85 +221,75 @@ def reported_cells(grid, task):
     """The runs of the table's rows, without those whose tuning has yet to run."""
     if grid.table == "tune":
         return []
-    if grid.table == "table2":                             # seed by seed, one method after the other
+    cells = []
+    if grid.table == "table2":          # seed by seed, one method after the other
         extra = {"max-steps": grid.preset["timed_steps"], "limit-dev": 32}
-        return [make_cell(grid, row, task, seed, {}, TIMING, **extra)
-                for seed in grid.seeds for row in grid.rows]
-    tuned = {row: choose(grid, row, task) for row in grid.rows}
-    return [make_cell(grid, row, task, seed, tuned[row]) for row in grid.rows for seed in grid.seeds
-            if tuned[row] is not None]
+        for seed in grid.seeds:
+            cells += [make_cell(grid, row, task, seed, {}, TIMING, **extra) for row in grid.rows]
+        return cells
+    for row in grid.rows:
+        tuned = choose(grid, row, task)
+        if tuned is not None:
+            cells += [make_cell(grid, row, task, seed, tuned) for seed in grid.seeds]
+    return cells
 
 
-# --- what is there ------------------------------------------------------------------------------------------
+# --- what is there ---------------------------------------------------------------------------
 
-def read(cell):
-    """The result of a finished run; None without one, or a damaged one. ValueError if it is another run's."""
-    try:
-        result = json.loads((cell.folder / "result.json").read_text(encoding="utf-8"))
-        settings = dict(result["settings"])
-        numbers = [result[name] for name in ("adapter_parameters", "steps", "seconds")]
-        numbers += [result[name] for name in ("surviving_parameters", "peak_memory_gb") if result.get(name)]
-        for which in tables.WHICH:
-            numbers += tables.score(result, which, cell.task) + [result[which]["score"]]
-        numbers += [result["head_parameters"]] if "head_parameters" in result else []
-        prints = [result[name] for name in ("base", "rows") if name in result]
-        if not all(map(math.isfinite, numbers)) or not all(isinstance(text, str) for text in prints):
-            return None
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
-        return None
-    check(cell, settings)
-    return result
+def record_of(grid, cell):
+    """The record of a finished run, in its folder or in a table; None without one.
 
-
-def resumable(cell):
-    """Whether a begun run can go on: not from a damaged state. ValueError if the state is another run's.
-
-    A run that is timed never does: its log would tell of two machines, or of one in two moods.
+    ValueError if the folder holds a finished run with other settings.
     """
-    if cell.folder.parent.parent.name == TIMING:
-        return False
-    try:
-        state = runs.load_state(cell.folder)
-    except (ValueError, OSError):
-        return False
-    check(cell, state["settings"])
-    return True
+    asked = summary.comparable(settings_of(cell.flags))
+    path = cell.folder / "record.json"
+    if path.exists():
+        run = disk.read_json(path, f"remove {cell.folder} and run it again")
+        found = run["settings"]
+        for name in sorted(asked.keys() | found.keys()):
+            if asked.get(name) != found.get(name):
+                raise ValueError(f"{cell.folder} holds a run with {options.flag(name)} "
+                                 f"{found.get(name)}, not {asked.get(name)}: move it away, or give "
+                                 "another --runs")
+        return run
+    for run in grid.known:
+        is_enough = grid.table != "overlap" or cell.seed == TUNE_SEED or "kept" in run
+        if run["settings"] == asked and is_enough:
+            return run | {"row": cell.row}
+    return None
 
 
-def check(cell, found):
-    """ValueError unless the settings found in a cell's folder are those asked for.
-
-    A model may be in another place than where it was for the run: its name is what counts.
-    """
-    name = lambda settings: settings | {"model": Path(str(settings.get("model"))).name}
-    asked, found = name(settings_of(cell.flags)), name(found)
-    free = options.INCIDENTAL | {"dtype"}                  # which the device decides; tables tell it
-    differ = [name for name in sorted((asked.keys() | found.keys()) - free)
-              if asked.get(name) != found.get(name)]
-    if differ:
-        raise ValueError(f"{cell.folder} holds a run with " + ", ".join(
-            f"{options.flag(name)} {found.get(name)}, not {asked.get(name)}" for name in differ[:3])
-            + ": move it away, or give another --out")
+def is_begun(cell):
+    """Whether a run can go on. A timed one never does: its log would be of two times of day."""
+    return (cell.folder / "last.pt").exists() and not is_timed(cell)
 
 
 def finished(grid):
-    """{(row, task): {seed: (folder, result)}} of the table's finished runs.
+    """The records of the table's finished runs.
 
-    ValueError if two runs on a task are of different models or data of the same name.
+    ValueError if they, and the runs that chose their tuning, are not of one model and of one data
+    set for each task.
     """
-    found = {(row, task): {} for row in grid.rows for task in grid.tasks}
+    shown, all_runs = [], []
     for task in grid.tasks:
-        sources = {}                                       # (what, its fingerprint) → a folder
-        reported = reported_cells(grid, task)
-        for cell in reported + tuning_cells(grid, task):
-            if result := read(cell):
-                if cell in reported:
-                    found[cell.row, task][cell.seed] = cell.folder, result
-                sources |= {(what, result[what]): cell.folder for what in ("base", "rows")
-                            if what in result and (what == "base" or cell.task == task)}
-        for what, words in (("base", "models"), ("rows", "data")):
-            folders = [folder for (name, _), folder in sources.items() if name == what]
-            if len(folders) > 1:
-                raise ValueError(f"{folders[0]} and {folders[1]} are runs on different {words} of one name: "
-                                 "move one away, or give another --out")
-    return found
+        tuned, reported = tuning_cells(grid, task), reported_cells(grid, task)
+        for cell in reported + tuned:
+            run = record_of(grid, cell)
+            if run and run not in all_runs:                # two tasks may share their tuning
+                all_runs.append(run)
+                if cell in (tuned if grid.table == "tune" else reported):
+                    shown.append(run)
+    check_sources("models", all_runs, "base")
+    for task in tables.COLUMNS:
+        check_sources(f"{task} data", [run for run in all_runs if run["task"] == task], "rows")
+    return shown
+
+
+def check_sources(what, runs, name):
+    """ValueError unless the runs that have a fingerprint of this name have the same one."""
+    known = [run for run in runs if run[name] is not None]
+    for run in known:
+        if run[name] != known[0][name]:
+            both = [f"{one['row']} on {one['task']}, seed {one['seed']}" for one in (known[0], run)]
+            raise ValueError(f"{both[0]} and {both[1]} are runs on different {what} of one name: "
+                             "give another --runs and --out")

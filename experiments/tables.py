@@ -1,29 +1,33 @@
-"""From finished runs to tables: mean ± standard deviation, averages, Markdown. Runs nothing.
+"""From the records of runs to Markdown: mean ± standard deviation, averages, differences.
 
-found[row, task] is {seed: (run folder, content of its result.json)}. Scores are in percent; a score is a list
-with one number for each of the task's columns (MNLI and QQP have two).
+`content` is what TABLE.json holds (summary.py). Scores are in percent; a score is a list with one
+number for each of the task's columns (MNLI and QQP have two). Reads no file.
 """
-import contextlib
 import itertools
-import json
 import statistics
 
-COLUMNS = {                      # task → its name, its metrics as (dev split, metric): those of Table 1
+# Task → its name, its metrics as (dev split, metric): the columns of Table 1, in the paper's order.
+COLUMNS = {
     "cola": ("CoLA", [("dev", "matthews")]), "sst2": ("SST-2", [("dev", "accuracy")]),
     "mrpc": ("MRPC", [("dev", "accuracy")]), "qqp": ("QQP", [("dev", "accuracy"), ("dev", "f1")]),
     "stsb": ("STS-B", [("dev", "pearson")]),
     "mnli": ("MNLI", [("dev_matched", "accuracy"), ("dev_mismatched", "accuracy")]),
     "qnli": ("QNLI", [("dev", "accuracy")]), "rte": ("RTE", [("dev", "accuracy")])}
-WHICH = ("best", "last")                                   # the best evaluation on the dev set; the last step
-SPREAD = ("Mean ± standard deviation over seeds (number of runs). ≈: a difference, of a ratio that from 1, "
-          "not larger than its own spread over seeds.")
-LEGEND = (f"{SPREAD} *best*: the best evaluation, chosen on the dev set itself; *last*: after the last step. "
-          "An average is over tasks, seed by seed; MNLI and QQP count as the mean of their columns.")
+MATRICES = {"q": "query", "k": "key", "v": "value", "o": "attention output", "f1": "feed-forward 1",
+            "f2": "feed-forward 2"}                        # in Figure 3's order
+WHICH = {"last": "after the last step", "best": "at the best evaluation"}
+SPREAD = ("Mean ± standard deviation over the seeds; (n = ...) where it is of another number of "
+          "values. ≈: a difference, of a ratio that from 1, not larger than its own spread over "
+          "the seeds.")
+LEGEND = ("The best evaluation is chosen on the dev set itself. An average is over tasks, seed by "
+          "seed; MNLI and QQP count as the mean of their columns.")
 
 
-def score(result, which, task):
+# --- numbers ---------------------------------------------------------------------------------
+
+def score(run, which, task):
     """The score of a run, in percent: a list with a number for each column of the task."""
-    return [100 * result[which]["scores"][split][metric] for split, metric in COLUMNS[task][1]]
+    return [100 * run[which]["scores"][split][metric] for split, metric in COLUMNS[task][1]]
 
 
 def mean_of(columns):
@@ -32,23 +36,17 @@ def mean_of(columns):
 
 
 def average(scores):
-    """{task: score} → the mean over tasks: the rule of all rows of the paper's Table 1 but LoRA² k=8's."""
+    """{task: score} → the mean over tasks: the paper's rule, but for its row LoRA² k=8."""
     return statistics.mean(mean_of(columns) for columns in scores.values())
 
 
 def summary(values):
-    """Mean, sample standard deviation (None for one value) and number of values; None without any."""
+    """Mean, sample standard deviation (None for one value), number of values; None without any."""
     values = list(values)
-    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None,
-            "n": len(values)} if values else None
-
-
-def show(part, digits=2, sign=""):
-    """A summary as text; "not run" for None."""
-    if part is None:
-        return "not run"
-    spread = f" ± {part['std']:.{digits}f}" if part["std"] is not None else ""
-    return f"{part['mean']:{sign}.{digits}f}{spread} ({part['n']})"
+    if not values:
+        return None
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.mean(values), "std": spread, "n": len(values)}
 
 
 def near(part, to=0):
@@ -56,188 +54,344 @@ def near(part, to=0):
     return part is not None and part["std"] is not None and abs(part["mean"] - to) <= part["std"]
 
 
-def span(values):
-    """Counts, which may differ between tasks, as text: "1,560–1,640"."""
-    values = sorted(set(values))
-    return "–".join(f"{value:,}" for value in dict.fromkeys(values[:1] + values[-1:])) or "–"
+def by_seed(content, row, task):
+    """{seed: record} of a cell of the table."""
+    return {run["seed"]: run for run in content["runs"] if (run["row"], run["task"]) == (row, task)}
 
 
-def markdown(head, rows):
-    """A Markdown table; cells are text."""
-    return "".join("| " + " | ".join(line) + " |\n" for line in [head, ["---"] * len(head), *rows])
+def in_both(content, a, b, task):
+    """[(record of row a, record of row b)] of the seeds that both have."""
+    ours, theirs = by_seed(content, a, task), by_seed(content, b, task)
+    return [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
 
 
-def load(folder, name):
-    """A JSON or JSON-lines file of a finished run; ValueError if it is not there or damaged."""
-    with whole(folder, name):
-        text = (folder / name).read_text(encoding="utf-8")
-        content = list(map(json.loads, text.splitlines())) if name.endswith("l") else dict(json.loads(text))
-        if not content:
-            raise ValueError("it is empty")
-        return content
+def score_of(content, row, task, which):
+    """The score of a row on a task: a list with a summary for each column."""
+    scores = [score(run, which, task) for run in by_seed(content, row, task).values()]
+    if not scores:
+        return [None] * len(COLUMNS[task][1])
+    return [summary(column) for column in zip(*scores)]
 
 
-@contextlib.contextmanager
-def whole(folder, name):
-    """Around whatever a damaged file of a finished run can break: then ValueError that says what to do."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as e:
-        raise ValueError(f"{folder / name} is missing or damaged: remove {folder} and run it again") from e
+def average_of(content, row, which):
+    """The average of a row over the tasks, of the seeds that have all of them."""
+    runs = {task: by_seed(content, row, task) for task in content["tasks"]}
+    averages = []
+    for seed in set.intersection(*map(set, runs.values())):
+        averages.append(average({task: score(runs[task][seed], which, task) for task in runs}))
+    return summary(averages)
 
 
-def load_alike(runs, name, kind):
-    """{key: {matrix: value}} from a file of each of the runs {key: (folder, result)}: ValueError unless all
-    are of the same matrices and all values of type `kind`, or a mean would silently be of some."""
-    contents = {}
-    for key, (folder, _) in runs.items():
-        contents[key] = load(folder, name)
-        with whole(folder, name):
-            if contents[key].keys() != next(iter(contents.values())).keys() or not all(
-                    isinstance(value, kind) for value in contents[key].values()):
-                raise ValueError("other matrices than in the first run, or no values")
-    return contents
+def difference(content, a, b, task, which):
+    """Row a − row b on a task, seed by seed."""
+    return summary(mean_of(score(ours, which, task)) - mean_of(score(theirs, which, task))
+                   for ours, theirs in in_both(content, a, b, task))
 
 
-# --- Tables 1, 3, 4 and their like: scores ------------------------------------------------------------------
+def time_ratio(content, a, b, task):
+    """Time per step of row a over row b's, seed by seed.
 
-def score_rows(found, rows, labels, tasks, paper):
-    """Our numbers and the paper's, for JSON. rows: row → its name in `paper`, a table of paper.json."""
-    table = []
-    for row, paper_row in rows.items():
-        done = {task: {seed: result for seed, (_, result) in found[row, task].items()} for task in tasks}
-        entry = {"row": row, "label": labels[row], "paper": paper["rows"].get(paper_row), "tasks": {}}
-        for task, results in done.items():
-            cell = entry["tasks"][task] = {"seeds": {
-                seed: {which: score(one, which, task) for which in WHICH} for seed, one in results.items()}}
-            for which in WHICH:
-                columns = zip(*(one[which] for one in cell["seeds"].values()))
-                cell[which] = [summary(column) for column in columns] or [None] * len(COLUMNS[task][1])
-            for name in ("adapter_parameters", "surviving_parameters", "head_parameters"):
-                cell[name] = sorted({result[name] for result in results.values() if name in result})
-            cell["settings"] = {name: sorted({str(one["settings"].get(name)) for one in results.values()})
-                                for name in ("lr", "alpha", "r", "target_rank")}
-        complete = sorted(set.intersection(*(set(results) for results in done.values())))
-        of_seed = lambda seed, which: average({task: score(done[task][seed], which, task) for task in tasks})
-        entry["average"] = {which: summary(of_seed(seed, which) for seed in complete) for which in WHICH}
-        table.append(entry)
-    return table
-
-
-def score_markdown(table, tasks):
-    """Three lines for each row: ours at the best evaluation, ours after the last step, the paper's."""
-    lines = []
-    for entry in table:
-        counts = [span(n for cell in entry["tasks"].values() for n in cell[f"{kind}_parameters"])
-                  for kind in ("adapter", "surviving")]
-        counts = counts[0] if counts[1] in ("–", counts[0]) else f"{counts[0]}, of which {counts[1]} survive"
-        for which in WHICH:
-            start = [f"**{entry['label']}**", counts] if which == "best" else ["", ""]
-            cells = [" / ".join(map(show, entry["tasks"][task][which])) for task in tasks]
-            lines.append([*start, which, *cells, show(entry["average"][which])])
-        if entry["paper"]:
-            scores = {task: entry["paper"]["scores"].get(task, [None]) for task in tasks}
-            cells = [" / ".join("–" if x is None else f"{x:.2f}" for x in scores[task]) for task in tasks]
-            known = all(x is not None for columns in scores.values() for x in columns)     # else another mean
-            lines.append(["", entry["paper"].get("parameters", ""), "paper", *cells,
-                          f"{average(scores):.2f}" if known else "–"])
-    head = ["", "adapter parameters", "", *(COLUMNS[task][0] for task in tasks), f"average of {len(tasks)}"]
-    return markdown(head, lines)
-
-
-def differences(table, pairs, tasks):
-    """For each pair (a, b) of rows a − b on each task, over the seeds that both have; for JSON."""
-    rows, result = {entry["row"]: entry for entry in table}, []
-    for a, b in pairs:
-        entry = {"difference": f"{rows[a]['label']} − {rows[b]['label']}"}
-        for task in tasks:
-            ours, theirs = (rows[row]["tasks"][task]["seeds"] for row in (a, b))
-            entry[task] = {which: summary(mean_of(ours[seed][which]) - mean_of(theirs[seed][which])
-                                          for seed in ours if seed in theirs) for which in WHICH}
-        result.append(entry)
-    return result
-
-
-def differences_markdown(table, tasks):
-    """A line for each pair, best and last. ≈ marks what is smaller than its own spread."""
-    lines = []
-    for entry, which in itertools.product(table, WHICH):
-        parts = [entry[task][which] for task in tasks]
-        lines.append([entry["difference"], which,
-                      *("≈ " * near(part) + show(part, sign="+") for part in parts)])
-    return markdown(["difference", "", *(COLUMNS[task][0] for task in tasks)], lines)
-
-
-# --- Table 2: time ------------------------------------------------------------------------------------------
-
-def time_table(found, rows, labels, tasks, paper):
-    """Speeds, and times per step over those of the first row: (dict for JSON, Markdown).
-
-    Runs of one seed see the same batches, so that the ratio of their times per step is that of their tokens
-    per second the other way round. The first log line but that of step 1 ends the warm-up; what is between it
-    and the last one counts.
+    Runs of one seed see the same batches, so that the ratio of their times per step is that of
+    their tokens per second the other way round.
     """
-    def speed(folder):
-        with whole(folder, "log.jsonl"):
-            lines = [line for line in load(folder, "log.jsonl") if "loss" in line and line["step"] > 1]
-            for a, b in itertools.pairwise(lines):         # a run that went on after a stop counts anew
-                if not (a["tokens"] < b["tokens"] and a["seconds"] < b["seconds"]):
-                    raise ValueError("tokens or seconds go back")
-            first, *_, last = lines
-            return (last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"])
-
-    base, *others = rows
-    table, lines = {}, []
-    for task in tasks:
-        speeds = {row: {seed: speed(folder) for seed, (folder, _) in found[row, task].items()}
-                  for row in rows}
-        ratio = {row: summary(speeds[base][seed] / speed for seed, speed in speeds[row].items()
-                              if seed in speeds[base]) for row in others}
-        of_paper = paper["rows"].get(task)
-        table[task] = {"tokens_per_second": {row: summary(speeds[row].values()) for row in rows},
-                       "time_ratio": ratio, "paper": of_paper}
-        lines.append([COLUMNS[task][0], *(show(table[task]["tokens_per_second"][row], 0) for row in rows),
-                      *("≈ " * near(ratio[row], 1) + show(ratio[row], 3) for row in others),
-                      "{0:.2f} → {1:.2f}, {2:.3f}".format(*of_paper, of_paper[1] / of_paper[0])
-                      if of_paper else "–"])
-    head = ["", *(f"{labels[row]}, tokens/s" for row in rows),
-            *(f"time of a step, {labels[row]} over {labels[base]}" for row in others), "paper, s and ratio"]
-    return table, markdown(head, lines)
+    return summary(theirs["tokens_per_second"] / ours["tokens_per_second"]
+                   for ours, theirs in in_both(content, a, b, task))
 
 
-# --- Eq. 8 against Eq. 9 ------------------------------------------------------------------------------------
+def tried(content, row, task):
+    """[{"lr", "scale" if it has one, "score" after the last step}] of a row's runs on a task."""
+    found = []
+    for run in content["runs"]:
+        if (run["row"], run["task"]) == (row, task):
+            settings = run["settings"]
+            one = {"lr": settings["lr"], "score": 100 * run["last"]["score"]}
+            if "alpha" in settings:
+                one["scale"] = settings["alpha"] / settings["r"]
+            found.append(one)
+    return found
+
+
+# --- kept singular values --------------------------------------------------------------------
+
+def check_alike(runs, name):
+    """ValueError unless the entry `name`, "ranks" or "kept", of all runs is of the same matrices.
+
+    A mean would silently be of some.
+    """
+    first = None
+    for run in runs:
+        shape = {short: len(layers) for short, layers in run.get(name, {}).items()}
+        first = first or shape
+        if not shape or shape != first:
+            raise ValueError(f"{run['row']} on {run['task']}, seed {run['seed']}: {name} is of "
+                             "other matrices than in the first run: remove its folder and run it "
+                             "again")
+
+
+def kept_of(run):
+    """[the indices of the kept singular values] of each matrix of a run."""
+    return [set(indices) for layers in run["kept"].values() for indices in layers]
+
 
 def shared(a, b):
-    """The part of the kept singular values that two runs share, from {matrix: indices}, in percent."""
-    kept = max(sum(map(len, a.values())), sum(map(len, b.values())), 1)
-    return 100 * sum(len(set(a[name]) & set(b[name])) for name in a) / kept
+    """Percentage of the kept singular values, [the indices of each matrix], that two runs share."""
+    kept = max(sum(map(len, a)), sum(map(len, b)), 1)
+    return 100 * sum(len(one & other) for one, other in zip(a, b, strict=True)) / kept
+
+
+def shared_counts(a, b):
+    """The same if each matrix kept as many, but always its first ones."""
+    return shared([set(range(len(one))) for one in a], [set(range(len(one))) for one in b])
 
 
 def shared_by_chance(a, b):
     """shared() of as many of each matrix, on average, if b's matrices changed places at random."""
-    a, b = ([len(indices) for indices in kept.values()] for kept in (a, b))
-    return 100 * sum(map(min, *zip(*itertools.product(a, b)))) / len(a) / max(sum(a), sum(b), 1)
+    pairs = itertools.product(map(len, a), map(len, b))
+    kept = max(sum(map(len, a)), sum(map(len, b)), 1)
+    return 100 * sum(map(min, pairs)) / len(a) / kept
 
 
-def overlap_table(found, rows, tasks):
-    """How alike the selections of two rows are, Eq. 9's and Eq. 8's: (list for JSON, Markdown)."""
-    counts = lambda kept: {name: range(len(indices)) for name, indices in kept.items()}
-    part = lambda kept, n: 100 * sum(len(indices) == n for indices in kept.values()) / len(kept)
-    table = {}
-    for task in tasks:
-        kept = load_alike({(row, seed): run for row in rows for seed, run in found[row, task].items()},
-                          "kept.json", list)
-        a, b = ({seed: one for (of, seed), one in kept.items() if of == row} for row in rows)
-        r = [result["settings"]["r"] for row in rows for _, result in found[row, task].values()][:1]
-        both, two = [seed for seed in a if seed in b], list(itertools.combinations(a.values(), 2))
-        lines = {"kept by both: the very same singular values": [shared(a[seed], b[seed]) for seed in both],
-                 "kept by both: as many of each matrix": [shared(counts(a[s]), counts(b[s])) for s in both],
-                 "for scale: as many, Eq. 9 with two seeds": [shared(*map(counts, pair)) for pair in two],
-                 "for scale: the same, matrices shuffled": [shared_by_chance(*pair) for pair in two]}
-        for number, kept in ((9, a), (8, b)):
-            lines |= {f"matrices that keep {how}, Eq. {number}": [part(one, n) for one in kept.values()]
-                      for how, n in [("nothing", 0), ("everything", *r)][:2 * len(r)]}
-        for line, values in lines.items():
-            table.setdefault(line, {"measure": line})[task] = summary(values)
-    return list(table.values()), markdown(["%", *(COLUMNS[task][0] for task in tasks)], [
-        [line["measure"], *(show(line.get(task), 1) for task in tasks)] for line in table.values()])
+def part_with(kept, n):
+    """The part of the matrices that keep n singular values, in percent."""
+    return 100 * sum(len(one) == n for one in kept) / len(kept)
+
+
+def overlap(content, task):
+    """{measure: values}: how alike the selections of the two rows are, Eq. 9's and Eq. 8's."""
+    runs = [list(by_seed(content, row, task).values()) for row in content["rows"]]
+    check_alike(runs[0] + runs[1], "kept")
+    nine, eight = ([kept_of(run) for run in some] for some in runs)
+    same_seed = [(kept_of(a), kept_of(b)) for a, b in in_both(content, *content["rows"], task)]
+    two_seeds = list(itertools.combinations(nine, 2))
+    found = {
+        "kept by both: the very same singular values": [shared(a, b) for a, b in same_seed],
+        "kept by both: as many of each matrix": [shared_counts(a, b) for a, b in same_seed],
+        "for scale: as many, Eq. 9 with two seeds": [shared_counts(a, b) for a, b in two_seeds],
+        "for scale: the same, matrices shuffled": [shared_by_chance(a, b) for a, b in two_seeds]}
+    r = [run["settings"]["r"] for run in runs[0] + runs[1]]
+    for name, kept in (("Eq. 9", nine), ("Eq. 8", eight)):
+        found[f"matrices that keep nothing, {name}"] = [part_with(one, 0) for one in kept]
+        found[f"matrices that keep everything, {name}"] = [part_with(one, r[0]) for one in kept]
+    return found
+
+
+def mean_ranks(runs):
+    """{matrix: [how many singular values each layer kept, on average over the runs]}."""
+    check_alike(runs, "ranks")
+    mean = {}
+    for short in runs[0]["ranks"]:
+        layers = zip(*(run["ranks"][short] for run in runs))
+        mean[short] = [statistics.mean(counts) for counts in layers]
+    return mean
+
+
+# --- Markdown --------------------------------------------------------------------------------
+
+def markdown(head, rows):
+    """A Markdown table; cells are text."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def show(part, seeds, digits=2, sign=""):
+    """A summary as text, with the number of its values if that is not `seeds`."""
+    if part is None:
+        return "not run"
+    text = f"{part['mean']:{sign}.{digits}f}"
+    if part["std"] is not None:
+        text += f"±{part['std']:.{digits}f}"
+    if part["n"] != seeds:
+        text += f" (n = {part['n']})"
+    return text.replace("-", "−")
+
+
+def show_change(part, seeds, digits=2, sign="", to=0):
+    """The same, after ≈ if it is not further from a number than its own spread."""
+    mark = "≈" if near(part, to) else ""
+    return mark + show(part, seeds, digits, sign)
+
+
+def span(values):
+    """Counts, which may differ between tasks, as text: "1,560–1,640"; "–" for none."""
+    values = sorted(value for value in set(values) if value is not None)
+    ends = dict.fromkeys(values[:1] + values[-1:])
+    return "–".join(f"{value:,}" for value in ends) or "–"
+
+
+def layout(content):
+    """(tasks in the order of the paper's columns, their names, number of seeds) of a table."""
+    tasks = [task for task in COLUMNS if task in content["tasks"]]
+    return tasks, [COLUMNS[task][0] for task in tasks], len(content["seeds"])
+
+
+def score_table(content, which="last"):
+    """The scores of all rows on all tasks."""
+    tasks, names, seeds = layout(content)
+    lines = []
+    for row, label in content["rows"].items():
+        line = [label]
+        for task in tasks:
+            columns = score_of(content, row, task, which)
+            line.append("/".join(show(part, seeds) for part in columns))
+        lines.append([*line, show(average_of(content, row, which), seeds)])
+    return markdown([WHICH[which], *names, "average"], lines)
+
+
+def difference_table(content, which="last"):
+    """Pairs of rows, seed by seed."""
+    tasks, names, seeds = layout(content)
+    lines = []
+    for a, b in content["pairs"]:
+        parts = [difference(content, a, b, task, which) for task in tasks]
+        lines.append([f"{content['rows'][a]} − {content['rows'][b]}",
+                      *(show_change(part, seeds, sign="+") for part in parts)])
+    return markdown([f"difference {WHICH[which]}", *names], lines)
+
+
+def parameter_table(content):
+    """How many parameters a row trains, how many survive its pruning, and what the paper says."""
+    lines = []
+    for row, label in content["rows"].items():
+        runs = [run for run in content["runs"] if run["row"] == row]
+        paper = content["paper"].get(row, {})
+        trained = span(run["adapter_parameters"] for run in runs)
+        surviving = span(run["surviving_parameters"] for run in runs)
+        lines.append([label, trained, surviving, paper.get("parameters", "–")])
+    return markdown(["parameters", "trained", "surviving", "the paper's"], lines)
+
+
+def paper_table(content):
+    """The scores that the paper reports of the same rows and tasks; "" if there are none."""
+    tasks, names, _ = layout(content)
+    lines = []
+    for row, paper in content["paper"].items():
+        scores = {task: paper["scores"].get(task, [None]) for task in tasks}
+        line = [content["rows"][row]]
+        for task in tasks:
+            line.append("/".join("–" if x is None else f"{x:.2f}" for x in scores[task]))
+        unknown = any(None in columns for columns in scores.values())
+        lines.append([*line, "–" if unknown else f"{average(scores):.2f}"])
+    if not lines:
+        return "The paper reports nothing of these rows.\n"
+    return markdown(["the paper", *names, "average"], lines)
+
+
+def overlap_table(content):
+    """How alike the selections by Eq. 8 and Eq. 9 are."""
+    tasks, names, seeds = layout(content)
+    found = {task: overlap(content, task) for task in tasks}
+    lines = []
+    for measure in found[tasks[0]]:
+        lines.append([measure, *(show(summary(found[task][measure]), seeds, 1) for task in tasks)])
+    return markdown(["%", *names], lines)
+
+
+def tuning_table(content):
+    """Of each row the learning rate and scale with the best score, the first of equals."""
+    tasks, names, _ = layout(content)
+    lines = []
+    for row, label in content["rows"].items():
+        line = [label]
+        for task in tasks:
+            runs = tried(content, row, task)
+            best = max(runs, key=lambda one: one["score"], default=None)
+            if best:
+                scale = f", {best['scale']:g}" if "scale" in best else ""
+                line.append(f"{best['lr']:g}{scale} ({best['score']:.2f}, of {len(runs)})")
+            else:
+                line.append("not run")
+        lines.append(line)
+    return markdown(["learning rate, scale (score, of how many runs)", *names], lines)
+
+
+def ratio_table(content):
+    """Times of a step over those of the first row, ours and the paper's."""
+    tasks, names, seeds = layout(content)
+    base, *others = content["rows"]
+    lines = []
+    for task, name in zip(tasks, names):
+        parts = [time_ratio(content, row, base, task) for row in others]
+        paper = content["paper"].get(task)
+        lines.append([name, *(show_change(part, seeds, 3, to=1) for part in parts),
+                      f"{paper[1] / paper[0]:.3f}" if paper else "–"])
+    labels = list(content["rows"].values())
+    return markdown([f"time of a step over {labels[0]}'s", *labels[1:], "the paper's"], lines)
+
+
+def speed_table(content):
+    """Tokens per second; of the paper's rows seconds per step."""
+    tasks, names, seeds = layout(content)
+    lines = []
+    for task, name in zip(tasks, names):
+        line = [name]
+        for row in content["rows"]:
+            runs = by_seed(content, row, task).values()
+            line.append(show(summary(run["tokens_per_second"] for run in runs), seeds, 0))
+        paper = content["paper"].get(task)
+        lines.append([*line, f"{paper[0]:.2f} → {paper[1]:.2f}" if paper else "–"])
+    labels = content["rows"].values()
+    return markdown(["tokens per second", *labels, "the paper's seconds"], lines)
+
+
+def kept_tables(content):
+    """Figure 3 as numbers, of the only row: a title and a table for each task."""
+    ((row, label),) = content["rows"].items()
+    texts = []
+    for task in content["tasks"]:
+        runs = list(by_seed(content, row, task).values())
+        title = f"{COLUMNS[task][0]}, {label}"
+        if not runs:
+            texts.append(f"{title}: not run\n")
+            continue
+        texts.append(f"{title}: kept of {runs[0]['settings']['r']}, mean of {len(runs)} runs\n")
+        lines = []
+        for short, layers in mean_ranks(runs).items():
+            lines.append([MATRICES[short], *(f"{count:.3g}" for count in layers)])
+        texts.append(markdown(["layer", *map(str, range(len(layers)))], lines))
+    return texts
+
+
+def parts_of(content):
+    """(the tables that docs/results.md shows, the others with their headings) of TABLE.md."""
+    if content["name"] == "tune":
+        return [tuning_table(content)], []
+    if content["name"] == "table2":
+        return [ratio_table(content), speed_table(content)], []
+    if content["name"] == "figure3":
+        picture = "![kept singular values, layer by layer](figure3.svg)\n"
+        shown = [picture] if content["runs"] else []
+        return shown, ["## In numbers\n", *kept_tables(content)]
+    parts = [score_table(content), difference_table(content), parameter_table(content)]
+    if content["name"] == "overlap":
+        parts.append(overlap_table(content))
+    best = [score_table(content, "best"), difference_table(content, "best")]
+    return parts, ["## At the best evaluation\n", *best,
+                   "## What the paper reports\n", paper_table(content)]
+
+
+def facts_of(content):
+    """What a table's runs took, and on what, with what and when they were made, as text."""
+    runs = content["runs"]
+    hours = round(sum(run["seconds"] for run in runs) / 3600, 2)
+    peak = max((run["peak_memory_gb"] or 0 for run in runs), default=0)    # older runs do not tell
+    memory = f", at most {peak} GB" if peak else ""
+    facts = [f"{len(runs)} runs, {hours} hours{memory}"]
+    for name in ("seed", "device", "dtype", "threads", "torch", "python", "date"):
+        values = sorted({str(run[name]) for run in runs})
+        facts.append(f"{name} {', '.join(values) or '–'}")
+    return "; ".join(facts) + "."
+
+
+def page(content):
+    """TABLE.md, from what TABLE.json holds."""
+    shown, others = parts_of(content)
+    legend = [SPREAD, LEGEND]
+    if content["name"] == "table2":
+        legend = [SPREAD]
+    if content["name"] in ("tune", "figure3"):
+        legend = []
+    notes = [*legend, *content["notes"], f"`{content['command']}`"]
+    model = content["model"].rpartition("/")[2]
+    parts = [f"# {content['title']} ({model})\n", *shown, f"{facts_of(content)}\n", *others,
+             "## How it was made\n", "".join(f"- {note}\n" for note in notes)]
+    return "\n".join(parts)

@@ -30,6 +30,12 @@ def reading(path, advice):
         raise ValueError(f"{path} is damaged or another kind of file ({cause}): {advice}") from e
 
 
+def read_json(path, advice):
+    """The content of a JSON file; OSError or ValueError of one sentence, which ends in the advice."""
+    with reading(path, advice):
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
 @contextlib.contextmanager
 def writing(path):
     """What a full disk or a lost folder makes its writer raise becomes one sentence: OSError."""
@@ -41,8 +47,11 @@ def writing(path):
 
 
 @contextlib.contextmanager
-def alone(folder, program):
-    """Hold a folder, made if need be, for this process: ValueError if another one holds it."""
+def alone(folder, program, option="--out"):
+    """Hold a folder, made if need be, for this process: ValueError if another one holds it.
+
+    program and option: who else may hold it, and where another folder is given, for the message.
+    """
     Path(folder).mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield
@@ -53,7 +62,7 @@ def alone(folder, program):
     except BlockingIOError:
         os.close(descriptor)
         raise ValueError(f"another {program} is running in {folder}: wait for it, or give another "
-                         "--out") from None
+                         f"{option}") from None
     except OSError:                                        # a file system without locks
         pass
     try:

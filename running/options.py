@@ -163,7 +163,7 @@ class Parser(argparse.ArgumentParser):
     """Mistakes are ValueErrors of one sentence, not exits with the whole usage."""
 
     def error(self, message):
-        raise ValueError(f"{message}: {self.usage.split(' [')[0]} --help lists the options")
+        raise ValueError(f"{message}: python {self.prog} --help lists the options")
 
 
 def number_of_steps(text):
@@ -196,9 +196,9 @@ TYPES = {"steps": (number_of_steps, "S"), "path": (path_of, "PATH"), list: (list
 @refusing()
 def parse(argv, description=None):
     """Command line → {name: value} of the options that were given. Refused on a mistake."""
-    parser = Parser(usage="python train.py [options]", description=description, epilog=epilog(),
-                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS)
+    parser = Parser(prog="train.py", usage="python train.py [options]", description=description,
+                    epilog=epilog(), formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for title, options in OPTIONS.items():
         group = parser.add_argument_group(title)
         for option in options:

@@ -7,12 +7,15 @@ import itertools
 import json
 import math
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,11 +24,12 @@ ROOT = Path(__file__).parent.parent
 
 from formats import disk
 from experiments import grid as grids
+from experiments.speed import table as bench_table
 from running import options
 from experiments import plot
-from experiments import readme
 from experiments import reproduce
 from running import folder as runs
+from experiments import summary
 from experiments import tables
 from formats import glue as tasks
 
@@ -53,8 +57,8 @@ def result_of(cell, best=SCORES, last=SCORES, **settings):
     return make_result(grids.settings_of(cell.flags) | settings, best, last)
 
 
-def write_run(cell, result=None, kept=None, speed=100):
-    """A finished run in the folder of a cell."""
+def leave_run(cell, result=None, kept=None, speed=100):
+    """The folder of a cell as train.py leaves it. kept: {module name: indices} of a method that prunes."""
     cell.folder.mkdir(parents=True, exist_ok=True)
     (cell.folder / "result.json").write_text(json.dumps(result or result_of(cell)))
     points = (1, 5, 9.0), (10, 30, 20.0), (20, 30 + 4 * speed, 24.0)           # slow up to step 10
@@ -62,12 +66,25 @@ def write_run(cell, result=None, kept=None, speed=100):
     lines.append({"step": 20, "score": 0.5})
     (cell.folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if kept is not None:
-        (cell.folder / "kept.json").write_text(json.dumps(kept))
         (cell.folder / "ranks.json").write_text(json.dumps({name: len(some) for name, some in kept.items()}))
+        weights = {f"{name}.lam": torch.zeros(12).index_fill(0, torch.tensor(some, dtype=torch.long), -2.0)
+                   for name, some in kept.items()}
+        runs.write_state(cell.folder, {"weights": weights | {"layer.0.u": torch.ones(2)}})
+
+
+def write_run(cell, result=None, kept=None, speed=100):
+    """The folder of a finished run, with its record."""
+    leave_run(cell, result, kept, speed)
+    reproduce.tidy(cell, keep=False)
+
+
+def where(tmp_path):
+    """Options that give folders for tables and runs."""
+    return ["--out", str(tmp_path), "--runs", str(tmp_path / "runs")]
 
 
 def parse(tmp_path, *argv):
-    return reproduce.parse([*argv, "--out", str(tmp_path)])
+    return reproduce.parse([*argv, *where(tmp_path)])
 
 
 def grid_of(tmp_path, *argv):
@@ -81,8 +98,17 @@ def all_cells(grid):
 
 
 @pytest.fixture
+def four(tmp_path):
+    """Table 4 on CoLA with seed 0, four runs: its command, its grid, its cells."""
+    argv = ["table4", "--tasks", "cola", "--seeds", "0", *where(tmp_path / "out")]
+    grid = reproduce.parse(argv).grid
+    return SimpleNamespace(argv=argv, grid=grid, cells=grids.reported_cells(grid, "cola"),
+                           page=grid.folder / "table4.md", json=grid.folder / "table4.json")
+
+
+@pytest.fixture
 def ran(monkeypatch):
-    """Instead of train.py: writes a result that depends on the cell. A list of (row, task, seed, resumed)."""
+    """Instead of train.py: a result that depends on the cell. A list of (row, task, seed, resumed)."""
     calls = []
 
     def execute(cell, resume, device, processes, stop):
@@ -91,7 +117,7 @@ def ran(monkeypatch):
         good = 0.5 + 0.01 * cell.seed % 1 if cell.seed < 1000 else 0.1 + 10 * flags.get("lr", 0)
         kept = {"layer.0.output.dense": [0, 1], "layer.1.output.dense": [cell.seed % 3]}
         best, last = ({"dev": {"matthews": value, "accuracy": value}} for value in (good, good - 0.1))
-        write_run(cell, result_of(cell, best, last), kept)
+        leave_run(cell, result_of(cell, best, last), kept)
         return 0, "no message"
 
     monkeypatch.setattr(reproduce, "execute", execute)
@@ -126,78 +152,76 @@ def test_summary():
     assert tables.summary([40, 50, 60]) == {"mean": 50, "std": 10, "n": 3}
     assert tables.summary([7]) == {"mean": 7, "std": None, "n": 1} and tables.summary([]) is None
     assert tables.mean_of([0.0, 50.0]) == 25 and tables.mean_of([None, 50.0]) == 50
-    assert tables.show(tables.summary([40, 50, 60])) == "50.00 ± 10.00 (3)"
-    assert tables.show(tables.summary([7])) == "7.00 (1)" and tables.show(None) == "not run"
+    assert tables.show(tables.summary([40, 50, 60]), 3) == "50.00±10.00"
+    assert tables.show(tables.summary([-40, -50, -60]), 4, 1, "+") == "−50.0±10.0 (n = 3)"
+    assert tables.show(tables.summary([7]), 1) == "7.00" and tables.show(None, 3) == "not run"
     assert tables.span([1640, 1560, 1600]) == "1,560–1,640"
-    assert tables.span([5, 5]) == "5" and tables.span([]) == "–"
+    assert tables.span([5, 5]) == "5" and tables.span([]) == "–" == tables.span([None])
 
 
-def found_by_hand():
+def content_by_hand():
     """Two rows on CoLA and MNLI: a with three and two seeds, b with one seed of CoLA alone."""
-    def on_cola(best, last, **more):
-        return Path("."), make_result(None, cola(best), cola(last), **more)
+    def run(row, task, seed, best, last, adapter=1560, survive=None):
+        scores = {"cola": lambda x: {"dev": {"matthews": x}},
+                  "mnli": lambda x: {"dev_matched": {"accuracy": x[0]}, "dev_mismatched": {"accuracy": x[1]}}}
+        return {"row": row, "task": task, "seed": seed, "adapter_parameters": adapter,
+                "surviving_parameters": survive, "best": {"scores": scores[task](best)},
+                "last": {"scores": scores[task](last)}}
 
-    def on_mnli(*values):
-        splits = ("dev_matched", "dev_mismatched")
-        best, last = ({s: {"accuracy": v} for s, v in zip(splits, pair)} for pair in values)
-        return Path("."), make_result(None, best, last, adapter_parameters=1640)
-
-    return {("a", "cola"): {0: on_cola(0.4, 0.3), 1: on_cola(0.5, 0.5), 2: on_cola(0.6, 0.4)},
-            ("a", "mnli"): {0: on_mnli((0.8, 0.7), (0.7, 0.7)), 2: on_mnli((0.6, 0.5), (0.5, 0.4))},
-            ("b", "cola"): {1: on_cola(0.2, 0.1, surviving_parameters=20)}, ("b", "mnli"): {}}
+    paper = {"a": {"parameters": "2k", "scores": {"cola": [70.0], "mnli": [90.0, 80.0]}},
+             "b": {"scores": {"cola": [60.0]}}}
+    return {"name": "table1", "tasks": ["mnli", "cola"], "seeds": [0, 1, 2], "pairs": [["a", "b"]],
+            "rows": {"a": "method a", "b": "method b"}, "paper": paper, "runs": [
+                run("a", "cola", 0, 0.4, 0.3), run("a", "cola", 1, 0.5, 0.5), run("a", "cola", 2, 0.6, 0.4),
+                run("a", "mnli", 0, (0.8, 0.7), (0.7, 0.7), 1640),
+                run("a", "mnli", 2, (0.6, 0.5), (0.5, 0.4), 1640), run("b", "cola", 1, 0.2, 0.1, survive=20)]}
 
 
 def test_score_table():
-    """Oracle: by hand, from eight scores."""
-    paper = {"rows": {"A": {"parameters": "2k", "scores": {"cola": [70.0], "mnli": [90.0, 80.0]}},
-                      "B": {"scores": {"cola": [60.0]}}}}
-    labels = {"a": "method a", "b": "method b"}
-    rows = tables.score_rows(found_by_hand(), {"a": "A", "b": "B"}, labels, ["cola", "mnli"], paper)
-    assert rows[0]["tasks"]["cola"]["best"] == [pytest.approx({"mean": 50, "std": 10, "n": 3})]
-    assert [part["mean"] for part in rows[0]["tasks"]["mnli"]["last"]] == pytest.approx([60, 55])
+    """Oracle: by hand, from eight scores; columns stand in the paper's order."""
+    content = content_by_hand()
+    assert tables.score_of(content, "a", "cola", "best") == [pytest.approx({"mean": 50, "std": 10, "n": 3})]
+    assert [part["mean"] for part in tables.score_of(content, "a", "mnli", "last")] == pytest.approx([60, 55])
     # seeds 0 and 2 have both tasks: (40 + (80 + 70) / 2) / 2 = 57.5 and (60 + 55) / 2 = 57.5
-    assert rows[0]["average"]["best"] == pytest.approx({"mean": 57.5, "std": 0, "n": 2})
-    assert rows[1]["average"] == {"best": None, "last": None}
-    assert rows[1]["tasks"]["mnli"]["best"] == [None, None]
-    text = tables.score_markdown(rows, ["cola", "mnli"]).splitlines()
-    assert text[0] == "|  | adapter parameters |  | CoLA | MNLI | average of 2 |"
-    assert text[2] == ("| **method a** | 1,560–1,640 | best | 50.00 ± 10.00 (3) | "
-                       "70.00 ± 14.14 (2) / 60.00 ± 14.14 (2) | 57.50 ± 0.00 (2) |")
-    assert text[3].startswith("|  |  | last | 40.00 ± 10.00 (3) | 60.00 ± 14.14 (2) / 55.00 ± 21.21 (2) |")
-    assert text[4] == "|  | 2k | paper | 70.00 | 90.00 / 80.00 | 77.50 |"
-    assert text[5] == ("| **method b** | 1,560, of which 20 survive | best | 20.00 (1) | not run / not run | "
-                       "not run |")
-    assert text[7] == "|  |  | paper | 60.00 | – | – |"
-    json.dumps(rows)
+    assert tables.average_of(content, "a", "best") == pytest.approx({"mean": 57.5, "std": 0, "n": 2})
+    assert tables.average_of(content, "b", "best") is None
+    assert tables.score_table(content, "best").splitlines() == [
+        "| at the best evaluation | CoLA | MNLI | average |", "| --- | --- | --- | --- |",
+        "| method a | 50.00±10.00 | 70.00±14.14 (n = 2)/60.00±14.14 (n = 2) | 57.50±0.00 (n = 2) |",
+        "| method b | 20.00 (n = 1) | not run/not run | not run |"]
+    assert tables.score_table(content).splitlines()[2].startswith(
+        "| method a | 40.00±10.00 | 60.00±14.14 (n = 2)/55.00±21.21 (n = 2) |")
+    assert tables.paper_table(content).splitlines()[2:] == [
+        "| method a | 70.00 | 90.00/80.00 | 77.50 |", "| method b | 60.00 | – | – |"]
+    assert tables.parameter_table(content).splitlines()[2:] == [
+        "| method a | 1,560–1,640 | – | 2k |", "| method b | 1,560 | 20 | – |"]
 
 
 def test_differences():
     """Oracle: by hand. Over common seeds alone; ≈ where the mean is not above the standard deviation."""
-    found = found_by_hand()
-    found["b", "cola"] |= {0: (Path("."), make_result(None, cola(0.3), cola(0.4)))}
-    labels = {"a": "method a", "b": "method b"}
-    rows = tables.score_rows(found, {"a": "A", "b": "B"}, labels, ["cola"], {"rows": {}})
-    (pair,) = tables.differences(rows, [("a", "b")], ["cola"])
-    assert pair["cola"]["best"] == pytest.approx({"mean": 20, "std": math.sqrt(200), "n": 2})  # 10 and 30
-    assert pair["cola"]["last"] == pytest.approx({"mean": 15, "std": math.sqrt(1250), "n": 2})  # −10 and 40
-    text = tables.differences_markdown([pair], ["cola"]).splitlines()
-    assert text[2:] == ["| method a − method b | best | +20.00 ± 14.14 (2) |",
-                        "| method a − method b | last | ≈ +15.00 ± 35.36 (2) |"]
+    content = content_by_hand()
+    extra = {"best": {"scores": cola(0.3)}, "last": {"scores": cola(0.4)}, "seed": 0}
+    content["runs"].append(content["runs"][-1] | extra)
+    pair = tables.difference(content, "a", "b", "cola", "best")
+    assert pair == pytest.approx({"mean": 20, "std": math.sqrt(200), "n": 2})              # 10 and 30
+    pair = tables.difference(content, "a", "b", "cola", "last")
+    assert pair == pytest.approx({"mean": 15, "std": math.sqrt(1250), "n": 2})             # −10 and 40
+    line = "| method a − method b | {} | not run |"
+    assert tables.difference_table(content, "best").splitlines()[2] == line.format("+20.00±14.14 (n = 2)")
+    assert tables.difference_table(content).splitlines()[2] == line.format("≈+15.00±35.36 (n = 2)")
 
 
-def test_time_table(tmp_path):
+def test_time_tables():
     """Oracle: by hand. Half the tokens per second is twice the time; the paper's 1.01 → 1.14 is 1.129."""
-    grid = grid_of(tmp_path, "table2", "--tasks", "cola", "--seeds", "0,1")
     speeds = {"adalora-r8": (100, 120), "lora2-k1": (50, 40), "lora2-k8": (100,)}
-    for cell in grids.reported_cells(grid, "cola"):
-        if cell.seed < len(speeds[cell.row]):
-            write_run(cell, speed=speeds[cell.row][cell.seed])
-    labels = {row: row for row in grid.rows}
-    table, text = tables.time_table(grids.finished(grid), list(grid.rows), labels, ["cola"], PAPER["table2"])
-    ratio = table["cola"]["time_ratio"]
-    assert ratio["lora2-k1"] == pytest.approx({"mean": 2.5, "std": math.sqrt(0.5), "n": 2})
-    assert text.splitlines()[2] == ("| CoLA | 110 ± 14 (2) | 45 ± 7 (2) | 100 (1) | 2.500 ± 0.707 (2) | "
-                                    "1.000 (1) | 1.01 → 1.14, 1.129 |")
+    content = {"tasks": ["cola"], "seeds": [0, 1], "rows": {row: row for row in speeds}, "runs": [
+        {"row": row, "task": "cola", "seed": seed, "tokens_per_second": speed}
+        for row, some in speeds.items() for seed, speed in enumerate(some)], "paper": PAPER["table2"]["rows"]}
+    assert tables.time_ratio(content, "lora2-k1", "adalora-r8", "cola") == pytest.approx(
+        {"mean": 2.5, "std": math.sqrt(0.5), "n": 2})
+    ratios, speeds = tables.ratio_table(content), tables.speed_table(content)
+    assert ratios.splitlines()[2] == "| CoLA | 2.500±0.707 | 1.000 (n = 1) | 1.129 |"
+    assert speeds.splitlines()[2] == "| CoLA | 110±14 | 45±7 | 100 (n = 1) | 1.01 → 1.14 |"
 
 
 @pytest.mark.parametrize("mean, std, to, expected", [
@@ -205,33 +229,30 @@ def test_time_table(tmp_path):
     (0.1, None, 0, False)])
 def test_near(mean, std, to, expected):
     """Oracle: by hand: no further from the number than its spread; one run has none. Ratios count from 1."""
-    assert tables.near({"mean": mean, "std": std, "n": 3}, to) is expected and not tables.near(None)
-    table = {"cola": {"time_ratio": {"lora2-k1": {"mean": mean, "std": std, "n": 3}}, "paper": None}}
-    assert readme.time_table(table).count("≈") == tables.near({"mean": mean, "std": std, "n": 3}, 1)
+    part = {"mean": mean, "std": std, "n": 3}
+    assert tables.near(part, to) is expected and not tables.near(None)
+    assert tables.show_change(part, 3, to=to).startswith("≈") is expected
 
 
 def test_overlap():
     """Oracle: by hand. Of 4 kept singular values 2 are the same ones, and 3 lie in the same matrices."""
-    a, b = {"x": [0, 1, 2], "y": [5]}, {"x": [0, 3], "y": [5, 6]}
+    a, b = [{0, 1, 2}, {5}], [{0, 3}, {5, 6}]
     assert tables.shared(a, b) == 50 and tables.shared(a, a) == 100
-    counts = lambda kept: {name: range(len(indices)) for name, indices in kept.items()}
-    assert tables.shared(counts(a), counts(b)) == 75 and tables.shared({"x": []}, {"x": []}) == 0
+    assert tables.shared_counts(a, b) == 75
+    assert tables.shared([set()], [set()]) == 0
 
 
-def test_overlap_table(tmp_path):
-    """Oracle: by hand, from the files of four runs."""
-    kept = {("a", 0): {"x": [0, 1, 2], "y": [5]}, ("b", 0): {"x": [0, 3], "y": [5, 6]},
-            ("a", 1): {"x": [7], "y": [1, 2, 3]}}
-    for (row, seed), what in kept.items():
-        folder = tmp_path / f"{row}{seed}"
-        folder.mkdir()
-        (folder / "kept.json").write_text(json.dumps(what))
-    found = {(row, "cola"): {seed: (tmp_path / f"{row}{seed}", {"settings": {"r": 3}})
-                             for r, seed in kept if r == row} for row in "ab"}
-    table, text = tables.overlap_table(found, ["a", "b"], ["cola"])
+def test_overlap_table():
+    """Oracle: by hand, from four runs."""
+    kept = {("a", 0): {"q": [[0, 1, 2], [5]]}, ("b", 0): {"q": [[0, 3], [5, 6]]},
+            ("a", 1): {"q": [[7], [1, 2, 3]]}}
+    content = {"tasks": ["cola"], "seeds": [0, 1], "rows": {"a": "Eq. 9", "b": "Eq. 8"}, "runs": [
+        {"row": row, "task": "cola", "seed": seed, "settings": {"r": 3}, "kept": what}
+        for (row, seed), what in kept.items()]}
     # Shuffled: 3 and 1 of one seed against 1 and 3 of the other share 2 as they are, 4 the other way round.
-    assert [line["cola"]["mean"] for line in table] == [50, 75, 50, 75, 0, 50, 0, 0]
-    assert text.splitlines()[2].endswith("| 50.0 (1) |")
+    means = [tables.summary(values)["mean"] for values in tables.overlap(content, "cola").values()]
+    assert means == [50, 75, 50, 75, 0, 50, 0, 0]
+    assert tables.overlap_table(content).splitlines()[2].endswith("| 50.0 (n = 1) |")
 
 
 # --- which runs ---------------------------------------------------------------------------------------------
@@ -293,13 +314,17 @@ def test_one_grid_for_all_methods(tmp_path):
     assert {cell.seed for cell in grids.tuning_cells(grid, "stsb")} == {grids.TUNE_SEED}
 
 
-def test_timings_are_interleaved(tmp_path):
-    """Oracle: the order by hand: each seed runs all methods before the next seed does; one run at a time."""
+def test_timings_are_interleaved_and_never_resumed(tmp_path, ran):
+    """Oracle: the order by hand: each seed runs all methods before the next seed does; one run at a time.
+    After a stop a log counts tokens and seconds anew: a speed across that would be of no run."""
     args = parse(tmp_path, "table2", "--tasks", "cola", "--seeds", "0,1", "--jobs", "4")
     cells = grids.reported_cells(args.grid, "cola")
     assert [(cell.seed, cell.row) for cell in cells] == [(s, row) for s in (0, 1) for row in args.grid.rows]
     steps = grids.PRESETS["paper"]["timed_steps"]
     assert args.jobs == 1 and {dict(cell.flags)["max-steps"] for cell in cells} == {steps}
+    for cell in cells:
+        begin(cell)
+    assert reproduce.run_grid(args) == [] and [call[3] for call in ran] == [False] * 6
 
 
 @pytest.mark.parametrize("preset", grids.PRESETS)
@@ -330,9 +355,9 @@ def test_choice(tmp_path):
 def test_a_task_may_have_the_tuning_of_another(tmp_path, ran, capsys):
     """Oracle: by hand. On RTE nothing is chosen: its runs have what MRPC chose, and a scale is alpha over
     RTE's own r = 4; MRPC's runs are made once, for both tasks, and tune.json shows them under MRPC."""
-    argv = ["table1", "--preset", "small", "--tasks", "rte", "--seeds", "0", "--out", str(tmp_path)]
+    argv = ["table1", "--preset", "small", "--tasks", "rte", "--seeds", "0", *where(tmp_path)]
     assert reproduce.main(argv) == 0
-    grid = grid_of(tmp_path, *argv[:-2])
+    grid = grid_of(tmp_path, *argv[:-4])
     chosen, count = grids.choose(grid, "lora2-k1", "mrpc"), len(grids.tuning_cells(grid, "mrpc"))
     assert [call[1] for call in ran] == ["mrpc"] * count + ["rte"] * len(grid.rows)
     cell = next(cell for cell in grids.reported_cells(grid, "rte") if cell.row == "lora2-k1")
@@ -341,8 +366,8 @@ def test_a_task_may_have_the_tuning_of_another(tmp_path, ran, capsys):
     assert settings["alpha"] == 4 * chosen["scale"]
     ran.clear()
     assert reproduce.main(["tune", *argv[1:4], "mrpc,rte", *argv[5:]]) == 0 and ran == []
-    tune = json.loads((grid.folder / "tune.json").read_text(encoding="utf-8"))
-    assert tune["table"]["lora2-k1"].keys() == {"mrpc"} and tune["runs"] == count
+    tune = summary.load(grid.folder / "tune.json")
+    assert tune["tasks"] == ["mrpc"] and len(tune["runs"]) == count
     capsys.readouterr()
     reproduce.main(["table1", *argv[1:4], "mrpc,rte", *argv[5:], "--dry-run"])
     assert capsys.readouterr().out.count("--seed 1000 ") == count
@@ -351,259 +376,240 @@ def test_a_task_may_have_the_tuning_of_another(tmp_path, ran, capsys):
 # --- what is trusted ----------------------------------------------------------------------------------------
 
 def test_another_choice_leaves_the_runs_of_before(tmp_path, ran):
-    """Oracle: the folders. A tuning that proves better later has runs of its own; those of before stay, and
-    are read again should theirs be the best once more."""
-    argv = ["table4", "--preset", "small", "--tasks", "cola", "--seeds", "0", "--out", str(tmp_path)]
-    grid, base = grid_of(tmp_path, *argv[:-2]), grids.PRESETS["small"]["base"]
+    """Oracle: the folders. A tuning that proves better later has runs of its own; those of before stay, in
+    the table's file too, and are read again should theirs be the best once more."""
+    argv = ["table4", "--preset", "small", "--tasks", "cola", "--seeds", "0", *where(tmp_path)]
+    grid, base = grid_of(tmp_path, *argv[:-4]), grids.PRESETS["small"]["base"]
     assert reproduce.main(argv) == 0
-    before = {cell.folder: (cell.folder / "result.json").read_bytes()
+    before = {cell.folder: (cell.folder / "record.json").read_bytes()
               for cell in grids.reported_cells(grid, "cola")}
     tuned, cell = grids.tunings(grid, base, "cola")[0]
-    worst = (cell.folder / "result.json").read_text()
+    worst = (cell.folder / "record.json").read_text()
     assert grids.choose(grid, base, "cola") != tuned
-    write_run(cell, result_of(cell, cola(0.99), cola(0.99)))
+    write_run(cell, result_of(cell, cola(0.99), cola(0.99)), kept={"layer.0.output.dense": [0]})
     ran.clear()
     assert reproduce.main(argv) == 0 and [call[2] for call in ran] == [0] * 4
     assert not before.keys() & {cell.folder for cell in grids.reported_cells(grid, "cola")}
-    (cell.folder / "result.json").write_text(worst)
+    content = summary.load(grid.folder / "table4.json")
+    assert len(content["runs"]) == len(content["left_out"]) == 4
+    (cell.folder / "record.json").write_text(worst)
     ran.clear()
     assert reproduce.main(argv) == 0 and ran == []
-    assert before == {folder: (folder / "result.json").read_bytes() for folder in before}
+    assert before == {folder: (folder / "record.json").read_bytes() for folder in before}
 
 
-DAMAGED = ["", "{", "[]", "null", '{"settings": {}}', '"text"',
-           lambda r: r.pop("last"), lambda r: r["best"].pop("scores"),
-           lambda r: r["best"]["scores"].pop("dev"),
-           lambda r: r["last"]["scores"]["dev"].update(matthews="0.5"), lambda r: r.update(settings=[1]),
-           lambda r: r["last"]["scores"]["dev"].update(matthews=float("nan")),
-           lambda r: r["best"].update(score=None), lambda r: r.update(adapter_parameters=None),
-           lambda r: r.pop("steps"), lambda r: r.update(seconds="long"),
-           lambda r: r.update(surviving_parameters="some")]
-
-
-@pytest.mark.parametrize("damage", DAMAGED, ids=range(len(DAMAGED)))
-def test_a_damaged_result_is_run_again(damage, tmp_path, ran, capsys):
-    """Oracle: the run itself: of two finished runs only the damaged one is run, and the table has both."""
-    argv = ["table4", "--tasks", "cola", "--seeds", "0", "--out", str(tmp_path)]
-    assert reproduce.main(argv) == 0 and len(ran) == 4
-    cell = grids.reported_cells(grid_of(tmp_path, *argv[:-2]), "cola")[1]
-    path = cell.folder / "result.json"
-    if isinstance(damage, str):
-        path.write_text(damage)
-    else:
-        result = json.loads(path.read_text())
-        damage(result)
-        path.write_text(json.dumps(result))
-    assert grids.read(cell) is None
+def test_what_is_finished_is_not_run(tmp_path, ran):
+    """Oracle: the list of runs, and the bytes. The second call runs nothing and writes the same; a lost run
+    alone is run. Without run folders, as in a fresh clone, nothing that a table lists is run, by this table
+    or by another; one more seed runs alone; a narrower table loses nothing. Only what Eq. 8 and Eq. 9 keep
+    is not in Table 4."""
+    argv = ["--tasks", "cola,mrpc", *where(tmp_path)]
+    assert reproduce.main(["table4", *argv, "--seeds", "0,1"]) == 0 and len(ran) == 4 * 2 * 2
+    folder = tmp_path / "paper-deberta-v3-base"
+    before = {name: (folder / name).read_bytes() for name in ("table4.md", "table4.json")}
+    (folder / "table4.json").unlink()
+    lost = grids.reported_cells(grid_of(tmp_path, "table4", *argv[:2], "--seeds", "0"), "cola")[3]
+    (lost.folder / "record.json").unlink()
     ran.clear()
-    assert reproduce.main(argv) == 0 and ran == [(cell.row, "cola", 0, False)]
-    assert "not run" not in (tmp_path / "paper-deberta-v3-base" / "table4.md").read_text(encoding="utf-8")
+    assert reproduce.main(["table4", *argv, "--seeds", "0,1"]) == 0 and ran == [(lost.row, "cola", 0, False)]
+    shutil.rmtree(tmp_path / "runs")
+    ran.clear()
+    assert reproduce.main(["table4", *argv, "--seeds", "0,1"]) == 0 and ran == []
+    assert before == {name: (folder / name).read_bytes() for name in before}
+    assert reproduce.main(["table4", *argv, "--seeds", "0,1,2"]) == 0 and {call[2] for call in ran} == {2}
+    shutil.rmtree(tmp_path / "runs")
+    ran.clear()
+    assert reproduce.main(["table4", "--tasks", "cola", *argv[2:], "--seeds", "0"]) == 0 and ran == []
+    content = summary.load(folder / "table4.json")
+    assert len(content["runs"]) == 4 and len(content["left_out"]) == 4 * 2 * 3 - 4
+    assert reproduce.main(["table4", *argv, "--seeds", "0,1"]) == 0 and ran == []
+    assert before["table4.md"] == (folder / "table4.md").read_bytes()
+    assert reproduce.main(["pruning", *argv]) == 0 and {call[0] for call in ran} == {"lora2-k1-unpruned"}
+    ran.clear()
+    assert reproduce.main(["overlap", *argv, "--seeds", "0"]) == 0
+    assert {call[0] for call in ran} == {"lora2-k1", "lora2-k1-eq8"}
+
+
+def test_a_tables_file_is_whole_and_has_a_line_for_each_run(tmp_path, ran):
+    """Oracle: json, and the records themselves: what is read is what was written; shared settings once."""
+    assert reproduce.main(["overlap", "--tasks", "cola", "--seeds", "0,1", *where(tmp_path)]) == 0
+    path = tmp_path / "paper-deberta-v3-base" / "overlap.json"
+    lines = [json.loads(line.strip().rstrip(",")) for line in path.read_text(encoding="utf-8").splitlines()
+             if line.startswith('  {"row"')]
+    assert [(line["row"], line["seed"]) for line in lines] == [
+        ("lora2-k1", 0), ("lora2-k1", 1), ("lora2-k1-eq8", 0), ("lora2-k1-eq8", 1)]
+    assert [line["settings"] for line in lines] == [{"importance": which} for which in (
+        "reduced", "reduced", "full", "full")]
+    runs_read = summary.load(path)["runs"]
+    for cell, run in zip(grids.reported_cells(grid_of(tmp_path, "overlap", "--tasks", "cola", "--seeds",
+                                                      "0,1"), "cola"), runs_read, strict=True):
+        assert run == json.loads((cell.folder / "record.json").read_text())
+        assert run["settings"] == summary.comparable(grids.settings_of(cell.flags))
+    path.write_text("{")
+    with pytest.raises(ValueError, match="overlap.json is damaged"):
+        summary.load_all(path.parent)
+
+
+@pytest.mark.parametrize("name, damage", [("record.json", ""), ("record.json", "["), ("result.json", "{"),
+                                          ("ranks.json", '{"classifier": 1}'), ("last.pt", "")])
+def test_damaged_files_of_a_run_are_named(name, damage, four, ran, monkeypatch, capsys):
+    """Oracle: status 2 and one line with the file and what to do; a record is made whole or not at all."""
+    cell = four.cells[1]
+    if name == "record.json":
+        write_run(cell)
+        (cell.folder / name).write_text(damage)
+    else:
+        real = reproduce.execute
+        monkeypatch.setattr(reproduce, "execute", lambda cell, *more: (
+            real(cell, *more), (cell.folder / name).write_text(damage))[0])
+    assert reproduce.main(four.argv) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and name in said and (name == "last.pt" or "run it again" in said)
+    assert len(list(four.grid.runs.rglob("record.json"))) == (name == "record.json")
 
 
 @pytest.mark.parametrize("name, value", [
     ("lr", 0.5), ("epochs", 1), ("model", "other"), ("limit_train", 7), ("seed", 4), ("method", "lora"),
-    ("reg_terms", ["uv"]), ("unheard_of", 1)])
-def test_other_settings_are_refused(name, value, tmp_path, ran, capsys):
-    """Oracle: the one error line, status 2. Nothing runs, nothing is written over, no table is made of it."""
-    grid = grid_of(tmp_path, "table4", "--tasks", "cola", "--seeds", "0")
-    cell = grids.reported_cells(grid, "cola")[1]
+    ("reg_terms", ["uv"]), ("unheard_of", 1), ("lr", None)])
+def test_other_settings_are_refused(name, value, four, ran, capsys):
+    """Oracle: the one error line, status 2. Nothing runs, nothing is written over, no table is made of it. A
+    setting that a record lacks is another one."""
+    cell = four.cells[1]
     write_run(cell, result_of(cell, **{name: value}))
-    before = (cell.folder / "result.json").read_bytes()
+    before = (cell.folder / "record.json").read_bytes()
     for more in ([], ["--dry-run"], ["--no-run"]):
-        argv = ["table4", "--tasks", "cola", "--seeds", "0", "--out", str(tmp_path)]
-        assert reproduce.main(argv + more) == 2
+        assert reproduce.main(four.argv + more) == 2
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1 and lines[0].startswith("error: ") and str(cell.folder) in lines[0]
-        assert f"--{name.replace('_', '-')} {value}" in lines[0] and "--out" in lines[0]
-    assert ran == [] and (cell.folder / "result.json").read_bytes() == before
-    assert not list(tmp_path.rglob("*.md"))
+        assert f"--{name.replace('_', '-')} {value}" in lines[0] and "--runs" in lines[0]
+    assert ran == [] and (cell.folder / "record.json").read_bytes() == before
+    assert not four.page.exists()
 
 
-def test_a_missing_setting_is_another_setting(tmp_path):
-    """Oracle: ValueError that names it: a result that does not say its learning rate is not trusted."""
-    cell = grids.reported_cells(grid_of(tmp_path, "table4", "--tasks", "cola", "--seeds", "0"), "cola")[0]
-    result = result_of(cell)
-    del result["settings"]["lr"]
-    write_run(cell, result)
-    with pytest.raises(ValueError, match="--lr None, not 0.0008"):
-        grids.read(cell)
-
-
-def test_what_cannot_change_a_result_may_differ(tmp_path):
+def test_what_cannot_change_a_result_may_differ(four):
     """Oracle: options.INCIDENTAL: another folder, data folder or device is the same run."""
-    cell = grids.reported_cells(grid_of(tmp_path, "table4", "--tasks", "cola", "--seeds", "0"), "cola")[0]
     other = {"out": "elsewhere", "data_dir": "there", "device": "cuda", "dtype": "bf16", "resume": "x"}
-    write_run(cell, result_of(cell, **other))
-    assert grids.read(cell)["steps"] == 10
+    write_run(four.cells[0], result_of(four.cells[0], **other))
+    assert grids.record_of(four.grid, four.cells[0])["steps"] == 10
 
 
-@pytest.mark.parametrize("what, words", [("base", "different models"), ("rows", "different data")])
-def test_models_and_data_of_one_name_are_told_apart(what, words, tmp_path, capsys):
-    """Oracle: status 2 and one line that names both folders; fingerprints of another task do not matter."""
-    argv = ["table4", "--tasks", "cola,rte", "--seeds", "0", "--out", str(tmp_path), "--no-run"]
-    grid = grid_of(tmp_path, *argv[:-3])
+@pytest.mark.parametrize("what, words, other", [("base", "different models", "a"),
+                                                ("rows", "different cola data", "b")])
+def test_models_and_data_of_one_name_are_told_apart(what, words, other, tmp_path, capsys):
+    """Oracle: status 2 and one line that names both runs. Another task has other data, but not another model;
+    the runs that chose the tuning have to be of the same."""
+    argv = ["table4", "--preset", "small", "--tasks", "cola,stsb", "--seeds", "0", *where(tmp_path),
+            "--no-run"]
+    grid = grid_of(tmp_path, *argv[:-5])
+    for task, value in (("cola", "a"), ("stsb", other)):
+        for cell in grids.tuning_cells(grid, task):
+            write_run(cell, result_of(cell) | {what: value})
     cells = grids.reported_cells(grid, "cola")
-    for cell, value in [(cells[0], "a"), (cells[1], "a"), (grids.reported_cells(grid, "rte")[0], "b")]:
-        write_run(cell, result_of(cell) | {what: value})
-    write_run(cells[2])                                    # of before: it does not tell
+    write_run(cells[0], result_of(cells[0]) | {what: "a"})
+    write_run(cells[1])                                    # of before: it does not tell
     assert reproduce.main(argv) == 0
-    write_run(cells[3], result_of(cells[3]) | {what: "b"})
+    write_run(cells[2], result_of(cells[2]) | {what: "c"})
     capsys.readouterr()
     assert reproduce.main(argv) == 2
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and words in said and all(str(cells[i].folder) in said for i in (1, 3))
+    assert said.count("\n") == 1 and words in said and "on cola, seed 0 and " in said
+    assert f"{cells[2].row} on cola, seed 0" in said
+    shutil.rmtree(cells[0].folder)
+    (grid.folder / "table4.json").unlink()
+    assert reproduce.main(argv) == 2 and "seed 1000" in capsys.readouterr().err
 
 
-def test_nothing_is_chosen_by_runs_on_another_model(tmp_path, capsys):
-    """Oracle: status 2 and one line that names a folder of the tuning and one of the reported runs."""
-    argv = ["table4", "--preset", "small", "--tasks", "cola", "--seeds", "0", "--out", str(tmp_path)]
-    grid = grid_of(tmp_path, *argv[:-2])
-    for cell in grids.tuning_cells(grid, "cola"):
-        write_run(cell, result_of(cell) | {"base": "a"})
-    cell = grids.reported_cells(grid, "cola")[0]
-    write_run(cell, result_of(cell) | {"base": "b"})
-    assert reproduce.main([*argv, "--no-run"]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "different models" in said
-    assert str(cell.folder) in said and "tune" in said
+@pytest.mark.parametrize("lines", [
+    "", '{"step": 3, "loss": 1.0}\n', '{"step": 3, "loss": 1.0, "seconds": 1.0}\n' * 2, "{", "7\n" * 3,
+    '{"step": 3, "loss": 1.0, "tokens": 7, "seconds": 1.0}\n' * 2, '{"loss": 1.0}\n' * 3,
+    "".join(f'{{"step": {step}, "loss": 1.0, "tokens": {n}, "seconds": {n}}}\n'
+            for step, n in ((10, 7), (20, 9), (23, 1), (30, 12)))])                        # went on
+def test_a_log_without_a_speed(lines, tmp_path):
+    """Oracle: ValueError with the file and what to do. The speed of a whole log: 400 tokens in 4 seconds."""
+    cell = grids.reported_cells(grid_of(tmp_path, "table2", "--tasks", "cola", "--seeds", "0"), "cola")[0]
+    write_run(cell)
+    assert json.loads((cell.folder / "record.json").read_text())["tokens_per_second"] == 100
+    (cell.folder / "log.jsonl").write_text(lines)
+    with pytest.raises(ValueError, match="log.jsonl is damaged .* run it again"):
+        summary.speed(cell.folder)
 
 
-@pytest.mark.parametrize("table, name, content", [
-    ("table2", "log.jsonl", ""), ("table2", "log.jsonl", '{"step": 3, "loss": 1.0}\n'),
-    ("table2", "log.jsonl", '{"step": 3, "loss": 1.0, "seconds": 1.0}\n' * 2), ("table2", "log.jsonl", "{"),
-    ("table2", "log.jsonl", '{"step": 3, "loss": 1.0, "tokens": 7, "seconds": 1.0}\n' * 2),
-    ("table2", "log.jsonl", "7\n" * 3), ("table2", "log.jsonl", '{"loss": 1.0}\n' * 3),
-    ("table2", "log.jsonl", "".join(f'{{"step": {step}, "loss": 1.0, "tokens": {n}, "seconds": {n}}}\n'
-                                    for step, n in ((10, 7), (20, 9), (23, 1), (30, 12)))),      # went on
-    ("overlap", "kept.json", "[]"), ("overlap", "kept.json", "{}"), ("overlap", "kept.json", "{"),
-    ("overlap", "kept.json", '{"layer.0.output.dense": 1, "layer.1.output.dense": []}'),
-    ("figure3", "ranks.json", "[]"), ("figure3", "ranks.json", "{}"),
-    ("figure3", "ranks.json", '{"layer.0.output.dense": "2", "layer.1.output.dense": 1}')])
-def test_damaged_files_beside_a_result(table, name, content, tmp_path, ran, capsys):
-    """Oracle: status 2 and one line with the file and what to do."""
-    if table == "figure3":
-        pytest.importorskip("matplotlib")
-    argv = [table, "--tasks", "cola", "--seeds", "0", "--out", str(tmp_path)]
-    assert reproduce.main(argv) == 0
-    path = grids.reported_cells(grid_of(tmp_path, *argv[:-2]), "cola")[0].folder / name
-    path.write_text(content)
-    capsys.readouterr()
-    assert reproduce.main(argv) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and str(path) in said and "run it again" in said
-
-
-@pytest.mark.parametrize("table, name", [("overlap", "kept.json"), ("figure3", "ranks.json")])
+@pytest.mark.parametrize("table, name", [("overlap", "kept"), ("figure3", "ranks")])
 @pytest.mark.parametrize("spoilt", [0, 1])
 def test_a_matrix_that_one_run_lacks(table, name, spoilt, tmp_path, ran, capsys):
     """Oracle: status 2 and one line, whichever run it is: a mean would be of fewer runs than it says."""
     if table == "figure3":
         pytest.importorskip("matplotlib")
-    argv = [table, "--tasks", "cola", "--seeds", "0,1", "--out", str(tmp_path)]
+    argv = [table, "--tasks", "cola", "--seeds", "0,1", *where(tmp_path)]
     assert reproduce.main(argv) == 0
-    path = grids.reported_cells(grid_of(tmp_path, *argv[:-2]), "cola")[spoilt].folder / name
-    path.write_text(json.dumps({"layer.0.output.dense": [0] if table == "overlap" else 1}))
+    cell = grids.reported_cells(grid_of(tmp_path, *argv[:-4]), "cola")[spoilt]
+    write_run(cell, kept={"layer.0.output.dense": [0]})
     capsys.readouterr()
     assert reproduce.main(argv) == 2
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and name in said and "run it again" in said
+    assert said.count("\n") == 1 and f"{name} is of other matrices" in said and "run it again" in said
 
 
-def test_what_is_timed_is_never_resumed(tmp_path, ran):
-    """Oracle: the list of runs. After a stop a log counts tokens and seconds anew; a speed across that would
-    be of no run."""
-    argv = ["table2", "--tasks", "cola", "--seeds", "0", "--out", str(tmp_path)]
-    for cell in grids.reported_cells(grid_of(tmp_path, *argv[:-2]), "cola"):
-        begin(cell)
-    assert reproduce.main(argv) == 0 and [call[3] for call in ran] == [False] * 3
-
-
-def begin(cell, **settings):
+def begin(cell):
     """A last.pt as a stopped run leaves it."""
     cell.folder.mkdir(parents=True, exist_ok=True)
-    save_state(cell, {"settings": grids.settings_of(cell.flags) | settings, "weights": {}})
+    runs.write_state(cell.folder, {"settings": grids.settings_of(cell.flags), "weights": {}})
 
 
-def save_state(cell, state):
-    runs.write_state(cell.folder, state)
-
-
-def test_begun_runs_are_resumed(tmp_path, ran, capsys):
-    """Oracle: the list of runs. A good state is resumed, a damaged one begins anew, another's is refused."""
-    argv = ["table4", "--tasks", "cola", "--seeds", "0", "--out", str(tmp_path)]
-    cells = grids.reported_cells(grid_of(tmp_path, *argv[:-2]), "cola")
-    begin(cells[0])
-    begin(cells[1])
-    (cells[1].folder / "last.pt").write_bytes((cells[1].folder / "last.pt").read_bytes()[:100])
-    begin(cells[2], lr=0.5)
-    assert reproduce.main(argv) == 2 and ran == [] and "--lr 0.5, not" in capsys.readouterr().err
-    (cells[2].folder / "last.pt").unlink()
-    write_run(cells[3])
-    reproduce.main([*argv, "--dry-run"])
+def test_begun_runs_are_resumed(four, ran, capsys):
+    """Oracle: the list of runs: what left a state goes on, what left a record is done."""
+    begin(four.cells[0])
+    write_run(four.cells[3])
+    reproduce.main([*four.argv, "--dry-run"])
     states = [line.split(" python")[0].strip() for line in capsys.readouterr().out.splitlines()]
     assert states == ["resume", "to run", "to run", "done"] and ran == []
-    assert reproduce.main(argv) == 0
-    assert ran == [(cell.row, "cola", 0, i == 0) for i, cell in enumerate(cells[:3])]
-
-
-def test_what_is_finished_is_not_run(tmp_path, ran, capsys):
-    """Oracle: the list of runs. The second call runs nothing and writes the same bytes; a lost run alone is
-    run; two tables share the runs they have in common."""
-    argv = ["--tasks", "cola", "--seeds", "0,1", "--out", str(tmp_path)]
-    assert reproduce.main(["table4", *argv]) == 0 and len(ran) == 4 * 2
-    folder = tmp_path / "paper-deberta-v3-base"
-    before = {name: (folder / name).read_bytes() for name in ("table4.md", "table4.json")}
-    ran.clear()
-    assert reproduce.main(["table4", *argv]) == 0 and ran == []
-    assert before == {name: (folder / name).read_bytes() for name in before}
-    cells = grids.reported_cells(grid_of(tmp_path, "table4", *argv[:-2]), "cola")
-    (cells[3].folder / "result.json").unlink()
-    assert reproduce.main(["table4", *argv]) == 0 and ran == [(cells[3].row, "cola", cells[3].seed, False)]
-    ran.clear()
-    assert reproduce.main(["pruning", *argv]) == 0 and {call[0] for call in ran} == {"lora2-k1-unpruned"}
+    assert reproduce.main(four.argv) == 0
+    assert ran == [(cell.row, "cola", 0, i == 0) for i, cell in enumerate(four.cells[:3])]
 
 
 def test_tuning_comes_first_and_is_kept(tmp_path, ran):
     """Oracle: the list of runs: the whole grid on seed 1000, then the reported seeds with the best of it
     (here the highest rate, by the scores above); tune.json says so; no reported number is of that seed."""
-    argv = ["--preset", "small", "--tasks", "cola", "--seeds", "0,1", "--out", str(tmp_path)]
+    argv = ["--preset", "small", "--tasks", "cola", "--seeds", "0,1", *where(tmp_path)]
     assert reproduce.main(["table4", *argv]) == 0
     rates, scales, base = (grids.PRESETS["small"][name] for name in ("lrs", "scales", "base"))
     assert [call[2] for call in ran] == [1000] * len(rates) * len(scales) + [0, 1] * 4
     ran.clear()
     assert reproduce.main(["tune", *argv]) == 0
     folder = tmp_path / "small-all-MiniLM-L6-v2"
-    table = json.loads((folder / "tune.json").read_text(encoding="utf-8"))["table"]
-    assert table[base]["cola"]["chosen"] == {"lr": max(rates), "scale": scales[0]}
-    assert table["full"]["cola"]["chosen"] == {"lr": pytest.approx(max(rates) / 10)}
+    tuned = {line.split(" | ")[0]: line for line in (folder / "tune.md").read_text().splitlines()}
+    assert f"| {max(rates):g}, {scales[0]:g} (10.00, of 6) |" in tuned[f"| {grids.row_of(base)[0]}"]
+    assert f"| {max(rates) / 10:g} (1.00, of 3) |" in tuned["| full fine-tuning"]
     assert {call[2] for call in ran} == {1000} and base not in {call[0] for call in ran}
-    rows = json.loads((folder / "table4.json").read_text(encoding="utf-8"))["table"]["rows"]
-    assert {seed for row in rows for seed in row["tasks"]["cola"]["seeds"]} == {"0", "1"}
+    assert {run["seed"] for run in summary.load(folder / "table4.json")["runs"]} == {0, 1}
 
 
 def test_the_table_says_where_it_comes_from(tmp_path, ran):
     """Oracle: results by hand (seeds 0 and 1 scored 50 and 51), the paper's 68.66, the command as given."""
-    argv = ["table4", "--tasks", "cola,mrpc", "--seeds", "0,1", "--out", str(tmp_path)]
-    grid = grid_of(tmp_path, *argv[:-2])
+    argv = ["table4", "--tasks", "cola,mrpc", "--seeds", "0,1", *where(tmp_path)]
+    grid = grid_of(tmp_path, *argv[:-4])
     for cell in grids.reported_cells(grid, "mrpc")[:1]:
         write_run(cell)
     assert reproduce.main(["table4", "--no-run", *argv[1:]]) == 0 and ran == []
     path = tmp_path / "paper-deberta-v3-base" / "table4.md"
-    assert path.read_text(encoding="utf-8").count("75.00 (1)") == 2    # best and last of the one run there is
-    reproduce.main(["table4", "--tasks", "cola", *argv[3:]])
     text = path.read_text(encoding="utf-8")
-    assert "50.50 ± 0.71 (2)" in text and "| 68.66 |" in text and "not run" not in text
-    assert f"`python experiments/reproduce.py table4 --tasks cola --seeds 0,1 --out {tmp_path}`" in text
-    assert "8 runs, 0.08 hours; device cpu; dtype fp32; threads 1; torch 2; python 3; date 2026-01-01" in text
+    assert text.count("75.00 (n = 1)") == 2                # best and last of the one run there is
+    argv[2] = "cola"
+    reproduce.main(argv)
+    text = path.read_text(encoding="utf-8")
+    assert "50.50±0.71" in text and "| 68.66 |" in text and "not run" not in text
+    assert f"`{shlex.join(['python', 'experiments/reproduce.py', *argv])}`" in text
+    assert ("8 runs, 0.08 hours; seed 0, 1; device cpu; dtype fp32; threads 1; torch 2; python 3; "
+            "date 2026-01-01") in text
 
 
 def test_a_dry_run_leaves_no_trace(tmp_path, ran, capsys):
     """Oracle: the folder, empty as before; a line with the whole command for each run."""
-    argv = ["table1", "--preset", "small", "--tasks", "stsb", "--out", str(tmp_path), "--dry-run"]
+    argv = ["table1", "--preset", "small", "--tasks", "stsb", *where(tmp_path), "--dry-run"]
     assert reproduce.main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
     assert not list(tmp_path.iterdir()) and ran == []
-    assert len([line for line in lines if line.startswith("later")]) == len(grids.METHODS["small"][1].split())
+    assert len([line for line in lines if line.startswith("later")]) == len(grids.METHODS["small"])
     assert all(line.startswith(("to run python train.py --task stsb --model ", "later  ")) for line in lines)
 
 
@@ -614,7 +620,7 @@ def test_a_dry_run_leaves_no_trace(tmp_path, ran, capsys):
     (["table1", "--jobs", "0"], "--jobs 0"), (["table1", "--task", "cola"], "--task"), ([], "table")])
 def test_mistakes_end_in_one_line(argv, says, tmp_path, capsys):
     """Oracle: status 2 and one line "error: ..." that names the mistake."""
-    assert reproduce.main(argv + ["--out", str(tmp_path)]) == 2
+    assert reproduce.main(argv + [*where(tmp_path)]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0]
     assert not list(tmp_path.iterdir())
@@ -646,23 +652,22 @@ def test_a_table_of_nothing(table, tmp_path, capsys):
     """Oracle: there are no runs: status 0, a table that says so, and no file but that."""
     if table == "figure3":
         pytest.importorskip("matplotlib")
-    argv = [table, "--preset", "small", "--out", str(tmp_path), "--no-run"]
+    argv = [table, "--preset", "small", *where(tmp_path), "--no-run"]
     assert reproduce.main(argv) == 0, capsys.readouterr().err
     folder = tmp_path / "small-all-MiniLM-L6-v2"
     assert {path.name for path in folder.iterdir()} == {f"{table}.md", f"{table}.json"}
     assert "not run" in (folder / f"{table}.md").read_text(encoding="utf-8")
 
 
-def test_one_at_a_time_in_a_folder(tmp_path, ran, capsys):
+def test_one_at_a_time_in_a_folder(four, ran, capsys):
     """Oracle: status 2 and one line; nothing runs. The table may be written meanwhile; later all is well."""
     pytest.importorskip("fcntl")
-    argv = ["table4", "--tasks", "cola", "--seeds", "0", "--out", str(tmp_path)]
-    with disk.alone(grid_of(tmp_path, *argv[:-2]).folder, "reproduce.py"):
-        assert reproduce.main(argv) == 2 and ran == []
+    with disk.alone(four.grid.runs, "reproduce.py"):
+        assert reproduce.main(four.argv) == 2 and ran == []
         said = capsys.readouterr().err
-        assert said.count("\n") == 1 and "another reproduce.py is running" in said and "--out" in said
-        assert reproduce.main([*argv, "--no-run"]) == 0
-    assert reproduce.main(argv) == 0 and len(ran) == 4
+        assert said.count("\n") == 1 and "another reproduce.py is running" in said and "--runs" in said
+        assert reproduce.main([*four.argv, "--no-run"]) == 0
+    assert reproduce.main(four.argv) == 0 and len(ran) == 4
 
 
 @pytest.mark.parametrize("part, more", [("list_grid", ["--dry-run"]), ("write_table", ["--no-run"])])
@@ -720,88 +725,81 @@ def stand_in(tmp_path, monkeypatch):
 
 
 def test_train_is_called_as_its_command_line_wants(tmp_path, stand_in, capfd):
-    """Oracle: options.parse, which reads what was passed; --resume for a begun run; its chatter is not shown;
-    only result.json and the log are left behind."""
-    argv = ["table4", "--tasks", "cola", "--seeds", "0", "--data-dir", "my data", "--out", str(tmp_path)]
+    """Oracle: options.parse, which reads what was passed; --resume for a begun run, with all its options,
+    which train.py holds against what is stored; its chatter is not shown; only small files are left."""
+    argv = ["table4", "--tasks", "cola", "--seeds", "0", "--data-dir", "my data", *where(tmp_path)]
     cells = grids.reported_cells(reproduce.parse(argv).grid, "cola")
     begin(cells[0])
     stand_in(cells)
     assert reproduce.main(argv) == 0
     calls = [call[0] for call in stand_in.calls()]
-    assert calls[0] == ["--resume", str(cells[0].folder), "--model", "microsoft/deberta-v3-base",
-                        "--data-dir", "my data"]
+    given = options.parse(calls[0])
+    assert given.pop("resume") == str(cells[0].folder) and given["data_dir"] == "my data"
+    assert options.resolve(given) == grids.settings_of(cells[0].flags)
     for call, cell in zip(calls[1:], cells[1:]):
         assert options.resolve(options.parse(call)) == grids.settings_of(cell.flags) | {
             "out": str(cell.folder), "overwrite": True}
     out = capfd.readouterr().out
     assert "chatter" not in out and out.count("done") == 4 and "[4/4, about 0.0 h left]" in out
-    assert sorted(path.name for path in cells[1].folder.iterdir()) == ["log.jsonl", "result.json"]
+    left = sorted(path.name for path in cells[1].folder.iterdir())
+    assert left == ["log.jsonl", "record.json", "result.json"]
     begin(cells[1])
-    (cells[1].folder / "result.json").write_text("{")
-    assert reproduce.main([*argv, "--keep"]) == 0          # damaged, but its state is good: resumed, all kept
-    assert stand_in.calls()[-1][0][0] == "--resume" and (cells[1].folder / "adapter.safetensors").exists()
+    (cells[1].folder / "record.json").unlink()             # as if stopped between its end and that
+    (tmp_path / "paper-deberta-v3-base" / "table4.json").unlink()
+    assert reproduce.main([*argv, "--keep"]) == 0          # its state is good: resumed, all kept
+    assert "--resume" in stand_in.calls()[-1][0] and (cells[1].folder / "adapter.safetensors").exists()
 
 
-def test_a_mistake_ends_the_grid_a_failure_does_not(tmp_path, stand_in, capsys):
+def test_a_mistake_ends_the_grid_a_failure_does_not(four, stand_in, capsys):
     """Oracle: train.py's statuses. 1, a run that diverged: the others run, status 1 and a line for it; the
-    table has a gap. 2, a user's mistake: its line is ours, nothing more is run."""
-    argv = ["table4", "--tasks", "cola", "--seeds", "0", "--out", str(tmp_path / "out")]
-    cells = grids.reported_cells(reproduce.parse(argv).grid, "cola")
-    stand_in(cells, fail={cells[1].folder.name: (1, "loss was not finite")})
-    assert reproduce.main(argv) == 1 and len(stand_in.calls()) == 4
-    captured = capsys.readouterr()
-    assert captured.err == f"error: {cells[1].folder}: status 1, loss was not finite\n"
-    text = (tmp_path / "out/paper-deberta-v3-base/table4.md").read_text(encoding="utf-8")
-    assert text.count("not run") == 6                      # best and last, of CoLA, the average, a difference
-    stand_in(cells, fail={"--task": (2, "there is no model x")})
-    (cells[3].folder / "result.json").unlink()
-    assert reproduce.main(argv) == 2 and capsys.readouterr().err == "error: there is no model x\n"
-    assert len(stand_in.calls()) == 5
-
-
-def test_what_cannot_be_resumed_begins_anew(tmp_path, stand_in):
-    """Oracle: the calls. train.py refuses to resume (an adapter is missing, say): the run begins anew."""
-    argv = ["table4", "--tasks", "cola", "--seeds", "0", "--out", str(tmp_path / "out")]
-    cells = grids.reported_cells(reproduce.parse(argv).grid, "cola")
-    begin(cells[3])
-    stand_in(cells, fail={"--resume": (2, "adapter.safetensors is missing")})
-    assert reproduce.main(argv) == 0
+    table has a gap. 2 of a run that went on, whose adapter is missing, say: it begins anew. 2, a user's
+    mistake: its line is ours, nothing more is run."""
+    folders = [cell.folder for cell in four.cells]
+    stand_in(four.cells, fail={folders[1].name: (1, "loss was not finite")})
+    assert reproduce.main(four.argv) == 1 and len(stand_in.calls()) == 4
+    assert capsys.readouterr().err == f"error: {folders[1]}: status 1, loss was not finite\n"
+    assert four.page.read_text(encoding="utf-8").count("not run") == 6     # CoLA, average, difference
+    begin(four.cells[1])
+    stand_in(four.cells, fail={"--resume": (2, "adapter.safetensors is missing")})
+    assert reproduce.main(four.argv) == 0
     calls = [call[0] for call in stand_in.calls()]
-    assert len(calls) == 5 and calls[3][0] == "--resume" and calls[4][-2] == str(cells[3].folder)
+    assert len(calls) == 6 and calls[4][-2:] == ["--resume", str(folders[1])]
+    assert calls[5][-3:] == ["--out", str(folders[1]), "--overwrite"]
+    for path in (four.json, folders[1] / "record.json"):
+        path.unlink()
+    stand_in(four.cells, fail={"--task": (2, "there is no model x")})
+    assert reproduce.main(four.argv) == 2 and capsys.readouterr().err == "error: there is no model x\n"
+    assert len(stand_in.calls()) == 7
 
 
-def test_runs_share_the_gpus(tmp_path, stand_in, monkeypatch):
+def test_runs_share_the_gpus(four, stand_in, monkeypatch):
     """Oracle: CUDA_VISIBLE_DEVICES and the times of the calls: two at once, one on each of GPUs 3 and 5."""
     monkeypatch.setattr(reproduce, "visible_gpus", lambda: ["3", "5"])
-    argv = ["table4", "--tasks", "cola", "--seeds", "0", "--out", str(tmp_path / "out")]
-    stand_in(grids.reported_cells(reproduce.parse(argv).grid, "cola"), sleep=0.6)
-    assert reproduce.main(argv) == 0
+    stand_in(four.cells, sleep=0.6)
+    assert reproduce.main(four.argv) == 0
     _, devices, times = zip(*stand_in.calls())
     assert sorted(devices[:2]) == sorted(devices[2:]) == ["3", "5"]
     assert times[1] - times[0] < 0.5 < times[2] - times[0]
 
 
-def test_stopped_while_a_run_begins(tmp_path, stand_in):
+def test_stopped_while_a_run_begins(four, stand_in):
     """Oracle: the clock: a run that begins after the signal is told to end; it would have slept for long."""
     stop, processes, began = threading.Event(), [], time.monotonic()
-    cell = grids.reported_cells(grid_of(tmp_path / "out", "table4", "--tasks", "cola"), "cola")[0]
-    stand_in([cell], sleep=60)
+    stand_in(four.cells, sleep=60)
     stop.set()
-    status, _ = reproduce.execute(cell, False, None, processes, stop)
+    status, _ = reproduce.execute(four.cells[0], False, None, processes, stop)
     assert status != 0 and len(processes) == 1 and time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_stopped(number, tmp_path, stand_in):
+def test_stopped(number, four, stand_in):
     """Oracle: the stand-in, which saves on SIGTERM as train.py does. The run is told to save, once; no other
     begins; the table of what there is gets written; the status is 130."""
-    argv = ["table4", "--tasks", "cola", "--seeds", "0", "--out", str(tmp_path / "out")]
-    cells = grids.reported_cells(reproduce.parse(argv).grid, "cola")
-    write_run(cells[3])
-    stand_in(cells, sleep=60)
+    write_run(four.cells[3])
+    stand_in(four.cells, sleep=60)
     driver = stand_in.here / "driver.py"
     driver.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom experiments import reproduce\n"
-                      f"reproduce.TRAIN = {reproduce.TRAIN!r}\nsys.exit(reproduce.main({argv!r}))\n")
+                      f"reproduce.TRAIN = {reproduce.TRAIN!r}\nsys.exit(reproduce.main({four.argv!r}))\n")
     process = subprocess.Popen([sys.executable, str(driver)], stderr=subprocess.PIPE, text=True,
                                start_new_session=True)
     deadline = time.monotonic() + 60
@@ -812,35 +810,80 @@ def test_stopped(number, tmp_path, stand_in):
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and said == "\nstopped: the same command goes on\n"
     assert (stand_in.here / "saved").read_text() == "x" and len(stand_in.calls()) == 1
-    assert "50.00 (1)" in (tmp_path / "out/paper-deberta-v3-base/table4.md").read_text(encoding="utf-8")
+    assert "| 50.00 |" in four.page.read_text(encoding="utf-8")
 
 
-def test_tidying_notes_what_was_kept(tmp_path, ran, monkeypatch):
-    """Oracle: by hand: Λ = (0, 2, 0, −1) keeps the indices 1 and 3."""
-    monkeypatch.setattr(tables, "overlap_table", lambda *of_other_matrices: ({}, ""))
+def test_the_record_of_a_run(tmp_path):
+    """Oracle: by hand, from the files that train.py leaves: Λ = (0, 2, 0, −1) keeps the indices 1 and 3; what
+    is not asked is not there; only what was changed by hand stays: the large files go, unless kept."""
     cell = grids.reported_cells(grid_of(tmp_path, "overlap", "--tasks", "cola", "--seeds", "0"), "cola")[0]
-    write_run(cell)
-    (cell.folder / "ranks.json").write_text('{"a": 2}')
-    save_state(cell, {"weights": {"a.lam": torch.tensor([0.0, 2.0, 0.0, -1.0]), "a.u": torch.ones(1, 4)}})
-    assert reproduce.main(["overlap", "--tasks", "cola", "--seeds", "0", "--out", str(tmp_path)]) == 0
-    assert len(ran) == 1                                   # the other row: this run was only not tidied
-    assert json.loads((cell.folder / "kept.json").read_text()) == {"a": [1, 3]}
+    leave_run(cell, result_of(cell) | {"base": "x", "task": "cola", "peak_memory_gb": None})
+    name = "deberta.encoder.layer.0.output.dense"
+    (cell.folder / "ranks.json").write_text(json.dumps({name: 2}))
+    runs.write_state(cell.folder, {"weights": {f"{name}.lam": torch.tensor([0.0, 2.0, 0.0, -1.0]),
+                                              f"{name}.u": torch.ones(1, 4)}})
+    reproduce.tidy(cell, keep=True)
+    assert (cell.folder / "last.pt").exists()
+    reproduce.tidy(cell, keep=False)
     assert not (cell.folder / "last.pt").exists()
+    run = json.loads((cell.folder / "record.json").read_text())
+    assert run["kept"] == {"f2": [[1, 3]]} and run["ranks"] == {"f2": [2]}
+    assert (run["row"], run["task"], run["seed"]) == ("lora2-k1", "cola", 0)
+    assert run["best"]["scores"] == SCORES
+    assert (run["base"], run["rows"], run["seconds"], run["device"]) == ("x", None, 36.0, "cpu")
+    assert run["settings"] == summary.comparable(grids.settings_of(cell.flags))
+    assert not run["settings"].keys() & {"out", "data_dir", "dtype"} and "tokens_per_second" not in run
+
+
+# --- what is committed --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("table", grids.TABLES)
+def test_the_committed_tables_follow_from_their_runs(table, tmp_path, monkeypatch):
+    """Oracle: the committed files. The command that is written in them, given nothing but the JSON files,
+    makes the same JSON and the same Markdown, to the byte; it runs nothing."""
+    if table == "figure3":
+        pytest.importorskip("matplotlib")
+    name = Path("experiments/results/small-all-MiniLM-L6-v2")
+    shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.md", "*.svg"))
+    monkeypatch.chdir(tmp_path)
+    command = summary.load(ROOT / name / f"{table}.json")["command"]
+    assert reproduce.main(shlex.split(command)[2:]) == 0
+    for kind in ("json", "md"):
+        path = name / f"{table}.{kind}"
+        assert path.read_bytes() == (ROOT / path).read_bytes()
+
+
+def test_results_are_summaries():
+    """Oracle: the file system: at most 60 files, no logs, no folder of a run."""
+    folder = ROOT / "experiments" / "results"
+    found = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    assert len(found) <= 60 and {path.suffix for path in found} == {".json", ".md", ".svg"}
+    assert {len(path.parts) for path in found} == {1, 2}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments" / "results").glob("bench-*.json")),
+                         ids=lambda path: path.stem)
+def test_the_committed_benches_follow_from_their_json(path):
+    """Oracle: the Markdown file beside it, to the byte."""
+    content, device = json.loads(path.read_text(encoding="utf-8")), path.stem.split("-")[1]
+    assert bench_table.page(content, device) == path.with_suffix(".md").read_text(encoding="utf-8")
 
 
 # --- pictures -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("q, family", [("query_proj", "deberta"), ("query", "roberta"), ("query", "bert")])
-def test_kept_grid(q, family):
+def test_places(q, family):
     """Oracle: the module names of the three families, written out."""
     prefix = f"{family}.encoder.layer"
-    kept = {f"{prefix}.0.attention.self.{q}": 1, f"{prefix}.11.output.dense": 2,
-            f"{prefix}.2.attention.output.dense": 3, f"{prefix}.2.intermediate.dense": 0}
-    grid = {"q": {0: 1}, "f2": {11: 2}, "o": {2: 3}, "f1": {2: 0}}
-    assert plot.kept_grid(kept) == (["q", "o", "f1", "f2"], grid)
-    for bad in ({"classifier": 1}, {f"{prefix}.0.output.dense": "3"}, {"encoder.output.dense": 3}):
-        with pytest.raises(ValueError, match="is no count"):
-            plot.kept_grid(bad)
+    values = {f"{prefix}.1.attention.self.{q}": 1, f"{prefix}.0.attention.self.{q}": 5,
+              f"{prefix}.0.output.dense": 2, f"{prefix}.0.attention.output.dense": 3,
+              f"{prefix}.0.intermediate.dense": 0}
+    found = summary.by_place(values)
+    assert found == {"q": [5, 1], "o": [3], "f1": [0], "f2": [2]}
+    assert list(found) == ["q", "o", "f1", "f2"]           # Figure 3's order
+    for bad in ("classifier", "encoder.output.dense"):
+        with pytest.raises(ValueError, match="is no adapted matrix"):
+            summary.place_of(bad)
 
 
 def run_folder(folder, method="lora2"):
@@ -852,7 +895,7 @@ def run_folder(folder, method="lora2"):
     records.append({"step": 29, "score": 0.5})
     (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     if method == "lora2":
-        ends = plot.model.TARGETS["bert"].values()
+        ends = summary.model.TARGETS["bert"].values()
         kept = {f"bert.encoder.layer.{i}.{end}": i for i in range(6) for end in ends}
         (folder / "ranks.json").write_text(json.dumps(kept))
     return folder
@@ -878,24 +921,23 @@ def test_heat_map_shows_the_counts():
     """Oracle: the numbers put in: rows are matrices in the paper's order, columns layers."""
     pytest.importorskip("matplotlib")
     figure, (axes,) = plot.new_figure()
-    kept = {"bert.encoder.layer.0.attention.self.query": 8, "bert.encoder.layer.1.attention.self.query": 2,
-            "bert.encoder.layer.1.output.dense": 5.5}
+    kept = {"q": [8, 2], "f2": [0, 5.5]}
     image = plot.heat_map(axes, kept, 8, "CoLA")
     assert image.get_array().tolist()[0] == [8, 2] and image.get_array().tolist()[1][1] == 5.5
-    assert image.get_clim() == (0, 8) and [text.get_text() for text in axes.texts] == ["8", "2", "5.5"]
+    assert image.get_clim() == (0, 8) and [text.get_text() for text in axes.texts] == ["8", "2", "0", "5.5"]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["query", "feed-forward 2"]
 
 
 @pytest.mark.parametrize("spoil, says", [
-    (lambda f: (f / "result.json").unlink(), "result.json is missing"),
-    (lambda f: (f / "log.jsonl").unlink(), "log.jsonl is missing"),
-    (lambda f: (f / "log.jsonl").write_text(""), "has no line about a step"),
+    (lambda f: (f / "result.json").unlink(), "result.json cannot be read"),
+    (lambda f: (f / "log.jsonl").unlink(), "log.jsonl cannot be read"),
+    (lambda f: (f / "log.jsonl").write_text(""), "no line is about a step"),
     (lambda f: (f / "log.jsonl").write_text('{"step": 1, "lo'), "damaged"),
     (lambda f: (f / "result.json").write_text("{}"), "damaged"),
     (lambda f: (f / "log.jsonl").write_text('{"loss": 1}'), "damaged"),
     (lambda f: (f / "ranks.json").write_text("[]"), "damaged"),
-    (lambda f: (f / "ranks.json").write_text('{"classifier": "x"}'), "damaged"),
-    (lambda f: (f / "ranks.json").write_text('{"classifier": 3}'), "is no count")])
+    (lambda f: (f / "ranks.json").write_text('{"bert.encoder.layer.0.output.dense": "x"}'), "no counts"),
+    (lambda f: (f / "ranks.json").write_text('{"classifier": 3}'), "is no adapted matrix")])
 def test_a_folder_without_the_files(spoil, says, tmp_path, capsys):
     """Oracle: status 2 and one line "error: ..."."""
     pytest.importorskip("matplotlib")
@@ -913,15 +955,13 @@ def test_figure3(tmp_path, ran):
     grid = grid_of(tmp_path, "figure3", "--tasks", "cola", "--seeds", "0,1")
     for cell, of_cell in zip(grids.reported_cells(grid, "cola"), kept):
         write_run(cell, kept=of_cell)
-    argv = ["figure3", "--tasks", "cola,mrpc", "--seeds", "0,1", "--out", str(tmp_path), "--no-run"]
+    argv = ["figure3", "--tasks", "cola,mrpc", "--seeds", "0,1", *where(tmp_path), "--no-run"]
     assert reproduce.main(argv) == 0 and ran == []
     folder = tmp_path / "paper-deberta-v3-base"
     text = (folder / "figure3.md").read_text(encoding="utf-8")
     assert "| layer | 0 | 1 |" in text and "| feed-forward 2 | 1.5 | 1 |" in text
     assert "MRPC, LoRA² k=1: not run" in text
-    assert (folder / "figure3.png").exists() and (folder / "figure3.svg").exists()
-    table = json.loads((folder / "figure3.json").read_text(encoding="utf-8"))["table"]
-    assert table["cola"]["runs"] == 2 and table["cola"]["kept"]["deberta.layer.0.output.dense"] == 1.5
+    assert (folder / "figure3.svg").exists() and "](figure3.svg)" in text
 
 
 # --- the real thing -----------------------------------------------------------------------------------------
@@ -939,24 +979,23 @@ def test_a_tiny_grid_through_train(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(grids.PRESETS["small"], "flags", {"epochs": 4, "limit-train": 60, "max-len": 32})
     monkeypatch.setitem(grids.PRESETS["small"], "lrs", (1e-2,))
     monkeypatch.setitem(grids.PRESETS["small"], "scales", (2,))
-    monkeypatch.setitem(grids.TABLES, "table4", ("Table 4", {"small": ("cola", "*-qk *")}, ["* *-qk"]))
+    monkeypatch.setitem(grids.TABLES, "table4", grids.Table(
+        "Table 4", {"small": ["cola"]}, {"small": ["qk", "base"]}, [("base", "qk")]))
     argv = ["--preset", "small", "--model", str(tiny["bert"]), "--data-dir", str(tmp_path / "glue"),
-            "--tasks", "cola", "--seeds", "0", "--out", str(tmp_path / "out")]
+            "--tasks", "cola", "--seeds", "0", *where(tmp_path / "out")]
     for table, count in (("table4", 3), ("overlap", 3), ("figure3", 2)):
         assert reproduce.main([table, *argv]) == 0, capsys.readouterr().err
         assert f"[{count}/{count}" in capsys.readouterr().out or table == "figure3"
     folder = tmp_path / "out" / "small-bert"
     written = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     assert written.keys() == {"table4.md", "table4.json", "overlap.md", "overlap.json", "figure3.md",
-                              "figure3.json", "figure3.png", "figure3.svg"}
+                              "figure3.json", "figure3.svg"}
     assert b"not run" not in written["table4.md"] + written["figure3.md"]
-    rows = json.loads(written["table4.json"])["table"]["rows"]
-    rows = {entry["row"]: entry["tasks"]["cola"] for entry in rows}
+    rows = {run["row"]: run for run in summary.load(folder / "table4.json")["runs"]}
     base = grids.PRESETS["small"]["base"]
-    assert rows[base]["adapter_parameters"] == [8 * (64 + 12) + 4 * (80 + 12)]   # k = 1, r = 4, two layers
-    assert rows[f"{base}-qk"]["adapter_parameters"] == [4 * (64 + 12)]
-    ranks = json.loads((folder / "runs" / "cola" / f"{base}-lr0.01-scale2-s0" / "ranks.json").read_text())
-    assert sum(ranks.values()) == 12 * 3                                         # CoLA's target rank
+    assert rows[base]["adapter_parameters"] == 8 * (64 + 12) + 4 * (80 + 12)     # k = 1, r = 4, two layers
+    assert rows[f"{base}-qk"]["adapter_parameters"] == 4 * (64 + 12)
+    assert sum(map(sum, rows[base]["ranks"].values())) == 12 * 3                 # CoLA's target rank
     for table in ("table4", "overlap", "figure3"):
         assert reproduce.main([table, *argv]) == 0
     assert written == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}

@@ -1,12 +1,11 @@
-"""What the README promises: its commands and its code run, its links, numbers and names are true.
+"""What README.md and docs/ promise: commands and code run; links, numbers and names are true.
 
-The demo itself, of which the page shows the output, runs in the slow test:
+The demo itself, of which the README shows the output, runs in the slow test:
     pytest -m slow tests/test_readme.py
 """
 import json
 import re
 import shlex
-import sys
 import xml.etree.ElementTree
 from collections import Counter
 from pathlib import Path
@@ -25,132 +24,207 @@ from running import options
 from experiments import plot
 from experiments import readme
 from experiments import reproduce
+from experiments import summary
 from experiments import tables
 from tests import test_baselines
-from tests import test_experiments as made
 import train
 from lora2 import add_lora2
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-FENCES = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-ANCHORS = re.findall(r"`([^`\n]+)`\s+\[([\w./]+):(\d+)\]\(([\w./]+)#L(\d+)\)", README)
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in readme.PAGES}
+ALL = "\n".join(PAGES.values())
+README, CHOICES, RESULTS, PERFORMANCE = PAGES.values()
+FENCES = re.findall(r"^```(\w*)\n(.*?)^```$", ALL, re.DOTALL | re.MULTILINE)
+FILES = ROOT / "experiments" / "results"
 PAPER = json.loads((ROOT / "experiments" / "paper.json").read_text(encoding="utf-8"))["table1"]["rows"]
 INSTALLS = ("pip ", "pytest ")
 
 
 def commands():
-    """[(command, its comment)] of all lines of the page that are for the shell."""
+    """[(command, its comment)] of all lines of the pages that are for the shell."""
     lines = [line for language, block in FENCES if language == "sh" for line in block.splitlines()]
     return [(line.partition("#")[0].strip(), line.partition("#")[2].strip()) for line in lines]
 
 
-def table(name):
-    """{first cell: the others} of the table in a generated block."""
-    block = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", README, re.DOTALL)[1]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()
-            if line.startswith("|")]
+def table(page, first):
+    """{first cell: the others} of the table in a page whose head begins with a cell."""
+    lines = page[page.index(f"| {first} |"):].partition("\n\n")[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {cells[0].strip("`"): cells[1:] for cells in rows[2:]}
 
 
 # --- the page as text ---------------------------------------------------------------------------------------
 
-def test_generated_parts_are_up_to_date():
+@pytest.mark.parametrize("name", PAGES)
+def test_generated_parts_are_up_to_date(name):
     """Oracle: the script that makes them. If this fails: python experiments/readme.py"""
-    assert readme.update(README) == README, "README.md is stale: run  python experiments/readme.py"
+    text = readme.update(PAGES[name], (ROOT / name).parent)
+    assert text == PAGES[name], f"{name} is stale: run  python experiments/readme.py"
 
 
 def test_every_equation_leads_to_its_line():
-    """Oracle: the files: the code that stands before a link is on the line it leads to."""
-    assert len(ANCHORS) >= 14
-    assert len(re.findall(r"#L\d+\)", README)) == len(ANCHORS)         # none without code before it
-    for code, name, number, target, line in ANCHORS:
-        assert (name, number) == (target, line)
-        assert code in (ROOT / name).read_text(encoding="utf-8").splitlines()[int(number) - 1], (code, name)
+    """Oracle: the files: the code that stands before a link is on the line it leads to, from any page."""
+    anchors = 0
+    for page, text in PAGES.items():
+        found = re.findall(r"`([^`\n]+)`\s+\[([\w./]+):(\d+)\]\(([\w./]+)#L(\d+)\)", text)
+        assert len(re.findall(r"#L\d+\)", text)) == len(found)           # none without code before it
+        for code, name, number, target, line in found:
+            assert (ROOT / page).parent.joinpath(target).resolve() == ROOT / name and number == line
+            lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+            assert code in lines[int(number) - 1], (code, name)
+        anchors += len(found)
+    assert anchors >= 14
 
 
-def test_it_fits_a_terminal():
-    """Oracle: 100 columns; what is written by hand is at most 350 lines."""
-    assert [line for line in README.splitlines() if len(line) > 100] == []
-    by_hand = re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", "", README, flags=re.DOTALL)
-    assert len(by_hand.splitlines()) <= 350
+def test_the_pages_fit_a_terminal():
+    """Oracle: 100 columns, but for the tables of results in docs/; the README is at most 350 lines."""
+    assert len(README.splitlines()) <= 350
+    for name, text in PAGES.items():
+        if name != "README.md":
+            text = readme.BLOCK.sub("", text)
+        assert [line for line in text.splitlines() if len(line) > 100] == [], name
 
 
-BASE = "LoRA² k=1, orthonormal init"
-# What the page says the results show: the start of a point → [(table, line of it, {task: sign})]. + and −: a
-# difference larger than its spread over seeds (of a ratio, the one from 1), ≈: one that is not.
+ORTHONORMAL = "lora2-k1-orthonormal"
+# What docs/results.md says the results show: the start of a point → [(table, row a, row b, {task: sign})], of
+# a − b or, in Table 2, of the time of a over b's less 1. + and −: larger than its spread over seeds, ≈: not.
 SHOWN = {
     "LoRA² against LoRA": [
-        ("table1", "LoRA² k=1 − LoRA r=1", {"stsb": "−", "mrpc": "−", "cola": "≈"}),
-        ("table1", f"{BASE} − LoRA r=1", {"stsb": "−", "mrpc": "−", "cola": "≈"}),
-        ("table1", "LoRA² k=8 − LoRA r=8", {"stsb": "≈", "mrpc": "≈", "cola": "≈"})],
-    "k = 8": [("table1", "LoRA² k=8 − LoRA² k=1", {"stsb": "+", "mrpc": "+", "cola": "≈"}),
-              ("table1", f"{BASE} − LoRA² k=1", {"stsb": "+", "mrpc": "≈", "cola": "≈"})],
-    "The regulariser": [("table3", "u, v, U, V − no regulariser", {"stsb": "+", "cola": "+"}),
-                        ("table3", "P, Q − no regulariser", {"stsb": "≈", "cola": "≈"})],
-    "All six matrices": [("table4", f"{BASE} − query, key", {"stsb": "+", "cola": "+"}),
-                         ("table4", f"{BASE} − query, value", {"stsb": "+", "cola": "≈"}),
-                         ("table4", f"{BASE} − query, key, value", {"stsb": "+", "cola": "+"}),
-                         ("pruning", f"{BASE} − not pruned", {"stsb": "≈", "cola": "−"})],
-    "Eq. 8 and 9": [], "A step": [("table2", "lora2-k1", {"stsb": "≈", "mrpc": "−", "cola": "−"}),
-                                  ("table2", "lora2-k8", {"stsb": "≈", "mrpc": "≈", "cola": "≈"})],
+        ("table1", "lora2-k1", "lora-r1", {"stsb": "−", "mrpc": "−", "cola": "≈"}),
+        ("table1", ORTHONORMAL, "lora-r1", {"stsb": "−", "mrpc": "−", "cola": "≈"}),
+        ("table1", "lora2-k8", "lora-r8", {"stsb": "≈", "mrpc": "≈", "cola": "≈"})],
+    "k = 8": [("table1", "lora2-k8", "lora2-k1", {"stsb": "+", "mrpc": "+", "cola": "≈"}),
+              ("table1", ORTHONORMAL, "lora2-k1", {"stsb": "+", "mrpc": "≈", "cola": "≈"})],
+    "The regulariser": [
+        ("table3", f"{ORTHONORMAL}-factors", f"{ORTHONORMAL}-noreg", {"stsb": "+", "cola": "+"}),
+        ("table3", f"{ORTHONORMAL}-products", f"{ORTHONORMAL}-noreg", {"stsb": "≈", "cola": "≈"})],
+    "All six matrices": [("table4", ORTHONORMAL, f"{ORTHONORMAL}-qk", {"stsb": "+", "cola": "+"}),
+                         ("table4", ORTHONORMAL, f"{ORTHONORMAL}-qv", {"stsb": "+", "cola": "≈"}),
+                         ("table4", ORTHONORMAL, f"{ORTHONORMAL}-qkv", {"stsb": "+", "cola": "+"}),
+                         ("pruning", ORTHONORMAL, f"{ORTHONORMAL}-unpruned", {"stsb": "≈", "cola": "−"})],
+    "Eq. 8 and 9": [],
+    "A step": [("table2", "lora2-k1", "adalora-r8", {"stsb": "≈", "mrpc": "−", "cola": "−"}),
+               ("table2", "lora2-k8", "adalora-r8", {"stsb": "≈", "mrpc": "≈", "cola": "≈"})],
     "RTE": []}
 
 
+def small(name):
+    """What a committed TABLE.json of the small preset holds."""
+    return summary.load(FILES / "small-all-MiniLM-L6-v2" / f"{name}.json")
+
+
 def test_what_the_results_show():
-    """Oracle: the committed tables. A point without an entry above, or one that is no longer true, fails."""
-    points = README.partition("What they show")[2].partition("<!-- results -->")[0]
+    """Oracle: the committed records. A point without an entry above, or one that is no longer true, fails."""
+    points = RESULTS.partition("What they show")[2].partition("The paper's own runs")[0]
     starts = re.findall(r"^- \*(.*?)\*", points, re.MULTILINE)
     assert all(start.startswith(name) for start, name in zip(starts, SHOWN, strict=True))
-    read = lambda name: readme.read(readme.folder_of("small") / f"{name}.json")["table"]
-    for name, line, signs in sum(SHOWN.values(), []):
-        if name == "table2":
-            parts, zero = {task: cells["time_ratio"][line] for task, cells in read(name).items()}, 1
-        else:
-            entry, = (entry for entry in read(name)["differences"] if entry["difference"] == line)
-            parts, zero = {task: entry[task]["last"] for task in signs}, 0
-        assert signs == {task: "≈" if tables.near(parts[task], zero) else "+−"[parts[task]["mean"] < zero]
-                         for task in signs}, (name, line)
-    seeds = read("table1")["rows"][8]["tasks"]["stsb"]["seeds"].values()
-    assert read("table1")["rows"][8]["row"] == "lora-r8" and min(seed["last"][0] for seed in seeds) < 5
-    chosen = [cells[task]["chosen"]["scale"] for row, cells in read("tune").items() if "lora2" in row
-              for task in ("stsb", "cola", "mrpc")]
-    assert len(chosen) == 9 and chosen.count(max(grids.PRESETS["small"]["scales"])) >= 8
+    for name, a, b, signs in [entry for entries in SHOWN.values() for entry in entries]:
+        for task, sign in signs.items():
+            zero = 1 if name == "table2" else 0
+            part = (tables.time_ratio(small(name), a, b, task) if zero else
+                    tables.difference(small(name), a, b, task, "last"))
+            found = "≈" if tables.near(part, zero) else "−" if part["mean"] < zero else "+"
+            assert found == sign, (name, a, b, task)
+    table1 = small("table1")
+    collapsed = tables.by_seed(table1, "lora-r8", "stsb").values()
+    assert min(tables.score(run, "last", "stsb")[0] for run in collapsed) < 5
+    top, scales = max(grids.PRESETS["small"]["scales"]), []
+    for run in table1["runs"]:
+        if "lora2" in run["row"] and run["seed"] == 0 and run["task"] != "rte":
+            scales.append(run["settings"]["alpha"] / run["settings"]["r"])
+    assert len(scales) == 9 and scales.count(top) >= 8
     larger = 52.7                                          # in percent of the 277 rows of RTE's dev set
     if GLUE.exists():
         counts = Counter(data.load_task("rte", GLUE)["dev"].labels)
         assert round(100 * max(counts.values()) / counts.total(), 1) == larger
-    for row in read("table1")["rows"]:
-        cell = row["tasks"]["rte"]
-        assert len(cell["seeds"]) == 3 and abs(cell["last"][0]["mean"] - larger) < 4, row["row"]
-    eq8 = {entry["measure"]: entry for entry in read("overlap")["overlap"]}
+    for row in table1["rows"]:
+        (part,) = tables.score_of(table1, row, "rte", "last")
+        assert part["n"] == 3 and abs(part["mean"] - larger) < 4, row
+    (difference,) = [tables.difference(table1, "lora2-k1", "lora-r1", "rte", "last")]
+    assert tables.near(difference) and "not distinguishable from it on CoLA and RTE" in README
     for task in ("stsb", "cola"):
-        mean = lambda measure: eq8[measure][task]["mean"]
-        assert mean("kept by both: as many of each matrix") > mean("for scale: as many, Eq. 9 with two seeds")
+        found = tables.overlap(small("overlap"), task)
+        mean = {measure: tables.summary(values)["mean"] for measure, values in found.items()}
+        assert mean["kept by both: as many of each matrix"] > mean["for scale: as many, Eq. 9 with two seeds"]
         for what in ("nothing", "everything"):
-            assert mean(f"matrices that keep {what}, Eq. 8") > mean(f"matrices that keep {what}, Eq. 9")
+            assert mean[f"matrices that keep {what}, Eq. 8"] > mean[f"matrices that keep {what}, Eq. 9"]
+
+
+def test_how_the_results_were_tuned_and_pruned():
+    """Oracle: the settings of the runs: their rates, scales, and what pruning leaves of a matrix's values."""
+    text, preset = " ".join(RESULTS.split()), grids.PRESETS["small"]
+    tune = small("tune")
+    tried = [one for row in tune["rows"] if row != "full" for one in tables.tried(tune, row, "cola")]
+    assert {one["lr"] for one in tried} == set(preset["lrs"]) == {0.001, 0.003, 0.01}
+    assert {one["scale"] for one in tried if "scale" in one} == set(preset["scales"]) == {2, 8}
+    assert "learning rates 0.001, 0.003, 0.01 (full fine-tuning: a tenth) and scales 2, 8" in text
+    assert preset["tuned_on"] == {"rte": "mrpc"} and "RTE has what was chosen on MRPC" in text
+    left = {}
+    for run in small("table1")["runs"]:
+        if run["row"] == "lora2-k1":
+            left[run["task"]] = run["settings"]["target_rank"], run["settings"]["r"]
+    assert left == {"cola": (3, 4), "rte": (3, 4), "stsb": (1, 4), "mrpc": (1, 8)}
+    assert "3 of 4 singular values a matrix on CoLA and RTE, 1 of 4 on STS-B and 1 of 8 on MRPC" in text
+
+
+def test_the_papers_runs():
+    """Oracle: train.py's presets, and the paper's scores of LoRA² k=1."""
+    measures = {"cola": "Matthews", "stsb": "Pearson", "mnli": "accuracy m/mm", "qqp": "accuracy/F1"}
+    rows = table(RESULTS, "command")
+    for task in tables.COLUMNS:
+        preset, scores = options.PRESETS[task], PAPER["lora2-k1"]["scores"][task]
+        assert rows.pop(f"train.py --task {task} --k 1") == [
+            f"{preset['T']:,}", str(preset["max_len"]), measures.get(task, "accuracy"),
+            "/".join(f"{score:.2f}" for score in scores)]
+    assert rows == {}
+
+
+def test_what_is_said_of_performance():
+    """Oracle: the committed bench of a CPU: its medians, its machine."""
+    content = json.loads((FILES / "bench-cpu.json").read_text(encoding="utf-8"))
+    rows = {key: row["result"]["value"] for key, row in content["rows"].items() if row["result"] != "not run"}
+    said = " ".join(README.partition("## Performance")[2].split())
+    more = [f"{100 * rows[f'1 k={k}'] - 100:.0f} % (k = {k})" for k in (1, 8)]
+    assert f"{more[0]} or {more[1]} more" in said and f"{rows['3 T=128']:.1f} times as fast" in said
+    assert content["device"].startswith("Intel(R) Xeon(R)") and content["threads"] == 2
+    assert "On two cores of an Intel Xeon, fp32." in PERFORMANCE and content["dtype"] == "fp32"
+
+
+def test_every_result_is_shown_or_linked_and_what_is_not_run_is_said():
+    """Oracle: the files of results: each Markdown file is linked; none is of the paper's runs or of a GPU."""
+    for path in FILES.rglob("*.md"):
+        if not path.stem.endswith("quick"):
+            assert f"(../experiments/results/{path.relative_to(FILES).as_posix()})" in RESULTS + PERFORMANCE
+    shown = [name for which, name in readme.BLOCK.findall(RESULTS) if which == "all"]
+    assert shown == [f"small-all-MiniLM-L6-v2/{name}.md" for name in grids.TABLES]
+    titles = re.findall("^### (.*)", RESULTS, re.MULTILINE)
+    assert titles == [table.title for table in grids.TABLES.values()]
+    assert not list(FILES.glob("paper-*")) and "have not been repeated" in RESULTS
+    assert not list(FILES.glob("*cuda*")) and "Not run on a GPU." in PERFORMANCE
 
 
 def test_fences():
     """Oracle: the languages that the tests below look after; a fence left open would swallow the rest."""
     assert {language for language, _ in FENCES} == {"sh", "python", "text", "bibtex"}
-    assert len(re.findall("^```", README, re.MULTILINE)) == 2 * len(FENCES)
+    assert len(re.findall("^```", "\n".join(PAGES.values()), re.MULTILINE)) == 2 * len(FENCES)
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!https?:)([^)#]+)[)#]", README))))
-def test_links_inside_the_repository_resolve(target):
+@pytest.mark.parametrize("name", PAGES)
+def test_links_inside_the_repository_resolve(name):
     """Oracle: the file system."""
-    assert (ROOT / target).exists()
+    for target in set(re.findall(r"\]\((?!https?:)([^)#]+)[)#]", PAGES[name])):
+        assert ((ROOT / name).parent / target).exists(), target
 
 
 def test_the_rooms_and_the_files_to_read_are_listed():
     """Oracle: the folder."""
-    names = [path.name for path in ROOT.glob("*.py")] + ["methods/", "formats/", "running/", "experiments/"]
+    names = [path.name for path in ROOT.glob("*.py")]
+    names += [f"{path.parent.name}/" for path in ROOT.glob("*/__init__.py")]
     assert all(f"| [{name}]({name.rstrip('/')}) |" in README for name in names)
 
 
 def test_every_test_that_is_named_exists():
     """Oracle: the definitions in the files; a test without a file is one of test_lora2.py."""
-    named = re.findall(r"`(?:(tests/\w+\.py)::)?(test_\w+)`", README)
+    named = re.findall(r"`(?:(tests/\w+\.py)::)?(test_\w+)`", ALL)
     assert len(named) > 20
     for name, test in named:
         source = (ROOT / (name or "test_lora2.py")).read_text(encoding="utf-8")
@@ -161,8 +235,8 @@ def test_every_option_that_is_named_exists():
     """Oracle: the option table of train.py; other programs' options are listed here."""
     known = {f"--{name}" for group in options.OPTIONS.values() for name, *_ in group}
     foreign = {"--no-deps", "--help", "--nproc", "--preset", "--dry-run",
-               "--quick", "--epoch-rows", "--growth"}  # pip's, argparse's and so on
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known | foreign
+               "--quick", "--epoch-rows", "--growth", "--runs"}   # pip's, argparse's and so on
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ALL)) <= known | foreign
 
 
 def test_the_picture_has_all_parts_in_both_schemes():
@@ -181,107 +255,49 @@ def test_the_picture_has_all_parts_in_both_schemes():
 
 def test_a_stale_page_is_made_new(tmp_path, monkeypatch, capsys):
     """Oracle: by hand: numbers of lines, a block that changed; --check writes nothing."""
-    def block(old=None):
-        return "| new |\n"
-
+    for folder in ("docs", "experiments/results/x"):
+        (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "a.py").write_text('"""First line.\n\nMore."""\nx = 1\ny = 2\n')
-    page = "`y = 2`\n[a.py:1](a.py#L1)\n<!-- block -->\n| old |\n<!-- /block -->\n"
-    (tmp_path / "README.md").write_text(page)
+    (tmp_path / "experiments/results/x/t.md").write_text(
+        "# Title\n\n| new |\n\n![p](p.svg)\n\n## More\n\n| not this |\n")
+    page = ("`y = 2`\n[a.py:{}](../a.py#L{})\n<!-- all of x/t.md -->\n{}<!-- -->\n"
+            "<!-- first of x/t.md -->\n{}<!-- -->\n")
+    old = page.format(1, 1, "| old |\n", "")
+    path = tmp_path / "docs" / "page.md"
+    path.write_text(old)
     monkeypatch.setattr(readme, "ROOT", tmp_path)
-    monkeypatch.setattr(readme, "BLOCKS", (block,))
-    assert readme.main(["--check"]) == 1 and (tmp_path / "README.md").read_text() == page
+    monkeypatch.setattr(readme, "PAGES", ["docs/page.md"])
+    assert readme.main(["--check"]) == 1 and path.read_text() == old
     assert readme.main([]) == 0 and readme.main(["--check"]) == 0
-    assert (tmp_path / "README.md").read_text() == (
-        "`y = 2`\n[a.py:5](a.py#L5)\n<!-- block -->\n| new |\n<!-- /block -->\n")
-    for code in ("nowhere", "e"):                          # on no line, and on several
-        (tmp_path / "README.md").write_text(page.replace("y = 2", code))
-        capsys.readouterr()
-        assert readme.main([]) == 2
-        assert capsys.readouterr().err.startswith(f"error: README.md: `{code}` is on ")
-        assert "| old |" in (tmp_path / "README.md").read_text()
-    (tmp_path / "README.md").write_text("no blocks")
-    assert readme.main([]) == 2
+    assert path.read_text() == page.format(
+        5, 5, "| new |\n\n![p](../experiments/results/x/p.svg)\n", "| new |\n")
+    capsys.readouterr()
+    for text in (old.replace("y = 2", "nowhere"), old.replace("y = 2", "e"), old.replace("t.md", "u.md")):
+        path.write_text(text)                              # code on no line, on several; no such file
+        assert readme.main([]) == 2 and path.read_text() == text
+        said = capsys.readouterr().err
+        assert said.startswith("error: docs/page.md: ") and said.count("\n") == 1
+        assert ("` is on " in said) == ("t.md" in text)
 
 
 def test_what_it_costs_by_hand():
     """Oracle: closed forms. k (d + d) + 2kr + r numbers; 2N k (d + d + k) + 2 k² r FLOPs forward; both passes
     are twice the forward one where only the input has a gradient, three times where the factors have one."""
-    rows, d, r, N = table("cost"), 768, 8, 128
+    rows, d, r, N = table(README, "768 × 768, 128 tokens"), 768, 8, 128
     frozen = 2 * N * d * d
     assert rows["frozen layer"][2:] == [f"{frozen / 1e6:.1f}M", f"{2 * frozen / 1e6:.1f}M"]
     for k in (1, 8):
-        numbers, scored, forward, _ = rows[f"LoRA² k={k}, r=8"]
+        numbers, scored, forward, both = rows[f"LoRA² k={k}, r=8"]
         assert numbers == f"{k * 2 * d + 2 * k * r + r:,}" and scored == f"{2 * k * r + r:,}"
         more = 2 * N * k * (2 * d + k) + 2 * k * k * r
         assert forward == f"+{more / 1e6:.2f}M, +{100 * more / frozen:.2f} %"
+        assert both == f"+{3 * more / 1e6:.2f}M, +{100 * 3 * more / (2 * frozen):.2f} %"
         numbers, scored, forward, both = rows[f"LoRA r={k}"]
         more = 2 * N * k * 2 * d
         assert (numbers, scored) == (f"{k * 2 * d:,}", "–")
         assert forward == f"+{more / 1e6:.2f}M, +{100 * more / frozen:.2f} %"
         assert both == f"+{3 * more / 1e6:.2f}M, +{100 * 3 * more / (2 * frozen):.2f} %"
-    assert rows["AdaLoRA r=8"][:2] == [f"{r * (2 * d + 1):,}"] * 2
-
-
-def test_results_come_from_the_files(tmp_path, monkeypatch):
-    """Oracle: by hand: seeds with 0.50 and 0.60 (and 0.10 and 0.30 in the other row), read from what
-    reproduce.py writes; what it did not write is not run; the last step counts, not the best."""
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    empty = readme.results()
-    assert empty.count("Not run on") == 2 and "|" not in empty and "**" not in empty
-    for row, values in (("lora-r1", (0.1, 0.3)), ("lora2-k1", (0.5, 0.6))):
-        grid = made.grid_of(tmp_path, "table1", "--tasks", "cola", "--seeds", "0,1")
-        cells = [cell for cell in made.all_cells(grid) if cell.row == row]
-        for cell, value in zip(cells, values):
-            made.write_run(cell, made.result_of(cell, made.cola(0.9), made.cola(value)))
-    argv = ["--tasks", "cola", "--seeds", "0,1", "--out", str(tmp_path), "--no-run"]
-    assert reproduce.main(["table1", *argv]) == 0 and reproduce.main(["table3", *argv]) == 0
-    text = readme.results()
-    assert "| LoRA² k=1 | 1,560 | 55.0±7.1 | 55.0±7.1 |" in text
-    assert "| SoRA r=1 | – | not run | not run |" in text
-    assert "| LoRA² k=1 − LoRA r=1 | +35.0±7.1 |" in text  # 40, 30: no ≈
-    assert "(4 runs, in full:\n[table1.md](" in text and "device cpu; dtype fp32; threads 1" in text
-    assert "Not run on deberta-v3-base, `--preset paper`: Table 2; Table 4; Figure 3" in text
-    line = "| `train.py --task cola --k 1` | 6,700 | 64 | Matthews | 70.63 | 55.00±7.07 |"
-    assert line in readme.glue().splitlines()
-
-
-def test_times_overlaps_and_pictures_come_from_the_files(tmp_path, monkeypatch):
-    """Oracle: by hand: 100 tokens per second against 80 make a ratio of 1.25; all three of three kept. What
-    one run alone says is marked, as it has no spread to be held against."""
-    pytest.importorskip("matplotlib")
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    argv = ["--tasks", "mrpc", "--seeds", "0", "--out", str(tmp_path)]
-    kept = {"deberta.layer.0.output.dense": [0, 1], "deberta.layer.1.output.dense": [0]}
-    for name in ("table2", "overlap", "figure3"):
-        for cell in made.all_cells(made.grid_of(tmp_path, name, *argv[:4])):
-            made.write_run(cell, kept=kept, speed=100 if "adalora" in cell.row else 80)
-        assert reproduce.main([name, *argv, "--no-run"]) == 0
-    text = readme.results()
-    assert "| MRPC | 1.250 (1 run) | 1.250 (1 run) | 1.159 |" in text
-    assert "| kept by both: the very same singular values | 100.0 (1 run) |" in text
-    picture, = re.findall(r"!\[kept singular values, layer by layer\]\((.*)\)", text)
-    assert (ROOT / picture).resolve() == tmp_path / "paper-deberta-v3-base" / "figure3.png"
-
-
-def test_performance_comes_from_the_files(tmp_path, monkeypatch):
-    """Oracle: by hand. The first table that bench.py wrote beside its JSON file is taken as it is."""
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    assert readme.performance() == "Not run on a CPU nor on a GPU.\n"
-    (tmp_path / "bench-cpu.json").write_text(json.dumps({"device": "abc"}))
-    with pytest.raises(ValueError, match="bench-cpu.md is missing"):
-        readme.performance()
-    (tmp_path / "bench-cpu.md").write_text("# Bench\n\n| b |\n| --- |\n| 3 |\n\nwords\n\n## More\n\n| 4 |\n")
-    text = readme.performance()
-    assert text.startswith("| b |\n| --- |\n| 3 |\n\ndevice abc. In full:\n[bench-cpu.md](")
-    assert text.endswith("Not run on a GPU.\n") and "words" not in text and "| 4 |" not in text
-    (tmp_path / "bench-cpu.md").write_text(f"| b | c |\n| --- | --- |\n| 3 (2 – 4, n = 5) | {'x' * 80} |\n")
-    assert f"| 3 | {'x' * 80} |" in readme.performance()   # ranges go first where it is too wide
-    (tmp_path / "bench-cpu-large.md").write_text("# Bench\n\n| b |\n")
-    (tmp_path / "bench-cpu-quick.md").write_text("# Bench\n\n| b |\n")
-    assert "Of other shapes and machines:\n[bench-cpu-large](" in readme.performance()
-    (tmp_path / "bench-cpu.json").write_text("{")
-    with pytest.raises(ValueError, match="bench-cpu.json is damaged"):
-        readme.performance()
+    assert rows["AdaLoRA r=8"] == [f"{r * (2 * d + 1):,}"] * 2 + rows["LoRA r=8"][2:]      # Λ is no matrix
 
 
 # --- commands -----------------------------------------------------------------------------------------------
@@ -289,7 +305,7 @@ def test_performance_comes_from_the_files(tmp_path, monkeypatch):
 def test_commands_that_need_the_hub_or_a_gpu_are_accepted():
     """Oracle: the parsers of train.py, reproduce.py and bench.py, which check every option."""
     marked = [command for command, comment in commands() if comment.startswith("needs ")]
-    marked += [f"python {name}" for name in table("glue")]
+    marked += [f"python {name}" for name in table(RESULTS, "command")]
     assert len(marked) == 13 + 8
     for command in marked:
         program, _, words = command.partition(".py")
@@ -403,9 +419,9 @@ def test_the_example_for_your_own_model_runs(tmp_path, monkeypatch, capsys, one_
 
 
 def test_programs_that_are_named_in_passing_are_there():
-    """Oracle: the file system. (What `python lora2.py` does: test_the_demonstration in test_lora2.py.)"""
-    named = set(re.findall(r"`python ([\w/]+\.py)", README))
-    assert named == {"lora2.py", "train.py", "experiments/readme.py"}
+    """Oracle: the file system."""
+    named = set(re.findall(r"`python ([\w/]+\.py)", ALL))
+    assert named == {"examples/planted.py", "train.py", "experiments/readme.py"}
     assert all((ROOT / name).exists() for name in named)
 
 
@@ -419,7 +435,7 @@ def test_five_matrices():
         add_lora2(net, models.target_modules(net, targets.split()), k=1, r=8)
         counts.append(sum(p.numel() for p in net.parameters() if p.requires_grad))
     assert [f"{n / 1000:.1f}k" for n in counts] == ["167.6k", "148.9k"]
-    assert "167.6k" in README and "148.9k" in README
+    assert "167.6k" in CHOICES and "148.9k" in CHOICES
 
 
 def mean(row, tasks):
@@ -440,7 +456,7 @@ def test_margins():
     seven = [task for task in PAPER["lora2-k1"]["scores"] if task != "rte"]
     assert [mean(row, seven) for row in ("lora2-k1", "adalora-r2")] == [88.99, 89.08]
     for number in ("+2.03", "+1.41", "+1.83", "+1.21", "88.99", "89.08"):
-        assert number in README
+        assert number in CHOICES
 
 
 def test_rte_splits():
@@ -450,7 +466,7 @@ def test_rte_splits():
         value, = entry["scores"]["rte"]
         assert fits(value, 277) == row.startswith(("adalora", "lora2")), row
         assert fits(value, 277) or any(fits(value, n) for n in (139, 3 * 139, 5 * 139)), row
-    assert f"{100 / 277:.2f} points" in " ".join(README.split())
+    assert f"{100 / 277:.2f} points" in " ".join(CHOICES.split())
 
 
 def test_roberta_large():
@@ -459,5 +475,5 @@ def test_roberta_large():
     total = sum(p.numel() for p in test_baselines.skeleton(config).parameters())
     assert f"{total / 1e6:.1f}M" == "355.4M"
     assert f"{100 * (1 - 0.4 / 335):.2f}" == "99.88" and f"{100 * (1 - 445_824 / total):.2f}" == "99.87"
-    text = " ".join(README.split())
+    text = " ".join(CHOICES.split())
     assert "0.4 / 335 leaves 99.88 %; exactly it is 445,824 of 355.4M, 99.87 %" in text

@@ -19,10 +19,10 @@ from experiments.speed import counts
 from experiments.speed import peers
 from experiments.speed import steps
 import data
-from experiments import plot
 from running import machine as processes
 from experiments import tables
 from formats import glue as tasks
+from experiments.speed import table
 from experiments.speed.table import summary
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,37 +100,6 @@ def measure_data(job, rows):
     return json.loads(done.stdout)
 
 
-def draw(sweeps, read, stem):
-    """One panel a sweep, all axes logarithmic: a straight line of slope 1 is linear growth."""
-    figure, axes = plot.new_figure(len(sweeps) + 1, 2.6)
-    for panel, (name, points) in zip(axes, sweeps.items()):
-        draw_panel(panel, name, [point[name] for point in points], {
-            variant: ([point[variant]["seconds"]["value"] for point in points],
-                      [point[variant]["bytes"] / 1e6 for point in points])
-            for variant in points[0] if variant != name}, "MB")
-    draw_panel(axes[-1], "rows of the file", [one["rows"] for one in read], {
-        "read, tokenise, plan": ([one["seconds"] for one in read], [one["GB"] for one in read])}, "GB")
-    return plot.save(figure, stem)
-
-
-def draw_panel(panel, name, x, lines, unit):
-    """One panel from {label: (seconds, memory)}: seconds on the left axis, memory dashed on the right one."""
-    from matplotlib.ticker import LogLocator               # new_figure() has found matplotlib
-    memory = panel.twinx()
-    for label, (seconds, held) in lines.items():
-        line, = panel.plot(x, seconds, marker="o", label=label)
-        memory.plot(x, held, linestyle="--", color=line.get_color())
-    panel.set(xlabel=name, ylabel="seconds (solid)", xscale="log", yscale="log")
-    memory.set(ylabel=f"{unit} (dashed)", yscale="log")
-    panel.set_xticks(x, [f"{value:,}" for value in x])
-    for axes in (panel, memory):
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.minorticks_off()
-    panel.grid(alpha=0.3)
-    panel.legend(fontsize=8)
-
-
 def markdown(about, sweeps, read):
     """The sweeps and the data as Markdown."""
     text = ("# How the cost of a step grows\n\n" + ", ".join(f"{name} = {n}" for name, n in BASE.items())
@@ -154,23 +123,18 @@ def markdown(about, sweeps, read):
 
 
 def main(job, about):
-    """Measure, print, write growth-DEVICE.json, .md, .png and .svg into job.out."""
+    """Measure, print, write growth-DEVICE.json and .md into job.out."""
     axes = QUICK if job.quick else SWEEPS
     with tempfile.TemporaryDirectory() as work:
         job.folder = steps.write_checkpoint(Path(work) / "model", job.config)
         sweeps = {name: measure(job, name, values) for name, values in axes.items()}
     rows = 20_000 if job.quick else data.TASKS["mnli"].rows["train"]
     read = [measure_data(job, rows // part) for part in PARTS]
-    out = Path(job.out)
-    out.mkdir(parents=True, exist_ok=True)
-    stem = out / f"growth-{job.device}{'-quick' * job.quick}"
     about = {name: value for name, value in about.items() if name not in ("B", "T", "layers", "rounds")}
     content = about | {"base": BASE, "sweeps": sweeps, "data": read}
-    path = Path(f"{stem}.json")
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    text = markdown(about, sweeps, read)
-    path.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text, *draw(sweeps, read, stem), path, path.with_suffix(".md"), sep="\n")
+    text, quick = markdown(about, sweeps, read), "-quick" if job.quick else ""
+    path = table.write(Path(job.out) / f"growth-{job.device}{quick}", content, text)
+    print(text, f"written: {path}", sep="\n")
     return 0
 
 

@@ -1,7 +1,9 @@
 """The table of bench.py: its rows with their goals, and how values become a verdict."""
+import json
 import statistics
 
 from experiments import tables
+from formats import disk
 
 # Row → what is measured, goal on a CPU (2 threads, fp32, B = 8), goal on an H100 (bf16, B = 32); None: there
 # is none. A row with several goals has several entries: its number is what stands before the space.
@@ -111,3 +113,25 @@ def profile_table(lines, most=12):
         line["operation"], f"{line['calls']:,}", f"{1000 * line['seconds']:,.1f}",
         f"{100 * line['seconds'] / total:.1f} %", f"{line['GFLOP/s']:,.0f}" if line["GFLOP/s"] >= 1 else ""]
         for line in lines[:most] + [rest]])
+
+
+def page(content, device):
+    """The Markdown of a bench, from the content of its JSON file. Only a whole one is judged."""
+    results = {key: row["result"] for key, row in content["rows"].items() if row["result"] != "not run"}
+    judged = [key for key, result in results.items()
+              if content["layers"] == "all" and result.get("rows", "all") == "all"]
+    details = content["details"]
+    products = products_text(details["profile"], details[f"products, T={content['T']}"])
+    facts = [f"- {name}: {value}\n" for name, value in content.items() if name not in ("rows", "details")]
+    return "\n".join([
+        "# Performance\n", report(results, device, judged), "".join(facts),
+        "## Row 10: where an own frozen step spends its time\n", profile_table(details["profile"]), products,
+        "## Row 5: what a forward pass keeps\n", saved_table(details["saved"])])
+
+
+def write(stem, content, text):
+    """Write stem.json and stem.md; returns the path of the former."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    disk.write_file(f"{stem}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    disk.write_file(f"{stem}.md", text)
+    return f"{stem}.json"

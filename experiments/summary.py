@@ -1,0 +1,158 @@
+"""What is left of runs: a record of each, and TABLE.json, from which all that is printed is made.
+
+A record is a dict, made from the folder of a finished run of train.py, where it is record.json:
+
+    row, task, seed, settings   which run it is
+    best, last                  two of its evaluations: step, score, scores {split: {metric: value}}
+    FACTS                       as in result.json; null where that does not say
+    ranks                       {matrix: [how many singular values each layer kept]}, if it pruned
+    kept                        {matrix: [which ones each layer kept]}, of LoRA² and AdaLoRA
+    tokens_per_second           of a timed run
+
+TABLE.json says what a table shows and holds its records, one a line ("kept" in overlap.json alone).
+Settings that all of them share stand there once. Under "left_out" are records of runs that the
+table showed before.
+"""
+import itertools
+import json
+from pathlib import Path
+
+from formats import disk
+import model
+from running import folder as runs
+from running import options
+from experiments import tables
+
+FACTS = ("adapter_parameters", "surviving_parameters", "head_parameters", "frozen_parameters",
+         "singular_values", "budget", "steps", "seconds", "peak_memory_gb", "device", "dtype",
+         "processes", "threads", "torch", "python", "date", "code", "base", "rows")
+FREE = options.PLACES | {"dtype"}   # the device decides it; tables tell it
+
+
+# --- from a run folder to a record -----------------------------------------------------------
+
+def comparable(settings):
+    """The settings that make a run what it is; of a model in a folder its name alone."""
+    found = {}
+    for name, value in settings.items():
+        if value is not None and name not in FREE:
+            found[name] = value
+    found["model"] = Path(str(settings.get("model"))).name
+    return found
+
+
+def record(cell, is_timed):
+    """The record of a run that has just finished. ValueError or OSError for a damaged file."""
+    folder, advice = cell.folder, f"remove {cell.folder} and run it again"
+    result = disk.read_json(folder / "result.json", advice)
+    run = {"row": cell.row, "task": cell.task, "seed": cell.seed,
+           "settings": comparable(result["settings"]),
+           "best": result["best"], "last": result["last"]}
+    for name in FACTS:
+        run[name] = result.get(name)
+    if (folder / "ranks.json").exists():
+        run["ranks"] = read_ranks(folder)
+        kept = {}
+        for name, tensor in runs.load_state(folder)["weights"].items():
+            if name.endswith(".lam"):   # what is pruned is 0 from the last phase on
+                kept[name.removesuffix(".lam")] = tensor.nonzero().flatten().tolist()
+        if kept:
+            run["kept"] = by_place(kept)
+    if is_timed:
+        run["tokens_per_second"] = speed(folder)
+    return run
+
+
+def read_ranks(folder):
+    """ranks.json by place: {matrix: [count of each layer]}. ValueError or OSError if damaged."""
+    path = folder / "ranks.json"
+    with disk.reading(path, f"remove {folder} and run it again"):
+        counts = json.loads(path.read_text(encoding="utf-8"))
+        if not counts or not all(type(count) is int for count in counts.values()):
+            raise ValueError("it holds no counts")
+        return by_place(counts)
+
+
+def by_place(values):
+    """{module name: value} → {matrix: [value of layer 0, layer 1, ...]}, in Figure 3's order."""
+    grid = {}
+    for name, value in values.items():
+        short, layer = model.place_of(name)
+        grid.setdefault(short, {})[layer] = value
+    found = {}
+    for short in tables.MATRICES:
+        if short in grid:
+            found[short] = [grid[short][layer] for layer in range(len(grid[short]))]
+    return found
+
+
+def speed(folder):
+    """Tokens per second of a run's training steps, from its log.
+
+    The first line but that of step 1 ends the warm-up; what is between it and the last one counts.
+    """
+    path = folder / "log.jsonl"
+    with disk.reading(path, f"remove {folder} and run it again"):
+        lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        lines = [line for line in lines if "loss" in line and line["step"] > 1]
+        for a, b in itertools.pairwise(lines):             # after a stop they begin anew
+            if not (a["tokens"] < b["tokens"] and a["seconds"] < b["seconds"]):
+                raise ValueError("tokens or seconds go back")
+        first, *_, last = lines
+        return (last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"])
+
+
+# --- TABLE.json ------------------------------------------------------------------------------
+
+def write(path, content):
+    """Write TABLE.json. content: a dict, with records in the lists "runs" and "left_out"."""
+    runs = content["runs"] + content["left_out"]
+    shared = dict(runs[0]["settings"]) if runs else {}
+    for run in runs:
+        for name in list(shared):
+            if run["settings"].get(name) != shared[name]:
+                del shared[name]
+    elsewhere = shared.keys() | {"task", "seed"}           # which a record has anyway
+    brief = {"settings": shared}
+    for part in ("runs", "left_out"):
+        brief[part] = []
+        for run in content[part]:
+            own = {name: value for name, value in run["settings"].items() if name not in elsewhere}
+            brief[part].append(run | {"settings": own})
+    disk.write_file(path, layout(content | brief) + "\n")
+
+
+def load(path):
+    """The content of TABLE.json as it was given to write(). ValueError for a damaged one."""
+    advice = "restore it, or remove it to make it anew"
+    content = disk.read_json(path, advice)
+    with disk.reading(path, advice):
+        for run in content["runs"] + content["left_out"]:
+            run["settings"] = content["settings"] | run["settings"] | {
+                "task": run["task"], "seed": run["seed"]}
+    return content
+
+
+def load_all(folder):
+    """The records of all tables in a folder."""
+    records = []
+    for path in sorted(folder.glob("*.json")):
+        content = load(path)
+        records += content["runs"] + content["left_out"]
+    return records
+
+
+def layout(value, indent=""):
+    """JSON with a line for each entry of a dict, and one for each dict that is in a list."""
+    if isinstance(value, dict) and value:
+        inner = []
+        for name, item in value.items():
+            inner.append(f"{json.dumps(str(name))}: {layout(item, indent + ' ')}")
+        start, end = "{}"
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        inner = [json.dumps(item, ensure_ascii=False) for item in value]
+        start, end = "[]"
+    else:
+        return json.dumps(value, ensure_ascii=False)
+    lines = f",\n{indent} ".join(inner)
+    return f"{start}\n{indent} {lines}\n{indent}{end}"
