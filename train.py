@@ -27,7 +27,7 @@ from running import options
 from running import machine as processes
 from running import folder as runs
 from running import progress as show
-from formats import glue as tasks
+from formats import glue
 from lora2 import load_lora2_state_dict
 
 # --- set-up: everything that a user's mistake can break happens here ----------------------------------------
@@ -64,9 +64,9 @@ def set_up(settings, facts=None):
     if labels:
         net.config["id2label"] = {str(i): label for i, label in enumerate(labels)}
     if run.predict:
-        splits["to predict"] = tasks.read_split(run.predict, run.row, labelled=False)
+        splits["to predict"] = glue.read_split(run.predict, run.row, labelled=False)
     run.data = {name: data.encode(tokenizer, split, run.max_len, name) for name, split in splits.items()}
-    check_ids(run)
+    data.check_ids(run.data, net.config, run.model)
     run.to_predict = run.data.pop("to predict", None)
     run.rows = runs.digest(*(part for name, examples in run.data.items() for part in (name, *examples[:4])))
 
@@ -89,34 +89,21 @@ def set_up(settings, facts=None):
     return run
 
 
-def check_ids(run):
-    """ValueError unless the tokenizer belongs to the model: a GPU would end in an assertion of its own."""
-    ids, types = (max(int(getattr(examples, field).max()) for examples in run.data.values())
-                  for field in ("ids", "types"))
-    sizes = run.net.config["vocab_size"], max(2, run.net.config["type_vocab_size"])        # one type: ignored
-    if ids >= sizes[0] or types >= sizes[1]:
-        raise ValueError(f"{run.model}: its tokenizer gives ids up to {ids} and types up to {types}, its "
-                         f"model has {sizes[0]} and {sizes[1]} of them: they do not belong together")
-
-
 def load_splits(run, facts):
-    """({"train": Split, dev splits}, tasks.Task) of a task or of the user's files; no "train" to evaluate."""
-    if run.dev_file:
-        task = tasks.get_task(run.task)._replace(header=()) if run.task != "own" else tasks.Task(
-            "", {}, **facts["columns"]) if facts else tasks.own_task(run.train_file)
-        files = ("train", run.train_file), ("dev", run.dev_file)
-        splits = {name: tasks.read_split(path, task) for name, path in files if path}
+    """({"train": Split, dev splits}, data.Task) of a task or of the user's files; no "train" to evaluate."""
+    if run.dev_file and facts:
+        splits, task = data.load_dev(run.dev_file, run.task, facts["columns"])
+    elif run.dev_file:
+        splits, task = data.load_own(run.train_file, run.dev_file)
     else:
-        task = tasks.get_task(run.task)
+        task = data.get_task(run.task)
         if task.downloads:
             if run.rank == 0 and not (Path(run.data_dir) / task.folder).exists():
-                tasks.fetch_task(task, run.data_dir)
+                glue.fetch_task(task, run.data_dir)
             processes.wait_for_all()                       # all of them, whatever each finds there by now
-        if facts and not task.make:                        # to evaluate, train.tsv need not be there
-            task = task._replace(rows={name: n for name, n in task.rows.items() if name != "train"})
-        splits = data.load_task(task, run.data_dir)
-    return {name: split.part(0, run.limit_train if name == "train" else run.limit_dev)
-            for name, split in splits.items() if not (facts and name == "train")}, task
+        splits = data.load_task(task, run.data_dir, train=not facts)       # to evaluate, it need not be there
+    limits = {"train": run.limit_train}
+    return {name: split.part(0, limits.get(name, run.limit_dev)) for name, split in splits.items()}, task
 
 
 def prepare_training(run):

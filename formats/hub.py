@@ -14,6 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from formats.disk import one_line, replacing
 
@@ -69,6 +70,35 @@ def download(repository, filename):
         raise
     except EntryNotFoundError:
         return None
+
+
+def find_tokenizer(name_or_dir):
+    """Path of the file that is a checkpoint's tokenizer: tokenizer.json, else spm.model.
+
+    ValueError if there is neither; raises what find() raises.
+    """
+    names = ("tokenizer.json", "spm.model")
+    for name in names:                             # what is at hand comes before the network
+        path = find(name_or_dir, name, network=False)
+        if path is not None:
+            return path
+    with contextlib.suppress(OSError):             # for a merged model: it may say that case counts
+        find(name_or_dir, "tokenizer_config.json")
+    for name in names:
+        path = find(name_or_dir, name)
+        if path is not None:
+            return path
+    raise ValueError(f"{name_or_dir} has neither tokenizer.json nor spm.model: put one of them there")
+
+
+def read_tokenizer(path):
+    """tokenizer.json as a tokenizers.Tokenizer; ValueError that names the file if it is not one."""
+    try:
+        return Tokenizer.from_file(str(path))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:                     # Rust's PanicException, which is no Exception
+        raise ValueError(f"{path} is not a tokenizer file ({one_line(e)}): get it again") from None
 
 
 def tokenizer_files(name_or_dir):

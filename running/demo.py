@@ -1,6 +1,6 @@
 """`python train.py --task demo`: the whole method in a minute, without a download.
 
-A small DeBERTa is pretrained on a made-up language (data.demo_language), saved and loaded as a checkpoint
+A small DeBERTa is pretrained on a made-up language (formats/toy.py), saved and loaded as a checkpoint
 like any other, frozen, and adapted to a question that its hidden states do not answer. A new head alone
 gets a half to three quarters right, LoRA² at k = 1 all: attention is re-routed, a rank-1 change. All goes by
 start() and complete() as a GLUE run does, and what is printed at the end comes from the result.json files.
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-import data
 from formats import disk
 from formats import hub
+from formats import toy
 import model as models
 from running import options
 from running import folder as runs
@@ -39,13 +39,13 @@ def write_base(folder, config, weights):
     backbone = {name: tensor for name, tensor in weights.items() if name.startswith("deberta.")}
     disk.write_json(folder / "config.json", config)
     disk.write_tensors(folder / "model.safetensors", backbone, {"format": "pt"})
-    disk.write_file(folder / "tokenizer.json", data.demo_tokenizer().to_str())
+    disk.write_file(folder / "tokenizer.json", toy.tokenizer().to_str())
     disk.write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def write_random_model(folder, seed):
     """A checkpoint with weights drawn from the seed; returns its config."""
-    config = CONFIG | {"vocab_size": data.demo_tokenizer().get_vocab_size()}
+    config = CONFIG | {"vocab_size": toy.tokenizer().get_vocab_size()}
     torch.manual_seed(seed)
     net = models.SequenceClassifier(models.check_config(dict(config), folder) | {"cls_dropout": 0.0}, 4)
     for name, parameter in net.named_parameters():
@@ -60,7 +60,7 @@ def write_random_model(folder, seed):
 def write_pretraining_data(folder):
     """train.tsv and dev.tsv of the question to pretrain on, as a user's own data; returns their options."""
     words = []
-    for name, split in data.load_task(data.DEMO_PRETRAIN).items():
+    for name, split in toy.splits("pretrain", toy.PRETRAINING_ROWS).items():
         path = folder / f"{name}.tsv"
         rows = (f"{text}\t{label}\n" for (text,), label in zip(split.texts, split.labels))
         disk.write_file(path, "sentence\tlabel\n", *rows)

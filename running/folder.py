@@ -26,7 +26,7 @@ from formats import config
 from formats import hub
 import model as models
 from running import machine as processes
-from formats import glue as tasks
+from formats import glue
 from formats.disk import one_line, reading, write_file, write_tensors, writing
 from lora2 import load_lora2_state_dict, lora2_layers, lora2_state_dict, merge_lora2
 from running.options import INCIDENTAL, flag
@@ -195,7 +195,7 @@ def save_best(run, predictions):
     """Write the predictions, {dev split: (N,)}, then the adapter, which thereby is never ahead of them."""
     if run.rank == 0:
         for name, values in predictions.items():
-            tasks.write_predictions(Path(run.out) / f"predictions_{name}.tsv", run.row, values.tolist())
+            glue.write_predictions(Path(run.out) / f"predictions_{name}.tsv", run.row, values.tolist())
         tensors, mine = lora2_state_dict(run.net), json.dumps(facts(run), sort_keys=True)
         write_tensors(Path(run.out) / "adapter.safetensors", tensors,
                       {"lora2": json.dumps([mine, digest(tensors, mine)])})
@@ -219,7 +219,7 @@ def hand_out(run, predictions):
     """--predict, --export-peft and --merge, of the adapters that the model now holds."""
     if predictions is not None:
         folder = run.out or Path(run.eval).parent
-        path = tasks.write_submission(folder, run.row, predictions, Path(run.predict).stem)
+        path = glue.write_submission(folder, run.row, predictions, Path(run.predict).stem)
         print(f"predictions for {run.predict} are in {path}")
     if run.export_peft:
         with writing(run.export_peft):

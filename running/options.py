@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from methods import baselines
-from formats import glue as tasks
+from data import TASKS
 
 # The authors' released settings: batch 32, AdamW, clip 1.0, linear decay after a warm-up, dropout 0.1 in the
 # backbone. ti, tf and dT (Algorithm 1) are steps of the T steps of a full-length run; runs of another length
@@ -37,7 +37,7 @@ TASK = "from the preset"
 # of a file or folder; "steps" for a number of optimizer steps or, below 1, a fraction of them all.
 OPTIONS = {
     "data and model": (
-        ("task", str, None, "one of " + ", ".join(tasks.TASKS)),
+        ("task", str, None, "one of " + ", ".join(TASKS)),
         ("model", "path", "microsoft/deberta-v3-base", "name on the Hub, or a folder"),
         ("data-dir", "path", "glue", "folder that holds CoLA/, RTE/ ...; a missing task is fetched into it"),
         ("train-file", "path", None, "your own TSV: sentence (or sentence1, sentence2), and label or score"),
@@ -176,9 +176,9 @@ def resolve(given):
     task = given.get("task", "own" if own else None)
     if own and (task != "own" or not given.keys() >= {"train_file", "dev_file"}):
         raise ValueError("your own data need both --train-file and --dev-file, and no --task")
-    if not own and task not in tasks.TASKS:
+    if not own and task not in TASKS:
         raise ValueError(("there is no --task" if task is None else f"--task {task} is unknown")
-                         + f": give one of {', '.join(tasks.TASKS)}, or your own --train-file and --dev-file")
+                         + f": give one of {', '.join(TASKS)}, or your own --train-file and --dev-file")
     preset = PRESETS[task]
     T = preset["T"]
     preset = preset | {"warmup": preset["warmup"] / T, "prune_warmup": preset["ti"] / T,

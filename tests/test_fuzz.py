@@ -14,9 +14,10 @@ from tests.conftest import frozen, outcome
 from tests.test_runs import child
 from tests.test_train import logits, sentences, write_task
 
+from data import TASKS
+from formats import glue
 from formats import hub
 from running import folder as runs
-from formats import glue as tasks
 import train
 
 
@@ -143,7 +144,7 @@ def test_spoilt_task_files(tmp_path):
     """Oracle: an independent reading of the same bytes. Equal to it, or a ValueError with the file's name."""
     rng, path, outcomes = random.Random(1), tmp_path / "train.tsv", Counter()
     spoil = [insert, flip, cut, move, columns, relabel, line_ends, encoding]
-    names = [name for name in tasks.TASKS if name != "demo"]
+    names = [name for name in TASKS if name != "demo"]
     whole = {name: write_task(name, tmp_path / "glue", n=12)["train"].read_bytes() for name in names}
     with soon("reading", 60):
         for _ in range(2000):
@@ -152,9 +153,9 @@ def test_spoilt_task_files(tmp_path):
             for _ in range(rng.randint(1, 3)):
                 content = rng.choice(spoil)(rng, content or b"\n")
             path.write_bytes(content)
-            expected = reading(content, tasks.TASKS[name])
+            expected = reading(content, TASKS[name])
             try:
-                split = tasks.read_split(path, name)
+                split = glue.read_split(path, TASKS[name])
                 assert (split.texts, split.labels) == expected, content
                 outcomes["read"] += 1
             except ValueError as error:

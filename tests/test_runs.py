@@ -631,7 +631,7 @@ def test_all_processes_wait_for_a_fetched_task(rank, there, tmp_path, monkeypatc
     """Oracle: one barrier for each process, whether it comes before or after the folder is there: one that
     passes by would leave the others waiting. The first one alone fetches, and only what is missing."""
     calls = []
-    monkeypatch.setattr(train.tasks, "fetch_task", lambda task, folder: calls.append("fetch"))
+    monkeypatch.setattr(train.glue, "fetch_task", lambda task, folder: calls.append("fetch"))
     monkeypatch.setattr(train.processes, "wait_for_all", lambda: calls.append("wait"))
     if there:
         (tmp_path / "RTE").mkdir()

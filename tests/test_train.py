@@ -13,6 +13,7 @@ import torch
 from tests.conftest import SMALL, frozen, outcome
 
 import data
+from formats import toy
 import model as models
 from running import options
 from running import folder as runs
@@ -291,7 +292,7 @@ def test_a_terminal_has_bars(cli, monkeypatch):
 
 def sentences(n, seed):
     """n rows of the demo's words: (text, label) with labels that a model can learn."""
-    split = data.demo_language("adapt", n, seed)
+    split = toy.language("adapt", n, seed)
     return [(text, label) for (text,), label in zip(split.texts, split.labels)]
 
 
