@@ -148,6 +148,16 @@ def labelled_splits(task, train=True):
     return names
 
 
+def is_missing(task, data_dir, train=True):
+    """Whether load_task() would find no file where glue.fetch_task() can get one."""
+    if not task.downloads:
+        return False
+    for name in labelled_splits(task, train):
+        if glue.find_split(task, data_dir, name) is None:
+            return True
+    return False
+
+
 def load_own(train_file, dev_file):
     """({"train": Split, "dev": Split}, Task) of a user's own two TSV files, read by own_task()."""
     task = own_task(train_file)

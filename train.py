@@ -98,7 +98,7 @@ def load_splits(run, facts):
     else:
         task = data.get_task(run.task)
         if task.downloads:
-            if run.rank == 0 and not (Path(run.data_dir) / task.folder).exists():
+            if run.rank == 0 and data.is_missing(task, run.data_dir, train=not facts):
                 glue.fetch_task(task, run.data_dir)
             processes.wait_for_all()                       # all of them, whatever each finds there by now
         splits = data.load_task(task, run.data_dir, train=not facts)       # to evaluate, it need not be there

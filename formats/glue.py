@@ -291,19 +291,43 @@ def fetch_task(task, data_dir="glue", base_url=BASE_URL):
     with folder_beside(folder) as beside:
         for address, name in task.downloads.items():
             url = f"{base_url}/{address}"
-            download(url, beside / (name or "archive"), advice)
+            if name and not (folder / name).exists():
+                download(url, beside / name, advice)
             if not name:
+                download(url, beside / "archive", advice)
                 extract(url, beside / "archive", table_names(task), advice)
                 (beside / "archive").unlink()
-        folder.mkdir(exist_ok=True)
-        for path in beside.iterdir():
-            if not (folder / path.name).exists():
-                os.replace(path, folder / path.name)
+        with writing(folder):
+            move_files(beside, folder)
+
+
+def move_files(beside, folder):
+    """Move a folder's files to where `folder` is, or to where it has none of that name.
+
+    A new folder appears whole. In one that is there the test files come first: if this is ended
+    on the way, a file that find_split() looks for in training is missing, and is fetched again.
+    """
+    if not folder.exists():
+        try:
+            os.rename(beside, folder)
+            return
+        except OSError:                      # another process was faster
+            if not folder.exists():
+                raise
+    files = list(beside.iterdir())
+    files.sort(key=is_for_training)
+    for path in files:
+        if not (folder / path.name).exists():
+            os.replace(path, folder / path.name)
+
+
+def is_for_training(path):
+    return not path.name.startswith("test")
 
 
 @contextlib.contextmanager
 def folder_beside(folder):
-    """A new folder for as long as the block lasts, on the same disk as `folder`."""
+    """A new folder of the same name on the same disk, which is gone after the block."""
     parent = folder.parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -313,7 +337,9 @@ def folder_beside(folder):
         raise OSError(f"cannot write to the folder {parent} ({error.strerror}): give another "
                       "one") from None
     with temporary:
-        yield Path(temporary.name)
+        beside = Path(temporary.name) / folder.name
+        beside.mkdir()
+        yield beside
 
 
 def download(url, path, advice, timeout=60):

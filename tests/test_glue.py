@@ -3,8 +3,11 @@ import csv
 import functools
 import http.server
 import io
+import os
 import random
+import signal
 import threading
+import time
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -478,6 +481,145 @@ def test_interrupted_fetch_leaves_nothing(server, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         glue.fetch_task(TASKS["rte"], tmp_path, address)
     assert list(tmp_path.iterdir()) == []
+
+
+def fork_that_fetches(task, data_dir, address, before):
+    """Whether a fork that fetches a task was killed on the way, as before() arranges in it."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            glue.tqdm.set_lock(threading.RLock())          # tqdm's own is shared with its parent
+            before()
+            glue.fetch_task(task, data_dir, address)
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+
+
+def kill_at_rename(n):
+    """Let this process be killed in place of its n-th rename."""
+    renames = []
+
+    def counted(real):
+        def rename(source, target):
+            if len(renames) == n:
+                os.kill(os.getpid(), signal.SIGKILL)
+            renames.append(target)
+            real(source, target)
+        return rename
+
+    os.rename, os.replace = counted(os.rename), counted(os.replace)
+
+
+def kill_after(seconds):
+    """Let the system end this process after a time, wherever it is."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def check_after_a_kill(task, data_dir, address, files):
+    """What train.py does next: fetch what is missing. Then the folder holds these {name: bytes}."""
+    folder = data_dir / task.folder
+    if data.is_missing(task, data_dir):
+        glue.fetch_task(task, data_dir, address)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+    assert not data.is_missing(task, data_dir)
+
+
+@pytest.fixture
+def two_tasks(server):
+    """[(Task, {name: bytes} of what it is fetched as)] and the address: a zip, and MRPC's single files."""
+    address, pages, _ = server
+    row = b"index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n"
+    rte = {"train.tsv": row, "dev.tsv": row + row[-18:], "test.tsv": row}
+    pages["/glue/data/RTE.zip"] = (200, zipped({f"RTE/{name}": rte[name] for name in rte}), None)
+    mrpc = {"msr_paraphrase_train.txt": b"one", "test.tsv": b"two", "dev_ids.tsv": b"three"}
+    for address_of_file, name in TASKS["mrpc"].downloads.items():
+        pages[f"/{address_of_file}"] = (200, mrpc[name], None)
+    return [(TASKS["rte"], rte), (TASKS["mrpc"], mrpc)], address
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fetch_killed_between_two_renames_goes_on(two_tasks, tmp_path):
+    """Oracle: the files of the server. Whichever rename is the last, in whichever folder, the next run
+    sees what is missing and fetches it; a folder that is new is there whole or not at all."""
+    tasks, address = two_tasks
+    for task, files in tasks:
+        for there in (None, [], list(files)[:1], list(files)[1:2], list(files)[2:]):
+            for n in range(9):
+                data_dir = tmp_path / f"{task.folder} {there} {n}"
+                folder = data_dir / task.folder
+                if there is not None:
+                    folder.mkdir(parents=True)
+                    for name in there:
+                        (folder / name).write_bytes(files[name])
+                killed = fork_that_fetches(task, data_dir, address, lambda: kill_at_rename(n))
+                assert there is not None or killed != folder.exists()
+                check_after_a_kill(task, data_dir, address, files)
+                if not killed:
+                    break
+            assert n == (1 if there is None else 3 - len(there))  # renames that were tried
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fetch_killed_at_random_goes_on(two_tasks, tmp_path):
+    """Oracle: the files of the server, after each of twenty kills at any moment of a fetch."""
+    tasks, address = two_tasks
+    rng, kills = random.Random(0), 0
+    start = time.monotonic()
+    fork_that_fetches(tasks[1][0], tmp_path / "whole", address, lambda: None)
+    longest = 1.2 * (time.monotonic() - start)
+    for attempt in range(400):
+        task, files = rng.choice(tasks)
+        data_dir = tmp_path / str(attempt)
+        if rng.random() < 0.5:
+            (data_dir / task.folder).mkdir(parents=True)
+        seconds = rng.uniform(0.0001, longest)
+        kills += fork_that_fetches(task, data_dir, address, lambda: kill_after(seconds))
+        check_after_a_kill(task, data_dir, address, files)
+        if kills == 20:
+            break
+    assert kills == 20
+
+
+def test_only_what_is_missing_is_fetched(two_tasks, tmp_path, monkeypatch):
+    """Oracle: the addresses that are asked. Nothing for a folder that holds all that training needs."""
+    (_, (task, files)), address = two_tasks
+    asked, download = [], glue.download
+
+    def noted(url, *args):
+        asked.append(url.rsplit("/", 1)[-1])
+        download(url, *args)
+
+    monkeypatch.setattr(glue, "download", noted)
+    folder = tmp_path / "MRPC"
+    folder.mkdir()
+    (folder / "msr_paraphrase_train.txt").write_bytes(b"mine")
+    assert data.is_missing(task, tmp_path) and not data.is_missing(TASKS["demo"], tmp_path)
+    glue.fetch_task(task, tmp_path, address)
+    assert sorted(asked) == ["mrpc_dev_ids.tsv", "msr_paraphrase_test.txt"]
+    assert (folder / "msr_paraphrase_train.txt").read_bytes() == b"mine"
+    (folder / "test.tsv").unlink()                         # is optional
+    assert not data.is_missing(task, tmp_path)
+    rte_file(tmp_path / "RTE" / "dev.tsv")                 # enough to evaluate
+    assert not data.is_missing(TASKS["rte"], tmp_path, train=False)
+    assert data.is_missing(TASKS["rte"], tmp_path)
+
+
+def test_two_processes_fetch_at_once(two_tasks, tmp_path, monkeypatch):
+    """Oracle: the files of the server, when another process puts its folder there first."""
+    ((task, files), _), address = two_tasks
+    rename = os.rename
+
+    def late(source, target):
+        monkeypatch.setattr(os, "rename", rename)
+        glue.fetch_task(task, tmp_path, address)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", late)
+    glue.fetch_task(task, tmp_path, address)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "RTE").iterdir()} == files
+    assert [path.name for path in tmp_path.iterdir()] == ["RTE"]
 
 
 # ---- predictions -------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 """Tests of runs.py: a run loses nothing. Each docstring names its oracle."""
+import contextlib
 import fcntl
 import json
 import os
@@ -626,19 +627,22 @@ def test_one_of_two_processes_is_stopped(cli, monkeypatch):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("there", [[], ["train"], ["train", "dev"]])
 def test_all_processes_wait_for_a_fetched_task(rank, there, tmp_path, monkeypatch):
     """Oracle: one barrier for each process, whether it comes before or after the folder is there: one that
     passes by would leave the others waiting. The first one alone fetches, and only what is missing."""
     calls = []
     monkeypatch.setattr(train.glue, "fetch_task", lambda task, folder: calls.append("fetch"))
     monkeypatch.setattr(train.processes, "wait_for_all", lambda: calls.append("wait"))
-    if there:
-        (tmp_path / "RTE").mkdir()
-    run = SimpleNamespace(dev_file=None, task="rte", data_dir=tmp_path, rank=rank)
-    with pytest.raises(FileNotFoundError):                 # there is nothing in it
-        train.load_splits(run, None)
-    assert calls == ["fetch"] * (rank == 0 and not there) + ["wait"]
+    for name, path in write_task("rte", tmp_path).items():
+        if name not in there:
+            path.unlink()
+    run = SimpleNamespace(dev_file=None, task="rte", data_dir=tmp_path, rank=rank, limit_train=2, limit_dev=3)
+    whole = len(there) == 2
+    with contextlib.nullcontext() if whole else pytest.raises(FileNotFoundError):
+        splits, _ = train.load_splits(run, None)
+        assert {name: len(split.texts) for name, split in splits.items()} == {"train": 2, "dev": 3}
+    assert calls == ["fetch"] * (rank == 0 and not whole) + ["wait"]
 
 
 @pytest.mark.slow
