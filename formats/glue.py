@@ -176,10 +176,7 @@ def parse_label(task, text):
                              "expected")
         return task.labels.index(text)
     low, high = task.score_range or (-math.inf, math.inf)
-    try:
-        score = float(text)
-    except ValueError:
-        score = math.nan
+    score = parse_number(text)
     if not math.isfinite(score) or not low <= score <= high:
         expected = "a finite number"
         if task.score_range:
@@ -188,26 +185,45 @@ def parse_label(task, text):
     return score
 
 
+def parse_number(text):
+    """A decimal number; NaN for any other text, also for "1_0" and the digits of other scripts."""
+    if "_" in text or not text.isascii():
+        return math.nan
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
 def read_labels(path, texts):
     """The different values of the column `label` beside the columns `texts`, as a tuple.
 
-    In numerical order if all are whole numbers, else in alphabetical order.
+    In numerical order if all are whole numbers, else in alphabetical order. ValueError with
+    file:line for an empty label, and for one that stands in a row before in another spelling.
     """
-    found = set()
+    spelt = {}                               # what a label means → its spelling
 
     def take(fields):
         label = fields[-1]
         if not label.strip():
             raise ValueError("the label is empty")
-        found.add(label)
+        before = spelt.setdefault(meaning(label), label)
+        if before != label:
+            raise ValueError(f"the label is {label[:60]!r} where a row before has {before[:60]!r}: "
+                             "spell each label in one way")
 
     read_table(path, (*texts, "label"), take)
-    labels = sorted(found)
-    try:
-        labels.sort(key=int)
-    except ValueError:
-        pass                                 # not whole numbers: alphabetical
-    return tuple(labels)
+    if all(isinstance(number, int) for number in spelt):
+        return tuple(spelt[number] for number in sorted(spelt))
+    return tuple(sorted(spelt.values()))
+
+
+def meaning(label):
+    """What is equal for two spellings of a label: "1", " 1" and "01" are 1, "no" and "no " "no"."""
+    text = label.strip()
+    if re.fullmatch("[+-]?[0-9]{1,18}", text):
+        return int(text)
+    return text
 
 
 # ---- the files of a task -----------------------------------------------------------------------

@@ -176,9 +176,10 @@ def test_bad_files(content, line, says, tmp_path):
     assert message.startswith(f"{path}:{line}: ") and says in message
 
 
-@pytest.mark.parametrize("score", ["", "five", "nan", "inf", "-0.1", "5.001", "4,5"])
+@pytest.mark.parametrize("score", ["", "five", "nan", "inf", "-0.1", "5.001", "4,5", "1_0", "0_1.5",
+                                   "\u0664", "\uff14.2", "0x1p0", "1e400", "\u00bd"])
 def test_bad_scores(score, tmp_path):
-    """Oracle: STS-B's range, 0 to 5."""
+    """Oracle: STS-B's range, 0 to 5, and the decimal numbers of a C program: float() takes more than them."""
     header = HEADERS["stsb"].split()
     path = write(tmp_path / "x.tsv", [header, ["0"] * 9 + ["4.2"], ["0"] * 9 + [score]])
     message = refusal(ValueError, glue.read_split, path, TASKS["stsb"])
@@ -270,6 +271,31 @@ def test_own_files(tmp_path):
                           ("sentence label\n" + "\n".join(f"x {i}.5" for i in range(1001)), "named score")]:
         path.write_text(content.replace(" ", "\t"))
         assert says in refusal(ValueError, lambda: glue.read_split(path, data.own_task(path)))
+
+
+@pytest.mark.parametrize("labels, line, spellings", [
+    (["1", "0", " 1"], 4, [" 1", "1"]), (["1 ", "0", "1"], 4, ["1", "1 "]),
+    (["a", "b", "a\u00a0"], 4, ["a\u00a0", "a"]), (["1", "01", "2"], 3, ["01", "1"]),
+    (["-0", "1", "0"], 4, ["0", "-0"]), (["+7", "8", " 007"], 4, [" 007", "+7"]),
+    (["no", "yes", "yes", "no "], 5, ["no ", "no"])])
+def test_one_label_in_two_spellings_is_refused(labels, line, spellings, tmp_path):
+    """Oracle: by hand: the line that spells a label in another way than one before, and both spellings.
+    They would be two classes."""
+    rows = [(f"text {i}", label) for i, label in enumerate(labels)]
+    path = write(tmp_path / "own.tsv", [("sentence", "label"), *rows])
+    message = refusal(ValueError, data.own_task, path)
+    here, before = spellings
+    assert message.startswith(f"{path}:{line}: the label is {here!r} where a row before has {before!r}")
+
+
+def test_labels_that_are_near_to_each_other_are_classes(tmp_path):
+    """Oracle: by hand. Versions, cases, and a space in each: what nobody would take for one label."""
+    for labels, expected in [(["1.1", "1.10", "1.1"], ("1.1", "1.10")), (["A", "a"], ("A", "a")),
+                             ([" 1", " 0", " 1"], (" 0", " 1")), (["10", "9", "1_0"], ("10", "1_0", "9")),
+                             (["1", "\u0661"], ("1", "\u0661")), (["9" * 5000, "8"], ("8", "9" * 5000))]:
+        rows = [(f"text {i}", label) for i, label in enumerate(labels)]
+        path = write(tmp_path / "own.tsv", [("sentence", "label"), *rows])
+        assert data.own_task(path).labels == expected
 
 
 def test_mangled_files(tmp_path):
