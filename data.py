@@ -12,7 +12,7 @@ from typing import NamedTuple, Optional
 import torch
 
 from formats import glue, hub, spm, toy
-from formats.glue import Split
+from formats.glue import Split  # (texts, labels) of one file
 
 # ---- the tasks ---------------------------------------------------------------------------------
 

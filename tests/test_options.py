@@ -18,8 +18,7 @@ from running import machine as processes
 from running import folder as runs
 from running import progress as show
 import train
-from tests.test_runs import refused
-from tests.test_train import write_task
+from tests.cli import refused, write_task
 
 ROOT = Path(__file__).parents[1]
 

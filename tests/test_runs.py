@@ -1,12 +1,9 @@
 """Tests of runs.py: a run loses nothing. Each docstring names its oracle."""
 import contextlib
-import fcntl
 import json
 import os
-import pty
 import random
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -14,17 +11,15 @@ import socket
 import struct
 import subprocess
 import sys
-import termios
 import time
-import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tests.cli import child, refused, write_task
 from tests.conftest import SMALL, outcome, write_checkpoint
 from safetensors import safe_open
-from tests.test_train import write_task
 
 from formats import disk
 from running import folder as runs
@@ -37,12 +32,6 @@ BUSY = "--eval-steps 3 --save-steps 2 --max-steps 8"       # with 6 steps to an 
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-
-
-def refused(done, *says):
-    """One error for the user, status 2."""
-    assert done.status == 2 and len(done.errors) == 1 and done.errors[0].startswith("error: "), done.err
-    assert all(word in done.errors[0] for word in says), done.err
 
 
 def at_step(step, action, patch):
@@ -107,25 +96,6 @@ def test_killed_at_every_write(cli, monkeypatch):
             assert cli.tiny(BUSY).status == 0
         assert outcome("run") == outcome("whole"), last
     assert last > 12
-
-
-def child(words, name="child", before=None, **environment):
-    """Process id of a fork that runs train.py and nothing else. (It need not import torch once more.)"""
-    if pid := os.fork():
-        return pid
-    status = 70
-    try:
-        os.environ.update(environment)
-        sys.stdout, sys.stderr = open(f"{name}.out", "w"), open(f"{name}.err", "w")
-        if before:
-            before()
-        status = train.main(words.split())
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.close()
-        sys.stderr.close()
-        os._exit(status)
 
 
 def kill_and_resume(cli, n):
@@ -461,6 +431,7 @@ def test_places_that_cannot_be_written(cli, words):
 @pytest.fixture
 def small_disk():
     """small_disk(n): from now on the system lets no file grow beyond n bytes; None ends it."""
+    resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda n: resource.setrlimit(resource.RLIMIT_FSIZE, before if n is None else (n, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -657,6 +628,7 @@ def test_torchrun(cli):
 
 def test_a_bar_on_a_terminal(cli):
     """Oracle: a terminal of our own (pty): one line rewritten with all numbers, evaluations above it."""
+    fcntl, pty, termios = map(pytest.importorskip, ("fcntl", "pty", "termios"))
     mine, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 200, 0, 0))
     words = f"{ROOT / 'train.py'} --task demo {SMALL} --max-steps 30 --out run --model {cli.models['still']}"
