@@ -236,9 +236,10 @@ def encode(tokenizer, split, max_len, name="the data"):
             if not is_pair:
                 rows = [text for (text,) in rows]
             for encoding in tokenizer.encode_batch_fast(rows):
-                if len(encoding.ids) == 0:
+                row = encoding.ids
+                if not row:
                     raise ValueError(f"row {len(starts)} of {name} has no tokens: give it a text")
-                ids.extend(encoding.ids)
+                ids.extend(row)
                 types.extend(encoding.type_ids)
                 starts.append(len(ids))
                 if encoding.overflowing:

@@ -167,7 +167,8 @@ def test_a_tokenizer_of_another_model_is_refused():
         data.check_ids(examples, {"vocab_size": 7, "type_vocab_size": 0}, "some/model")
         message = refusal(ValueError, data.check_ids, examples,
                           {"vocab_size": 6, "type_vocab_size": 2}, "some/model")
-        assert message.startswith("some/model: its tokenizer gives ids up to 6 and types up to 1, its model has 6")
+        assert message.startswith("some/model: its tokenizer gives ids up to 6 and types up to 1, "
+                                  "its model has 6 and 2 of them")
     three = one._replace(types=torch.tensor([0, 2]))
     refusal(ValueError, data.check_ids, {"dev": three}, {"vocab_size": 7, "type_vocab_size": 2}, "x")
 

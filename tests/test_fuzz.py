@@ -140,8 +140,9 @@ def columns_of(table, names):
 
 def number(text):
     """A score, or None: a decimal number as C's strtod reads it."""
-    decimal = r"[ \x09-\x0d\x1c-\x1f]*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?[ \x09-\x0d\x1c-\x1f]*"
-    if re.fullmatch(decimal, text) is None or abs(float(text)) == float("inf"):
+    space = r"[ \x09-\x0d\x1c-\x1f]*"
+    decimal = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
+    if re.fullmatch(space + decimal + space, text) is None or abs(float(text)) == float("inf"):
         return None
     return float(text)
 
@@ -178,8 +179,9 @@ def own_split_of(content):
         scores = [number(label) for label in labels]
         return None if None in scores else (texts, scores)
     different = set(labels)
-    whole = [int(label) for label in different if re.fullmatch(r"\s*[+-]?[0-9]+\s*", label)]
-    if len({label.strip() for label in different} - {""}) < len(different) or len(set(whole)) < len(whole):
+    stripped = {label.strip() for label in different} - {""}
+    whole = [int(label) for label in stripped if re.fullmatch(r"[+-]?[0-9]+", label)]
+    if len(stripped) < len(different) or len(set(whole)) < len(whole):
         return None
     return (texts, labels) if 2 <= len(different) <= 1000 else None
 
@@ -199,7 +201,7 @@ def read(path, name, task, labelled):
 
 OWN_FILES = {
     "own label": ["n\tsentence\tlabel"] + [f"{i}\tA man, \"{i}\"\t{i % 3}" for i in range(12)],
-    "own pair": ["sentence2\tlabel\tsentence1"] + [f"B é {i}\t{'no yes'.split()[i % 2]}\tA" for i in range(12)],
+    "own pair": ["sentence2\tlabel\tsentence1"] + [f"B é {i}\tyes\tA\nC\tno\t{i}" for i in range(6)],
     "own score": ["score\tsentence"] + [f"{i / 4 - 1}\ttext {i}" for i in range(12)]}
 
 
@@ -295,7 +297,7 @@ def test_spoilt_checkpoints_and_adapters(finished):
                 path.write_bytes(whole)
     assert all(outcomes[name, "refused"] > 20 for name in ("config.json", "tokenizer.json", *WEIGHTS.values(),
                                                           "adapter.safetensors")), outcomes
-    assert outcomes["adapter.safetensors", "refused"] == 45 * len(KINDS) - outcomes["adapter.safetensors", "used"]
+    assert sum(outcomes["adapter.safetensors", how] for how in ("used", "refused")) == 45 * len(KINDS)
 
 
 def test_spoilt_checkpoints_in_training(finished):

@@ -1,4 +1,7 @@
-"""Tests of formats/glue.py and of the table of glue. Each docstring names its oracle. Real GLUE files are used where shared/glue is there."""
+"""Tests of formats/glue.py and of the table of tasks. Each docstring names its oracle.
+
+Real GLUE files are used where shared/glue is there.
+"""
 import csv
 import http.server
 import io
@@ -178,7 +181,7 @@ def test_bad_files(content, line, says, tmp_path):
 @pytest.mark.parametrize("score", ["", "five", "nan", "inf", "-0.1", "5.001", "4,5", "1_0", "0_1.5",
                                    "\u0664", "\uff14.2", "0x1p0", "1e400", "\u00bd"])
 def test_bad_scores(score, tmp_path):
-    """Oracle: STS-B's range, 0 to 5, and the decimal numbers of a C program: float() takes more than them."""
+    """Oracle: STS-B's range, 0 to 5, and decimal numbers as C reads them: float() takes more."""
     header = HEADERS["stsb"].split()
     path = write(tmp_path / "x.tsv", [header, ["0"] * 9 + ["4.2"], ["0"] * 9 + [score]])
     message = refusal(ValueError, glue.read_split, path, TASKS["stsb"])
@@ -290,8 +293,9 @@ def test_one_label_in_two_spellings_is_refused(labels, line, spellings, tmp_path
 def test_labels_that_are_near_to_each_other_are_classes(tmp_path):
     """Oracle: by hand. Versions, cases, and a space in each: what nobody would take for one label."""
     for labels, expected in [(["1.1", "1.10", "1.1"], ("1.1", "1.10")), (["A", "a"], ("A", "a")),
-                             ([" 1", " 0", " 1"], (" 0", " 1")), (["10", "9", "1_0"], ("10", "1_0", "9")),
-                             (["1", "\u0661"], ("1", "\u0661")), (["9" * 5000, "8"], ("8", "9" * 5000))]:
+                             ([" 1", " 0", " 1"], (" 0", " 1")), (["1", "\u0661"], ("1", "\u0661")),
+                             (["10", "9", "1_0"], ("10", "1_0", "9")),
+                             (["9" * 5000, "8"], ("8", "9" * 5000))]:
         rows = [(f"text {i}", label) for i, label in enumerate(labels)]
         path = write(tmp_path / "own.tsv", [("sentence", "label"), *rows])
         assert data.own_task(path).labels == expected
@@ -494,7 +498,7 @@ def check_after_a_kill(task, data_dir, address, files):
 
 @pytest.fixture
 def two_tasks(server):
-    """[(Task, {name: bytes} of what it is fetched as)] and the address: a zip, and MRPC's single files."""
+    """[(Task, {name: bytes} of its files)] and the address: a zip, and MRPC's single files."""
     address, pages, _ = server
     row = b"index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n"
     rte = {"train.tsv": row, "dev.tsv": row + row[-18:], "test.tsv": row}
