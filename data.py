@@ -1,46 +1,191 @@
-"""From a task's texts to batches and scores: tokenizers, encoding, batches, metrics, the demo's language.
+"""GLUE's tasks, and the way from their texts to batches and scores.
 
-    file.tsv ── tasks.py ──> Split ── encode ──> Examples ── batches ──> Batch
-                         texts, labels        flat token ids         (B, T) padded
+    train.tsv ── load_task ──> Split ── encode ──> Examples ── batches ──> Batch
+                          texts, labels       flat token ids          (B, T) padded
 
-B is the batch, T its padded length, N the rows. User errors raise ValueError or OSError with one finished
-sentence.
+N is the number of rows, B the batch, T its padded length. What a user can have wrong raises
+ValueError or OSError with one finished sentence.
 """
-import contextlib
-import itertools
-import random
 from array import array
 from typing import NamedTuple, Optional
 
-import tokenizers
 import torch
 
-from formats import hub
-from formats import spm
-from formats.disk import one_line
-from formats.glue import TASKS, Split, get_task, load_split
+from formats import glue, hub, spm, toy
+from formats.glue import Split  # (texts, labels) of one file
+
+# ---- the tasks ---------------------------------------------------------------------------------
 
 
-def load_task(task, data_dir="glue", seed=0):
-    """{"train": Split, then each dev split: "dev", or for MNLI "dev_matched" and "dev_mismatched"}.
+class Task(NamedTuple):
+    """What the columns of a task's files mean, how predictions are scored and handed in.
 
-    task: a name in TASKS or a Task. data_dir: the folder that holds CoLA/, RTE/ and so on; the demo needs
-    none and makes its rows from the seed. Raises what load_split raises.
+    No code asks for a task's name: whatever sets one apart is an entry of its row in TASKS.
+    """
+    folder: str                     # below the data folder, as in the official archives
+    rows: dict                      # split → official number of rows; split "dev" is dev.tsv
+    texts: tuple                    # header names of the one or two text columns
+    label: str                      # header name of the label column
+    labels: tuple = ()              # names of the classes, in order of their ids; (): a regression
+    metrics: tuple = ("accuracy",)  # names in METRICS; the first one selects the best
+    header: tuple = ()              # column names where *labelled* files have no header line
+    score_range: tuple = ()         # of a regression: lowest and highest score
+    damaged: bool = False           # official files have bad rows: up to 0.1 % may be skipped
+    downloads: dict = {}            # address → name to keep it under, "" for a zip of TSV files
+    submissions: dict = {}          # test split → file name that gluebenchmark.com asks for
+    originals: dict = {}            # split → (file it was made of, rows listed in DEV_IDS?)
+    make: str = ""                  # the question of toy.language() that makes the rows
+
+
+TASKS = {
+    "cola": Task(
+        folder="CoLA", rows={"train": 8551, "dev": 1043, "test": 1063},
+        texts=("sentence",), label="label", labels=("0", "1"), metrics=("matthews",),
+        header=("source", "label", "author's mark", "sentence"),
+        downloads={"glue/data/CoLA.zip": ""}, submissions={"test": "CoLA.tsv"}),
+    "sst2": Task(
+        folder="SST-2", rows={"train": 67349, "dev": 872, "test": 1821},
+        texts=("sentence",), label="label", labels=("0", "1"),
+        downloads={"glue/data/SST-2.zip": ""}, submissions={"test": "SST-2.tsv"}),
+    "mrpc": Task(
+        folder="MRPC", rows={"train": 3668, "dev": 408, "test": 1725},
+        texts=("#1 String", "#2 String"), label="Quality", labels=("0", "1"),
+        metrics=("accuracy", "f1"),
+        downloads={"senteval/senteval_data/msr_paraphrase_train.txt": "msr_paraphrase_train.txt",
+                   "senteval/senteval_data/msr_paraphrase_test.txt": "test.tsv",
+                   "glue/data/mrpc_dev_ids.tsv": glue.DEV_IDS},
+        originals={"train": ("msr_paraphrase_train.txt", False),
+                   "dev": ("msr_paraphrase_train.txt", True),
+                   "test": ("msr_paraphrase_test.txt", None)},
+        submissions={"test": "MRPC.tsv"}),
+    "qqp": Task(
+        folder="QQP", rows={"train": 363846, "dev": 40430, "test": 390965}, damaged=True,
+        texts=("question1", "question2"), label="is_duplicate", labels=("0", "1"),
+        metrics=("accuracy", "f1"),
+        downloads={"glue/data/QQP-clean.zip": ""}, submissions={"test": "QQP.tsv"}),
+    "stsb": Task(
+        folder="STS-B", rows={"train": 5749, "dev": 1500, "test": 1379},
+        texts=("sentence1", "sentence2"), label="score", score_range=(0.0, 5.0),
+        metrics=("pearson", "spearman"),
+        downloads={"glue/data/STS-B.zip": ""}, submissions={"test": "STS-B.tsv"}),
+    "mnli": Task(
+        folder="MNLI",
+        rows={"train": 392702, "dev_matched": 9815, "dev_mismatched": 9832,
+              "test_matched": 9796, "test_mismatched": 9847},
+        texts=("sentence1", "sentence2"), label="gold_label",
+        labels=("entailment", "neutral", "contradiction"),
+        downloads={"glue/data/MNLI.zip": ""},
+        submissions={"test_matched": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv"}),
+    "qnli": Task(
+        folder="QNLI", rows={"train": 104743, "dev": 5463, "test": 5463},
+        texts=("question", "sentence"), label="label", labels=("entailment", "not_entailment"),
+        downloads={"glue/data/QNLIv2.zip": ""}, submissions={"test": "QNLI.tsv"}),
+    "rte": Task(
+        folder="RTE", rows={"train": 2490, "dev": 277, "test": 3000},
+        texts=("sentence1", "sentence2"), label="label", labels=("entailment", "not_entailment"),
+        downloads={"glue/data/RTE.zip": ""}, submissions={"test": "RTE.tsv"}),
+    "demo": Task(
+        folder="demo", rows={"train": 2000, "dev": 1000}, make="adapt",
+        texts=("sentence",), label="label", labels=("0", "1")),
+}
+
+
+def get_task(task):
+    """The row of TASKS with that name; a Task is returned as it is."""
+    if isinstance(task, Task):
+        return task
+    if task not in TASKS:
+        raise ValueError(f"there is no task {task!r}: the tasks are {', '.join(TASKS)}")
+    return TASKS[task]
+
+
+def own_task(train_file):
+    """A Task for a user's own TSV files, read off the training file.
+
+    The header line decides. Texts: `sentence1` and `sentence2` if both are there, else `sentence`.
+    A column `score` makes it a regression; a column `label` a classification, whose labels are
+    the different values in the training file, as glue.read_labels() orders them.
+    """
+    header = glue.read_header(train_file)
+    texts = ("sentence",)
+    if "sentence1" in header and "sentence2" in header:
+        texts = ("sentence1", "sentence2")
+    if ("score" in header) == ("label" in header):
+        raise ValueError(f"{train_file}:1: one column named label (classes) or score (a number) is "
+                         "expected beside sentence, or sentence1 and sentence2: the tab-separated "
+                         f"columns are {glue.short(header)}")
+    if "score" in header:
+        return Task("", {}, texts, "score", metrics=("pearson", "spearman"))
+    labels = glue.read_labels(train_file, texts)
+    if not 2 <= len(labels) <= 1000:
+        raise ValueError(f"{train_file}: the column label has {len(labels)} different values where "
+                         "2 to 1000 are expected: a number to predict belongs in a column named "
+                         "score")
+    metrics = ("accuracy", "f1") if len(labels) == 2 else ("accuracy",)
+    return Task("", {}, texts, "label", labels, metrics)
+
+
+def load_task(task, data_dir="glue", seed=0, train=True):
+    """{"train": Split, "dev": Split}; MNLI has "dev_matched" and "dev_mismatched" for "dev".
+
+    task: a name in TASKS or a Task. data_dir: the folder that holds CoLA/, RTE/ and so on; the demo
+    needs none and makes its rows from the seed. train: False leaves "train" out, to evaluate.
+    Raises what glue.load_split() raises.
     """
     task = get_task(task)
-    rows = {name: n for name, n in task.rows.items() if not name.startswith("test")}
-    if not task.make:
-        return {name: load_split(task, data_dir, name) for name in rows}
-    everything = demo_language(task.make, sum(rows.values()), seed)
-    stops = itertools.accumulate(rows.values(), initial=0)
-    # One sequence of different rows, cut up: what is in one split is in no other.
-    return {name: everything.part(*ends) for name, ends in zip(rows, itertools.pairwise(stops))}
+    names = labelled_splits(task, train)
+    if task.make:
+        made = toy.splits(task.make, task.rows, seed)
+        return {name: made[name] for name in names}
+    return {name: glue.load_split(task, data_dir, name) for name in names}
 
 
-# ---- tokens and batches ------------------------------------------------------------------------------------
+def labelled_splits(task, train=True):
+    """The names of the splits to train and evaluate on, "train" first; without it to evaluate."""
+    names = [name for name in task.rows if not name.startswith("test")]
+    if not train:
+        names.remove("train")
+    return names
+
+
+def is_missing(task, data_dir, train=True):
+    """Whether load_task() would find no file where glue.fetch_task() can get one."""
+    if not task.downloads:
+        return False
+    for name in labelled_splits(task, train):
+        if glue.find_split(task, data_dir, name) is None:
+            return True
+    return False
+
+
+def load_own(train_file, dev_file):
+    """({"train": Split, "dev": Split}, Task) of a user's own two TSV files, read by own_task()."""
+    task = own_task(train_file)
+    train = glue.read_split(train_file, task)
+    dev = glue.read_split(dev_file, task)
+    return {"train": train, "dev": dev}, task
+
+
+def load_dev(dev_file, task, columns):
+    """({"dev": Split}, Task) of one TSV file on which a trained adapter is to be evaluated.
+
+    task: the name of the task it was trained on, "own" for a user's own files.
+    columns: of "own" files, a dict of the fields texts, label, labels and metrics of their Task.
+    """
+    if task == "own":
+        task = Task("", {}, **columns)
+    else:
+        task = get_task(task)._replace(header=())  # a file given by itself has a header line
+    return {"dev": glue.read_split(dev_file, task)}, task
+
+
+# ---- tokens ------------------------------------------------------------------------------------
 
 class Examples(NamedTuple):
-    """An encoded split, flat so that MNLI's 393k rows stay small: row i is ids[starts[i]:starts[i + 1]]."""
+    """An encoded split, flat so that MNLI's 393k rows stay small.
+
+    Row i is ids[starts[i]:starts[i + 1]].
+    """
     ids: torch.Tensor               # (tokens,) int32
     types: torch.Tensor             # (tokens,) uint8, 1 at the tokens of a pair's second text
     starts: torch.Tensor            # (N + 1,) int64
@@ -48,6 +193,103 @@ class Examples(NamedTuple):
     max_len: int
     truncated: int                  # how many rows were cut to max_len
 
+
+def load_tokenizer(name_or_dir):
+    """A checkpoint's tokenizers.Tokenizer, without padding or truncation.
+
+    From tokenizer.json, else from spm.model. Raises ValueError that names the file or the files
+    looked for, and what hub.find() raises.
+    """
+    path = hub.find_tokenizer(name_or_dir)
+    if path.name == "spm.model":
+        tokenizer = spm.read_spm(path)
+    else:
+        tokenizer = hub.read_tokenizer(path)
+    tokenizer.no_padding()                         # either can be baked into a tokenizer.json
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+PIECE = 4096  # rows that are encoded at once: the library's results are large
+
+
+def encode(tokenizer, split, max_len, name="the data"):
+    """A Split as Examples. A pair above max_len loses tokens of its longer text first.
+
+    max_len: counts special tokens. name: of the split, for messages.
+    ValueError where max_len leaves no room for text, for a row without a token, and where most
+    tokens are unknown: no training would help.
+    """
+    is_pair = len(split.texts[0]) == 2
+    special = tokenizer.num_special_tokens_to_add(is_pair)
+    if max_len <= special:
+        raise ValueError(f"a maximum length of {max_len} leaves no room for text: the tokenizer "
+                         f"adds {special} special tokens to a row, so give at least {special + 1}")
+    ids = array("i")
+    types = array("B")
+    starts = array("q", [0])
+    truncated = 0
+    tokenizer.enable_truncation(max_len, strategy="longest_first")
+    try:
+        for first in range(0, len(split.texts), PIECE):
+            rows = split.texts[first:first + PIECE]
+            if not is_pair:
+                rows = [text for (text,) in rows]
+            for encoding in tokenizer.encode_batch_fast(rows):
+                row = encoding.ids
+                if not row:
+                    raise ValueError(f"row {len(starts)} of {name} has no tokens: give it a text")
+                ids.extend(row)
+                types.extend(encoding.type_ids)
+                starts.append(len(ids))
+                if encoding.overflowing:
+                    truncated += 1
+    finally:
+        tokenizer.no_truncation()
+    check_known(tokenizer, ids, special * len(split.texts), name)
+    return Examples(torch.frombuffer(ids, dtype=torch.int32),
+                    torch.frombuffer(types, dtype=torch.uint8),
+                    torch.frombuffer(starts, dtype=torch.int64),
+                    labels_of(split), max_len, truncated)
+
+
+def check_known(tokenizer, ids, special, name):
+    """ValueError if most of a split's ids, beside `special` special ones, are unknown words."""
+    unknown = 0
+    for word in ("[UNK]", "<unk>"):
+        unknown_id = tokenizer.token_to_id(word)
+        if unknown_id is not None:
+            unknown += ids.count(unknown_id)
+    share = unknown / max(1, len(ids) - special)
+    if share > 0.5:
+        raise ValueError(f"{share:.0%} of the tokens of {name} are unknown to the tokenizer: give "
+                         "a model of the language that they are in")
+
+
+def labels_of(split):
+    """(N,) int64 class ids or float32 scores; None if the split has no labels."""
+    if split.labels is None:
+        return None
+    is_score = isinstance(split.labels[0], float)
+    return torch.tensor(split.labels, dtype=torch.float32 if is_score else torch.int64)
+
+
+def check_ids(examples, config, name):
+    """ValueError unless the tokenizer belongs to the model: a GPU would fail without a word.
+
+    examples: {split: Examples}. config: the model's. name: of the model, for the message.
+    """
+    highest_id = max(int(one.ids.max()) for one in examples.values())
+    highest_type = max(int(one.types.max()) for one in examples.values())
+    ids = config["vocab_size"]
+    types = max(2, config["type_vocab_size"])      # a model with one type ignores them
+    if highest_id >= ids or highest_type >= types:
+        raise ValueError(f"{name}: its tokenizer gives ids up to {highest_id} and types up to "
+                         f"{highest_type}, its model has {ids} and {types} of them: they do not "
+                         "belong together")
+
+
+# ---- batches -----------------------------------------------------------------------------------
 
 class Batch(NamedTuple):
     """What a model is given, and which rows of the split these are."""
@@ -58,215 +300,145 @@ class Batch(NamedTuple):
     rows: torch.Tensor              # (B,) int64
 
 
-def load_tokenizer(name_or_dir):
-    """A checkpoint's tokenizers.Tokenizer, from tokenizer.json, else spm.model; no padding, no truncation.
-
-    Raises ValueError that names the file or the files looked for, and what hub.find raises.
-    """
-    names = "tokenizer.json", "spm.model"
-    path = next(filter(None, (hub.find(name_or_dir, name, network=False) for name in names)), None)
-    if path is None:
-        with contextlib.suppress(OSError):  # for a merged model: it may say that case counts
-            hub.find(name_or_dir, "tokenizer_config.json")
-        path = next(filter(None, (hub.find(name_or_dir, name) for name in names)), None)
-    if path is None:
-        raise ValueError(f"{name_or_dir} has neither tokenizer.json nor spm.model: put one of them there")
-    if path.name == "spm.model":
-        tokenizer = spm.read_spm(path)
-    else:
-        try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # the library's Rust side raises PanicException, which is no Exception
-            raise ValueError(f"{path} is not a tokenizer file ({one_line(error)}): get it again") from None
-    tokenizer.no_padding()  # either can be baked into a tokenizer.json
-    tokenizer.no_truncation()
-    return tokenizer
-
-
-def encode(tokenizer, split, max_len, name="the data"):
-    """A Split as Examples. A pair above max_len loses tokens of its longer text first, as in transformers.
-
-    max_len counts special tokens. name: of the split, for messages. ValueError where max_len leaves no room
-    for text, for a row without a token, and where most tokens are unknown: no training would help.
-    """
-    special = tokenizer.num_special_tokens_to_add(len(split.texts[0]) == 2)
-    if max_len <= special:
-        raise ValueError(f"a maximum length of {max_len} leaves no room for text: the tokenizer adds "
-                         f"{special} special tokens to a row, so give at least {special + 1}")
-    ids, types, starts, truncated = array("i"), array("B"), array("q", [0]), 0
-    tokenizer.enable_truncation(max_len, strategy="longest_first")
-    try:
-        for start in range(0, len(split.texts), 4096):  # in pieces, because the library's results are large
-            piece = [texts if len(texts) == 2 else texts[0] for texts in split.texts[start:start + 4096]]
-            for encoding in tokenizer.encode_batch_fast(piece):
-                ids.extend(encoding.ids)
-                types.extend(encoding.type_ids)
-                starts.append(len(ids))
-                truncated += bool(encoding.overflowing)
-                if starts[-1] == starts[-2]:
-                    raise ValueError(f"row {len(starts) - 1} of {name} has no tokens: give it a text")
-    finally:
-        tokenizer.no_truncation()
-    names = map(tokenizer.token_to_id, ("[UNK]", "<unk>"))
-    unknown = sum(ids.count(i) for i in names if i is not None)
-    share = unknown / max(1, len(ids) - special * len(split.texts))
-    if share > 0.5:
-        raise ValueError(f"{share:.0%} of the tokens of {name} are unknown to the tokenizer: give a model of "
-                         "the language that they are in")
-    labels = split.labels
-    if labels is not None:
-        labels = torch.tensor(labels, dtype=torch.float32 if isinstance(labels[0], float) else torch.int64)
-    return Examples(torch.frombuffer(ids, dtype=torch.int32), torch.frombuffer(types, dtype=torch.uint8),
-                    torch.frombuffer(starts, dtype=torch.int64), labels, max_len, truncated)
-
-
-POOL = 80  # batches that are sorted by length together: more of them waste less padding, fewer mix rows more
+POOL = 80  # batches that are sorted by length together: more waste less padding, fewer mix more
 
 
 def batches(examples, batch_size, pad_id=0, generator=None, skip=0, multiple=8):
-    """Iterate over ceil(N / batch_size) Batches that hold every row once, rows of similar length together.
+    """Iterate over ceil(N / batch_size) Batches that hold every row once.
 
-    With a torch.Generator (drawn from at once) the rows are shuffled, cut into pools, sorted by length in
-    their pool and cut into batches, and the batches are shuffled; without one they are sorted by length. T is
-    the longest row, rounded up to a multiple of `multiple` (8: what tensor cores are fast with) but never
-    beyond max_len. skip: how many to leave out. ValueError for a batch_size below 1, a skip below 0, at once.
+    Rows of similar length come together, as plan_batches() says. T is a batch's longest row,
+    rounded up to a multiple of `multiple` but never beyond max_len.
+
+    generator: a torch.Generator to shuffle the rows, drawn from at once; None: in order of length.
+    skip: how many batches to leave out. multiple: 8 is what tensor cores are fast with.
+    ValueError, at once, for a batch_size below 1 and a skip below 0.
     """
     if batch_size < 1 or skip < 0:
-        raise ValueError(f"batch size {batch_size} with skip {skip}: give at least 1 and at least 0")
-    # Sorting by a length that is rounded up leaves rows of one such width in random order: more mixing, for
-    # hardly more padding. The plan is the same whatever `multiple` is: a run may go on on another device.
-    length = examples.starts.diff()  # (N,)
-    step = torch.where(length < 32, 2, 8)
-    width = (length + step - 1) // step * step
+        raise ValueError(f"batch size {batch_size} with skip {skip}: give at least 1 and at "
+                         "least 0")
+    length = examples.starts.diff()                                   # (N,)
+    padded = round_up(length, multiple).clamp(max=examples.max_len)   # (N,)
+    plan = plan_batches(length, batch_size, generator)
+    return collated(examples, plan[skip:], padded, pad_id)
+
+
+def plan_batches(length, batch_size, generator):
+    """Which rows go together: a list of tensors (B,), each the row numbers of a batch.
+
+    With a generator the rows are shuffled and cut into pools; each pool is sorted by length and
+    cut into batches; then the batches are shuffled. length: of each row, (N,).
+    """
+    # Rows are sorted by a length that is rounded up, so that rows of one such width stay in random
+    # order: more mixing, for hardly more padding. It does not depend on `multiple`: a run may go
+    # on on another device.
+    width = round_up(length, torch.where(length < 32, 2, 8))          # (N,)
     if generator is None:
-        plan = width.argsort(stable=True).split(batch_size)
-    else:
-        pools = torch.randperm(len(width), generator=generator).split(batch_size * POOL)
-        plan = [rows for pool in pools for rows in pool[width[pool].argsort(stable=True)].split(batch_size)]
-        plan = [plan[i] for i in torch.randperm(len(plan), generator=generator).tolist()]
-    padded = ((length + multiple - 1) // multiple * multiple).clamp(max=examples.max_len)
-    return (_collate(examples, rows, int(padded[rows].max()), pad_id) for rows in plan[skip:])
+        return width.argsort(stable=True).split(batch_size)
+    plan = []
+    for pool in torch.randperm(len(width), generator=generator).split(batch_size * POOL):
+        in_order = width[pool].argsort(stable=True)
+        plan.extend(pool[in_order].split(batch_size))
+    order = torch.randperm(len(plan), generator=generator).tolist()
+    return [plan[i] for i in order]
 
 
-def _collate(examples, rows, T, pad_id):
-    starts, stops = examples.starts[rows], examples.starts[rows + 1]  # (B,)
-    at = starts[:, None] + torch.arange(T)                            # (B, T) positions in the flat tensors
-    mask = at < stops[:, None]                                        # (B, T)
-    at = at.clamp(max=len(examples.ids) - 1)
-    return Batch(torch.where(mask, examples.ids[at].long(), pad_id), mask,
-                 torch.where(mask, examples.types[at].long(), 0),
-                 examples.labels[rows] if examples.labels is not None else None, rows)
+def round_up(length, multiple):
+    """Whole numbers, rounded up to multiples."""
+    return (length + multiple - 1) // multiple * multiple
 
 
-# ---- metrics -----------------------------------------------------------------------------------------------
+def collated(examples, plan, padded, pad_id):
+    """The Batches of a plan, one by one; padded: T that each row asks for, (N,)."""
+    for rows in plan:
+        T = int(padded[rows].max())
+        starts = examples.starts[rows]                                # (B,)
+        stops = examples.starts[rows + 1]                             # (B,)
+        at = starts[:, None] + torch.arange(T)                        # (B, T) places in ids
+        mask = at < stops[:, None]                                    # (B, T)
+        at = at.clamp(max=len(examples.ids) - 1)
+        ids = torch.where(mask, examples.ids[at].long(), pad_id)      # (B, T)
+        types = torch.where(mask, examples.types[at].long(), 0)       # (B, T)
+        labels = None
+        if examples.labels is not None:
+            labels = examples.labels[rows]                            # (B,)
+        yield Batch(ids, mask, types, labels, rows)
+
+
+# ---- metrics -----------------------------------------------------------------------------------
 # p: predictions (N,), t: targets (N,). A metric whose denominator is zero is 0.
 
-def _accuracy(p, t):
+def accuracy(p, t):
+    """The share of predictions that are right."""
     return (p == t).double().mean()
 
 
-def _f1(p, t):
+def f1(p, t):
     """Of class 1: 2 true positives / (predicted + actual positives)."""
-    both, either = ((p == 1) & (t == 1)).sum(), (p == 1).sum() + (t == 1).sum()
+    both = ((p == 1) & (t == 1)).sum()
+    either = (p == 1).sum() + (t == 1).sum()
     return 2 * both.double() / either.clamp(min=1)
 
 
-def _matthews(p, t):
-    """The correlation of two classifications: their one-hot rows' covariance over the two deviations."""
+def matthews(p, t):
+    """Matthews' correlation: the covariance of the one-hot rows over the two deviations."""
     p, t = torch.nn.functional.one_hot(torch.stack([p, t])).double()  # (N, classes) each
-    n, of_p, of_t = len(p), p.sum(0), t.sum(0)
+    n = len(p)
+    of_p = p.sum(0)                                                   # (classes,)
+    of_t = t.sum(0)                                                   # (classes,)
+    covariance = n * (p * t).sum() - of_p @ of_t
     spread = (n * n - of_p @ of_p) * (n * n - of_t @ of_t)
-    return (n * (p * t).sum() - of_p @ of_t) / spread.sqrt() if spread > 0 else 0.0
+    if spread <= 0:
+        return 0.0
+    return covariance / spread.sqrt()
 
 
-def _pearson(p, t):
+def pearson(p, t):
+    """The linear correlation."""
     if p.min() == p.max() or t.min() == t.max():
         return 0.0
-    return torch.corrcoef(torch.stack([p, t]))[0, 1].nan_to_num()  # 0 where squares are inf or 0
+    return torch.corrcoef(torch.stack([p, t]))[0, 1].nan_to_num()     # 0 where squares are inf or 0
 
 
-def _spearman(p, t):
-    return _pearson(_ranks(p), _ranks(t))
+def spearman(p, t):
+    """The linear correlation of the ranks."""
+    return pearson(ranks(p), ranks(t))
 
 
-def _ranks(x):
+def ranks(x):
     """Ranks from 1; equal values share the mean of theirs."""
     _, which, counts = x.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0) - (counts - 1) / 2).double()[which]
+    last = counts.cumsum(0)                                           # rank of the last of equals
+    return (last - (counts - 1) / 2).double()[which]
 
 
-METRICS = dict(accuracy=_accuracy, f1=_f1, matthews=_matthews, pearson=_pearson, spearman=_spearman)
+METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson,
+           "spearman": spearman}
 
 
 def metrics(task, predictions, labels):
-    """{name: value} of the task's metrics, in its order; 1.0 is perfect, the correlation of a constant is 0.
+    """{name: value} of the task's metrics, in its order; 1.0 is perfect. Computed in float64.
 
-    predictions and labels are both (N,): class ids, or scores of a regression. Anything else is a ValueError:
-    (N, 1) against (N,) would broadcast to (N, N) and give a plausible, wrong number. Computed in float64.
+    predictions, labels: (N,) class ids, or scores of a regression. Anything else is a ValueError:
+    (N, 1) against (N,) would broadcast to (N, N) and give a plausible, wrong number.
     """
     task = get_task(task)
-    p, t = torch.as_tensor(predictions).detach().cpu(), torch.as_tensor(labels).detach().cpu()
-    if p.dim() != 1 or p.shape != t.shape or not len(p):
-        raise ValueError(f"predictions {tuple(p.shape)} and labels {tuple(t.shape)} must have one shape (N,)")
-    if not task.labels:
-        p, t = p.double(), t.double()
-        if not (p.isfinite().all() and t.isfinite().all()):
+    p = torch.as_tensor(predictions).detach().cpu()
+    t = torch.as_tensor(labels).detach().cpu()
+    if p.dim() != 1 or p.shape != t.shape or len(p) == 0:
+        raise ValueError(f"predictions {tuple(p.shape)} and labels {tuple(t.shape)} must have one "
+                         "shape (N,)")
+    for values in (p, t):
+        if task.labels:
+            check_class_ids(values, len(task.labels))
+        elif not values.isfinite().all():
             raise ValueError("a prediction or a label is not a finite number")
-    elif p.is_floating_point() or t.is_floating_point() or min(p.min(), t.min()) < 0 \
-            or max(p.max(), t.max()) >= len(task.labels):
-        raise ValueError(f"class ids must be whole numbers from 0 to {len(task.labels) - 1}")
+    if not task.labels:
+        p = p.double()
+        t = t.double()
     return {name: float(METRICS[name](p, t)) for name in task.metrics}
 
 
-# ---- the demo's language -----------------------------------------------------------------------------------
-
-ROLES, WORDS, CLASSES, FILLERS = 6, 16, 4, 20
-ADAPT_CUE, ADAPT_ROLE = 0, 3
-
-
-def demo_language(question, n, seed=0):
-    """n different sentences of a made-up language, as a Split.
-
-    A sentence is a cue word, one word for each of 6 roles and 1 to 4 fillers, shuffled. A role has 16 words,
-    four in each of 4 hidden classes (role3word13 is of class 3; a model sees only an id). The question
-    "pretrain" asks for the class of the role that the cue names (4 labels). "adapt" always has cue 0 and asks
-    whether the word of role 3 is of class 2 or 3 (2 labels): a model has to unlearn what cue 0 meant.
-    """
-    if question not in ("pretrain", "adapt"):
-        raise ValueError(f"the demo's questions are 'pretrain' and 'adapt', not {question!r}")
-    rng, seen, split = random.Random(seed), set(), Split([], [])
-    while len(split.texts) < n:
-        cue = rng.randrange(ROLES) if question == "pretrain" else ADAPT_CUE
-        words = [rng.randrange(WORDS) for _ in range(ROLES)]
-        if (cue, *words) in seen:  # neither order nor fillers make a sentence a different one
-            continue
-        seen.add((cue, *words))
-        sentence = [f"cue{cue}"] + [f"role{role}word{word}" for role, word in enumerate(words)]
-        sentence += [f"filler{rng.randrange(FILLERS)}" for _ in range(rng.randint(1, 4))]
-        rng.shuffle(sentence)
-        classes = [word * CLASSES // WORDS for word in words]
-        split.texts.append((" ".join(sentence),))
-        split.labels.append(classes[cue] if question == "pretrain" else int(classes[ADAPT_ROLE] >= 2))
-    return split
-
-
-def demo_tokenizer():
-    """The demo's tokenizer: one id a word, 0 is [PAD], [CLS] A [SEP] around a sentence."""
-    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
-    words = special + [f"cue{r}" for r in range(ROLES)] + [f"filler{f}" for f in range(FILLERS)]
-    words += [f"role{r}word{w}" for r in range(ROLES) for w in range(WORDS)]
-    ids = {word: i for i, word in enumerate(words)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[(word, ids[word]) for word in ("[CLS]", "[SEP]")])
-    tokenizer.add_special_tokens(special)
-    return tokenizer
-
-
-DEMO_PRETRAIN = TASKS["demo"]._replace(rows=dict(train=20000, dev=1000), labels=("0", "1", "2", "3"),
-                                       make="pretrain")
-
+def check_class_ids(values, classes):
+    """ValueError unless all are whole numbers from 0 to classes − 1."""
+    if values.is_floating_point() or values.min() < 0 or values.max() >= classes:
+        raise ValueError(f"class ids must be whole numbers from 0 to {classes - 1}")

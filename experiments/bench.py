@@ -35,7 +35,7 @@ from experiments.speed import steps
 import data
 from running import options
 from running import machine as processes
-from formats import glue as tasks
+from formats import glue
 import train
 from experiments.speed.table import ROWS, page, paired, report, summary, worst, write
 from lora2 import lora2_layers, merge_lora2
@@ -108,7 +108,7 @@ def count_tokens(job):
 
 def encoded(job, task):
     """A task's training rows as data.Examples, at the length of its preset."""
-    split = tasks.load_split(task, job.data_dir, "train")
+    split = glue.load_split(data.TASKS[task], job.data_dir, "train")
     return data.encode(data.load_tokenizer(job.model), split, options.PRESETS[task]["max_len"])
 
 

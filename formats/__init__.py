@@ -1,2 +1,1 @@
-"""Other people's files as they are, and our own whole or not at all. Nothing here imports the other
-rooms."""
+"""Other people's files as they are, and our own whole or not at all; imports no other room."""

@@ -1,13 +1,16 @@
-"""config.json of a checkpoint: what is implemented of DeBERTaV2/V3, RoBERTa and BERT, and what is refused.
+"""config.json of a checkpoint: what is implemented of DeBERTaV2/V3, RoBERTa and BERT.
 
-A file may leave options out, or ask for a variant of the architecture. The first get the value that the
-released models mean; the second are errors that name the option: a model is computed rightly or not at all.
+A file may leave options out, or ask for a variant of the architecture. The first get the value that
+the released models mean; the second are errors that name the option: a model is computed rightly or
+not at all.
 """
 
 
 def whole(low, high=10**7):
     """A test for integers from low to high."""
-    return lambda value: type(value) is int and low <= value <= high
+    def is_whole(value):
+        return type(value) is int and low <= value <= high
+    return is_whole
 
 
 def fraction(value):
@@ -15,56 +18,110 @@ def fraction(value):
     return type(value) in (int, float) and 0 <= value <= 1
 
 
-# What config.json says: {option: (its value where absent, which values are implemented: a list or a test)}.
-# The values for absent options are those of transformers; a size whose value would be None has to be there.
+# {option: (its value where it is absent, which values are implemented: a list or a test)}.
+# The values for absent options are those of transformers; a size with None has to be there.
 COMMON = {
-    "vocab_size": (None, whole(1)), "hidden_size": (None, whole(1)), "intermediate_size": (None, whole(1)),
-    "num_attention_heads": (None, whole(1)), "num_hidden_layers": (None, whole(1, 1000)),
-    "max_position_embeddings": (512, whole(1)), "hidden_act": ("gelu", ["gelu"]),
-    "hidden_dropout_prob": (0.1, fraction), "attention_probs_dropout_prob": (0.1, fraction),
-    "initializer_range": (0.02, fraction), "position_embedding_type": ("absolute", ["absolute"]),
-    "is_decoder": (False, [False])}
-BERT = {"type_vocab_size": (2, whole(1)), "layer_norm_eps": (1e-12, fraction), "pad_token_id": (0, whole(0))}
-OPTIONS = {
-    "deberta-v2": COMMON | {
-        "type_vocab_size": (0, whole(0)), "layer_norm_eps": (1e-7, fraction), "pad_token_id": (0, whole(0)),
-        "relative_attention": (False, [True]), "pos_att_type": (None, [["p2c", "c2p"], ["c2p", "p2c"]]),
-        "position_biased_input": (True, [False]), "position_buckets": (-1, whole(2)),
-        "share_att_key": (False, [True]), "norm_rel_ebd": ("none", ["layer_norm"]),
-        "conv_kernel_size": (0, [0]), "pooler_dropout": (0, fraction),
-        "pooler_hidden_act": ("gelu", ["gelu"])},
-    "roberta": COMMON | BERT | {"pad_token_id": (1, whole(0))},
-    "bert": COMMON | BERT}
+    "vocab_size": (None, whole(1)),
+    "hidden_size": (None, whole(1)),
+    "intermediate_size": (None, whole(1)),
+    "num_attention_heads": (None, whole(1)),
+    "num_hidden_layers": (None, whole(1, 1000)),
+    "max_position_embeddings": (512, whole(1)),
+    "hidden_act": ("gelu", ["gelu"]),
+    "hidden_dropout_prob": (0.1, fraction),
+    "attention_probs_dropout_prob": (0.1, fraction),
+    "initializer_range": (0.02, fraction),
+    "position_embedding_type": ("absolute", ["absolute"]),
+    "is_decoder": (False, [False]),
+}
+DEBERTA = {
+    **COMMON,
+    "type_vocab_size": (0, whole(0)),
+    "layer_norm_eps": (1e-7, fraction),
+    "pad_token_id": (0, whole(0)),
+    "relative_attention": (False, [True]),
+    "pos_att_type": (None, [["p2c", "c2p"], ["c2p", "p2c"]]),
+    "position_biased_input": (True, [False]),
+    "position_buckets": (-1, whole(2)),
+    "share_att_key": (False, [True]),
+    "norm_rel_ebd": ("none", ["layer_norm"]),
+    "conv_kernel_size": (0, [0]),
+    "pooler_dropout": (0, fraction),
+    "pooler_hidden_act": ("gelu", ["gelu"]),
+}
+BERT = {
+    **COMMON,
+    "type_vocab_size": (2, whole(1)),
+    "layer_norm_eps": (1e-12, fraction),
+    "pad_token_id": (0, whole(0)),
+}
+ROBERTA = {**BERT, "pad_token_id": (1, whole(0))}
+OPTIONS = {"deberta-v2": DEBERTA, "roberta": ROBERTA, "bert": BERT}
 # The head's dropout has another name in each family.
-HEAD_DROPOUT = {"deberta-v2": "cls_dropout", "roberta": "classifier_dropout", "bert": "classifier_dropout"}
+HEAD_DROPOUT = {
+    "deberta-v2": "cls_dropout",
+    "roberta": "classifier_dropout",
+    "bert": "classifier_dropout",
+}
 
 
 def check_config(raw, path):
-    """config.json with absent options filled in; ValueError that names whatever is not implemented here."""
+    """config.json, a dict, with absent options filled in.
+
+    ValueError that names the path and whatever is not implemented here.
+    """
     kind = raw.get("model_type")
-    if kind not in list(OPTIONS):
-        raise ValueError(f"{path}: model_type {kind!r} is not implemented, only {', '.join(OPTIONS)}")
-    c = {name: absent for name, (absent, _) in OPTIONS[kind].items()} | raw
-    if isinstance(c.get("pos_att_type"), str):     # "p2c|c2p" in the released files, a list in newer ones
+    if kind not in list(OPTIONS):                # a list: what a file says need not be hashable
+        raise ValueError(f"{path}: model_type {kind!r} is not implemented, only "
+                         f"{', '.join(OPTIONS)}")
+    c = {}
+    rules = {}
+    for name, (absent, allowed) in OPTIONS[kind].items():
+        c[name] = absent
+        rules[name] = allowed
+    c.update(raw)
+    if isinstance(c.get("pos_att_type"), str):   # "p2c|c2p" in released files, a list in newer ones
         c["pos_att_type"] = [part.strip() for part in c["pos_att_type"].lower().split("|")]
-    if c.get(HEAD_DROPOUT[kind]) is None:
-        c[HEAD_DROPOUT[kind]] = c["hidden_dropout_prob"]
-    rules = {name: allowed for name, (_, allowed) in OPTIONS[kind].items()} | {HEAD_DROPOUT[kind]: fraction}
-    wrong = [name for name, allowed in rules.items() if not fits(c[name], allowed)]
-    if not wrong:                                  # the sizes are sizes; now what has to agree with them
-        d, heads, longest = c["hidden_size"], c["num_attention_heads"], c["max_position_embeddings"]
-        rules = {"num_attention_heads": lambda n: d % n == 0, "attention_head_size": [None, d // heads],
-                 "embedding_size": [None, d], "pooler_hidden_size": [None, d],
-                 "pad_token_id": range(min(c["vocab_size"], longest)),
-                 "max_relative_positions": [None, -1, 0, longest],
-                 "position_buckets": range(2, 2 * longest - 2)}
-        wrong = [name for name, allowed in rules.items() if name in c and not fits(c[name], allowed)]
+    head_dropout = HEAD_DROPOUT[kind]
+    rules[head_dropout] = fraction
+    if c.get(head_dropout) is None:
+        c[head_dropout] = c["hidden_dropout_prob"]
+    wrong = names_of_wrong(c, rules)
+    if not wrong:                                # each is right by itself; now they have to agree
+        wrong = names_of_wrong(c, rules_of_agreement(c))
     if wrong:
-        raise ValueError(f"{path} asks for what is not implemented here: "
-                         + "; ".join(f"{name} = {c[name]!r}" for name in wrong))
+        asked = "; ".join(f"{name} = {c[name]!r}" for name in wrong)
+        raise ValueError(f"{path} asks for what is not implemented here: {asked}")
     return c
+
+
+def rules_of_agreement(c):
+    """{option: its allowed values} of those that depend on the sizes of a config."""
+    d = c["hidden_size"]
+    heads = c["num_attention_heads"]
+    longest = c["max_position_embeddings"]
+
+    def divides_d(n):
+        return d % n == 0
+
+    return {
+        "num_attention_heads": divides_d,
+        "attention_head_size": [None, d // heads],
+        "embedding_size": [None, d],
+        "pooler_hidden_size": [None, d],
+        "pad_token_id": range(min(c["vocab_size"], longest)),
+        "max_relative_positions": [None, -1, 0, longest],
+        "position_buckets": range(2, 2 * longest - 2),
+    }
+
+
+def names_of_wrong(c, rules):
+    """The options that a config has with a value that is not allowed, in the order of the rules."""
+    return [name for name, allowed in rules.items() if name in c and not fits(c[name], allowed)]
 
 
 def fits(value, allowed):
     """Whether a value is among those of a list, or passes a test."""
-    return allowed(value) if callable(allowed) else value in allowed
+    if callable(allowed):
+        return allowed(value)
+    return value in allowed

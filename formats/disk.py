@@ -6,7 +6,7 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:                                        # on Windows nothing is locked
+except ImportError:                            # on Windows nothing is locked
     fcntl = None
 
 import safetensors.torch
@@ -18,13 +18,23 @@ def one_line(error, length=200):
     return text if len(text) <= length else text[:length] + " ..."
 
 
+def cause_of(error):
+    """What the system says of an OSError."""
+    if error.strerror:
+        return error.strerror
+    return one_line(error)
+
+
 @contextlib.contextmanager
 def reading(path, advice):
-    """What a missing or damaged file makes its reader raise becomes one sentence: OSError or ValueError."""
+    """What a missing or damaged file makes its reader raise becomes one sentence.
+
+    OSError or ValueError; advice: what to do, the end of the sentence.
+    """
     try:
         yield
     except OSError as e:
-        raise OSError(f"{path} cannot be read ({e.strerror or one_line(e)}): {advice}") from e
+        raise OSError(f"{path} cannot be read ({cause_of(e)}): {advice}") from e
     except Exception as e:
         cause = one_line(e, 100)
         raise ValueError(f"{path} is damaged or another kind of file ({cause}): {advice}") from e
@@ -42,8 +52,8 @@ def writing(path):
     try:
         yield
     except OSError as e:
-        raise OSError(f"{path} could not be written ({e.strerror or one_line(e)}), what was there is "
-                      "untouched: make room or give another folder") from e
+        raise OSError(f"{path} could not be written ({cause_of(e)}), what was there is untouched: "
+                      "make room or give another folder") from e
 
 
 @contextlib.contextmanager
@@ -68,15 +78,15 @@ def alone(folder, program, option="--out"):
     try:
         yield
     finally:
-        os.close(descriptor)                               # as the end of the process does, however it ends
+        os.close(descriptor)                   # as the end of the process does, however it ends
 
 
 @contextlib.contextmanager
 def replacing(*paths):
-    """Gives a path beside each of these to write to; they are renamed when all of them are on the disk.
+    """Gives a path beside each of these to write to; they are renamed when all are on the disk.
 
-    So a file with its final name is complete, also if the power fails. After an error while they are written
-    all are as before.
+    So a file with its final name is complete, also if the power fails. After an error while they
+    are written all are as before.
     """
     paths = [Path(path) for path in paths]
     beside = [path.with_name(f".{path.name}.tmp") for path in paths]
@@ -91,7 +101,7 @@ def replacing(*paths):
         for path in beside:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
-        if isinstance(e, safetensors.SafetensorError):     # its word for a full disk
+        if isinstance(e, safetensors.SafetensorError):   # its word for a full disk
             raise OSError(one_line(e)) from e
         raise
 
@@ -100,7 +110,9 @@ def write_file(path, *parts):
     """Write bytes or text so that `path` is either as before or complete."""
     with writing(path), replacing(path) as (beside,), open(beside, "wb") as file:
         for part in parts:
-            file.write(part.encode() if isinstance(part, str) else part)
+            if isinstance(part, str):
+                part = part.encode()
+            file.write(part)
 
 
 def write_json(path, content):
@@ -109,6 +121,8 @@ def write_json(path, content):
 
 
 def write_tensors(path, tensors, metadata):
-    """Write {name: tensor} and {text: text} as a .safetensors file; whole or not at all, as write_file()."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
-    write_file(path, safetensors.torch.save(tensors, metadata=metadata))
+    """Write {name: tensor} and {text: text} as .safetensors; whole or not at all."""
+    ready = {}
+    for name in sorted(tensors):
+        ready[name] = tensors[name].detach().cpu().contiguous()
+    write_file(path, safetensors.torch.save(ready, metadata=metadata))

@@ -1,6 +1,5 @@
 """The files of a checkpoint: from a folder, the cache or the Hugging Face Hub, in that order."""
 import contextlib
-import itertools
 import json
 import os
 import pickle
@@ -14,61 +13,92 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from formats.disk import one_line, replacing
 
-WAYS_OUT = ("download its files by hand and give --model FOLDER, or run once where the Hub can be reached (a "
-            "proxy or HF_ENDPOINT may help); a complete cached copy works without it, also under "
-            "HF_HUB_OFFLINE=1")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                   "spm.model", "vocab.txt", "vocab.json", "merges.txt")
+WAYS_OUT = ("download its files by hand and give --model FOLDER, or run once where the Hub can be "
+            "reached (a proxy or HF_ENDPOINT may help); a complete cached copy works without it, "
+            "also under HF_HUB_OFFLINE=1")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                   "added_tokens.json", "spm.model", "vocab.txt", "vocab.json", "merges.txt")
+
+# ---- finding files -----------------------------------------------------------------------------
+
 
 
 def find(name_or_dir, filename, network=True):
-    """Path of `filename` in a folder or Hub repository, or None if that exists but has no such file.
+    """Path of `filename` in a folder or Hub repository; None if that exists but has no such file.
 
-    The cache is asked before the network, so a second run contacts nobody; network=False never does. Raises
-    OSError with one sentence that names the ways out where folder, repository or network are not to be had.
+    The cache is asked before the network, so a second run contacts nobody; network=False never
+    does. Raises OSError with one sentence that names the ways out where folder, repository or
+    network are not to be had.
     """
-    name, folder = str(name_or_dir), Path(os.path.expanduser(name_or_dir))
+    name = str(name_or_dir)
+    folder = Path(os.path.expanduser(name_or_dir))
     if folder.is_dir():
-        return folder / filename if (folder / filename).is_file() else None
+        path = folder / filename
+        return path if path.is_file() else None
     if folder.exists():
-        raise NotADirectoryError(f"{name} is a file: give the folder that holds config.json and the weights")
+        raise NotADirectoryError(f"{name} is a file: give the folder that holds config.json and "
+                                 "the weights")
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(f"there is no folder {name}: give a checkpoint folder or a Hub name like "
-                                "microsoft/deberta-v3-base")
+        raise FileNotFoundError(f"there is no folder {name}: give a checkpoint folder or a Hub "
+                                "name like microsoft/deberta-v3-base")
     try:
         cached = try_to_load_from_cache(name, filename)
-        if cached is not None or not network:      # a path, or the marker for "known not to be there"
-            return Path(cached) if isinstance(cached, str) else None
+        if isinstance(cached, str):
+            return Path(cached)
+        if cached is not None or not network:      # the marker for "known not to be there"
+            return None
         return download(name, filename)
     except GatedRepoError as e:
-        raise OSError(f"{name} is gated: accept its terms on the Hub and run `hf auth login`; "
-                      f"or {WAYS_OUT}") from e
+        raise OSError(f"{name} is gated: accept its terms on the Hub and run `hf auth login`; or "
+                      f"{WAYS_OUT}") from e
     except RepositoryNotFoundError as e:
-        raise OSError(f"{name} is neither a folder here nor a repository on the Hub that this account can "
-                      f"read (look at the spelling; `hf auth login` if it is private); or {WAYS_OUT}") from e
+        raise OSError(f"{name} is neither a folder here nor a repository on the Hub that this "
+                      "account can read (look at the spelling; `hf auth login` if it is private); "
+                      f"or {WAYS_OUT}") from e
     except HFValidationError as e:
-        raise OSError(f"{name!r} is neither a folder nor a Hub name like microsoft/deberta-v3-base; "
-                      f"correct it, or {WAYS_OUT}") from e
-    except Exception as e:                         # no network, a server error, a cut download, a full disk
+        raise OSError(f"{name!r} is neither a folder nor a Hub name like "
+                      f"microsoft/deberta-v3-base; correct it, or {WAYS_OUT}") from e
+    except Exception as e:                         # no network, a server error, a full disk ...
         cause = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else one_line(e)
-        raise OSError(f"{name}/{filename} is not in the cache and did not arrive from {constants.ENDPOINT} "
-                      f"({cause}): {WAYS_OUT}") from e
+        raise OSError(f"{name}/{filename} is not in the cache and did not arrive from "
+                      f"{constants.ENDPOINT} ({cause}): {WAYS_OUT}") from e
 
 
 def download(repository, filename):
-    """Path of a file that is in the cache from now on; None if there is no such file, which is cached too."""
-    # Asked once first, since hf_hub_download repeats a question without an answer for 23 seconds.
+    """Path of a file that is in the cache from now on; None, also from now on, if there is none."""
+    # Asked once first: hf_hub_download repeats a question without an answer for 23 seconds.
     with contextlib.suppress(EntryNotFoundError):
         get_hf_file_metadata(hf_hub_url(repository, filename))
     try:
         return Path(hf_hub_download(repository, filename))
-    except LocalEntryNotFoundError:                # is an EntryNotFoundError, but means no answer
+    except LocalEntryNotFoundError:                # an EntryNotFoundError that means no answer
         raise
     except EntryNotFoundError:
         return None
+
+
+def find_tokenizer(name_or_dir):
+    """Path of the file that is a checkpoint's tokenizer: tokenizer.json, else spm.model.
+
+    ValueError if there is neither; raises what find() raises.
+    """
+    names = ("tokenizer.json", "spm.model")
+    for name in names:                             # what is at hand comes before the network
+        path = find(name_or_dir, name, network=False)
+        if path is not None:
+            return path
+    with contextlib.suppress(OSError):             # for a merged model: it may say that case counts
+        find(name_or_dir, "tokenizer_config.json")
+    for name in names:
+        path = find(name_or_dir, name)
+        if path is not None:
+            return path
+    raise ValueError(f"{name_or_dir} has neither tokenizer.json nor spm.model: put one of them "
+                     "there")
 
 
 def tokenizer_files(name_or_dir):
@@ -76,6 +106,8 @@ def tokenizer_files(name_or_dir):
     paths = [find(name_or_dir, name, network=False) for name in TOKENIZER_FILES]
     return [path for path in paths if path is not None]
 
+
+# ---- reading -----------------------------------------------------------------------------------
 
 def read_json(path):
     """The object in a JSON file; ValueError that names the file if it is not one."""
@@ -88,44 +120,86 @@ def read_json(path):
     return content
 
 
+def read_tokenizer(path):
+    """tokenizer.json as a tokenizers.Tokenizer; ValueError that names the file if it is not one."""
+    try:
+        return Tokenizer.from_file(str(path))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:                     # Rust's PanicException, which is no Exception
+        raise ValueError(f"{path} is not a tokenizer file ({one_line(e)}): get it again") from None
+
+
 def read_weights(name_or_dir):
-    """{key: tensor} of a checkpoint: safetensors or .bin, whole or in shards, memory-mapped if possible."""
+    """{key: tensor} of a checkpoint, memory-mapped if possible.
+
+    From model.safetensors, else pytorch_model.bin, each of them whole or in shards.
+    """
     readers = {"model.safetensors": load_file, "pytorch_model.bin": read_bin}
-    # All in the cache first: one that was filled at once does not know which files the Hub has not.
-    for network, (filename, read) in itertools.product((False, True), readers.items()):
-        paths = [find(name_or_dir, filename, network)]
-        if paths == [None]:
-            index = find(name_or_dir, filename + ".index.json", network)
-            if index is None:
-                continue
-            shards = read_json(index).get("weight_map")
-            shards = {str(shard) for shard in shards.values()} if isinstance(shards, dict) else set()
-            paths = [find(name_or_dir, shard) for shard in sorted(shards) if Path(shard).name == shard]
-            if None in paths or not paths or len(paths) < len(shards):
-                raise ValueError(f"{index} names weight files that are not there: download them again")
-        weights = {}
-        for path in paths:
-            try:
-                weights |= read(path)
-            except Exception as e:                 # whatever a damaged file makes its parser raise
-                raise ValueError(f"{path} cannot be read as weights ({one_line(e)}): get it again") from e
-        return weights
-    raise ValueError(f"{name_or_dir} has no model.safetensors and no pytorch_model.bin: "
-                     "give a checkpoint with its weights")
+    # The cache is asked for all of them before the network is asked for any: a cache that was
+    # filled at once does not know which files the Hub has not.
+    for network in (False, True):
+        for filename, read in readers.items():
+            paths = find_weights(name_or_dir, filename, network)
+            if paths:
+                return read_shards(paths, read)
+    raise ValueError(f"{name_or_dir} has no model.safetensors and no pytorch_model.bin: give a "
+                     "checkpoint with its weights")
+
+
+def find_weights(name_or_dir, filename, network):
+    """Paths of a weight file, or of the shards that its index names; [] if there is neither."""
+    path = find(name_or_dir, filename, network)
+    if path is not None:
+        return [path]
+    index = find(name_or_dir, filename + ".index.json", network)
+    if index is None:
+        return []
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        weight_map = {}
+    paths = []
+    for shard in sorted({str(name) for name in weight_map.values()}):
+        is_plain = Path(shard).name == shard       # a path could lead out of the folder
+        paths.append(find(name_or_dir, shard) if is_plain else None)
+    if not paths or None in paths:
+        raise ValueError(f"{index} names weight files that are not there: download them again")
+    return paths
+
+
+def read_shards(paths, read):
+    """The tensors of all these files in one dict."""
+    weights = {}
+    for path in paths:
+        try:
+            weights.update(read(path))
+        except Exception as e:                     # whatever a damaged file makes its parser raise
+            raise ValueError(f"{path} cannot be read as weights ({one_line(e)}): get it "
+                             "again") from e
+    return weights
 
 
 def read_bin(path):
-    """A .bin is a pickle: read tensors only. Files from before torch 1.6 are no zip and cannot be mapped."""
+    """The tensors of a .bin, which is a pickle; no zip (before torch 1.6) cannot be mapped."""
+    can_be_mapped = zipfile.is_zipfile(path)
     try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)))
-    except pickle.UnpicklingError as e:            # torch's own text tells how to load it all the same
-        raise ValueError("it is damaged, or holds more than tensors: such a file can run code") from e
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=can_be_mapped)
+    except pickle.UnpicklingError as e:            # torch's own text tells how to load it anyway
+        raise ValueError("it is damaged, or holds more than tensors: such a file can run "
+                         "code") from e
 
+
+# ---- writing -----------------------------------------------------------------------------------
 
 def write_checkpoint(folder, config, weights, tokenizer_of, prefix=""):
-    """Write config.json and model.safetensors, their names after a prefix, and another's tokenizer files."""
-    folder, tokenizer = Path(folder), tokenizer_files(tokenizer_of)
-    names = [f"{prefix}model.safetensors", f"{prefix}config.json", *(path.name for path in tokenizer)]
+    """Write config.json and model.safetensors, and copy the tokenizer's files of another one.
+
+    tokenizer_of: a folder or Hub name. prefix: before the names of the first two.
+    """
+    folder = Path(folder)
+    tokenizer = tokenizer_files(tokenizer_of)
+    names = [f"{prefix}model.safetensors", f"{prefix}config.json"]
+    names += [path.name for path in tokenizer]
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(*(folder / name for name in names)) as (weights_file, config_file, *copies):
         save_file(weights, weights_file, metadata={"format": "pt"})

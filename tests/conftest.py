@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import data
+from formats import toy
 import model as models
 import train
 from lora2 import load_lora2_state_dict
@@ -38,7 +38,7 @@ SMALL = "--limit-train 96 --limit-dev 64 --batch-size 16 --lr 0.02 --max-steps 1
 def write_checkpoint(folder, name, seed=0, **changes):
     """A folder as the Hub ships it: config.json, an encoder with random weights, the demo's tokenizer."""
     folder.mkdir(parents=True)
-    tokenizer = data.demo_tokenizer()
+    tokenizer = toy.tokenizer()
     config = CONFIGS[name] | {"vocab_size": tokenizer.get_vocab_size()} | changes
     torch.manual_seed(seed)
     net = models.SequenceClassifier(models.check_config(dict(config), folder), 2)

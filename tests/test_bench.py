@@ -19,7 +19,7 @@ import data
 from experiments import bench
 from experiments.speed import counts, peers, steps, table
 from experiments.speed import growth as bench_growth
-from formats import glue as tasks
+from formats import glue
 from running import progress
 
 ROOT = Path(__file__).parent.parent
@@ -303,7 +303,7 @@ def test_made_up_mnli_is_read(tmp_path, capsys):
     """Oracle: the number of rows asked for and MNLI's labels; the child's JSON line has what is printed."""
     tokenizer = SimpleNamespace(get_vocab=lambda: {"cue1": 1, "filler2": 2, "##x": 3})
     bench_growth.write_mnli(tmp_path / "MNLI" / "train.tsv", 50, tokenizer)
-    split = tasks.read_split(tmp_path / "MNLI" / "train.tsv", "mnli")
+    split = glue.read_split(tmp_path / "MNLI" / "train.tsv", data.TASKS["mnli"])
     assert len(split.texts) == 50 and set(split.labels) == {0, 1, 2}
     assert {word for pair in split.texts for text in pair for word in text.split()} == {"cue1", "filler2"}
     bench_growth.read_mnli(tmp_path, None)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import data
+from formats import toy
 from running import demo
 import model as models
 import train
@@ -22,14 +23,14 @@ def test_checkpoint_is_like_any_other(tmp_path):
         nets.append(models.from_pretrained(tmp_path / name, 2).backbone.state_dict())
     assert all(torch.equal(nets[0][key], nets[1][key]) for key in nets[0])
     assert not torch.equal(*(nets[i]["embeddings.word_embeddings.weight"] for i in (0, 2)))
-    assert data.load_tokenizer(tmp_path / "a").get_vocab() == data.demo_tokenizer().get_vocab()
+    assert data.load_tokenizer(tmp_path / "a").get_vocab() == toy.tokenizer().get_vocab()
 
 
 def test_transformers_opens_the_tokenizer(tmp_path):
     """Oracle: AutoTokenizer on the folder gives the ids of our own tokenizer."""
     transformers = pytest.importorskip("transformers")
     demo.write_random_model(tmp_path, 0)
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), data.demo_tokenizer()
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), toy.tokenizer()
     for pair in (("cue0 filler1 role2word3",), ("cue1 no-word", "filler0")):
         assert theirs(*pair).input_ids == ours.encode(*pair).ids
 

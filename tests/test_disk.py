@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 from formats import disk
 from formats import hub
-from formats import glue as tasks
+from data import TASKS
+from formats import glue
 
 
 def contents(folder):
@@ -76,7 +77,7 @@ def test_synced_before_renamed(tmp_path, monkeypatch, kind):
     if kind == "file":
         disk.write_json(tmp_path / "out", {"a": 1})
     elif kind == "submission":
-        tasks.write_submission(tmp_path / "out", "rte", [0, 1], "mine")
+        glue.write_submission(tmp_path / "out", TASKS["rte"], [0, 1], "mine")
     else:
         hub.write_checkpoint(tmp_path / "out", {"a": 1}, {"x": torch.zeros(9)}, tmp_path / "base")
         assert sorted(contents(tmp_path / "out")) == ["config.json", "model.safetensors", "vocab.txt"]

@@ -31,7 +31,8 @@ from experiments import reproduce
 from running import folder as runs
 from experiments import summary
 from experiments import tables
-from formats import glue as tasks
+from formats import toy
+from data import TASKS
 
 PAPER = reproduce.PAPER
 SCORES = {"dev": {"matthews": 0.5, "pearson": 0.8, "spearman": 0.7, "accuracy": 0.75, "f1": 0.6},
@@ -333,7 +334,7 @@ def test_no_evaluation_is_timed(preset, tmp_path):
     grid = grid_of(tmp_path, "table2", "--preset", preset)
     cells = [cell for task in grid.tasks for cell in grids.reported_cells(grid, task)]
     for settings in [grids.settings_of(cell.flags) for cell in cells]:
-        rows = min(tasks.TASKS[settings["task"]].rows["train"], settings["limit_train"] or math.inf)
+        rows = min(TASKS[settings["task"]].rows["train"], settings["limit_train"] or math.inf)
         assert settings["max_steps"] < rows / settings["batch_size"]
 
 
@@ -972,7 +973,7 @@ def test_a_tiny_grid_through_train(tiny, tmp_path, monkeypatch, capsys):
     with two rows, the overlap and Figure 3 come out of real runs; asked again, nothing runs or changes."""
     import data
     (tmp_path / "glue" / "CoLA").mkdir(parents=True)
-    split = data.demo_language("adapt", 100)
+    split = toy.language("adapt", 100)
     rows = [f"x\t{label}\t\t{text}\n" for (text,), label in zip(split.texts, split.labels)]
     (tmp_path / "glue" / "CoLA" / "train.tsv").write_text("".join(rows[:60]))
     (tmp_path / "glue" / "CoLA" / "dev.tsv").write_text("".join(rows[60:]))

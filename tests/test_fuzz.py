@@ -1,37 +1,25 @@
 """Spoilt files of every kind, made at random: each is used rightly or refused with a sentence, none hangs."""
-import contextlib
 import json
 import os
 import random
+import re
 import shutil
-import signal
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
+from tests.cli import child, sentences, soon, write_task
 from tests.conftest import frozen, outcome
-from tests.test_runs import child
-from tests.test_train import logits, sentences, write_task
+from tests.test_train import logits
 
+import data
+from data import TASKS
+from formats import glue
 from formats import hub
 from running import folder as runs
-from formats import glue as tasks
 import train
-
-
-@contextlib.contextmanager
-def soon(what, seconds=30):
-    """Fail if it takes longer."""
-    def late(*_):
-        raise AssertionError(f"{what} hangs")
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 # --- ways to spoil ------------------------------------------------------------------------------------------
@@ -51,6 +39,14 @@ def flip(rng, content):
     content = bytearray(content)
     for _ in range(rng.randint(1, 5)):
         content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    return bytes(content)
+
+
+def front(rng, content):
+    """Other bytes near the beginning, where formats say what follows."""
+    content, reach = bytearray(content), rng.choice((64, 2000))
+    for _ in range(rng.choice((1, 1, 3, 20))):
+        content[rng.randrange(min(len(content), reach))] = rng.randrange(256)
     return bytes(content)
 
 
@@ -77,6 +73,13 @@ def relabel(rng, content):
     old = rng.choice([b"entailment", b"neutral", b"0", b"1", b"2.0"])
     new = rng.choice([b"", b"Entailment", b"2", b" 1", b"nan", b"1_0", b"-1", b"7"])
     return content.replace(old, new, rng.randint(1, 30))
+
+
+def respell(rng, content):
+    """A label in another way, in few rows."""
+    old = rng.choice([b"\t0\n", b"\t1\n", b"\tyes\t"])
+    more = rng.choice([b" ", b"0", b"+", b"\xc2\xa0", b"-"])
+    return content.replace(old, b"\t" + more + old[1:], rng.randint(1, 3))
 
 
 def line_ends(rng, content):
@@ -107,10 +110,10 @@ def value(rng, content):
     return json.dumps(tree).encode()
 
 
-# --- 2,000 task files ---------------------------------------------------------------------------------------
+# --- 3,000 task files ---------------------------------------------------------------------------------------
 
-def reading(content, task):
-    """What a file says, read in the plainest way: a Split's two lists, or None where it is not in order."""
+def reading(content, header=()):
+    """(header, rows) of a file, read in the plainest way, or None where it is not in order."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -120,63 +123,143 @@ def reading(content, task):
         lines.pop()
     if "\0" in text or not lines:
         return None
-    header = list(task.header) or lines.pop(0).split("\t")
+    header = list(header) or lines.pop(0).split("\t")
     rows = [line.split("\t") for line in lines]
-    names = [*task.texts, task.label]
-    if not rows or any(header.count(name) != 1 for name in names):
+    if not rows or any(len(row) != len(header) for row in rows):
         return None
-    if any(len(row) != len(header) for row in rows):
+    return header, rows
+
+
+def columns_of(table, names):
+    """The fields of these columns, row by row, or None where one of them is not there once."""
+    header, rows = table
+    if any(header.count(name) != 1 for name in names):
         return None
-    fields = [[row[header.index(name)] for name in names] for row in rows]
-    labels = []
-    for *_, label in fields:
-        try:
-            labels.append(task.labels.index(label) if task.labels else float(label))
-        except ValueError:
-            return None
-        if not task.labels and not 0 <= labels[-1] <= 5:
-            return None
-    return [tuple(row[:-1]) for row in fields], labels
+    return [tuple(row[header.index(name)] for name in names) for row in rows]
+
+
+def number(text):
+    """A score, or None: a decimal number as C's strtod reads it."""
+    space = r"[ \x09-\x0d\x1c-\x1f]*"
+    decimal = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
+    if re.fullmatch(space + decimal + space, text) is None or abs(float(text)) == float("inf"):
+        return None
+    return float(text)
+
+
+def split_of(content, task, labelled):
+    """What a file of this task says: a Split's two lists, or None."""
+    table = reading(content, task.header if labelled else ())
+    texts = table and columns_of(table, task.texts)
+    if texts is None or not labelled:
+        return texts and (texts, None)
+    fields = columns_of(table, [task.label])
+    if fields is None:
+        return None
+    if task.labels:
+        labels = [task.labels.index(field) if field in task.labels else None for field, in fields]
+    else:
+        labels = [number(field) for field, in fields]
+        labels = [label if label is not None and 0 <= label <= 5 else None for label in labels]
+    return None if None in labels else (texts, labels)
+
+
+def own_split_of(content):
+    """What a user's own training file says: (texts, names of labels or scores), or None."""
+    table = reading(content)
+    if table is None or ("label" in table[0]) == ("score" in table[0]):
+        return None
+    pair = {"sentence1", "sentence2"} <= set(table[0])
+    texts = columns_of(table, ["sentence1", "sentence2"] if pair else ["sentence"])
+    fields = columns_of(table, ["score" if "score" in table[0] else "label"])
+    if texts is None or fields is None:
+        return None
+    labels = [field for field, in fields]
+    if "score" in table[0]:
+        scores = [number(label) for label in labels]
+        return None if None in scores else (texts, scores)
+    different = set(labels)
+    stripped = {label.strip() for label in different} - {""}
+    whole = [int(label) for label in stripped if re.fullmatch(r"[+-]?[0-9]+", label)]
+    if len(stripped) < len(different) or len(set(whole)) < len(whole):
+        return None
+    return (texts, labels) if 2 <= len(different) <= 1000 else None
+
+
+def read(path, name, task, labelled):
+    """The same by data.py and glue.py."""
+    if name not in OWN_FILES:
+        split = glue.read_split(path, task, labelled)
+        return split.texts, split.labels
+    task = data.own_task(path)
+    split = glue.read_split(path, task)
+    if task.labels:
+        whole = all(re.fullmatch(r"\s*[+-]?[0-9]+\s*", label) for label in task.labels)
+        assert task.labels == tuple(sorted(task.labels, key=int if whole else str))
+    return split.texts, [task.labels[i] for i in split.labels] if task.labels else split.labels
+
+
+OWN_FILES = {
+    "own label": ["n\tsentence\tlabel"] + [f"{i}\tA man, \"{i}\"\t{i % 3}" for i in range(12)],
+    "own pair": ["sentence2\tlabel\tsentence1"] + [f"B é {i}\tyes\tA\nC\tno\t{i}" for i in range(6)],
+    "own score": ["score\tsentence"] + [f"{i / 4 - 1}\ttext {i}" for i in range(12)]}
 
 
 def test_spoilt_task_files(tmp_path):
     """Oracle: an independent reading of the same bytes. Equal to it, or a ValueError with the file's name."""
     rng, path, outcomes = random.Random(1), tmp_path / "train.tsv", Counter()
-    spoil = [insert, flip, cut, move, columns, relabel, line_ends, encoding]
-    names = [name for name in tasks.TASKS if name != "demo"]
+    spoil = [insert, flip, cut, move, columns, relabel, respell, line_ends, encoding]
+    names = [name for name in TASKS if name != "demo"]
     whole = {name: write_task(name, tmp_path / "glue", n=12)["train"].read_bytes() for name in names}
+    whole |= {name: "\n".join(lines).encode() + b"\n" for name, lines in OWN_FILES.items()}
     with soon("reading", 60):
-        for _ in range(2000):
-            name = rng.choice(names)
+        for _ in range(3000):
+            name = rng.choice(list(whole))
             content = whole[name]
             for _ in range(rng.randint(1, 3)):
                 content = rng.choice(spoil)(rng, content or b"\n")
             path.write_bytes(content)
-            expected = reading(content, tasks.TASKS[name])
+            other = name if rng.random() < 0.9 or name in OWN_FILES else rng.choice(names)
+            task, labelled = TASKS.get(other), rng.random() < 0.8
+            expected = own_split_of(content) if name in OWN_FILES else split_of(content, task, labelled)
+            kind = name[:3] if name in OWN_FILES else "labelled" if labelled else "unlabelled"
             try:
-                split = tasks.read_split(path, name)
-                assert (split.texts, split.labels) == expected, content
-                outcomes["read"] += 1
+                assert read(path, name, task, labelled) == expected, content
+                outcomes[kind, "read"] += 1
             except ValueError as error:
                 assert expected is None, (error, content)
                 assert str(error).startswith(str(path)) and "\n" not in str(error) and len(str(error)) < 900
-                outcomes["refused"] += 1
-    assert min(outcomes.values()) > 200, outcomes
+                outcomes[kind, "refused"] += 1
+    assert len(outcomes) == 6 and min(outcomes.values()) > 80, outcomes
 
 
-# --- 500 checkpoints, tokenizers, adapters, states ----------------------------------------------------------
+# --- 700 checkpoints, tokenizers, adapters, states ----------------------------------------------------------
 
+KINDS = ("deberta", "bert", "roberta")
 OWN = "--train-file train.tsv --dev-file dev.tsv --max-len 32 --batch-size 8"
+
+
+def as_wordpiece(path):
+    """The same words in a file as BERT's is: of another model, normaliser and pre-tokenizer."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    tokenizer.model = tokenizers.models.WordPiece(tokenizer.get_vocab(), unk_token="[UNK]")
+    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    tokenizer.enable_padding()
+    tokenizer.enable_truncation(9)
+    tokenizer.save(str(path))
 
 
 @pytest.fixture
 def finished(cli):
-    """A finished run on a copy of a checkpoint, and small data: all that can be spoilt, and what is right."""
+    """Finished runs on copies of checkpoints, and small data: all that can be spoilt, and what is right."""
     for name, seed in (("train", 0), ("dev", 1)):
         rows = [f"{text}\t{label}\n" for text, label in sentences(24, seed)]
         Path(f"{name}.tsv").write_text("sentence\tlabel\n" + "".join(rows))
-    for kind in ("deberta", "bert"):
+    for kind in KINDS:
         shutil.copytree(cli.models[kind], kind)
+        if kind == "bert":
+            as_wordpiece(Path("bert/tokenizer.json"))
         if kind == "deberta":                              # as the Hub ships DeBERTaV3
             torch.save(hub.read_weights(kind), Path(kind, "pytorch_model.bin"))
             Path(kind, "model.safetensors").unlink()
@@ -185,18 +268,18 @@ def finished(cli):
     return cli
 
 
-WEIGHTS = {"deberta": "pytorch_model.bin", "bert": "model.safetensors"}
-FILES = [("{kind}/config.json", [value, value, value, flip, cut, insert, encoding]),
-         ("{kind}/tokenizer.json", [value, value, value, flip, flip, cut, insert, move]),
-         ("{kind}/{weights}", [flip, flip, cut, insert, move]),
-         ("run-{kind}/adapter.safetensors", [flip, flip, cut, insert, move])]
+WEIGHTS = {"deberta": "pytorch_model.bin", "bert": "model.safetensors", "roberta": "model.safetensors"}
+FILES = [("{kind}/config.json", [value, value, value, flip, front, cut, insert, encoding]),
+         ("{kind}/tokenizer.json", [value, value, value, flip, front, front, cut, insert, move]),
+         ("{kind}/{weights}", [flip, front, front, front, cut, insert, move]),
+         ("run-{kind}/adapter.safetensors", [flip, front, cut, insert, move])]
 
 
 def test_spoilt_checkpoints_and_adapters(finished):
     """Oracle: the logits of the whole files, bit for bit; or one sentence. Nothing in between may pass."""
     rng, outcomes = random.Random(2), Counter()
     with soon("loading", 200):
-        for kind in ("deberta", "bert"):
+        for kind in KINDS:
             given = {"eval": f"run-{kind}/adapter.safetensors", "model": kind, "dev_file": "dev.tsv"}
             right = logits(train.start(dict(given)))
             for pattern, ways in FILES:
@@ -209,18 +292,19 @@ def test_spoilt_checkpoints_and_adapters(finished):
                         outcomes[path.name, "used"] += 1
                     except runs.Refused as error:
                         assert 20 < len(str(error)) < 2000 and "\n" not in str(error), error
+                        assert kind in str(error), error   # names the folder or the file in it
                         outcomes[path.name, "refused"] += 1
                 path.write_bytes(whole)
     assert all(outcomes[name, "refused"] > 20 for name in ("config.json", "tokenizer.json", *WEIGHTS.values(),
                                                           "adapter.safetensors")), outcomes
-    assert outcomes["adapter.safetensors", "refused"] == 90 - outcomes["adapter.safetensors", "used"]
+    assert sum(outcomes["adapter.safetensors", how] for how in ("used", "refused")) == 45 * len(KINDS)
 
 
 def test_spoilt_checkpoints_in_training(finished):
     """Oracle: the promise. A base model is the user's own: what loads must train, or be refused before."""
     rng, outcomes = random.Random(3), Counter()
     with soon("training", 120):
-        for kind in ("deberta", "bert"):
+        for kind in KINDS:
             for pattern, ways in FILES[:3]:
                 path = Path(pattern.format(kind=kind, weights=WEIGHTS[kind]))
                 whole = path.read_bytes()

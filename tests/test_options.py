@@ -14,8 +14,7 @@ import torch
 
 import train
 from running import demo, export, folder, machine, options, progress
-from tests.test_runs import refused
-from tests.test_train import write_task
+from tests.cli import refused, write_task
 
 ROOT = Path(__file__).parents[1]
 
@@ -369,12 +368,16 @@ def test_tokenizer_and_model_must_belong_together(cli):
         shutil.rmtree("copy")
 
 
-def test_mistakes_in_files(cli):
-    """Oracle: file and line, or the layout that is expected."""
+def test_mistakes_in_files(cli, monkeypatch):
+    """Oracle: file and line, or the layout that is expected; nothing is fetched from this machine."""
     bert, rte = cli.models["bert"], Path("glue/RTE")
     words = "--task rte --max-len 32 --max-steps 2 --out run --model"
     Path("glue/RTE").mkdir(parents=True)
-    refused(cli(words, bert), "glue/RTE/train.tsv", "dl.fbaipublicfiles.com", "train.tsv, dev.tsv")
+
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    refused(cli(words, bert), "no network", "dl.fbaipublicfiles.com", "glue/RTE holds train.tsv, dev.tsv")
     good = write_task("rte", n=8)
     lines = good["train"].read_text().splitlines()
     for row, says in (("3\ta\tb", "3 tab-separated columns"), ("3\ta\tb\tmaybe", "'maybe'"),
@@ -413,6 +416,9 @@ def test_mistakes_with_an_adapter(cli, tmp_path):
     refused(cli("--eval bias/adapter.safetensors --export-peft x", model), "--export-peft", "bitfit")
 
 
+NOBODY = "http://127.0.0.1:9"                              # nobody listens on the discard port
+
+
 @pytest.mark.parametrize("words, says", [("--task rte --data-dir empty --model base", "train.tsv"),
                                          ("--eval x.safetensors", "x.safetensors")])
 def test_mistakes_for_the_shell(tiny, tmp_path, words, says):
@@ -420,7 +426,7 @@ def test_mistakes_for_the_shell(tiny, tmp_path, words, says):
     (tmp_path / "empty/RTE").mkdir(parents=True)
     (tmp_path / "base").symlink_to(tiny["bert"])
     done = subprocess.run([sys.executable, str(ROOT / "train.py"), *words.split()], cwd=tmp_path, text=True,
-                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1", "https_proxy": NOBODY})
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith("error: ") and says in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "empty"]

@@ -17,6 +17,7 @@ GLUE = ROOT.parent / "shared" / "glue"
 
 from experiments import bench
 import data
+from formats import toy
 from running import demo
 from experiments import grid as grids
 import model as models
@@ -369,7 +370,7 @@ def test_the_commands_for_own_data_run(tmp_path, monkeypatch, capsys, one_thread
     monkeypatch.chdir(tmp_path)
     demo.write_random_model(Path("base"), 0)
     for name, seed, rows in (("a", 0, 64), ("b", 1, 32), ("c", 2, 8)):     # a person's own files
-        split = data.demo_language("adapt", rows, seed)
+        split = toy.language("adapt", rows, seed)
         lines = [f"{text}\t{label}" for (text,), label in zip(split.texts, split.labels)]
         head = "sentence\tlabel"
         if name == "c":

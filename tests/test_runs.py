@@ -1,4 +1,5 @@
 """Tests of running/folder.py: a run loses nothing. Each docstring names its oracle."""
+import contextlib
 import json
 import os
 import random
@@ -11,7 +12,6 @@ import struct
 import subprocess
 import sys
 import time
-import traceback
 import tracemalloc
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from formats import disk
 from running import machine, options, progress
 from running import folder as runs
 from tests.conftest import SMALL, outcome, write_checkpoint
-from tests.test_train import write_task
+from tests.cli import child, refused, write_task
 
 on_unix = pytest.mark.skipif(os.name == "nt", reason="signals, fork and terminals as Unix has them")
 
@@ -34,12 +34,6 @@ BUSY = "--eval-steps 3 --save-steps 2 --max-steps 8"       # with 6 steps to an 
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-
-
-def refused(done, *says):
-    """One error for the user, status 2."""
-    assert done.status == 2 and len(done.errors) == 1 and done.errors[0].startswith("error: "), done.err
-    assert all(word in done.errors[0] for word in says), done.err
 
 
 def at_step(step, action, patch):
@@ -106,25 +100,6 @@ def test_killed_at_every_write(cli, monkeypatch):
             assert cli.tiny(BUSY).status == 0
         assert outcome("run") == outcome("whole"), last
     assert last > 12
-
-
-def child(words, name="child", before=None, **environment):
-    """Process id of a fork that runs train.py and nothing else. (It need not import torch once more.)"""
-    if pid := os.fork():
-        return pid
-    status = 70
-    try:
-        os.environ.update(environment)
-        sys.stdout, sys.stderr = open(f"{name}.out", "w"), open(f"{name}.err", "w")
-        if before:
-            before()
-        status = train.main(words.split())
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.close()
-        sys.stderr.close()
-        os._exit(status)
 
 
 def kill_and_resume(cli, n):
@@ -716,20 +691,23 @@ def test_one_of_two_processes_is_stopped(cli, monkeypatch):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("there", [[], ["train"], ["train", "dev"]])
 def test_all_processes_wait_for_a_fetched_task(rank, there, tmp_path, monkeypatch):
     """Oracle: one barrier for each process, whether it comes before or after the folder is there: one that
     passes by would leave the others waiting. The first one alone fetches, and only what is missing."""
     calls = []
     monkeypatch.setattr(train.glue, "fetch_task", lambda task, folder: calls.append("fetch"))
     monkeypatch.setattr(train.machine, "wait_for_all", lambda: calls.append("wait"))
-    if there:
-        (tmp_path / "RTE").mkdir()
-    o = options.resolve({"task": "rte", "data_dir": str(tmp_path)})
+    for name, path in write_task("rte", tmp_path).items():
+        if name not in there:
+            path.unlink()
+    o = options.resolve({"task": "rte", "data_dir": str(tmp_path), "limit_train": 2, "limit_dev": 3})
     here = machine.Machine(torch.device("cpu"), "fp32", rank, 2)
-    with pytest.raises(FileNotFoundError):                 # there is nothing in it
-        train.load_splits(o, here, None)
-    assert calls == ["fetch"] * (rank == 0 and not there) + ["wait"]
+    whole = len(there) == 2
+    with contextlib.nullcontext() if whole else pytest.raises(FileNotFoundError):
+        splits, _ = train.load_splits(o, here, None)
+        assert {name: len(split.texts) for name, split in splits.items()} == {"train": 2, "dev": 3}
+    assert calls == ["fetch"] * (rank == 0 and not whole) + ["wait"]
 
 
 @pytest.mark.slow

@@ -428,6 +428,7 @@ def test_random_bytes(read):
     charsmap({**KEY_A, 512: LEAF | 2}), charsmap({**KEY_A, 512: LEAF | 7}),  # a leaf beyond the replacements
     charsmap({**KEY_A, A: 97 | HAS_LEAF | 1024 << 10}),  # a base beyond the units
     charsmap({**KEY_A, 0: HAS_LEAF | 512 << 10, 7: 1 << 9 | 4 << 10}),  # the same with the shifted offset
+    charsmap({0: LEAF | HAS_LEAF}, bytes(400)),  # the root is a leaf, whose base would be out of range
     charsmap({**KEY_A, A: 97 | 97 << 10}),  # "a" is its own child
     charsmap({0: 256 << 10, **{256 ^ byte: byte | byte << 10 for byte in range(1, 256)}}),  # all of all
     charsmap({0: 256 << 10, **{256 * level ^ byte: byte | (256 * level ^ byte ^ 256 * (level + 1)) << 10

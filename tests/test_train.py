@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.cli import sentences, write_task
 from tests.conftest import SMALL, frozen, opened, outcome
 
 import data
@@ -324,33 +325,6 @@ def test_a_terminal_has_bars(cli, monkeypatch):
 
 
 # --- the tasks ----------------------------------------------------------------------------------------------
-
-def sentences(n, seed):
-    """n rows of the demo's words: (text, label) with labels that a model can learn."""
-    split = data.demo_language("adapt", n, seed)
-    return [(text, label) for (text,), label in zip(split.texts, split.labels)]
-
-
-def write_task(name, folder=Path("glue"), n=48):
-    """Small files in the official layout of a task, of the demo's words; returns the folder's files."""
-    task, paths = data.TASKS[name], {}
-    for number, split in enumerate(task.rows):
-        labelled = not split.startswith("test")
-        columns = ["index", *task.texts] + ([task.label] if labelled else [])
-        if labelled and task.header:                       # CoLA: no header line
-            columns = list(task.header)
-        rows = [] if labelled and task.header else [columns]
-        for i, (text, label) in enumerate(sentences(n if split == "train" else 24, number)):
-            value = f"{label * 3 + i % 3:.1f}"             # a score from 0 to 5
-            if task.labels:
-                value = task.labels[(label + i % 2) % len(task.labels)]
-            row = dict.fromkeys(columns, "x") | {"index": str(i)} | dict.fromkeys(task.texts, text)
-            rows.append([value if column == task.label else row[column] for column in columns])
-        paths[split] = folder / task.folder / f"{split}.tsv"
-        paths[split].parent.mkdir(parents=True, exist_ok=True)
-        paths[split].write_text("".join("\t".join(row) + "\n" for row in rows))
-    return paths
-
 
 METRICS = {"cola": "matthews", "sst2": "accuracy", "mrpc": "accuracy f1", "qqp": "accuracy f1",
            "stsb": "pearson spearman", "mnli": "accuracy", "qnli": "accuracy", "rte": "accuracy"}

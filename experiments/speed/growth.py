@@ -21,8 +21,9 @@ from experiments.speed import steps
 import data
 from running import machine as processes
 from experiments import tables
-from formats import glue as tasks
 from experiments.speed import table
+from formats import glue
+from formats import toy
 from experiments.speed.table import summary
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,9 +82,9 @@ def write_mnli(path, rows, tokenizer, seed=0):
 def read_mnli(folder, model, max_len=256):
     """What a run does with the file: read, tokenise, make an epoch's plan. Prints one JSON line."""
     start = time.perf_counter()
-    split = tasks.load_split("mnli", folder, "train")
+    split = glue.load_split(data.TASKS["mnli"], folder, "train")
     loaded = time.perf_counter() - start
-    examples = data.encode(data.load_tokenizer(model) if model else data.demo_tokenizer(), split, max_len)
+    examples = data.encode(data.load_tokenizer(model) if model else toy.tokenizer(), split, max_len)
     next(data.batches(examples, 32, 0, torch.Generator().manual_seed(0)))
     print(json.dumps({"rows": len(split.texts), "tokens": len(examples.ids), "load": loaded,
                       "seconds": time.perf_counter() - start,
@@ -92,7 +93,7 @@ def read_mnli(folder, model, max_len=256):
 
 def measure_data(job, rows):
     """Time and peak memory of read_mnli in a fresh process, imports included in the memory."""
-    tokenizer = data.load_tokenizer(job.model) if job.model else data.demo_tokenizer()
+    tokenizer = data.load_tokenizer(job.model) if job.model else toy.tokenizer()
     with tempfile.TemporaryDirectory() as folder:
         write_mnli(Path(folder) / "MNLI" / "train.tsv", rows, tokenizer)
         command = [sys.executable, "-m", __name__, folder, *([job.model] if job.model else [])]

@@ -12,8 +12,9 @@ import warnings
 import torch
 
 from experiments.speed.steps import OwnStep, freeze, head_of
+import data
 import model as models
-from formats import glue as tasks
+from formats import glue
 from methods.baselines import regulariser
 from lora2 import lora2_layers
 
@@ -193,8 +194,8 @@ def epoch(folder, task, data_dir, rows, max_len, device, dtype="fp32", batch_siz
     """
     from transformers import AutoTokenizer, DataCollatorWithPadding
     start = time.perf_counter()
-    split = tasks.load_split(task, data_dir, "train").part(0, rows or None)
-    classes = len(tasks.get_task(task).labels)
+    split = glue.load_split(data.get_task(task), data_dir, "train").part(0, rows or None)
+    classes = len(data.get_task(task).labels)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     encoded = tokenizer(*map(list, zip(*split.texts)), truncation=True, max_length=max_len)
     table = [{name: column[i] for name, column in encoded.items()} | {"labels": label}
