@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 import torch
 from tests.cli import child, sentences, soon, write_task
-from tests.conftest import frozen, outcome
+from tests.conftest import frozen, opened, outcome
 from tests.test_train import logits
 
 import data
@@ -19,6 +19,7 @@ from data import TASKS
 from formats import glue
 from formats import hub
 from running import folder as runs
+from running.errors import Refused
 import train
 
 
@@ -281,16 +282,16 @@ def test_spoilt_checkpoints_and_adapters(finished):
     with soon("loading", 200):
         for kind in KINDS:
             given = {"eval": f"run-{kind}/adapter.safetensors", "model": kind, "dev_file": "dev.tsv"}
-            right = logits(train.start(dict(given)))
+            right = logits(opened(**given))
             for pattern, ways in FILES:
                 path = Path(pattern.format(kind=kind, weights=WEIGHTS[kind]))
                 whole = path.read_bytes()
                 for _ in range(45):
                     path.write_bytes(rng.choice(ways)(rng, whole))
                     try:
-                        assert torch.equal(logits(train.start(dict(given))), right), path
+                        assert torch.equal(logits(opened(**given)), right), path
                         outcomes[path.name, "used"] += 1
-                    except runs.Refused as error:
+                    except Refused as error:
                         assert 20 < len(str(error)) < 2000 and "\n" not in str(error), error
                         assert kind in str(error), error   # names the folder or the file in it
                         outcomes[path.name, "refused"] += 1
