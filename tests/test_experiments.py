@@ -883,7 +883,7 @@ def test_places(q, family):
     assert found == {"q": [5, 1], "o": [3], "f1": [0], "f2": [2]}
     assert list(found) == ["q", "o", "f1", "f2"]           # Figure 3's order
     for bad in ("classifier", "encoder.output.dense"):
-        with pytest.raises(ValueError, match="is no adapted matrix"):
+        with pytest.raises(ValueError, match="matrix of an encoder layer"):
             summary.place_of(bad)
 
 
@@ -938,7 +938,7 @@ def test_heat_map_shows_the_counts():
     (lambda f: (f / "log.jsonl").write_text('{"loss": 1}'), "damaged"),
     (lambda f: (f / "ranks.json").write_text("[]"), "damaged"),
     (lambda f: (f / "ranks.json").write_text('{"bert.encoder.layer.0.output.dense": "x"}'), "no counts"),
-    (lambda f: (f / "ranks.json").write_text('{"classifier": 3}'), "is no adapted matrix")])
+    (lambda f: (f / "ranks.json").write_text('{"classifier": 3}'), "matrix of an encoder layer")])
 def test_a_folder_without_the_files(spoil, says, tmp_path, capsys):
     """Oracle: status 2 and one line "error: ..."."""
     pytest.importorskip("matplotlib")

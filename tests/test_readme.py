@@ -11,6 +11,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
 GLUE = ROOT.parent / "shared" / "glue"
@@ -27,9 +29,10 @@ from experiments import readme
 from experiments import reproduce
 from experiments import summary
 from experiments import tables
+from methods import baselines
 from tests import test_baselines
 import train
-from lora2 import add_lora2
+from lora2 import LoRA2Linear, add_lora2
 
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in readme.PAGES}
 ALL = "\n".join(PAGES.values())
@@ -299,6 +302,31 @@ def test_what_it_costs_by_hand():
         assert forward == f"+{more / 1e6:.2f}M, +{100 * more / frozen:.2f} %"
         assert both == f"+{3 * more / 1e6:.2f}M, +{100 * 3 * more / (2 * frozen):.2f} %"
     assert rows["AdaLoRA r=8"] == [f"{r * (2 * d + 1):,}"] * 2 + rows["LoRA r=8"][2:]      # Λ is no matrix
+
+
+@pytest.mark.parametrize("label, kind, k, r", [
+    ("LoRA r=1", baselines.LoRALinear, 1, 1), ("LoRA r=8", baselines.LoRALinear, 8, 8),
+    ("AdaLoRA r=8", baselines.AdaLoRALinear, 8, 8),
+    ("LoRA² k=1, r=8", LoRA2Linear, 1, 8), ("LoRA² k=8, r=8", LoRA2Linear, 8, 8)])
+def test_what_it_costs_is_what_the_code_does(label, kind, k, r):
+    """Oracle: torch's counter of FLOPs, on the layers themselves, less those of the frozen layer."""
+    def flops(layer, trained):
+        x = torch.randn(128, 768, requires_grad=trained)
+        in_place = lambda bias, a, b, **_: 2 * a[0] * a[1] * b[1]      # which torch knows out of place only
+        known = {torch.ops.aten.addmm_: in_place}
+        with FlopCounterMode(display=False, custom_mapping=known) as counter:
+            y = layer(x)
+            if trained:
+                y.sum().backward()
+        return counter.get_total_flops()
+
+    frozen, layer = (torch.nn.Linear(768, 768).requires_grad_(False) for _ in range(2))
+    layer = kind(layer, k, r)
+    numbers, _, *costs = table(README, "768 × 768, 128 tokens")[label]
+    assert numbers == f"{sum(p.numel() for p in layer.parameters() if p.requires_grad):,}"
+    for cost, trained in zip(costs, (False, True), strict=True):
+        more = flops(layer, trained) - flops(frozen, trained)
+        assert cost == f"+{more / 1e6:.2f}M, +{100 * more / flops(frozen, trained):.2f} %"
 
 
 # --- commands -----------------------------------------------------------------------------------------------
