@@ -43,15 +43,16 @@ def prepare(o, here, stored=None):
         raise ValueError(f"--max-len {o.max_len}: this model takes {net.max_len} tokens at most")
     if task.labels:
         net.config["id2label"] = {str(i): label for i, label in enumerate(task.labels)}
+    identity = folder.identity_of(o, here, task, net, tokenizer)
+    if stored:
+        folder.check_adapter(stored, identity, o.eval)
     if o.predict:
         splits["to predict"] = glue.read_split(o.predict, task, labelled=False)
     examples = {name: data.encode(tokenizer, split, o.max_len, name)
                 for name, split in splits.items()}
     data.check_ids(examples, net.config, o.model)
     unseen = examples.pop("to predict", None)
-    identity = folder.identity_of(o, here, task, net, tokenizer, examples)
-    if stored:
-        folder.check_adapter(stored, identity, o.eval)
+    identity["rows"] = folder.hash_of_data(examples)
 
     targets = models.target_modules(net, o.targets or ["q"])
     baselines.add_method(o.method, net, targets, net.head, o.k, o.r, o.alpha, o.init)

@@ -87,13 +87,15 @@ def hash_of_data(examples):
     return digest(*parts)
 
 
-def identity_of(o, here, task, net, tokenizer, examples):
-    """What a run is: settings, hashes of base model and data, what the data's columns mean."""
+def identity_of(o, here, task, net, tokenizer):
+    """What a run is: settings, a hash of the base model, what the data's columns mean.
+
+    train.py adds "rows", the hash of the data.
+    """
     columns = {"texts": task.texts, "label": task.label, "labels": task.labels,
                "metrics": task.metrics}
     return {"settings": vars(o) | {"dtype": here.dtype, "resume": None},
-            "base": fingerprint(net, tokenizer), "rows": hash_of_data(examples),
-            "columns": columns}
+            "base": fingerprint(net, tokenizer), "columns": columns}
 
 
 # --- what changes -------------------------------------------------------------------------

@@ -884,7 +884,7 @@ def test_places(q, family):
     assert list(found) == ["q", "o", "f1", "f2"]           # Figure 3's order
     for bad in ("classifier", "encoder.output.dense"):
         with pytest.raises(ValueError, match="matrix of an encoder layer"):
-            summary.place_of(bad)
+            models.place_of(bad)
 
 
 def run_folder(folder, method="lora2"):
