@@ -22,6 +22,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 
+import model as models
 from formats import disk
 from experiments import grid as grids
 from experiments.speed import table as bench_table
@@ -736,9 +737,9 @@ def test_train_is_called_as_its_command_line_wants(tmp_path, stand_in, capfd):
     calls = [call[0] for call in stand_in.calls()]
     given = options.parse(calls[0])
     assert given.pop("resume") == str(cells[0].folder) and given["data_dir"] == "my data"
-    assert options.resolve(given) == grids.settings_of(cells[0].flags)
+    assert vars(options.resolve(given)) == grids.settings_of(cells[0].flags)
     for call, cell in zip(calls[1:], cells[1:]):
-        assert options.resolve(options.parse(call)) == grids.settings_of(cell.flags) | {
+        assert vars(options.resolve(options.parse(call))) == grids.settings_of(cell.flags) | {
             "out": str(cell.folder), "overwrite": True}
     out = capfd.readouterr().out
     assert "chatter" not in out and out.count("done") == 4 and "[4/4, about 0.0 h left]" in out
