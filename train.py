@@ -173,7 +173,7 @@ def gradients(net, batch, task, here, accum):
     """
     loss = torch.zeros((), device=here.device)
     for part in parts_of(batch, here.rank, here.world, accum):
-        [labels] = to_device(here.device, part.labels)
+        [labels] = here.copies(part.labels)
         part_loss = task_loss(predict_batch(net, part, here), labels, task)
         part_loss = part_loss * (len(part.rows) / len(batch.rows))
         part_loss.backward()
@@ -222,7 +222,7 @@ class Guard:
 
 def predict_batch(net, batch, here):
     """Logits of a batch, (B, labels) in fp32."""
-    ids, mask, types = to_device(here.device, *batch[:3])
+    ids, mask, types = here.copies(*batch[:3])
     with (torch.autocast(here.device.type, torch.bfloat16, enabled=here.dtype == "bf16"),
           fast.shared_updates(net)):
         return net(ids, mask, types).float()
@@ -235,14 +235,6 @@ def task_loss(logits, labels, task):
     return F.mse_loss(logits.squeeze(1), labels)
 
 
-def to_device(device, *tensors):
-    """Copies of tensors. On a GPU the host does not wait for them, which takes pinned memory:
-    without it, as on a Mac, the batch could be gone before it is copied."""
-    if device.type != "cuda":
-        return [tensor.to(device) for tensor in tensors]
-    return [tensor.contiguous().pin_memory().to(device, non_blocking=True) for tensor in tensors]
-
-
 # --- batches ------------------------------------------------------------------------------
 
 def stream(examples, o, plan, step, net, here):
@@ -251,13 +243,8 @@ def stream(examples, o, plan, step, net, here):
     while True:
         order = torch.Generator().manual_seed(o.seed * 1_000_003 + epoch)
         yield from data.batches(examples, o.batch_size, net.config["pad_token_id"], order, skip,
-                                multiple_of(here))
+                                here.multiple)
         epoch, skip = epoch + 1, 0
-
-
-def multiple_of(here):
-    """What the width of a batch is a multiple of: a GPU's products are faster with 8 tokens."""
-    return 1 if here.device.type == "cpu" else 8
 
 
 def parts_of(batch, rank, world, accum):
@@ -283,11 +270,11 @@ def predict(net, examples, task, batch_size, here, watch):
     N = len(examples.starts) - 1
     outputs = torch.zeros(N, net.num_labels, device=here.device)
     batches = data.batches(examples, batch_size, net.config["pad_token_id"],
-                           multiple=multiple_of(here))
+                           multiple=here.multiple)
     net.eval()
     for i, batch in enumerate(watch(batches, math.ceil(N / batch_size))):
         if i % here.world == here.rank:
-            [rows] = to_device(here.device, batch.rows)
+            [rows] = here.copies(batch.rows)
             outputs[rows] = predict_batch(net, batch, here)
     net.train()
     machine.sum_up([outputs])                              # rows of other processes are 0 here

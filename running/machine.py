@@ -26,6 +26,19 @@ class Machine(NamedTuple):
         """Whether this process prints and writes files."""
         return self.rank == 0
 
+    @property
+    def multiple(self):
+        """What the width of a batch is a multiple of: a GPU's products are faster with 8 tokens."""
+        return 1 if self.device.type == "cpu" else 8
+
+    def copies(self, *tensors):
+        """Copies on the device. On a GPU the host does not wait for them, which takes pinned
+        memory: without it, as on a Mac, the batch could be gone before it is copied."""
+        if self.device.type != "cuda":
+            return [tensor.to(self.device) for tensor in tensors]
+        return [tensor.contiguous().pin_memory().to(self.device, non_blocking=True)
+                for tensor in tensors]
+
 
 def join(name=None, dtype=None):
     """The Machine of this process; where torchrun started it, together with the others.

@@ -516,7 +516,7 @@ def test_copies_are_waited_for_unless_pinned(device, expected):
         def __getattr__(self, name):
             return lambda: calls.append(name) or self
 
-    train.to_device(torch.device(device), Recorded())
+    machine.Machine(torch.device(device), "fp32", 0, 1).copies(Recorded())
     assert calls == expected
 
 
