@@ -79,12 +79,7 @@ def set_up(settings, facts=None):
     run.head_parameters = [(name, p) for name, p in trained if in_head(name)]
     run.body_parameters = [(name, p) for name, p in trained if not in_head(name)]
     net.to(run.device)
-    if run.dtype == "bf16":
-        fast.cast_frozen(net, torch.bfloat16)
-    if run.compile:                                        # after its limit, 8 shapes, torch stops compiling
-        torch._dynamo.config.cache_size_limit = 64         # recompile_limit, before torch 2.7 too
-        models.relative_rows = torch.compiler.disable(models.relative_rows)    # a plan, made once a length
-    run.forward = torch.compile(net) if run.compile else net
+    run.forward = fast.speed_up(net, run.dtype, run.compile)
     run.multiple = 1 if run.device.type == "cpu" and not run.compile else 8    # of tokens in a batch's rows
     return run
 

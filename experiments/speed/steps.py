@@ -52,8 +52,8 @@ def write_checkpoint(folder, config, seed=0):
     """
     folder = Path(folder)
     folder.mkdir(parents=True)
+    shapes = models.SequenceClassifier(models.check_config(dict(config), folder), 2).state_dict()
     torch.manual_seed(seed)
-    shapes = models.skeleton(models.check_config(dict(config), folder), 2).state_dict()
     spread = 1.4 / config["hidden_size"] ** 0.5
     weights = {name: torch.randn(tensor.shape) * (spread if tensor.dim() == 2 else 0.1)
                + (1.0 if name.endswith("LayerNorm.weight") else 0.0) for name, tensor in shapes.items()}
@@ -110,12 +110,7 @@ class OwnStep:
         else:
             baselines.add_method(method, self.net, names, head_of(self.net), k, r, 32, None)
         self.net.to(batch[0].device).train()
-        if dtype == "bf16":
-            fast.cast_frozen(self.net, torch.bfloat16)
-            for linear in self.net.modules() if method == "frozen" else ():    # the same without adapters
-                if isinstance(linear, torch.nn.Linear) and not linear.weight.requires_grad:
-                    linear.weight.data = linear.weight.data.bfloat16()
-        self.forward = torch.compile(self.net) if compile else self.net
+        self.forward = fast.speed_up(self.net, dtype, compile)
         self.parameters = [p for p in self.net.parameters() if p.requires_grad]
         self.pruner, self.steps = None, 1000
         if method == "frozen":
