@@ -83,7 +83,7 @@ def split_heads(x, H):
 class SelfAttention(nn.Module):
     """Softmax attention of BERT and RoBERTa: (B, T, d) → (B, T, d).
 
-    mask: (B, 1, 1, T), False where a token is padding. positions: None, it is for DeBERTa's.
+    mask: (B, 1, 1, T), True at tokens, False at padding. positions: None, it is for DeBERTa's.
     """
 
     def __init__(self, config):
@@ -99,6 +99,7 @@ class SelfAttention(nn.Module):
         q = split_heads(self.query(x), self.heads)          # (B, H, T, e)
         k = split_heads(self.key(x), self.heads)            # (B, H, T, e)
         v = split_heads(self.value(x), self.heads)          # (B, H, T, e)
+
         scores = q @ k.mT / math.sqrt(q.shape[-1])          # (B, H, T, T)
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         weights = self.dropout(scores.softmax(-1))
@@ -115,7 +116,7 @@ class DisentangledSelfAttention(nn.Module):
     K and Q are the key and the query projections of a learned table of relative positions. They are
     made by the very same matrices as those of the tokens, so an adapter on these acts here too.
 
-    x: (B, T, d) → (B, T, d). mask: (B, 1, 1, T), False where a token is padding.
+    x: (B, T, d) → (B, T, d). mask: (B, 1, 1, T), True at tokens, False at padding.
     positions: the table, (R, d), and which of its rows belongs to i − j, (T, T).
     """
 
@@ -172,9 +173,8 @@ class Output(nn.Module):
 
     def __init__(self, d_in, config):
         super().__init__()
-        d = config["hidden_size"]
-        self.dense = nn.Linear(d_in, d)
-        self.LayerNorm = nn.LayerNorm(d, config["layer_norm_eps"])
+        self.dense = nn.Linear(d_in, config["hidden_size"])
+        self.LayerNorm = nn.LayerNorm(config["hidden_size"], config["layer_norm_eps"])
         self.dropout = nn.Dropout(config["hidden_dropout_prob"])
 
     def forward(self, x, residual):
@@ -221,7 +221,7 @@ class Encoder(nn.Module):
         mask = attention_mask.bool()[:, None, None]         # (B, 1, 1, T)
         positions = None
         if self.relative:
-            i = torch.arange(x.shape[1], device="cpu")      # a GPU's log may round elsewhere
+            i = torch.arange(x.shape[1], device="cpu")      # a GPU's log may round otherwise
             distance = i[:, None] - i                       # (T, T): i − j
             index = bucket(distance, self.buckets, self.max_position) + self.buckets
             table = self.LayerNorm(self.rel_embeddings.weight)  # (R, d)
@@ -304,10 +304,9 @@ class SequenceClassifier(nn.Module):
 # --- names ---------------------------------------------------------------------------------------
 
 def target_modules(model, names):
-    """Dotted names of the matrices with these short names, such as ["q", "f2"], in all layers.
+    """Dotted names of some matrices of all layers, in the model's order.
 
-    names: some of q, k, v, o (attention), f1 and f2 (feed-forward).
-    ValueError for any other name, and for none.
+    names: of q, k, v, o (attention), f1 and f2 (feed-forward), at least one; else ValueError.
     """
     targets = TARGETS[model.kind]
     unknown = [name for name in names if name not in targets]
@@ -323,9 +322,9 @@ def target_modules(model, names):
 
 
 def place_of(name):
-    """Which matrix, and of which layer: "bert.encoder.layer.3.output.dense" → ("f2", 3).
+    """Which matrix, in which layer: "bert.encoder.layer.3.output.dense" → ("f2", 3).
 
-    ValueError for a module that is none of the matrices of an encoder layer.
+    ValueError for any other module.
     """
     layer, _, end = name.rpartition("layer.")[2].partition(".")  # "3", "output.dense"
     for targets in TARGETS.values():

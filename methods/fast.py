@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora2 import LoRA2Linear, lora2_layers
-from model import DisentangledSelfAttention, Encoder, SelfAttention, bucket
+from model import DisentangledSelfAttention, Encoder, SelfAttention, bucket, split_heads
 
 
 class LinearWithUpdate(torch.autograd.Function):
@@ -122,19 +122,20 @@ def add_gradients(loss, parameters):
     torch._foreach_add_(*map(list, zip(*pairs)))
 
 
-# --- the model: the same numbers as model.py in fewer operations ----------------------------------
+# --- the model: the numbers of model.py in fewer operations --------------------------------------
 
 def speed_up(net, dtype="fp32", compile=False):
-    """Let a model of model.py, adapters included, compute what it does in fewer operations.
+    """Let a model of model.py, adapters included, compute the same in fewer operations.
 
-    Call it last: after the adapters are added, the parameters frozen and the model moved to where it
-    will run. Adapters that are added later stay slow, or are refused where a frozen layer has its
-    copy; a model that is moved later needs a second call, or torch says that the devices differ.
-    Parameters, state_dict(), merging and saving stay as they are: only the classes of modules change.
+    Only the classes of its modules change: parameters, state_dict(), merging and saving do not.
+    Call it last: when adapters are added, the rest is frozen and the model is where it will run.
+    With "bf16", frozen weights must not change afterwards, and if the model is moved afterwards,
+    torch refuses to mix devices until it gets another call. Adapters that are added afterwards stay
+    plain and slow; with "bf16" they are refused.
 
     net: a SequenceClassifier, changed in place.
-    dtype: "fp32", or "bf16" for a model that runs under autocast: frozen weights are cast once, here.
-    compile: compile each layer, for any number of rows and tokens; the first steps take longer.
+    dtype: "fp32", or "bf16" for a model under autocast, whose frozen weights are cast here, once.
+    compile: whether to compile each layer, for any number of rows and tokens.
     Returns net.
     """
     faster = {
@@ -149,7 +150,7 @@ def speed_up(net, dtype="fp32", compile=False):
     if dtype == "bf16":
         cast_frozen(net, torch.bfloat16)
     if compile:
-        torch._dynamo.config.cache_size_limit = 64         # recompile_limit, before torch 2.7 too
+        torch._dynamo.config.cache_size_limit = 64          # also called recompile_limit since 2.7
         for layer in net.backbone.encoder.layer:
             layer.compile(dynamic=True)
     return net
@@ -158,8 +159,8 @@ def speed_up(net, dtype="fp32", compile=False):
 class CheapDropout(nn.Dropout):
     """nn.Dropout with cheaper random numbers on a CPU.
 
-    There most of its time goes into a Bernoulli number for each element, 6 % of a training step. Here
-    an element gets 16 random bits, a quarter of the work, and p is rounded to 1 / 65,536.
+    There most of its time goes into a Bernoulli number for each element, 6 % of a training step.
+    Here an element gets 16 random bits, a quarter of the work, and p is rounded to 1 / 65,536.
     """
 
     def forward(self, x):
@@ -167,24 +168,26 @@ class CheapDropout(nn.Dropout):
         if not (self.training and on_cpu and 0 < self.p < 1):
             return F.dropout(x, self.p, self.training)
         n = x.numel()
-        dropped = min(round(self.p * 2**16), 2**16 - 1)    # of the 65,536 numbers
+        dropped = min(round(self.p * 2**16), 2**16 - 1)     # of the 65,536 numbers
         bits = torch.empty(math.ceil(n / 4), dtype=torch.int64)
-        bits.random_(-2**63, None)                         # 4 × 16 bits in each
-        numbers = bits.view(torch.int16)[:n].view(x.shape)             # −32,768 .. 32,767
-        keep = (numbers >= dropped - 2**15).view(torch.int8)           # faster to multiply by than bool
-        return (x * keep).mul_(2**16 / (2**16 - dropped))  # backward needs `keep` alone: a byte each
+        bits.random_(-2**63, None)                          # 4 × 16 bits in each
+        numbers = bits.view(torch.int16)[:n].view(x.shape)  # −32,768 .. 32,767
+        keep = numbers >= dropped - 2**15
+        keep = keep.view(torch.int8)                        # becomes x's dtype faster than a bool
+        y = x * keep                                        # backward needs `keep`: a byte each
+        return y.mul_(2**16 / (2**16 - dropped))
 
 
 class FastEncoder(Encoder):
-    """Encoder whose layers are told less: which few rows of the table, and a mask that can be added.
+    """Encoder that gives its layers what the fast attentions take.
 
-    Its layers get mask (B, 1, 1, T): 0 at tokens, the least number of its dtype at padding; and
-    positions: the rows of the table that T tokens need, (rows, d), and `order` as relative_rows() has it.
+    mask: (B, 1, 1, T), to be added: 0 at tokens, the least number of its dtype at padding.
+    positions: the rows of the table that T tokens need, (rows, d), and order, see relative_rows().
     """
 
     def forward(self, x, attention_mask):
         positions = None
-        if self.relative:                                  # one plan, the same rows for all layers
+        if self.relative:
             first, end, order = relative_rows(x.shape[1], self.buckets, self.max_position, x.device)
             positions = self.LayerNorm(self.rel_embeddings.weight[first:end]), order
         dtype = product_dtype(x)
@@ -195,8 +198,8 @@ class FastEncoder(Encoder):
         return x
 
 
-@functools.lru_cache(maxsize=1024)                         # room for all: a CUDA graph would go on to
-@torch.inference_mode(False)                               # read a plan that was dropped
+@functools.lru_cache(maxsize=1024)      # never full: a CUDA graph goes on reading the plan it saw
+@torch.inference_mode(False)            # a plan that evaluation made first serves training too
 def relative_rows(T, buckets, max_position, device):
     """Which rows of the table of relative positions T tokens need: (first, last + 1, order).
 
@@ -204,7 +207,7 @@ def relative_rows(T, buckets, max_position, device):
     each distance has a row of its own, up to T = 132 for 256 buckets and 512 positions.
     """
     distance = torch.arange(-(T - 1), T, device="cpu")
-    rows = bucket(distance, buckets, max_position) + buckets           # 1 .. 2 · buckets − 1
+    rows = bucket(distance, buckets, max_position) + buckets
     first = rows[0].item()
     last = rows[-1].item()
     if last - first == 2 * T - 2:
@@ -213,18 +216,21 @@ def relative_rows(T, buckets, max_position, device):
 
 
 class FastSelfAttention(SelfAttention):
-    """SelfAttention in torch's fused kernel; in training on a CPU a bf16 step is 1.2 times as fast without."""
+    """SelfAttention by torch's fused kernel, which keeps no scores.
+
+    Not in training on a CPU: there a bf16 step of 128 tokens is 1.2 times as fast without it.
+    """
 
     def forward(self, x, mask, positions):
         B, T, d = x.shape
-        x = x.to(mask.dtype)                               # under autocast one copy, not three
-        q = self.query(x).view(B, T, self.heads, -1).transpose(1, 2)   # (B, H, T, e)
-        k = self.key(x).view(B, T, self.heads, -1).transpose(1, 2)
-        v = self.value(x).view(B, T, self.heads, -1).transpose(1, 2)
+        x = x.to(mask.dtype)                                # under autocast one copy, not three
+        q = split_heads(self.query(x), self.heads)          # (B, H, T, e)
+        k = split_heads(self.key(x), self.heads)            # (B, H, T, e)
+        v = split_heads(self.value(x), self.heads)          # (B, H, T, e)
         if self.training and x.device.type == "cpu":
-            scores = (q / math.sqrt(d // self.heads)) @ k.mT           # (B, H, T, T)
+            scores = (q / math.sqrt(d // self.heads)) @ k.mT    # (B, H, T, T)
             weights = scores.add_(mask).softmax(-1, scores.dtype)
-            y = self.dropout(weights) @ v                              # (B, H, T, e)
+            y = self.dropout(weights) @ v                   # (B, H, T, e)
         else:
             p = self.dropout.p if self.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, mask, p)
@@ -232,44 +238,45 @@ class FastSelfAttention(SelfAttention):
 
 
 class FastDisentangledSelfAttention(DisentangledSelfAttention):
-    """DisentangledSelfAttention without its gather, which takes a (T, T) index for each head and row.
+    """DisentangledSelfAttention without a gather, which takes a (T, T) index for each head and row.
 
-    Instead q · K_δ and k · Q_δ are made for all distances in their order, (.., T, W) with W ≥ 2T − 1,
-    and read along diagonals: one row down, the wanted column moves by one, a *view* with other strides.
-    mask, positions: as FastEncoder has them.
+    Instead q · K_δ and k · Q_δ are made for all distances in their order, (.., T, W), W ≥ 2T − 1,
+    and read along diagonals: a row further down the wanted column is one further to the side, which
+    is a *view* with other strides. mask and positions: as FastEncoder has them.
     """
 
     def forward(self, x, mask, positions):
         B, T, d = x.shape
         H = self.heads
-        table, order = positions                                       # (rows, d), (2T − 1,) or None
-        x = x.to(mask.dtype)                               # under autocast one copy, not three
-        q = heads_first(self.query_proj(x), H).contiguous()            # (H, B, T, e)
-        k = heads_first(self.key_proj(x), H).contiguous()
-        v = heads_first(self.value_proj(x), H).contiguous()
+        table, order = positions                            # (rows, d), (2T − 1,) or None
+        x = x.to(mask.dtype)                                # under autocast one copy, not three
+        q = heads_first(self.query_proj(x), H).contiguous()  # (H, B, T, e)
+        k = heads_first(self.key_proj(x), H).contiguous()   # (H, B, T, e)
+        v = heads_first(self.value_proj(x), H).contiguous()  # (H, B, T, e)
         table = self.pos_dropout(table).to(mask.dtype)
-        K = heads_first(self.key_proj(table), H)                       # (H, rows, e)
-        Q = heads_first(self.query_proj(table), H)
+        K = heads_first(self.key_proj(table), H)            # (H, rows, e)
+        Q = heads_first(self.query_proj(table), H)          # (H, rows, e)
 
-        scale = 1 / math.sqrt(3 * d / H)                   # of all terms, where it costs least; safe in fp16
+        scale = 1 / math.sqrt(3 * d / H)                    # of all terms, where it costs least
         q = q.mul_(scale)
         Q = Q * scale
-        if order is not None:                              # several distances share a bucket
-            K = K.index_select(1, order)                               # (H, 2T − 1, e)
+        if order is not None:                               # several distances share a bucket
+            K = K.index_select(1, order)                    # (H, 2T − 1, e): −(T − 1) .. T − 1
             Q = Q.index_select(1, order)
-        K = F.pad(K, (0, 0, 1, 0))                         # to W = 2T, with which products are faster
+        K = F.pad(K, (0, 0, 1, 0))                          # W = 2T: products are faster so
         Q = F.pad(Q, (0, 0, 0, 1))
-        c2p = torch.bmm(q.view(H, B * T, -1), K.flip(1).mT)             # (H, B·T, W): T − 1 .. −(T − 1)
-        p2c = torch.bmm(k.view(H, B * T, -1), Q.mT)                     # (H, B·T, W): −(T − 1) .. T − 1
+        c2p = torch.bmm(q.view(H, B * T, -1), K.flip(1).mT)  # (H, B·T, W): T − 1 .. −(T − 1)
+        p2c = torch.bmm(k.view(H, B * T, -1), Q.mT)         # (H, B·T, W): −(T − 1) .. T − 1
 
         q = q.view(H * B, T, -1)
         k = k.view(H * B, T, -1)
         v = v.view(H * B, T, -1)
         mask = mask.expand(B, H, 1, T).transpose(0, 1).reshape(H * B, 1, T)
-        scores = along_diagonals(c2p, T) + mask                        # (H·B, T, T), from here on in place
-        scores = scores.add_(along_diagonals(p2c, T).mT).baddbmm_(q, k.mT)
+        scores = along_diagonals(c2p, T) + mask             # (H·B, T, T)
+        scores.add_(along_diagonals(p2c, T).mT)
+        scores.baddbmm_(q, k.mT)
         weights = self.dropout(scores.softmax(-1, scores.dtype))
-        y = torch.bmm(weights, v)                                      # (H·B, T, e)
+        y = torch.bmm(weights, v)                           # (H·B, T, e)
         return y.view(H, B, T, -1).permute(1, 2, 0, 3).reshape(B, T, d)
 
 
@@ -279,48 +286,52 @@ def heads_first(x, H):
 
 
 def along_diagonals(S, T):
-    """View of S (H, B·T, W), W ≥ 2T − 1, as (H·B, T, T): [h·B + b, i, j] is S[h, b·T + i, T − 1 − i + j].
+    """A view of S (H, B·T, W), W ≥ 2T − 1: (H·B, T, T) of S[h, b·T + i, T − 1 − i + j].
 
-    Row i begins one column further left than row i − 1: in memory that is a step of W − 1, not of W.
-    No index and no copy; the backward pass is a strided copy, deterministic where a scatter is not.
+    Row i begins one column further left than row i − 1: in memory, a step of W − 1, not of W.
+    The backward pass is a strided copy, deterministic where a scatter is not.
     """
     H, rows, W = S.shape
     return S.as_strided((H * rows // T, T, T), (T * W, W - 1, 1), T - 1)
 
 
 class FrozenLinear(nn.Linear):
-    """nn.Linear with copies of its frozen weights in autocast's dtype: else each pass casts them."""
+    """nn.Linear with a copy of frozen weights in autocast's dtype: else each pass casts them."""
 
-    cast = None                                            # (weight, bias): what is trained is itself
+    cast = None                                             # (W, b), what is trained as it is
 
     def forward(self, x):
         autocast = torch.is_autocast_enabled(x.device.type)
-        if not autocast or self.cast is None or self.weight.requires_grad:
+        if self.cast is None or self.weight.requires_grad or not autocast:
             return super().forward(x)
         W, b = self.cast
         if W.dtype != product_dtype(x):
             return super().forward(x)
-        return F.linear(x, W, b)                           # autocast casts x, and a bias that is trained
+        return F.linear(x, W, b)                            # autocast casts x, and a trained b
 
 
 @torch.no_grad()
 def cast_frozen(model, dtype):
-    """Keep all frozen weights of linear layers in autocast's dtype too: else each pass casts them.
+    """Keep frozen weights of linear layers in autocast's dtype too: else each pass casts them.
 
     For training alone, once the model is where it will run: a copy does not follow its original.
-    About 190 operations of a pass of DeBERTaV3-base; what the backward pass keeps is no more.
+    (About 190 operations of a pass of DeBERTaV3-base; what the backward pass keeps is no more.)
     """
     bases = set()
     for _, layer in lora2_layers(model):
-        bases.add(layer.base)                              # the copy is the adapter's, gone when merged
-        weights = layer.base.weight, layer.base.bias
-        if not any(w is not None and w.requires_grad for w in weights):
-            layer.cast = {dtype: tuple(w if w is None else w.to(dtype) for w in weights)}
+        base = layer.base
+        bases.add(base)                                     # their copies go with the adapters
+        if not any(p.requires_grad for p in base.parameters()):
+            layer.cast = {dtype: (base.weight.to(dtype), cast_if_frozen(base.bias, dtype))}
     for layer in model.modules():
-        is_plain = type(layer) in (nn.Linear, FrozenLinear) and layer not in bases
-        if is_plain and not layer.weight.requires_grad:
-            bias = layer.bias
-            if bias is not None and not bias.requires_grad:
-                bias = bias.to(dtype)
+        is_linear = type(layer) in (nn.Linear, FrozenLinear) and layer not in bases
+        if is_linear and not layer.weight.requires_grad:
             layer.__class__ = FrozenLinear
-            layer.cast = layer.weight.to(dtype), bias
+            layer.cast = layer.weight.to(dtype), cast_if_frozen(layer.bias, dtype)
+
+
+def cast_if_frozen(bias, dtype):
+    """A bias in another dtype; itself if it is trained, or None."""
+    if bias is None or bias.requires_grad:
+        return bias
+    return bias.to(dtype)
