@@ -236,8 +236,6 @@ class SequenceClassifier(nn.Module):
 
     config: a dict as check_config() returns it, config.json with absent options filled in.
     num_labels: number of classes, or 1 for a score.
-    Attributes: `max_len`, the longest input in tokens; `head`, parts of the names of the head's
-    parameters; `keys`, those of state_dict() while nothing is added to the model.
     """
 
     def __init__(self, config, num_labels):
@@ -245,8 +243,8 @@ class SequenceClassifier(nn.Module):
         self.config = config
         self.num_labels = num_labels
         self.kind = config["model_type"]
-        self.max_len = config["max_position_embeddings"]
-        self.head = ["pooler", "classifier"]
+        self.max_len = config["max_position_embeddings"]    # the longest input, in tokens
+        self.head = ["pooler", "classifier"]                # parts of its parameters' names
         d = config["hidden_size"]
         backbone = nn.Module()
         backbone.embeddings = Embeddings(config)
@@ -268,7 +266,7 @@ class SequenceClassifier(nn.Module):
             self.classifier.dense = nn.Linear(d, d)
             self.classifier.out_proj = nn.Linear(d, num_labels)
         self.dropout = nn.Dropout(config[HEAD_DROPOUT[self.kind]])
-        self.keys = set(self.state_dict())
+        self.keys = set(self.state_dict())                  # as long as nobody adds an adapter
 
     @property
     def backbone(self):
