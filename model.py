@@ -1,436 +1,400 @@
-"""DeBERTaV2/V3, RoBERTa and BERT with a classification head, written out; they load the Hub's checkpoints.
+"""DeBERTaV2/V3, RoBERTa and BERT with a classification head; they load the Hub's checkpoints.
 
-    model = from_pretrained("microsoft/deberta-v3-base", num_labels=2)      # a Hub name or a folder
-    logits = model(input_ids, attention_mask, token_type_ids)               # (B, num_labels)
+    model = from_pretrained("microsoft/deberta-v3-base", num_labels=2)   # a Hub name or a folder
+    logits = model(input_ids, attention_mask, token_type_ids)            # (B, num_labels)
 
-Shapes:  B rows · T tokens · d hidden size · H heads of size e = d / H.
-Module names are the checkpoint's own: loading is one strict load_state_dict, and state_dict() has the keys of
-transformers' ...ForSequenceClassification. The three families share all but embeddings, attention and head:
+Shapes:  B rows · T tokens · d hidden size · H heads of size e = d / H · R rows of a table.
+Modules have the names of the checkpoints' keys, which are those of transformers, so that loading is
+one strict load_state_dict. The families differ in embeddings, attention and head:
 
-    tokens ─ embeddings ─┬─ attention ─ + ─ LayerNorm ─┬─ intermediate ─ output ─ + ─ LayerNorm ─ × layers
-                         └──────────────┘              └──────────────────────────┘
+    tokens ─ embeddings ─┬─ attention ─ + ─ LayerNorm ─┬─ dense ─ GELU ─ dense ─ + ─ LayerNorm ─
+                         └──────────────┘              └─────────────────────────┘   × layers
 """
-import functools
 import math
-import re
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from formats import hub
-from formats.config import HEAD_DROPOUT, check_config
+from formats.config import HEAD_DROPOUT, check_config, check_size, config_to_write
 
-ARCHITECTURE = {"deberta-v2": "DebertaV2", "roberta": "Roberta", "bert": "Bert"}
 PREFIX = {"deberta-v2": "deberta", "roberta": "roberta", "bert": "bert"}
-HEAD = r"(bert\.)?(pooler|classifier)\."    # keys that a pretraining checkpoint need not have
-# Weights of the pretraining task and of unused parts that real files carry; every other key must be used.
-LEFTOVERS = {
-    "deberta-v2": r"(lm_predictions|mask_predictions|cls)\.|(deberta\.)?embeddings\.position_",
-    "roberta": r"(lm_head|(roberta\.)?pooler)\.|(roberta\.)?embeddings\.position_ids",
-    "bert": r"cls\.|(bert\.)?embeddings\.position_ids"}
-# The six matrices of a layer: the paper's short names (Table 4) → the ends of their module names.
-TARGETS = {kind: {"q": f"attention.self.{q}", "k": f"attention.self.{k}", "v": f"attention.self.{v}",
-                  "o": "attention.output.dense", "f1": "intermediate.dense", "f2": "output.dense"}
-           for kind, q, k, v in (("deberta-v2", "query_proj", "key_proj", "value_proj"),
-                                 ("roberta", "query", "key", "value"), ("bert", "query", "key", "value"))}
+# The six matrices of a layer: the paper's short names (Table 4) → their places in a layer.
+TARGETS = {"deberta-v2": {"q": "attention.self.query_proj",
+                          "k": "attention.self.key_proj",
+                          "v": "attention.self.value_proj",
+                          "o": "attention.output.dense",
+                          "f1": "intermediate.dense",
+                          "f2": "output.dense"},
+           "roberta": {"q": "attention.self.query",
+                       "k": "attention.self.key",
+                       "v": "attention.self.value",
+                       "o": "attention.output.dense",
+                       "f1": "intermediate.dense",
+                       "f2": "output.dense"}}
+TARGETS["bert"] = TARGETS["roberta"]
 
 
-# --- the blocks, bottom up ---------------------------------------------------------------------------------
-
-class Dropout(nn.Dropout):
-    """nn.Dropout, with cheaper randomness on a CPU: there most of its time goes into a Bernoulli number for
-    each element, 6 % of a training step. 16 random bits take a quarter of that; p is rounded to 1 / 65,536.
-    """
-
-    def forward(self, x):
-        on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
-        if not (self.training and on_cpu and 0 < self.p < 1):
-            return F.dropout(x, self.p, self.training)
-        dropped = min(round(self.p * 2**16), 2**16 - 1)    # of the 65,536 numbers
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None)      # 4 × 16 in each
-        keep = bits.view(torch.int16)[:x.numel()].view(x.shape) >= dropped - 2**15
-        keep = keep.view(torch.int8)                       # which becomes x's dtype twice as fast as a bool
-        return (x * keep).mul_(2**16 / (2**16 - dropped))  # backward needs `keep` alone: a byte each
-
+# --- the blocks, bottom up -----------------------------------------------------------------------
 
 class Embeddings(nn.Module):
-    """Sum of word, token-type and absolute position embeddings → LayerNorm → dropout: (B, T) → (B, T, d).
+    """Sum of word, token-type and position embeddings → LayerNorm → dropout: (B, T) → (B, T, d).
 
-    DeBERTaV3 has only the word embeddings: order enters through its attention.
+    DeBERTa has no position embeddings: order enters through its attention.
     """
 
-    def __init__(self, c):
+    def __init__(self, config):
         super().__init__()
-        self.pad, self.roberta = c["pad_token_id"], c["model_type"] == "roberta"
-        self.word_embeddings = nn.Embedding(c["vocab_size"], c["hidden_size"], padding_idx=self.pad)
-        self.position_embeddings = self.token_type_embeddings = None
-        if c["model_type"] != "deberta-v2":
-            unused = self.pad if self.roberta else None
-            self.position_embeddings = nn.Embedding(c["max_position_embeddings"], c["hidden_size"], unused)
-        if c["type_vocab_size"] > 0:
-            self.token_type_embeddings = nn.Embedding(c["type_vocab_size"], c["hidden_size"])
-        self.LayerNorm = nn.LayerNorm(c["hidden_size"], c["layer_norm_eps"])
-        self.dropout = Dropout(c["hidden_dropout_prob"])
+        d = config["hidden_size"]
+        self.kind = config["model_type"]
+        self.pad = config["pad_token_id"]
+        self.types = config["type_vocab_size"]
+        self.word_embeddings = nn.Embedding(config["vocab_size"], d, self.pad)
+        if self.kind == "roberta":
+            self.position_embeddings = nn.Embedding(config["max_position_embeddings"], d, self.pad)
+        if self.kind == "bert":
+            self.position_embeddings = nn.Embedding(config["max_position_embeddings"], d)
+        if self.types > 0:
+            self.token_type_embeddings = nn.Embedding(self.types, d)
+        self.LayerNorm = nn.LayerNorm(d, config["layer_norm_eps"])
+        self.dropout = nn.Dropout(config["hidden_dropout_prob"])
 
     def forward(self, input_ids, token_type_ids):
-        x = self.word_embeddings(input_ids)                                     # (B, T, d)
-        if self.token_type_embeddings is not None:
-            if token_type_ids is None or self.token_type_embeddings.num_embeddings == 1:
-                token_type_ids = torch.zeros_like(input_ids)                    # RoBERTa has a single type
+        x = self.word_embeddings(input_ids)                 # (B, T, d)
+        if self.types > 0:
+            if token_type_ids is None or self.types == 1:   # RoBERTa has a single type
+                token_type_ids = torch.zeros_like(input_ids)
             x = x + self.token_type_embeddings(token_type_ids)
-        if self.roberta:                           # real tokens count from pad + 1, padding stays at pad
-            real = (input_ids != self.pad).long()
-            x = x + self.position_embeddings(real.cumsum(1) * real + self.pad)
-        elif self.position_embeddings is not None:
-            x = x + self.position_embeddings.weight[:x.shape[1]]                # (T, d) for every row
+        if self.kind == "roberta":                          # [5, 5, pad], and pad = 1:
+            real = (input_ids != self.pad).long()           # [1, 1, 0]
+            positions = real.cumsum(1) * real + self.pad    # [2, 3, 1], padding is at pad
+            x = x + self.position_embeddings(positions)
+        if self.kind == "bert":
+            x = x + self.position_embeddings.weight[:x.shape[1]]  # (T, d), for every row
         return self.dropout(self.LayerNorm(x))
+
+
+def split_heads(x, H):
+    """(..., T, d) → (..., H, T, e): head h has columns h·e to (h + 1)·e."""
+    return x.unflatten(-1, (H, -1)).transpose(-3, -2)
 
 
 class SelfAttention(nn.Module):
     """Softmax attention of BERT and RoBERTa: (B, T, d) → (B, T, d).
 
-    mask (B, 1, 1, T) is added to the scores: 0 at tokens, the least number of its dtype at padding.
-    positions: None; it is there for DeBERTa's sake.
+    mask: (B, 1, 1, T), True at tokens, False at padding. positions: None, it is for DeBERTa's.
     """
 
-    def __init__(self, c):
+    def __init__(self, config):
         super().__init__()
-        self.heads, self.dropout = c["num_attention_heads"], Dropout(c["attention_probs_dropout_prob"])
-        self.query, self.key, self.value = (nn.Linear(c["hidden_size"], c["hidden_size"]) for _ in range(3))
+        d = config["hidden_size"]
+        self.heads = config["num_attention_heads"]
+        self.query = nn.Linear(d, d)
+        self.key = nn.Linear(d, d)
+        self.value = nn.Linear(d, d)
+        self.dropout = nn.Dropout(config["attention_probs_dropout_prob"])
 
     def forward(self, x, mask, positions):
-        B, T, d = x.shape
-        x = x.to(mask.dtype)                       # under autocast: one copy for all three, not one each
-        q, k, v = (proj(x).view(B, T, self.heads, -1).transpose(1, 2)           # each (B, H, T, e)
-                   for proj in (self.query, self.key, self.value))
-        if self.training and x.device.type == "cpu":       # a bf16 step of 128 tokens is 1.2 times as fast so
-            scores = ((q / math.sqrt(d // self.heads)) @ k.mT).add_(mask)       # (B, H, T, T)
-            y = self.dropout(scores.softmax(-1, scores.dtype)) @ v              # (B, H, T, e)
-        else:                                              # all in one: a GPU keeps no scores
-            p = self.dropout.p if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, mask, p)
-        return y.transpose(1, 2).reshape(B, T, d)
+        q = split_heads(self.query(x), self.heads)          # (B, H, T, e)
+        k = split_heads(self.key(x), self.heads)            # (B, H, T, e)
+        v = split_heads(self.value(x), self.heads)          # (B, H, T, e)
+
+        scores = q @ k.mT / math.sqrt(q.shape[-1])          # (B, H, T, T)
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        weights = self.dropout(scores.softmax(-1))
+        y = weights @ v                                     # (B, H, T, e)
+        return y.transpose(1, 2).flatten(2)                 # (B, T, d)
 
 
 class DisentangledSelfAttention(nn.Module):
     """DeBERTa's attention: content and relative position are kept apart and meet in three terms.
 
-        score[i, j] = ( q_i · k_j  +  q_i · K_δ  +  k_j · Q_δ ) / sqrt(3e)           δ = bucket(i − j)
+        score[i, j] = ( q_i · k_j  +  q_i · K_δ  +  k_j · Q_δ ) / sqrt(3e),    δ = bucket(i − j)
                         content    content→position  position→content
 
-    K_δ and Q_δ are the key and query projections of row δ of a learned table of relative positions, by the
-    very same matrices that project tokens (so that an adapter on them acts here too).
+    K and Q are the key and the query projections of a learned table of relative positions. They are
+    made by the very same matrices as those of the tokens, so an adapter on these acts here too.
 
-    x (B, T, d) → (B, T, d); mask (B, 1, 1, T) is added to the scores. positions: the table's rows that can
-    occur, (R, d) after LayerNorm, and which of them the distances −(T−1) .. T−1 have, (2T−1,), or None if
-    row w is distance w − (T−1): see relative_rows().
-
-    A gather of q_i · K_δ over all i, j would need a (T, T) index per head and row. Instead both position
-    products are made against the table in order of distance, (.., T, W) with W ≥ 2T − 1, and read along
-    diagonals: one row down, the wanted column moves by one, a *view* with other strides: along_diagonals().
+    x: (B, T, d) → (B, T, d). mask: (B, 1, 1, T), True at tokens, False at padding.
+    positions: the table, (R, d), and which of its rows belongs to i − j, (T, T).
     """
 
-    def __init__(self, c):
+    def __init__(self, config):
         super().__init__()
-        self.heads, d = c["num_attention_heads"], c["hidden_size"]
-        self.query_proj, self.key_proj, self.value_proj = (nn.Linear(d, d) for _ in range(3))
-        self.pos_dropout = Dropout(c["hidden_dropout_prob"])
-        self.dropout = Dropout(c["attention_probs_dropout_prob"])
-
-    def split(self, x):
-        """(..., d) → (H, ..., e): heads first, so that one product per head serves all rows of the batch."""
-        return x.unflatten(-1, (self.heads, -1)).movedim(-2, 0)
+        d = config["hidden_size"]
+        self.heads = config["num_attention_heads"]
+        self.query_proj = nn.Linear(d, d)
+        self.key_proj = nn.Linear(d, d)
+        self.value_proj = nn.Linear(d, d)
+        self.pos_dropout = nn.Dropout(config["hidden_dropout_prob"])
+        self.dropout = nn.Dropout(config["attention_probs_dropout_prob"])
 
     def forward(self, x, mask, positions):
-        (B, T, d), H = x.shape, self.heads
-        table, order = positions                                                # (R, d); (2T − 1,) or None
-        x = x.to(mask.dtype)                       # under autocast: one copy for all three, not one each
-        q, k, v = (self.split(proj(x)).contiguous()                             # each (H, B, T, e)
-                   for proj in (self.query_proj, self.key_proj, self.value_proj))
-        table = self.pos_dropout(table).to(mask.dtype)
-        K, Q = (self.split(proj(table)) for proj in (self.key_proj, self.query_proj))        # each (H, R, e)
-        scale = 1 / math.sqrt(3 * d / H)           # of all three terms, where it costs least; safe in fp16
-        q, Q = q.mul_(scale), Q * scale
-        if order is not None:                      # T > 132: several distances share a bucket
-            K, Q = K.index_select(1, order), Q.index_select(1, order)       # (H, 2T−1, e): −(T−1) .. T−1
-        K, Q = F.pad(K, (0, 0, 1, 0)), F.pad(Q, (0, 0, 0, 1))      # to W = 2T, which products are faster with
-        c2p = torch.bmm(q.view(H, B * T, -1), K.flip(1).mT)                     # (H, B·T, W): T−1 .. −(T−1)
-        p2c = torch.bmm(k.view(H, B * T, -1), Q.mT)                             # (H, B·T, W): −(T−1) .. T−1
-        q, k, v = (t.view(H * B, T, -1) for t in (q, k, v))
-        scores = along_diagonals(c2p, T) + mask.expand(B, H, 1, T).transpose(0, 1).reshape(H * B, 1, T)
-        scores.add_(along_diagonals(p2c, T).mT).baddbmm_(q, k.mT)               # (H·B, T, T), in place
-        y = torch.bmm(self.dropout(scores.softmax(-1, scores.dtype)), v)        # (H·B, T, e)
-        return y.view(H, B, T, -1).permute(1, 2, 0, 3).reshape(B, T, d)
+        table, index = positions                            # (R, d), (T, T)
+        table = self.pos_dropout(table)
+        q = split_heads(self.query_proj(x), self.heads)     # (B, H, T, e)
+        k = split_heads(self.key_proj(x), self.heads)       # (B, H, T, e)
+        v = split_heads(self.value_proj(x), self.heads)     # (B, H, T, e)
+        Q = split_heads(self.query_proj(table), self.heads)  # (H, R, e)
+        K = split_heads(self.key_proj(table), self.heads)   # (H, R, e)
+
+        c2c = q @ k.mT                                      # [i, j] = q_i · k_j
+        index = index.expand_as(c2c)                        # (B, H, T, T), as all three
+        c2p = (q @ K.mT).gather(-1, index)                  # [i, j] = q_i · K_δ
+        p2c = (k @ Q.mT).gather(-1, index.mT).mT            # [i, j] = k_j · Q_δ
+        scores = (c2c + c2p + p2c) / math.sqrt(3 * q.shape[-1])
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        weights = self.dropout(scores.softmax(-1))          # (B, H, T, T)
+        y = weights @ v                                     # (B, H, T, e)
+        return y.transpose(1, 2).flatten(2)                 # (B, T, d)
 
 
-def along_diagonals(S, T):
-    """View of S (H, B·T, W), W ≥ 2T−1, as (H·B, T, T) with [h·B + b, i, j] = S[h, b·T + i, T − 1 − i + j].
+def bucket(distance, buckets, max_position):
+    """The bucket δ of each distance i − j: integers of any shape → integers of that shape.
 
-    Row i begins one column further left than row i − 1: in memory that is a step of W − 1 instead of W.
-    No index tensor, no copy; the backward pass is a strided copy, deterministic where a scatter is not.
+    Distances up to buckets / 2 have a bucket each. Longer ones share buckets whose sizes grow with
+    the logarithm up to max_position: a coarser ruler for far words. At DeBERTaV3's sizes, 256 and
+    512, bucket(140) = 128 + ceil( ln(140 / 128) / ln(511 / 128) · 127 ) = 128 + ceil(8.2) = 137:
+
+        distance    0    1    128    129    140    300    511    −300
+        bucket      0    1    128    129    137    207    255    −207
     """
-    n, W = S.shape[0] * S.shape[1] // T, S.shape[2]
-    return S.as_strided((n, T, T), (T * W, W - 1, 1), T - 1)
-
-
-@functools.lru_cache(maxsize=256)
-@torch.inference_mode(False)                       # a plan first made while evaluating serves training too
-def relative_rows(T, buckets, max_position, device):
-    """Which rows of the relative-position table T tokens need: (first, last + 1, order or None).
-
-    Distances up to buckets/2 have a row each; longer ones share rows in log-sized buckets up to max_position,
-    which gives far words a coarser ruler. With the usual 256 buckets and 512 positions
-        bucket(140) = 128 + ceil( ln(140 / 128) / ln(511 / 128) · 127 ) = 128 + ceil(8.2) = 137
-        0 → 0     1 → 1     128 → 128     129 → 129     300 → 207     511 → 255     −300 → −207
-    and bucket b is row 256 + b. `order` (2T − 1,) lists the row within the slice for distances −(T−1) .. T−1;
-    None while each distance has a row of its own. Formula and float32 rounding are the DeBERTa release's.
-    """
-    distance = torch.arange(-(T - 1), T, device="cpu")                          # (W,)
     mid = buckets // 2
-    magnitude = distance.abs().clamp(min=mid).float()
-    log_size = torch.log(magnitude / mid) / torch.log(torch.tensor((max_position - 1) / mid))  # 0 .. 1
-    far = (torch.ceil(log_size * (mid - 1)) + mid) * distance.sign()
-    bucket = torch.where(distance.abs() <= mid, distance, far.long())
-    rows = bucket + buckets                                                     # 1 .. 2·buckets − 1
-    first, last = rows[0].item(), rows[-1].item()
-    order = None if last - first == 2 * T - 2 else (rows - first).to(device)
-    return first, last + 1, order
+    size = distance.abs().clamp(min=mid).float()            # at least mid: no log of 0
+    longest = torch.tensor((max_position - 1) / mid)
+    share = torch.log(size / mid) / torch.log(longest)      # 0 at mid, 1 at the longest
+    far = mid + torch.ceil(share * (mid - 1)).long()
+    return torch.where(distance.abs() <= mid, distance, far * distance.sign())
 
 
 class Output(nn.Module):
-    """dense → dropout → add residual → LayerNorm: ends both halves of a layer. (B, T, d_in) → (B, T, d)."""
+    """dense → dropout → + residual → LayerNorm, the end of both halves of a layer: → (B, T, d)."""
 
-    def __init__(self, d_in, c):
+    def __init__(self, d_in, config):
         super().__init__()
-        self.dense = nn.Linear(d_in, c["hidden_size"])
-        self.LayerNorm = nn.LayerNorm(c["hidden_size"], c["layer_norm_eps"])
-        self.dropout = Dropout(c["hidden_dropout_prob"])
+        self.dense = nn.Linear(d_in, config["hidden_size"])
+        self.LayerNorm = nn.LayerNorm(config["hidden_size"], config["layer_norm_eps"])
+        self.dropout = nn.Dropout(config["hidden_dropout_prob"])
 
     def forward(self, x, residual):
         return self.LayerNorm(self.dropout(self.dense(x)) + residual)
 
 
 class Layer(nn.Module):
-    """One transformer layer, post-norm: (B, T, d) → (B, T, d). The nesting of names is the checkpoints'."""
+    """One transformer layer: (B, T, d) → (B, T, d). Its bare nn.Modules are for the names' sake."""
 
-    def __init__(self, c):
+    def __init__(self, config):
         super().__init__()
         self.attention = nn.Module()
-        disentangled = c["model_type"] == "deberta-v2"
-        self.attention.self = DisentangledSelfAttention(c) if disentangled else SelfAttention(c)
-        self.attention.output = Output(c["hidden_size"], c)
+        if config["model_type"] == "deberta-v2":
+            self.attention.self = DisentangledSelfAttention(config)
+        else:
+            self.attention.self = SelfAttention(config)
+        self.attention.output = Output(config["hidden_size"], config)
         self.intermediate = nn.Module()
-        self.intermediate.dense = nn.Linear(c["hidden_size"], c["intermediate_size"])
-        self.output = Output(c["intermediate_size"], c)
+        self.intermediate.dense = nn.Linear(config["hidden_size"], config["intermediate_size"])
+        self.output = Output(config["intermediate_size"], config)
 
     def forward(self, x, mask, positions):
-        x = self.attention.output(self.attention.self(x, mask, positions), x)   # (B, T, d)
-        return self.output(F.gelu(self.intermediate.dense(x)), x)               # (B, T, d), inside (B, T, f)
+        y = self.attention.self(x, mask, positions)         # (B, T, d)
+        x = self.attention.output(y, x)                     # (B, T, d)
+        y = F.gelu(self.intermediate.dense(x))              # (B, T, f)
+        return self.output(y, x)                            # (B, T, d)
 
 
 class Encoder(nn.Module):
-    """The layers and, for DeBERTa, the table of relative positions they share: (B, T, d) → (B, T, d)."""
+    """The layers and, in DeBERTa, the table of positions that they share: (B, T, d) → (B, T, d)."""
 
-    def __init__(self, c):
+    def __init__(self, config):
         super().__init__()
-        self.layer = nn.ModuleList(Layer(c) for _ in range(c["num_hidden_layers"]))
-        self.rel_embeddings = None
-        if c["model_type"] == "deberta-v2":
-            self.buckets, self.max_position = c["position_buckets"], c["max_position_embeddings"]
-            self.rel_embeddings = nn.Embedding(2 * self.buckets, c["hidden_size"])
-            self.LayerNorm = nn.LayerNorm(c["hidden_size"], c["layer_norm_eps"])
+        self.layer = nn.ModuleList(Layer(config) for _ in range(config["num_hidden_layers"]))
+        self.relative = config["model_type"] == "deberta-v2"
+        if self.relative:
+            d = config["hidden_size"]
+            self.buckets = config["position_buckets"]
+            self.max_position = config["max_position_embeddings"]
+            self.rel_embeddings = nn.Embedding(2 * self.buckets, d)  # row buckets + δ is of δ
+            self.LayerNorm = nn.LayerNorm(d, config["layer_norm_eps"])
 
     def forward(self, x, attention_mask):
+        mask = attention_mask.bool()[:, None, None]         # (B, 1, 1, T)
         positions = None
-        if self.rel_embeddings is not None:        # one plan and the same normalised rows for all layers
-            first, end, order = relative_rows(x.shape[1], self.buckets, self.max_position, x.device)
-            positions = self.LayerNorm(self.rel_embeddings.weight[first:end]), order
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        mask = torch.zeros(attention_mask.shape, dtype=dtype, device=x.device)  # added to the scores
-        mask = mask.masked_fill(~attention_mask.bool(), torch.finfo(dtype).min)[:, None, None]
+        if self.relative:
+            i = torch.arange(x.shape[1], device="cpu")      # a GPU's log may round otherwise
+            distance = i[:, None] - i                       # (T, T): i − j
+            index = bucket(distance, self.buckets, self.max_position) + self.buckets
+            table = self.LayerNorm(self.rel_embeddings.weight)  # (R, d)
+            positions = table, index.to(x.device)
         for layer in self.layer:
             x = layer(x, mask, positions)
         return x
 
 
-class Pooler(nn.Module):
-    """First token → dropout → dense → activation: (B, T, d) → (B, d)."""
-
-    def __init__(self, c, dropout, activation):
-        super().__init__()
-        self.dense = nn.Linear(c["hidden_size"], c["hidden_size"])
-        self.dropout, self.activation = Dropout(dropout), activation
-
-    def forward(self, x):
-        return self.activation(self.dense(self.dropout(x[:, 0])))
-
-
-class RobertaHead(Pooler):
-    """RoBERTa's pooler and the matrix after it, the same dropout before both: (B, T, d) → (B, num_labels)."""
-
-    def __init__(self, c, num_labels):
-        super().__init__(c, c["classifier_dropout"], torch.tanh)
-        self.out_proj = nn.Linear(c["hidden_size"], num_labels)
-
-    def forward(self, x):
-        return self.out_proj(self.dropout(super().forward(x)))                  # (B, num_labels)
-
-
 class SequenceClassifier(nn.Module):
-    """Encoder and head, with random weights, in torch's default dtype; from_pretrained() has a checkpoint's.
+    """Encoder and head with random weights; from_pretrained() returns one with a checkpoint's.
 
-    config: a dict as check_config() returns it, a checkpoint's config.json with absent options filled in.
-    num_labels: classes, or 1 for a score.
+    config: a dict as check_config() returns it, config.json with absent options filled in.
+    num_labels: number of classes, or 1 for a score.
     """
 
     def __init__(self, config, num_labels):
         super().__init__()
-        self.config, self.num_labels = config, num_labels
-        kind, backbone = config["model_type"], nn.Module()
-        backbone.embeddings, backbone.encoder = Embeddings(config), Encoder(config)
-        setattr(self, PREFIX[kind], backbone)
-        if kind == "roberta":
-            self.classifier = RobertaHead(config, num_labels)
-            return
-        if kind == "deberta-v2":
-            self.pooler = Pooler(config, config["pooler_dropout"], F.gelu)
+        self.config = config
+        self.num_labels = num_labels
+        self.kind = config["model_type"]
+        self.max_len = config["max_position_embeddings"]    # the longest input, in tokens
+        self.head = ["pooler", "classifier"]                # parts of its parameters' names
+        d = config["hidden_size"]
+        backbone = nn.Module()
+        backbone.embeddings = Embeddings(config)
+        backbone.encoder = Encoder(config)
+        setattr(self, PREFIX[self.kind], backbone)
+        if self.kind == "deberta-v2":
+            self.pooler = nn.Module()
+            self.pooler.dense = nn.Linear(d, d)
+            self.pooler.dropout = nn.Dropout(config["pooler_dropout"])
+            self.classifier = nn.Linear(d, num_labels)
+        elif self.kind == "bert":
+            backbone.pooler = nn.Module()
+            backbone.pooler.dense = nn.Linear(d, d)
+            self.classifier = nn.Linear(d, num_labels)
         else:
-            backbone.pooler = Pooler(config, 0.0, torch.tanh)
-        self.dropout = Dropout(config[HEAD_DROPOUT[kind]])
-        self.classifier = nn.Linear(config["hidden_size"], num_labels)
+            self.max_len -= config["pad_token_id"] + 1      # where positions begin
+            self.head = ["classifier"]
+            self.classifier = nn.Module()
+            self.classifier.dense = nn.Linear(d, d)
+            self.classifier.out_proj = nn.Linear(d, num_labels)
+        self.dropout = nn.Dropout(config[HEAD_DROPOUT[self.kind]])
+        self.keys = set(self.state_dict())                  # as long as nobody adds an adapter
 
     @property
     def backbone(self):
-        """All but the head: embeddings and encoder (BERT: and pooler), under the checkpoint's own name."""
-        return getattr(self, PREFIX[self.config["model_type"]])
-
-    @property
-    def max_len(self):
-        """Longest input in tokens. RoBERTa's first position is pad + 1, so its 514 rows are 512 tokens."""
-        c = self.config
-        return c["max_position_embeddings"] - (c["pad_token_id"] + 1 if c["model_type"] == "roberta" else 0)
+        """All but the head (with BERT's pooler), under the checkpoint's own name."""
+        return getattr(self, PREFIX[self.kind])
 
     def encode(self, input_ids, attention_mask, token_type_ids=None):
-        """Token ids (B, T), mask (B, T; 0 or False = padding), types (B, T; None: all 0) → states (B, T, d).
+        """The last hidden states, (B, T, d). ValueError if T is more than max_len.
 
-        ValueError if T is more than the model has positions for.
+        All three are (B, T); the mask is 0 or False at padding, the types may be None for zeros.
         """
-        if input_ids.shape[1] > self.max_len:
-            raise ValueError(f"{input_ids.shape[1]} tokens, but the model has positions for {self.max_len}: "
+        T = input_ids.shape[1]
+        if T > self.max_len:
+            raise ValueError(f"{T} tokens, but the model has positions for {self.max_len}: "
                              "shorten the input")
-        return self.backbone.encoder(self.backbone.embeddings(input_ids, token_type_ids), attention_mask)
+        x = self.backbone.embeddings(input_ids, token_type_ids)  # (B, T, d)
+        return self.backbone.encoder(x, attention_mask)     # (B, T, d)
 
     def forward(self, input_ids, attention_mask, token_type_ids=None):
-        """The arguments of encode() → logits (B, num_labels), in the weights' dtype or autocast's."""
-        x = self.encode(input_ids, attention_mask, token_type_ids)
-        if self.config["model_type"] == "roberta":
-            return self.classifier(x)
-        pooler = self.pooler if self.config["model_type"] == "deberta-v2" else self.backbone.pooler
-        return self.classifier(self.dropout(pooler(x)))
+        """The arguments of encode() → logits, (B, num_labels)."""
+        x = self.encode(input_ids, attention_mask, token_type_ids)  # (B, T, d)
+        x = x[:, 0]                                         # (B, d): of the first token
+        if self.kind == "deberta-v2":
+            x = F.gelu(self.pooler.dense(self.pooler.dropout(x)))
+            return self.classifier(self.dropout(x))
+        if self.kind == "bert":
+            x = torch.tanh(self.backbone.pooler.dense(x))
+            return self.classifier(self.dropout(x))
+        x = torch.tanh(self.classifier.dense(self.dropout(x)))
+        return self.classifier.out_proj(self.dropout(x))
 
+
+# --- names ---------------------------------------------------------------------------------------
 
 def target_modules(model, names):
-    """Dotted names of the modules behind the paper's short names, in all layers, e.g. for ["q", "f2"].
+    """Dotted names of some matrices of all layers, in the model's order.
 
-    names: some of q, k, v, o (attention), f1 and f2 (feed-forward); ValueError for others, and for none.
+    names: of q, k, v, o (attention), f1 and f2 (feed-forward), at least one; else ValueError.
     """
-    kind = model.config["model_type"]
-    unknown = [name for name in names if name not in TARGETS[kind]]
+    targets = TARGETS[model.kind]
+    unknown = [name for name in names if name not in targets]
     if unknown or not names:
         raise ValueError(f"unknown target {', '.join(unknown) or 'list (empty)'}: "
-                         f"give some of {','.join(TARGETS[kind])}")
-    return [f"{PREFIX[kind]}.encoder.layer.{i}.{end}" for i in range(model.config["num_hidden_layers"])
-            for name, end in TARGETS[kind].items() if name in names]
+                         f"give some of {','.join(targets)}")
+    found = []
+    for i in range(model.config["num_hidden_layers"]):
+        for name, end in targets.items():
+            if name in names:
+                found.append(f"{PREFIX[model.kind]}.encoder.layer.{i}.{end}")
+    return found
 
 
-# --- loading and saving ------------------------------------------------------------------------------------
+def place_of(name):
+    """Which matrix, in which layer: "bert.encoder.layer.3.output.dense" → ("f2", 3).
+
+    ValueError for any other module.
+    """
+    layer, _, end = name.rpartition("layer.")[2].partition(".")  # "3", "output.dense"
+    for targets in TARGETS.values():
+        for short, path in targets.items():
+            if end == path and layer.isdecimal():
+                return short, int(layer)
+    raise ValueError(f"{name} is no matrix of an encoder layer")
+
+
+def in_head(name, head):
+    """Whether a dotted name has one of the parts in `head`: those of the head's parameters do."""
+    return any(part in head for part in name.split("."))
+
+
+# --- loading and saving --------------------------------------------------------------------------
 
 def from_pretrained(name_or_dir, num_labels, head_dropout=None):
-    """Build the model that a checkpoint (Hub name or folder) describes and load its weights, in fp32.
+    """The model that a checkpoint describes, with the checkpoint's weights, in fp32.
 
-    Every weight of the backbone must be there, and every weight in the file must be used or be a known
-    leftover of pretraining. Head weights come from the file if it has them; else they are drawn from
-    N(0, initializer_range²) with torch's global generator and listed in `model.new_weights`. head_dropout:
-    None for the checkpoint's. Raises OSError if files cannot be had, ValueError if they cannot be used.
-    Also of the model: .config (dict), .source (name_or_dir), .max_len (in tokens).
+    Every weight of the backbone must be in the file, and every weight in the file must be used or
+    be a known leftover of pretraining. A layer of the head that is not there is drawn with torch's
+    global generator from N(0, initializer_range²), and `new_weights` of the model lists its keys.
+
+    name_or_dir: a Hub name, or a folder with config.json and the weights; `source` of the model.
+    num_labels: number of classes, or 1 for a score.
+    head_dropout: rate of the dropout before the classifier, None for the checkpoint's.
+    OSError if files cannot be had, ValueError if they cannot be used.
     """
-    path = hub.find(name_or_dir, "config.json")
-    if path is None:
-        raise ValueError(f"{name_or_dir} has no config.json: give a whole checkpoint, a folder or a Hub name")
+    path = hub.find_config(name_or_dir)
     config = check_config(hub.read_json(path), path)
     if head_dropout is not None:
         config[HEAD_DROPOUT[config["model_type"]]] = head_dropout
-    model = skeleton(config, num_labels)           # the tensors of the file become its weights
-    model.source, shapes = str(name_or_dir), model.state_dict()
-    weights = convert(hub.read_weights(name_or_dir), model)
-    loaded = {key.rpartition(".")[0] for key in weights}   # modules
-    new = {key: shapes[key] for key in shapes if re.match(HEAD, key) and key.rpartition(".")[0] not in loaded}
+    weights = hub.read_weights(name_or_dir)
+    check_size(config, weights, name_or_dir)
+    with torch.random.fork_rng(devices=[]):                 # what is drawn here is not used:
+        model = SequenceClassifier(config, num_labels)      # a seed shall not depend on it
+    weights = hub.convert(weights, PREFIX[model.kind], model.keys, name_or_dir)
+    model.source = str(name_or_dir)
+    model.new_weights = draw_head(model, weights)
     try:
-        model.load_state_dict(weights | new, strict=True, assign=True)
-    except RuntimeError as e:                      # lists all that is missing, unexpected or of another shape
-        raise ValueError(f"{name_or_dir} does not fit its config.json and {num_labels} label(s), give a "
-                         f"checkpoint that does: {hub.one_line(e, 600)}") from e
-    for module in dict.fromkeys(key.rpartition(".")[0] for key in new):
-        linear = model.get_submodule(module).to_empty(device="cpu")
-        nn.init.normal_(linear.weight, std=config["initializer_range"])
-        nn.init.zeros_(linear.bias)
-    model.new_weights = list(new)
-    return model
+        model.load_state_dict(weights, assign=True)         # maps the file, copies nothing
+    except RuntimeError as e:                               # names all that does not fit
+        raise ValueError(f"{name_or_dir} does not fit its config.json and {num_labels} label(s), "
+                         f"give a checkpoint that does: {hub.one_line(e, 600)}") from e
+    return model.float()
 
 
-class SkipInit(TorchFunctionMode):
-    """Within it modules are made without random numbers, which on the meta device cost 2 s of imports."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        is_init = getattr(function, "__module__", None) == "torch.nn.init"
-        return None if is_init else function(*args, **(kwargs or {}))
-
-
-def skeleton(config, num_labels):
-    """The model without numbers: only its shapes, on the meta device."""
-    with torch.device("meta"), SkipInit():
-        return SequenceClassifier(config, num_labels)
-
-
-def convert(weights, model):
-    """{a file's key: tensor} → {the model's key: fp32 tensor}, without the leftovers of pretraining.
-
-    A file of the encoder alone has no prefix; in the oldest files a LayerNorm has gamma and beta.
-    """
-    kind, known, converted = model.config["model_type"], model.state_dict().keys(), {}
-    for name, tensor in weights.items():
-        key = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", str(name))
-        key = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", key)
-        key = f"{PREFIX[kind]}.{key}" if f"{PREFIX[kind]}.{key}" in known else key
-        if key not in known and re.match(LEFTOVERS[kind], key):
-            continue
-        if key in converted or not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            fault = "there twice" if key in converted else "not a floating-point tensor"
-            raise ValueError(f"{key} of {model.source} is {fault}: use a plain checkpoint")
-        converted[key] = tensor.float().contiguous()
-    return converted
+def draw_head(model, weights):
+    """Draw the layers of the head that `weights` lacks and add them to it; returns their keys."""
+    drawn = []
+    for name, layer in model.named_modules():
+        if in_head(name, model.head) and isinstance(layer, nn.Linear):
+            new = {f"{name}.weight": layer.weight.detach(), f"{name}.bias": layer.bias.detach()}
+            if new.keys().isdisjoint(weights):
+                nn.init.normal_(layer.weight, std=model.config["initializer_range"])
+                nn.init.zeros_(layer.bias)
+                weights.update(new)
+                drawn += new
+    return drawn
 
 
 def save_pretrained(model, folder):
-    """Write config.json, model.safetensors and the tokenizer's files for transformers' Auto classes to open.
+    """Write config.json, model.safetensors and the tokenizer's files, for transformers to open.
 
-    ValueError for a model that still has adapters (merge it first: no other software knows their keys);
+    ValueError for a model with adapters: merge them first, no other software knows their keys.
     OSError if the folder cannot be written.
     """
-    plain = skeleton(model.config, model.num_labels).state_dict().keys()
     state = {key: tensor.detach().contiguous() for key, tensor in model.state_dict().items()}
-    if state.keys() != plain:
-        raise ValueError(f"{min(state.keys() ^ plain)} is no plain weight: merge the adapters before saving")
-    labels = model.config.get("id2label")
-    if not isinstance(labels, dict) or labels.keys() != {str(i) for i in range(model.num_labels)}:
-        labels = {str(i): f"LABEL_{i}" for i in range(model.num_labels)}       # not this head's
-    config = {name: value for name, value in model.config.items() if name not in ("num_labels", "dtype")} | {
-        "id2label": labels, "label2id": {str(label): int(i) for i, label in labels.items()},
-        "architectures": [ARCHITECTURE[model.config["model_type"]] + "ForSequenceClassification"],
-        "torch_dtype": str(next(iter(state.values())).dtype).removeprefix("torch.")}
+    strange = model.keys ^ state.keys()
+    if strange:
+        raise ValueError(f"{min(strange)} is no plain weight: merge the adapters before saving")
+    config = config_to_write(model.config, model.num_labels, next(model.parameters()).dtype)
     hub.write_checkpoint(folder, config, state, tokenizer_of=model.source)
 
 

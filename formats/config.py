@@ -122,6 +122,40 @@ def names_of_wrong(c, rules):
 
 def fits(value, allowed):
     """Whether a value is among those of a list, or passes a test."""
-    if callable(allowed):
-        return allowed(value)
-    return value in allowed
+    return allowed(value) if callable(allowed) else value in allowed
+
+
+def check_size(config, weights, name):
+    """ValueError if a model is described that is more than ten times as large as its weights.
+
+    To build what a damaged config.json describes, or another model's, could take terabytes.
+    config: as check_config() returns it. weights: {key: tensor} of the checkpoint called `name`.
+    """
+    d = config["hidden_size"]
+    rows = config["vocab_size"] + config["max_position_embeddings"] + config["type_vocab_size"]
+    layer = 4 * d * d + 2 * d * config["intermediate_size"]
+    described = rows * d + config["num_hidden_layers"] * layer
+    there = sum(tensor.numel() for tensor in weights.values() if hasattr(tensor, "numel"))
+    if described > 10 * there:
+        raise ValueError(f"{name} does not fit its config.json, size mismatch: that describes {described:,} "
+                         f"weights, {there:,} are there: give a checkpoint that fits")
+
+
+def config_to_write(config, num_labels, dtype):
+    """The content of config.json for transformers: of a model with these labels and weights of this dtype.
+
+    config: as check_config() returns it. Its names of the labels stay if they are those of this head.
+    """
+    config = dict(config)
+    config.pop("num_labels", None)
+    config.pop("dtype", None)
+    ids = [str(i) for i in range(num_labels)]
+    labels = config.get("id2label")
+    if not isinstance(labels, dict) or labels.keys() != set(ids):
+        labels = {i: f"LABEL_{i}" for i in ids}
+    architecture = {"deberta-v2": "DebertaV2", "roberta": "Roberta", "bert": "Bert"}[config["model_type"]]
+    config["id2label"] = labels
+    config["label2id"] = {str(label): int(i) for i, label in labels.items()}
+    config["architectures"] = [f"{architecture}ForSequenceClassification"]
+    config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    return config

@@ -10,11 +10,15 @@
 The numbers are those of LoRA2Linear but for rounding, which tests/test_fast.py takes as its oracle.
 """
 import contextlib
+import functools
+import math
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from lora2 import LoRA2Linear, lora2_layers
+from model import DisentangledSelfAttention, Encoder, SelfAttention, bucket, split_heads
 
 
 class LinearWithUpdate(torch.autograd.Function):
@@ -65,19 +69,6 @@ def linear_with_update(base, x, down, up, cast=None):
     y = LinearWithUpdate.apply(x.reshape(-1, x.shape[-1]).to(dtype), W.to(dtype), None if b is None else
                                b.to(dtype), down.to(dtype), up.to(dtype))
     return y.view(*x.shape[:-1], base.out_features)
-
-
-@torch.no_grad()
-def cast_frozen(model, dtype):
-    """Keep the frozen weights of all adapters' bases in autocast's dtype too: else each pass casts them.
-
-    For training alone, once the model is where it will run: a copy does not follow its original. (About 190
-    operations of a pass of DeBERTaV3-base; what the backward pass keeps is no more than before.)
-    """
-    for _, layer in lora2_layers(model):
-        weights = layer.base.weight, layer.base.bias
-        if not any(w is not None and w.requires_grad for w in weights):
-            layer.cast = {dtype: tuple(w if w is None else w.to(dtype) for w in weights)}
 
 
 class FastLoRA2Linear(LoRA2Linear):
@@ -131,9 +122,216 @@ def add_gradients(loss, parameters):
     torch._foreach_add_(*map(list, zip(*pairs)))
 
 
+# --- the model: the numbers of model.py in fewer operations --------------------------------------
+
 def speed_up(net, dtype="fp32", compile=False):
+    """Let a model of model.py, adapters included, compute the same in fewer operations.
+
+    Only the classes of its modules change: parameters, state_dict(), merging and saving do not.
+    Call it last: when adapters are added, the rest is frozen and the model is where it will run.
+    With "bf16", frozen weights must not change afterwards, and if the model is moved afterwards,
+    torch refuses to mix devices until it gets another call. Adapters that are added afterwards stay
+    plain and slow; with "bf16" they are refused.
+
+    net: a SequenceClassifier, changed in place.
+    dtype: "fp32", or "bf16" for a model under autocast, whose frozen weights are cast here, once.
+    compile: whether to compile each layer, for any number of rows and tokens.
+    Returns net.
+    """
+    faster = {
+        LoRA2Linear: FastLoRA2Linear,
+        nn.Dropout: CheapDropout,
+        SelfAttention: FastSelfAttention,
+        DisentangledSelfAttention: FastDisentangledSelfAttention,
+        Encoder: FastEncoder,
+    }
+    for module in net.modules():
+        module.__class__ = faster.get(type(module), type(module))
     if dtype == "bf16":
         cast_frozen(net, torch.bfloat16)
     if compile:
-        for layer in net.backbone.encoder.layer: layer.compile(dynamic=True)
+        torch._dynamo.config.cache_size_limit = 64          # also called recompile_limit since 2.7
+        for layer in net.backbone.encoder.layer:
+            layer.compile(dynamic=True)
     return net
+
+
+class CheapDropout(nn.Dropout):
+    """nn.Dropout with cheaper random numbers on a CPU.
+
+    There most of its time goes into a Bernoulli number for each element, 6 % of a training step.
+    Here an element gets 16 random bits, a quarter of the work, and p is rounded to 1 / 65,536.
+    """
+
+    def forward(self, x):
+        on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        if not (self.training and on_cpu and 0 < self.p < 1):
+            return F.dropout(x, self.p, self.training)
+        n = x.numel()
+        dropped = min(round(self.p * 2**16), 2**16 - 1)     # of the 65,536 numbers
+        bits = torch.empty(math.ceil(n / 4), dtype=torch.int64)
+        bits.random_(-2**63, None)                          # 4 × 16 bits in each
+        numbers = bits.view(torch.int16)[:n].view(x.shape)  # −32,768 .. 32,767
+        keep = numbers >= dropped - 2**15
+        keep = keep.view(torch.int8)                        # becomes x's dtype faster than a bool
+        y = x * keep                                        # backward needs `keep`: a byte each
+        return y.mul_(2**16 / (2**16 - dropped))
+
+
+class FastEncoder(Encoder):
+    """Encoder that gives its layers what the fast attentions take.
+
+    mask: (B, 1, 1, T), to be added: 0 at tokens, the least number of its dtype at padding.
+    positions: the rows of the table that T tokens need, (rows, d), and order, see relative_rows().
+    """
+
+    def forward(self, x, attention_mask):
+        positions = None
+        if self.relative:
+            first, end, order = relative_rows(x.shape[1], self.buckets, self.max_position, x.device)
+            positions = self.LayerNorm(self.rel_embeddings.weight[first:end]), order
+        dtype = product_dtype(x)
+        mask = torch.zeros(attention_mask.shape, dtype=dtype, device=x.device)
+        mask = mask.masked_fill(~attention_mask.bool(), torch.finfo(dtype).min)[:, None, None]
+        for layer in self.layer:
+            x = layer(x, mask, positions)
+        return x
+
+
+@functools.lru_cache(maxsize=1024)      # never full: a CUDA graph goes on reading the plan it saw
+@torch.inference_mode(False)            # a plan that evaluation made first serves training too
+def relative_rows(T, buckets, max_position, device):
+    """Which rows of the table of relative positions T tokens need: (first, last + 1, order).
+
+    order: (2T − 1,), the row within that slice of each distance −(T − 1) .. T − 1; None as long as
+    each distance has a row of its own, up to T = 132 for 256 buckets and 512 positions.
+    """
+    distance = torch.arange(-(T - 1), T, device="cpu")
+    rows = bucket(distance, buckets, max_position) + buckets
+    first = rows[0].item()
+    last = rows[-1].item()
+    if last - first == 2 * T - 2:
+        return first, last + 1, None
+    return first, last + 1, (rows - first).to(device)
+
+
+class FastSelfAttention(SelfAttention):
+    """SelfAttention by torch's fused kernel, which keeps no scores.
+
+    Not in training on a CPU: there a bf16 step of 128 tokens is 1.2 times as fast without it.
+    """
+
+    def forward(self, x, mask, positions):
+        B, T, d = x.shape
+        x = x.to(mask.dtype)                                # under autocast one copy, not three
+        q = split_heads(self.query(x), self.heads)          # (B, H, T, e)
+        k = split_heads(self.key(x), self.heads)            # (B, H, T, e)
+        v = split_heads(self.value(x), self.heads)          # (B, H, T, e)
+        if self.training and x.device.type == "cpu":
+            scores = (q / math.sqrt(d // self.heads)) @ k.mT    # (B, H, T, T)
+            weights = scores.add_(mask).softmax(-1, scores.dtype)
+            y = self.dropout(weights) @ v                   # (B, H, T, e)
+        else:
+            p = self.dropout.p if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, mask, p)
+        return y.transpose(1, 2).reshape(B, T, d)
+
+
+class FastDisentangledSelfAttention(DisentangledSelfAttention):
+    """DisentangledSelfAttention without a gather, which takes a (T, T) index for each head and row.
+
+    Instead q · K_δ and k · Q_δ are made for all distances in their order, (.., T, W), W ≥ 2T − 1,
+    and read along diagonals: a row further down the wanted column is one further to the side, which
+    is a *view* with other strides. mask and positions: as FastEncoder has them.
+    """
+
+    def forward(self, x, mask, positions):
+        B, T, d = x.shape
+        H = self.heads
+        table, order = positions                            # (rows, d), (2T − 1,) or None
+        x = x.to(mask.dtype)                                # under autocast one copy, not three
+        q = heads_first(self.query_proj(x), H).contiguous()  # (H, B, T, e)
+        k = heads_first(self.key_proj(x), H).contiguous()   # (H, B, T, e)
+        v = heads_first(self.value_proj(x), H).contiguous()  # (H, B, T, e)
+        table = self.pos_dropout(table).to(mask.dtype)
+        K = heads_first(self.key_proj(table), H)            # (H, rows, e)
+        Q = heads_first(self.query_proj(table), H)          # (H, rows, e)
+
+        scale = 1 / math.sqrt(3 * d / H)                    # of all terms, where it costs least
+        q = q.mul_(scale)
+        Q = Q * scale
+        if order is not None:                               # several distances share a bucket
+            K = K.index_select(1, order)                    # (H, 2T − 1, e): −(T − 1) .. T − 1
+            Q = Q.index_select(1, order)
+        K = F.pad(K, (0, 0, 1, 0))                          # W = 2T: products are faster so
+        Q = F.pad(Q, (0, 0, 0, 1))
+        c2p = torch.bmm(q.view(H, B * T, -1), K.flip(1).mT)  # (H, B·T, W): T − 1 .. −(T − 1)
+        p2c = torch.bmm(k.view(H, B * T, -1), Q.mT)         # (H, B·T, W): −(T − 1) .. T − 1
+
+        q = q.view(H * B, T, -1)
+        k = k.view(H * B, T, -1)
+        v = v.view(H * B, T, -1)
+        mask = mask.expand(B, H, 1, T).transpose(0, 1).reshape(H * B, 1, T)
+        scores = along_diagonals(c2p, T) + mask             # (H·B, T, T)
+        scores.add_(along_diagonals(p2c, T).mT)
+        scores.baddbmm_(q, k.mT)
+        weights = self.dropout(scores.softmax(-1, scores.dtype))
+        y = torch.bmm(weights, v)                           # (H·B, T, e)
+        return y.view(H, B, T, -1).permute(1, 2, 0, 3).reshape(B, T, d)
+
+
+def heads_first(x, H):
+    """(..., d) → (H, ..., e): so that one product for each head serves all rows of the batch."""
+    return x.unflatten(-1, (H, -1)).movedim(-2, 0)
+
+
+def along_diagonals(S, T):
+    """A view of S (H, B·T, W), W ≥ 2T − 1: (H·B, T, T) of S[h, b·T + i, T − 1 − i + j].
+
+    Row i begins one column further left than row i − 1: in memory, a step of W − 1, not of W.
+    The backward pass is a strided copy, deterministic where a scatter is not.
+    """
+    H, rows, W = S.shape
+    return S.as_strided((H * rows // T, T, T), (T * W, W - 1, 1), T - 1)
+
+
+class FrozenLinear(nn.Linear):
+    """nn.Linear with a copy of frozen weights in autocast's dtype: else each pass casts them."""
+
+    cast = None                                             # (W, b), what is trained as it is
+
+    def forward(self, x):
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if self.cast is None or self.weight.requires_grad or not autocast:
+            return super().forward(x)
+        W, b = self.cast
+        if W.dtype != product_dtype(x):
+            return super().forward(x)
+        return F.linear(x, W, b)                            # autocast casts x, and a trained b
+
+
+@torch.no_grad()
+def cast_frozen(model, dtype):
+    """Keep frozen weights of linear layers in autocast's dtype too: else each pass casts them.
+
+    For training alone, once the model is where it will run: a copy does not follow its original.
+    (About 190 operations of a pass of DeBERTaV3-base; what the backward pass keeps is no more.)
+    """
+    bases = set()
+    for _, layer in lora2_layers(model):
+        base = layer.base
+        bases.add(base)                                     # their copies go with the adapters
+        if not any(p.requires_grad for p in base.parameters()):
+            layer.cast = {dtype: (base.weight.to(dtype), cast_if_frozen(base.bias, dtype))}
+    for layer in model.modules():
+        is_linear = type(layer) in (nn.Linear, FrozenLinear) and layer not in bases
+        if is_linear and not layer.weight.requires_grad:
+            layer.__class__ = FrozenLinear
+            layer.cast = layer.weight.to(dtype), cast_if_frozen(layer.bias, dtype)
+
+
+def cast_if_frozen(bias, dtype):
+    """A bias in another dtype; itself if it is trained, or None."""
+    if bias is None or bias.requires_grad:
+        return bias
+    return bias.to(dtype)

@@ -1,8 +1,10 @@
 """Tests of model.py and hub.py's readers: the same function as transformers, loaded from files as they are.
 
+What the model computes is asked of both forms, model.py's and what fast.speed_up() makes of it.
 Offline. The plain tests need torch and safetensors; those that ask transformers are skipped without it.
     pytest tests/test_model.py              pytest -m slow tests/test_model.py      (full sizes, memory)
 """
+import copy
 import hashlib
 import json
 import math
@@ -24,6 +26,7 @@ from torch import nn
 from tests import make_golden
 import model as M
 from formats.config import OPTIONS
+from methods import fast
 
 ROOT = Path(__file__).parent.parent
 LENGTHS = (1, 2, 127, 128, 129, 130, 256, 400, 512)
@@ -57,6 +60,7 @@ SHAPES = {  # widths of the published checkpoints; layers and vocabularies are c
 NARROW = {  # everything as published but the widths
     "deberta": sized(V3, 24, 3, 40), "roberta": sized(ROBERTA, 24, 3, 40), "bert": sized(BERT, 24, 3, 40)}
 FAMILIES = pytest.mark.parametrize("family", list(NARROW))
+FORMS = pytest.mark.parametrize("form", ["plain", "fast"])
 
 
 def fill(model, seed=0):
@@ -72,6 +76,11 @@ def fill(model, seed=0):
 def build(config, labels=2, seed=0):
     """A model of ours with random weights, without files."""
     return fill(M.SequenceClassifier(M.check_config(config, "config.json"), labels), seed).eval()
+
+
+def formed(model, form):
+    """The model itself, or a fast copy of it."""
+    return fast.speed_up(copy.deepcopy(model)) if form == "fast" else model
 
 
 def rows(config, lengths, seed=0, left=False):
@@ -145,16 +154,20 @@ def pair(hf, folder, config, labels=2, seed=0):
 
 
 def differences(theirs, ours, batch):
-    """Largest difference of the logits and of every hidden state at tokens, no padding."""
+    """Largest difference of the logits and of every hidden state at tokens, no padding, of either form."""
     ids, mask, types = batch
+    real, pooled = mask.bool(), mask[:, 0].bool()      # with padding in front, the pooled first token is none
+    found = []
     with torch.no_grad():
         expected = theirs(ids, attention_mask=mask, token_type_ids=types, output_hidden_states=True)
-        hidden, logits = states(ours, batch)
-    assert len(hidden) == len(expected.hidden_states) and logits.shape == expected.logits.shape
-    assert logits.isfinite().all() and all(h.isfinite().all() for h in hidden)
-    real, pooled = mask.bool(), mask[:, 0].bool()      # with padding in front, the pooled first token is none
-    return max((logits - expected.logits).abs()[pooled].max().item(),
-               *((a - b).abs()[real].max().item() for a, b in zip(hidden, expected.hidden_states)))
+        for form in ("plain", "fast"):
+            hidden, logits = states(formed(ours, form), batch)
+            assert len(hidden) == len(expected.hidden_states) and logits.shape == expected.logits.shape
+            assert logits.isfinite().all() and all(h.isfinite().all() for h in hidden)
+            found.append((logits - expected.logits).abs()[pooled].max().item())
+            for a, b in zip(hidden, expected.hidden_states):
+                found.append((a - b).abs()[real].max().item())
+    return max(found)
 
 
 def mixed(T):
@@ -229,8 +242,9 @@ def test_real_weights_equal_transformers(hf, T, dtype, tolerance):
 
 @pytest.mark.parametrize("T", [24, 150])
 @pytest.mark.parametrize("labels", [1, 3])
+@FORMS
 @FAMILIES
-def test_gradients_equal_transformers(hf, tmp_path, family, labels, T):
+def test_gradients_equal_transformers(hf, tmp_path, family, form, labels, T):
     """Oracle: transformers' loss (regression for one label) and its gradients; dropout 0, training mode."""
     none = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob", "pooler_dropout",
                           "cls_dropout", "classifier_dropout"), 0.0)
@@ -239,6 +253,7 @@ def test_gradients_equal_transformers(hf, tmp_path, family, labels, T):
     ids[0, 3] = ours.config["pad_token_id"]        # attended to, and yet without a gradient of its own
     target = torch.tensor([0.5, -1.0, 2.0]) if labels == 1 else torch.tensor([2, 0, 1])
     expected = theirs.train()(ids, attention_mask=mask, token_type_ids=types, labels=target).loss
+    ours = formed(ours, form)
     logits = ours.train()(ids, mask, types)
     loss = F.mse_loss(logits.squeeze(1), target) if labels == 1 else F.cross_entropy(logits, target)
     assert abs(loss.item() - expected.item()) < 1e-5
@@ -252,35 +267,17 @@ def test_gradients_equal_transformers(hf, tmp_path, family, labels, T):
 
 
 @pytest.fixture
-def plain_dropout(monkeypatch):
-    """Our Dropout by F.dropout, which make_golden.visible_dropout() replaces."""
-    monkeypatch.setattr(M.Dropout, "forward", torch.nn.Dropout.forward)
+def seen_dropout(monkeypatch):
+    """The fast model's dropout by F.dropout, as the plain one's: make_golden.visible_dropout() replaces it."""
+    monkeypatch.setattr(fast.CheapDropout, "forward", nn.Dropout.forward)
 
 
-@pytest.mark.parametrize("p, shape", [(0.1, (331, 301)), (0.5, (7, 11, 1001)), (1e-6, (10,)), (1.0, (3, 5))])
-def test_dropout(p, shape):
-    """Oracle: the binomial distribution within five standard deviations, torch's nn.Dropout for the rest."""
-    ours, x = M.Dropout(p), torch.full(shape, 3.0, requires_grad=True)
-    torch.manual_seed(0)
-    y = ours(x)
-    y.sum().backward()
-    kept, n = (y != 0).sum().item(), y.numel()
-    assert abs(kept - n * (1 - p)) <= 5 * math.sqrt(n * p * (1 - p)) + n / 2**16
-    assert torch.equal(y, 3 * x.grad) and y.dtype == x.dtype
-    if kept:
-        assert y.max() == y[y != 0].min() and abs(y.max().item() - 3 / (1 - p)) < 3e-4
-    if 0.1 <= p < 1:                                       # neighbours and passes are independent
-        dropped = (y == 0).float().flatten() - p
-        again = (ours(x) == 0).float().flatten() - p
-        for other in [again] + [dropped.roll(i) for i in (1, 2, 3, 4, shape[-1])]:
-            assert abs((dropped * other).mean()) < 5 * p * (1 - p) / math.sqrt(n) + 1 / 2**15
-    assert ours.eval()(x) is x and M.Dropout(0.0)(x) is x
-
-
+@FORMS
 @FAMILIES
-def test_dropout_sits_where_transformers_has_it(hf, tmp_path, family, plain_dropout):
+def test_dropout_sits_where_transformers_has_it(hf, tmp_path, family, form, seen_dropout):
     """Oracle: transformers. Dropout is mocked by a visible factor; places, p and outputs are the same."""
     theirs, ours = pair(hf, tmp_path, NARROW[family] | make_golden.DROPOUT)
+    ours = formed(ours, form)
     ids, mask, types = batch = rows(NARROW[family], [20, 20, 20])
     with make_golden.visible_dropout() as places:
         expected = theirs.train()(ids, attention_mask=mask.float(), token_type_ids=types).logits
@@ -293,18 +290,6 @@ def test_dropout_sits_where_transformers_has_it(hf, tmp_path, family, plain_drop
     assert count == {"deberta": [1 + 2 * 3, 2, 1, 1], "roberta": [1 + 2 * 2, 2, 0, 2],
                      "bert": [1 + 2 * 2, 2, 0, 1]}[family]
     assert (logits - expected).abs().max() < 1e-5 and (logits - ours.eval()(*batch)).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_fused_attention_drops_in_training_alone(monkeypatch, training):
-    """Oracle: the configuration's rate, on a device that is no CPU (meta: no numbers); 0 when evaluating."""
-    rates, attention = [], F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention",
-                        lambda q, k, v, mask, p: rates.append(p) or attention(q, k, v, mask, p))
-    with torch.device("meta"):
-        block = M.SelfAttention(NARROW["roberta"] | {"attention_probs_dropout_prob": 0.23}).train(training)
-        assert block(torch.ones(2, 20, 24), torch.zeros(2, 1, 1, 20), None).shape == (2, 20, 24)
-    assert rates == [0.23 if training else 0.0]
 
 
 @FAMILIES
@@ -373,8 +358,9 @@ def test_saved_tokenizer_opens_in_transformers(hf, tmp_path, family):
 
 # --- without transformers: golden values, a slow gather, buckets by hand -----------------------------------
 
+@FORMS
 @pytest.mark.parametrize("case", list(make_golden.CASES))
-def test_golden_values(case, plain_dropout):
+def test_golden_values(case, form, seen_dropout):
     """Oracle: what transformers computed in float64 for weights by formula (make_golden.py)."""
     golden = json.loads(make_golden.GOLDEN.read_text())["cases"][case]
     config, labels, lengths = make_golden.CASES[case]
@@ -382,6 +368,7 @@ def test_golden_values(case, plain_dropout):
         model = M.SequenceClassifier(M.check_config(config, "config.json"), labels).eval().to(dtype)
         shapes = {key: t.shape for key, t in model.state_dict().items()}
         model.load_state_dict(make_golden.formula_weights(shapes))
+        model = formed(model, form)
         ids, mask, types = make_golden.inputs(config, lengths)
         hidden, logits = states(model, (ids, mask, types))
         real = mask[..., None].bool()
@@ -412,29 +399,25 @@ def bucket(distance, buckets, longest):
 @pytest.mark.parametrize("buckets, longest", [(256, 512), (8, 64), (32, 128), (2, 9), (7, 40), (64, 40)])
 def test_buckets(buckets, longest):
     """Oracle: the formula on Python floats, one distance at a time, and the docstring's worked example."""
-    for T in sorted({*range(1, min(longest, 70)), *(n for n in LENGTHS if n <= longest), longest}):
-        first, end, order = M.relative_rows(T, buckets, longest, torch.device("cpu"))
-        found = range(first, end) if order is None else (order + first).tolist()
-        expected = [bucket(n, buckets, longest) + buckets for n in range(1 - T, T)]
-        assert list(found) == expected and (first, end - 1) == (min(expected), max(expected))
-        assert 0 <= first < end <= 2 * buckets                     # rows that the table has
-        assert (order is None) == (len(set(expected)) == 2 * T - 1 == end - first)
+    distances = torch.arange(1 - longest, longest)
+    found = M.bucket(distances, buckets, longest)
+    assert found.tolist() == [bucket(n, buckets, longest) for n in distances.tolist()]
+    assert found.dtype == torch.int64 and found.abs().max() < buckets          # rows that the table has
+    assert torch.equal(M.bucket(distances[:, None], buckets, longest), found[:, None])
     if buckets == 256:
         example = {0: 0, 1: 1, 128: 128, 129: 129, 140: 137, 300: 207, 511: 255, -300: -207}
-        first, _, order = M.relative_rows(512, 256, 512, torch.device("cpu"))
-        assert {n: order[n + 511].item() + first - 256 for n in example} == example
+        found = M.bucket(torch.tensor(list(example)), 256, 512)
+        assert found.tolist() == list(example.values())
 
 
 def test_buckets_equal_transformers(hf):
-    """Oracle: transformers' make_log_bucket_position for every distance, rounding and clamp included."""
+    """Oracle: transformers' make_log_bucket_position for every distance, rounding included."""
     from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
     for buckets, longest in ((256, 512), (256, 1024), (320, 512), (128, 512), (64, 333), (10, 50), (3, 50),
                              (2, 50), (7, 40), (256, 131), (13, 9)):
-        first, end, order = M.relative_rows(longest, buckets, longest, torch.device("cpu"))
-        expected = make_log_bucket_position(torch.arange(1 - longest, longest), buckets, longest).long()
-        expected = (expected + buckets).clamp(0, 2 * buckets - 1)
-        found = torch.arange(first, end) if order is None else order + first
-        assert torch.equal(found, expected), (buckets, longest)
+        distances = torch.arange(1 - longest, longest)
+        expected = make_log_bucket_position(distances, buckets, longest).long()
+        assert torch.equal(M.bucket(distances, buckets, longest), expected), (buckets, longest)
 
 
 def slow_attention(attention, x, mask, table, buckets, longest):
@@ -456,45 +439,50 @@ def slow_attention(attention, x, mask, table, buckets, longest):
     return y
 
 
-@pytest.mark.parametrize("buckets, longest, lengths", [
+ATTENTION_SIZES = pytest.mark.parametrize("buckets, longest, lengths", [
     (256, 512, (1, 2, 7, 129, 140)), (8, 64, (1, 4, 5, 6, 7, 33, 64)), (7, 20, (5, 20))])
-def test_disentangled_attention_equals_a_slow_gather(buckets, longest, lengths):
-    """Oracle: the three terms gathered one by one (slow_attention), float64, 1e-12."""
+
+
+def attention_given(buckets, longest, lengths):
+    """For each length, float64: an encoder, its first attention, states x, their mask, slow_attention()."""
     config = NARROW["deberta"] | {"position_buckets": buckets, "max_position_embeddings": longest}
     encoder = build(config).double().deberta.encoder
     attention = encoder.layer[0].attention.self
-    whole_table = encoder.LayerNorm(encoder.rel_embeddings.weight)
     with torch.no_grad():
+        table = encoder.LayerNorm(encoder.rel_embeddings.weight)
         for T in lengths:
             x = torch.randn(2, T, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(T))
             mask = torch.stack([torch.ones(T), (torch.arange(T) < (T + 1) // 2).float()])
-            first, end, order = M.relative_rows(T, buckets, longest, x.device)
-            added = ((1 - mask.double()) * torch.finfo(torch.float64).min)[:, None, None]
-            found = attention(x, added, (whole_table[first:end], order))
-            expected = slow_attention(attention, x, mask, whole_table, buckets, longest)
-            assert (found - expected).abs().max() < 1e-12
+            yield encoder, attention, x, mask, slow_attention(attention, x, mask, table, buckets, longest)
 
 
-def test_along_diagonals():
-    """Oracle: its docstring's formula, cell by cell, and the gradient of a plain index."""
-    H, B, T = 2, 3, 5
-    S = torch.randn(H, B * T, 2 * T - 1, dtype=torch.float64, requires_grad=True)
-    view = M.along_diagonals(S, T).view(H, B, T, T)
-    index = torch.tensor([[T - 1 - i + j for j in range(T)] for i in range(T)]).expand(H, B, T, T)
-    expected = S.view(H, B, T, -1).gather(3, index)
-    assert torch.equal(view, expected) and view.data_ptr() == S.data_ptr() + 8 * (T - 1)
-    weight = torch.randn_like(expected)
-    gradient, = torch.autograd.grad((view * weight).sum(), S)
-    assert torch.equal(gradient, torch.autograd.grad((expected * weight).sum(), S)[0])
+@ATTENTION_SIZES
+def test_disentangled_attention_equals_a_slow_gather(buckets, longest, lengths):
+    """Oracle: the three terms gathered one by one (slow_attention), float64, 1e-12."""
+    for encoder, attention, x, mask, expected in attention_given(buckets, longest, lengths):
+        T = x.shape[1]
+        index = [[bucket(i - j, buckets, longest) + buckets for j in range(T)] for i in range(T)]
+        table = encoder.LayerNorm(encoder.rel_embeddings.weight)
+        found = attention(x, mask.bool()[:, None, None], (table, torch.tensor(index)))
+        assert (found - expected).abs().max() < 1e-12
+
+
+def test_positions_of_roberta(monkeypatch):
+    """Oracle: by hand. Tokens count from pad + 1, padding is at pad, also where it stands in front."""
+    embeddings, seen = build(NARROW["roberta"]).roberta.embeddings, []
+    embeddings.position_embeddings.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    embeddings(torch.tensor([[5, 5, 1], [1, 7, 8]]), None)
+    assert seen[0].tolist() == [[2, 3, 1], [1, 2, 3]]
 
 
 # --- properties --------------------------------------------------------------------------------------------
 
 @BOTH
+@FORMS
 @FAMILIES
-def test_padding_and_neighbours_change_nothing(family, dtype, tolerance):
+def test_padding_and_neighbours_change_nothing(family, form, dtype, tolerance):
     """Oracle: the row alone, without padding, however long it and its neighbours are."""
-    model = build(NARROW[family]).to(dtype)
+    model = formed(build(NARROW[family]).to(dtype), form)
     lengths = [1, 2, 150, 7, 131, 64]
     ids, mask, types = rows(NARROW[family], lengths)
     with torch.no_grad():
@@ -510,10 +498,11 @@ def test_padding_and_neighbours_change_nothing(family, dtype, tolerance):
         assert (model(ids[order], mask[order], types[order]) - together[order]).abs().max() < tolerance
 
 
+@FORMS
 @FAMILIES
-def test_autocast_and_half_precision_stay_near(family):
+def test_autocast_and_half_precision_stay_near(family, form):
     """Oracle: the fp32 logits; bf16 by autocast and by weights, padding and long distances included."""
-    model = build(NARROW[family])
+    model = formed(build(NARROW[family]), form)
     batch = rows(NARROW[family], [150, 3, 140])
     with torch.no_grad():
         expected = model(*batch)
@@ -522,10 +511,11 @@ def test_autocast_and_half_precision_stay_near(family):
         assert (model.bfloat16()(*batch).float() - expected).abs().max() < 0.15
 
 
-def test_inference_before_training():
+@FORMS
+def test_inference_before_training(form):
     """Oracle: autograd. A plan made under inference_mode is cached and must serve a training step as well."""
-    M.relative_rows.cache_clear()
-    model = build(NARROW["deberta"])
+    fast.relative_rows.cache_clear()
+    model = formed(build(NARROW["deberta"]), form)
     batch = rows(NARROW["deberta"], [140, 20])
     with torch.inference_mode():
         expected = model(*batch)
@@ -534,10 +524,11 @@ def test_inference_before_training():
     assert torch.equal(logits, expected) and model.deberta.encoder.rel_embeddings.weight.grad.abs().sum() > 0
 
 
+@FORMS
 @FAMILIES
-def test_too_long_input_is_refused(family):
+def test_too_long_input_is_refused(family, form):
     """Oracle: 512 positions each; RoBERTa's 514 rows begin at pad + 1."""
-    model = build(NARROW[family])
+    model = formed(build(NARROW[family]), form)
     assert model.max_len == 512 and model(*rows(NARROW[family], [512])).shape == (1, 2)
     with pytest.raises(ValueError, match="513 tokens, .* 512: shorten"):
         model(*rows(NARROW[family], [513]))
@@ -558,6 +549,32 @@ def test_target_modules(family):
     for wrong in (["q", "w"], []):
         with pytest.raises(ValueError, match="unknown target .*q,k,v,o,f1,f2"):
             M.target_modules(model, wrong)
+
+
+@FAMILIES
+def test_place_of(family):
+    """Oracle: target_modules(), which makes such names of places; "o" and "f2" end alike."""
+    model = build(NARROW[family])
+    for short in M.TARGETS[model.config["model_type"]]:
+        assert [M.place_of(name) for name in M.target_modules(model, [short])] == [(short, 0), (short, 1)]
+    assert M.place_of(f"{family}.encoder.layer.11.attention.output.dense") == ("o", 11)
+    for wrong in ("classifier", f"{family}.pooler.dense", f"{family}.encoder.layer.3", "output.dense", "",
+                  f"{family}.encoder.layer.x.output.dense", f"{family}.encoder.layer.3.deep.output.dense",
+                  f"{family}.encoder.layer.3.output.dense.weight"):
+        with pytest.raises(ValueError, match="is no matrix of an encoder layer"):
+            M.place_of(wrong)
+
+
+@FAMILIES
+def test_head(family):
+    """Oracle: the parameters of the head, written out; a part is a whole word between two dots."""
+    model = build(NARROW[family])
+    layers = {"deberta": ["pooler.dense", "classifier"], "bert": ["bert.pooler.dense", "classifier"],
+              "roberta": ["classifier.dense", "classifier.out_proj"]}[family]
+    names = [name for name, _ in model.named_parameters() if M.in_head(name, model.head)]
+    assert names == [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
+    assert list(model.head) == (["classifier"] if family == "roberta" else ["pooler", "classifier"])
+    assert not M.in_head("bert.classifiers.weight", model.head) and not M.in_head("x.weight", [])
 
 
 # --- checkpoints as they are -------------------------------------------------------------------------------
@@ -694,6 +711,16 @@ def test_new_head(tmp_path):
     assert not model.pooler.dense.bias.any() and not model.classifier.bias.any()
     assert model.dropout.p == 0.25 and M.from_pretrained(tmp_path, 4).dropout.p == 0.1
     assert model.pooler.dropout.p == 0
+
+
+@FAMILIES
+def test_loading_draws_nothing_but_the_head(tmp_path, family):
+    """Oracle: the state of torch's generator before, where the file has a head of its own."""
+    write(tmp_path, NARROW[family], build(NARROW[family]).state_dict())
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    assert M.from_pretrained(tmp_path, 2).new_weights == []
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_training_leaves_the_files_alone(tmp_path):

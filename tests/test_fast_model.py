@@ -1,0 +1,334 @@
+"""The model part of methods/fast.py against model.py: what speed_up() makes computes the same numbers.
+
+Parity of the fast model with transformers is tests/test_model.py's, which asks everything of both forms.
+"""
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import model as M
+from lora2 import LoRA2Linear, add_lora2, lora2_layers, merge_lora2
+from methods import fast
+from tests import test_model
+from tests.test_model import ATTENTION_SIZES, FAMILIES, NARROW, build, bucket, mixed, rows
+
+SIX = ["q", "k", "v", "o", "f1", "f2"]
+STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "cls_dropout": 0.0,
+         "classifier_dropout": 0.0}
+
+one_thread = test_model.one_thread
+
+
+def adapted(family, targets=SIX, layer=LoRA2Linear, **changes):
+    """A narrow model with random weights and adapters whose factors are not 0, its head trainable."""
+    net = build(NARROW[family] | STILL | changes)
+    add_lora2(net, M.target_modules(net, targets), k=2, r=3, trainable=net.head, layer=layer)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.requires_grad and p.dim() < 3 and 3 in p.shape:           # u, Λ, U
+                p.normal_(generator=generator)
+    return net
+
+
+def step(net, batch):
+    """Logits and the gradients of all that is trained: {name: gradient}."""
+    net.zero_grad()
+    logits = net(*batch)
+    logits.float().square().sum().backward()
+    return logits.detach(), {name: p.grad for name, p in net.named_parameters() if p.requires_grad}
+
+
+# --- the whole model ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("T", [1, 24, 131, 132, 133, 300])
+@FAMILIES
+def test_same_function_and_gradients(family, T, training):
+    """Oracle: model.py's, in float64 to 1e-12 of the largest; from T = 133 on distances share buckets."""
+    plain = adapted(family).double().train(training)
+    quick = fast.speed_up(copy.deepcopy(plain))
+    batch = rows(NARROW[family], mixed(T))
+    expected, gradients = step(plain, batch)
+    found, others = step(quick, batch)
+    assert (found - expected).abs().max() < 1e-12 * expected.abs().max()
+    largest = max(gradient.abs().max() for gradient in gradients.values())
+    assert others.keys() == gradients.keys() and len(others) > 60
+    for name, gradient in gradients.items():
+        assert (others[name] - gradient).abs().max() < 1e-12 * largest, name
+
+
+@FAMILIES
+def test_all_parameters_get_their_gradients(family):
+    """Oracle: model.py's, where everything is trained, the table of positions and the embeddings too."""
+    plain = build(NARROW[family] | STILL).double().train()
+    quick = fast.speed_up(copy.deepcopy(plain))
+    for T in (24, 140):
+        batch = rows(NARROW[family], mixed(T))
+        expected, gradients = step(plain, batch)
+        found, others = step(quick, batch)
+        largest = max(gradient.abs().max() for gradient in gradients.values())
+        assert (found - expected).abs().max() < 1e-12 * expected.abs().max()
+        for name, gradient in gradients.items():
+            assert (others[name] - gradient).abs().max() < 1e-12 * largest, name
+
+
+@FAMILIES
+def test_only_classes_change(family):
+    """Oracle: the model before: the same tensors under the same keys; a second call changes nothing more."""
+
+    class Other(LoRA2Linear):
+        """A subclass, which may compute something else."""
+
+    net = adapted(family, ["q", "f1"])
+    net.other = Other(nn.Linear(4, 4), 1, 2)
+    tensors = net.state_dict(keep_vars=True)
+    assert fast.speed_up(net) is net
+    again = net.state_dict(keep_vars=True)
+    assert again.keys() == tensors.keys() and all(again[key] is tensor for key, tensor in tensors.items())
+    kinds = {type(module) for module in net.modules()}
+    attention = fast.FastSelfAttention
+    if family == "deberta":
+        attention = fast.FastDisentangledSelfAttention
+    assert {fast.FastEncoder, fast.CheapDropout, fast.FastLoRA2Linear, attention, Other} < kinds
+    assert not kinds & {M.Encoder, nn.Dropout, LoRA2Linear, M.SelfAttention, M.DisentangledSelfAttention}
+    fast.speed_up(net)
+    assert {type(module) for module in net.modules()} == kinds
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@FAMILIES
+def test_merged_and_saved(tmp_path, family, dtype):
+    """Oracle: the plain model with its adapters, to 1e-5; the folder opens as any, with plain classes."""
+    plain = adapted(family)
+    quick = fast.speed_up(copy.deepcopy(plain), dtype)
+    with pytest.raises(ValueError, match="merge the adapters before saving"):
+        quick.source = str(tmp_path)
+        M.save_pretrained(quick, tmp_path / "out")
+    merge_lora2(quick)
+    assert not lora2_layers(quick)
+    for name in M.target_modules(quick, SIX):
+        assert type(quick.get_submodule(name)) is nn.Linear
+    M.save_pretrained(quick, tmp_path / "out")
+    loaded = M.from_pretrained(tmp_path / "out", 2).eval()
+    batch = rows(NARROW[family], mixed(40))
+    with torch.no_grad():
+        for net in (quick, loaded):
+            assert (net(*batch) - plain(*batch)).abs().max() < 1e-5
+
+
+# --- dropout -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("p, shape", [(0.1, (331, 301)), (0.5, (7, 11, 1001)), (1e-6, (10,)), (1.0, (3, 5))])
+def test_dropout(p, shape):
+    """Oracle: the binomial distribution within five standard deviations, torch's nn.Dropout for the rest."""
+    ours, x = fast.CheapDropout(p), torch.full(shape, 3.0, requires_grad=True)
+    torch.manual_seed(0)
+    y = ours(x)
+    y.sum().backward()
+    kept, n = (y != 0).sum().item(), y.numel()
+    assert abs(kept - n * (1 - p)) <= 5 * math.sqrt(n * p * (1 - p)) + n / 2**16
+    assert torch.equal(y, 3 * x.grad) and y.dtype == x.dtype
+    if kept:
+        assert y.max() == y[y != 0].min() and abs(y.max().item() - 3 / (1 - p)) < 3e-4
+    if 0.1 <= p < 1:                                       # neighbours and passes are independent
+        dropped = (y == 0).float().flatten() - p
+        again = (ours(x) == 0).float().flatten() - p
+        for other in [again] + [dropped.roll(i) for i in (1, 2, 3, 4, shape[-1])]:
+            assert abs((dropped * other).mean()) < 5 * p * (1 - p) / math.sqrt(n) + 1 / 2**15
+    assert ours.eval()(x) is x and fast.CheapDropout(0.0)(x) is x
+
+
+# --- attention ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("training", [True, False])
+def test_fused_attention_drops_in_training_alone(monkeypatch, training):
+    """Oracle: the configuration's rate, on a device that is no CPU (meta: no numbers); 0 when evaluating."""
+    rates, attention = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention",
+                        lambda q, k, v, mask, p: rates.append(p) or attention(q, k, v, mask, p))
+    with torch.device("meta"):
+        block = M.SelfAttention(NARROW["roberta"] | {"attention_probs_dropout_prob": 0.23}).train(training)
+        block.__class__ = fast.FastSelfAttention
+        assert block(torch.ones(2, 20, 24), torch.zeros(2, 1, 1, 20), None).shape == (2, 20, 24)
+    assert rates == [0.23 if training else 0.0]
+
+
+@pytest.mark.parametrize("buckets, longest", [(256, 512), (8, 64), (32, 128), (2, 9), (7, 40), (64, 40)])
+def test_rows_of_the_table(buckets, longest):
+    """Oracle: the formula on Python floats, one distance at a time."""
+    for T in sorted({*range(1, min(longest, 70)), *(n for n in test_model.LENGTHS if n <= longest), longest}):
+        first, end, order = fast.relative_rows(T, buckets, longest, torch.device("cpu"))
+        found = range(first, end) if order is None else (order + first).tolist()
+        expected = [bucket(n, buckets, longest) + buckets for n in range(1 - T, T)]
+        assert list(found) == expected and (first, end - 1) == (min(expected), max(expected))
+        assert 0 <= first < end <= 2 * buckets                     # rows that the table has
+        assert (order is None) == (len(set(expected)) == 2 * T - 1 == end - first)
+    if (buckets, longest) == (256, 512):                           # as relative_rows() says
+        plans = [fast.relative_rows(T, 256, 512, torch.device("cpu")) for T in (132, 133)]
+        assert plans[0][2] is None and plans[1][2] is not None
+
+
+@ATTENTION_SIZES
+def test_disentangled_attention_equals_a_slow_gather(buckets, longest, lengths):
+    """Oracle: the three terms gathered one by one (test_model.slow_attention), float64, 1e-12."""
+    for encoder, attention, x, mask, expected in test_model.attention_given(buckets, longest, lengths):
+        attention.__class__ = fast.FastDisentangledSelfAttention
+        added = ((1 - mask.double()) * torch.finfo(torch.float64).min)[:, None, None]
+        first, end, order = fast.relative_rows(x.shape[1], buckets, longest, x.device)
+        table = encoder.LayerNorm(encoder.rel_embeddings.weight)[first:end]
+        assert (attention(x, added, (table, order)) - expected).abs().max() < 1e-12
+        attention.__class__ = M.DisentangledSelfAttention          # for the next length's oracle
+
+
+def test_along_diagonals():
+    """Oracle: its docstring's formula, cell by cell, and the gradient of a plain index."""
+    H, B, T = 2, 3, 5
+    S = torch.randn(H, B * T, 2 * T - 1, dtype=torch.float64, requires_grad=True)
+    view = fast.along_diagonals(S, T).view(H, B, T, T)
+    index = torch.tensor([[T - 1 - i + j for j in range(T)] for i in range(T)]).expand(H, B, T, T)
+    expected = S.view(H, B, T, -1).gather(3, index)
+    assert torch.equal(view, expected) and view.data_ptr() == S.data_ptr() + 8 * (T - 1)
+    weight = torch.randn_like(expected)
+    gradient, = torch.autograd.grad((view * weight).sum(), S)
+    assert torch.equal(gradient, torch.autograd.grad((expected * weight).sum(), S)[0])
+
+
+# --- frozen weights in bf16 --------------------------------------------------------------------------------
+
+class CastWeights(TorchDispatchMode):
+    """How many matrices of at least 24 columns and no batch are copied to bfloat16: weights are."""
+
+    n = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default:
+            self.n += args[0].dim() == 2 and kwargs["dtype"] == torch.bfloat16 and min(args[0].shape) >= 24
+        return function(*args, **(kwargs or {}))
+
+
+def bf16_step(net, batch):
+    """step() under autocast, and how many weights were cast on the way."""
+    with torch.autocast("cpu", torch.bfloat16), CastWeights() as casts:
+        logits, gradients = step(net, batch)
+    return logits, gradients, casts.n
+
+
+def only(net, *parts):
+    """Train the parameters that have one of these parts in their names."""
+    for name, p in net.named_parameters():
+        p.requires_grad_(M.in_head(name, parts))
+    return net
+
+
+@pytest.mark.parametrize("trained", [(), ("bias", "classifier"), ("classifier",), ("attention",)])
+@FAMILIES
+def test_frozen_weights_are_cast_once(family, trained):
+    """Oracle: the same model without copies, to the bit; by hand: what is frozen is not cast in a pass.
+
+    trained: parts of names; none stands for LoRA² on q and f1, whose bases and other layers are frozen.
+    """
+    net = only(build(NARROW[family] | STILL), *trained) if trained else adapted(family, ["q", "f1"])
+    net.train()
+    batch = rows(NARROW[family], mixed(40))
+    plain = bf16_step(fast.speed_up(copy.deepcopy(net)), batch)
+    quick = fast.speed_up(net, "bf16")
+    found = bf16_step(quick, batch)
+    assert torch.equal(found[0], plain[0]) and plain[1].keys() == found[1].keys()
+    for name, gradient in plain[1].items():
+        assert torch.equal(found[1][name], gradient), name
+    matrices = [m for m in quick.modules() if isinstance(m, nn.Linear) and min(m.weight.shape) >= 24]
+    frozen = [m for m in matrices if not m.weight.requires_grad]
+    assert plain[2] - found[2] >= len(frozen) >= 4
+    assert not any("cast" in name for name in quick.state_dict())
+    with torch.no_grad():
+        assert torch.equal(quick(*batch), fast.speed_up(copy.deepcopy(net))(*batch))       # in fp32
+
+
+def test_a_copy_is_not_used_where_it_would_be_wrong():
+    """Oracle: nn.Linear: for a weight that is trained after all, in another dtype, and what it refuses."""
+    layer, x = nn.Linear(6, 5).requires_grad_(False), torch.randn(4, 6)
+    fast.cast_frozen(nn.Sequential(layer), torch.bfloat16)
+    assert type(layer) is fast.FrozenLinear
+    layer.weight.zero_()                                   # the copy does not follow
+    zeros = layer.bias.expand(4, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not torch.equal(layer(x), zeros.bfloat16())
+        assert torch.equal(layer.requires_grad_(True)(x), zeros.bfloat16())
+        layer.requires_grad_(False)
+    assert torch.equal(layer(x), zeros)
+    with torch.autocast("cpu", torch.float16):
+        assert torch.equal(layer(x), zeros.half())
+    with pytest.raises(RuntimeError, match="dtype"):
+        layer(x.bfloat16())
+    layer.cast = [copy.to("meta") for copy in layer.cast]  # as if the layer had been moved without it
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="meta"):
+        layer(x)
+
+
+def test_the_order_of_calls():
+    """Oracles: the messages, and the plain model: adapters that come after speed_up(), in either dtype."""
+    batch = rows(NARROW["bert"], mixed(20))
+    late = fast.speed_up(build(NARROW["bert"] | STILL))
+    names = M.target_modules(late, ["q"])
+    add_lora2(late, names, k=2, r=3, trainable=late.head)
+    plain = build(NARROW["bert"] | STILL)
+    with torch.no_grad():
+        assert (late(*batch) - plain(*batch)).abs().max() < 1e-5           # Λ = 0
+    assert all(type(layer) is LoRA2Linear for _, layer in lora2_layers(late))
+    frozen = fast.speed_up(build(NARROW["bert"]).requires_grad_(False), "bf16")
+    with pytest.raises(TypeError, match="is a FrozenLinear, not an nn.Linear"):
+        add_lora2(frozen, names, k=2, r=3, trainable=frozen.head)
+
+
+# --- torch.compile -----------------------------------------------------------------------------------------
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Layers are compiled by aot_eager, without a C++ compiler; how many graphs were made, as a list's length."""
+    from torch._dynamo.backends.registry import lookup_backend
+    made, backend, compile = [], lookup_backend("aot_eager"), nn.Module.compile
+
+    def counted(graph, inputs):
+        made.append(graph)
+        return backend(graph, inputs)
+
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **more: compile(self, backend=counted, **more))
+    torch.compiler.reset()
+    yield made
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, dtype, others", [("deberta", "bf16", [160, 180, 133]), ("roberta", "fp32", [])])
+def test_compiled_layers(family, dtype, others, graphs):
+    """Oracle: the same model uncompiled, 1e-4; as many graphs for two layers as for three; and of what is
+    merely a new length or number of rows, none. Lengths above 132 are other graphs of DeBERTa's."""
+    counts = []
+    for layers in (2, 3):
+        torch.compiler.reset()
+        graphs.clear()
+        net = adapted(family, ["q", "f1"], num_hidden_layers=layers).train()
+        plain = fast.speed_up(copy.deepcopy(net), dtype)
+        keys = net.state_dict().keys()
+        compiled = fast.speed_up(net, dtype, compile=True)
+        assert compiled.state_dict().keys() == keys
+        after = []
+        for i, T in enumerate([10, 40, 20, *others, 17, 10]):          # none is d or H by chance
+            batch = rows(NARROW[family], [T] * (5 + i % 3))
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+                expected, gradients = step(plain, batch)
+                found, compiled_gradients = step(compiled, batch)
+            assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+            largest = max(gradient.abs().max() for gradient in gradients.values())
+            for name, gradient in gradients.items():
+                assert (compiled_gradients[name] - gradient).abs().max() <= 1e-4 * largest, name
+            after.append(len(graphs))
+        assert 0 < after[0] == after[2] and after[3] == after[-1] <= 6, after
+        counts.append(after)
+    assert counts[0] == counts[1]
