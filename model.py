@@ -396,16 +396,3 @@ def save_pretrained(model, folder):
         raise ValueError(f"{min(strange)} is no plain weight: merge the adapters before saving")
     config = config_to_write(model.config, model.num_labels, next(model.parameters()).dtype)
     hub.write_checkpoint(folder, config, state, tokenizer_of=model.source)
-
-
-# STUBS
-def in_head(name, head):
-    return not set(head).isdisjoint(name.split("."))
-def _head(self):
-    parts = {part for name, _ in self.named_parameters() for part in name.split(".")}
-    return [part for part in ("pooler", "classifier") if part in parts]
-SequenceClassifier.head = property(_head)
-def place_of(name):
-    layer = int(next(part for part in name.split(".") if part.isdigit()))
-    ends = {s: e for t in TARGETS.values() for s, e in t.items() if name.endswith("." + e)}
-    return max(ends, key=lambda s: len(ends[s])), layer
