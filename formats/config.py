@@ -137,14 +137,15 @@ def check_size(config, weights, name):
     described = rows * d + config["num_hidden_layers"] * layer
     there = sum(tensor.numel() for tensor in weights.values() if hasattr(tensor, "numel"))
     if described > 10 * there:
-        raise ValueError(f"{name} does not fit its config.json, size mismatch: that describes {described:,} "
-                         f"weights, {there:,} are there: give a checkpoint that fits")
+        raise ValueError(f"{name} does not fit its config.json, size mismatch: {described:,} weights "
+                         f"are described and {there:,} are there: give a checkpoint that fits")
 
 
 def config_to_write(config, num_labels, dtype):
-    """The content of config.json for transformers: of a model with these labels and weights of this dtype.
+    """The content of config.json for transformers to open.
 
-    config: as check_config() returns it. Its names of the labels stay if they are those of this head.
+    config: as check_config() returns it. num_labels: of the head; the names of its labels stay if
+    they are as many. dtype: of the weights.
     """
     config = dict(config)
     config.pop("num_labels", None)
@@ -153,7 +154,8 @@ def config_to_write(config, num_labels, dtype):
     labels = config.get("id2label")
     if not isinstance(labels, dict) or labels.keys() != set(ids):
         labels = {i: f"LABEL_{i}" for i in ids}
-    architecture = {"deberta-v2": "DebertaV2", "roberta": "Roberta", "bert": "Bert"}[config["model_type"]]
+    architectures = {"deberta-v2": "DebertaV2", "roberta": "Roberta", "bert": "Bert"}
+    architecture = architectures[config["model_type"]]
     config["id2label"] = labels
     config["label2id"] = {str(label): int(i) for i, label in labels.items()}
     config["architectures"] = [f"{architecture}ForSequenceClassification"]

@@ -106,7 +106,8 @@ def find_config(name_or_dir):
     """Path of config.json; ValueError if folder or repository has none."""
     path = find(name_or_dir, "config.json")
     if path is None:
-        raise ValueError(f"{name_or_dir} has no config.json: give a whole checkpoint, a folder or a Hub name")
+        raise ValueError(f"{name_or_dir} has no config.json: give a whole checkpoint, a folder or a "
+                         "Hub name")
     return path
 
 
@@ -215,7 +216,7 @@ def convert(weights, prefix, keys, source):
     A file of the encoder alone has no prefix; in the oldest files a LayerNorm has gamma and beta.
 
     prefix: "deberta", "roberta" or "bert", what the backbone's keys begin with.
-    keys: those of the model. A key that is none of them and no leftover stays, for loading to refuse.
+    keys: those of the model. One that is neither there nor a leftover stays, for loading to refuse.
     source: where the weights are from, for messages.
     ValueError for a weight that is there twice, or is no tensor of floating-point numbers.
     """
