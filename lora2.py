@@ -99,6 +99,7 @@ class LoRA2Linear(nn.Module):
 
     @property
     def bias(self):
+        """The base's bias, or None."""
         return self.base.bias
 
 
@@ -259,7 +260,7 @@ class RankPruner(nn.Module):
         require(len(kinds) == 1,
                 f"the pruner needs adapters of one (k, r, dtype, device), not {kinds or 0}")
         self.names, self.layers = zip(*found)
-        [(self.k, self.r, dtype, device)] = kinds
+        self.k, self.r = self.layers[0].k, self.layers[0].r
         require(type(target_rank) is int and 0 <= target_rank <= self.r,
                 f"target_rank = {target_rank!r}: give an integer from 0 to r = {self.r}")
         steps = (total_steps, warmup, final, interval)
@@ -276,8 +277,9 @@ class RankPruner(nn.Module):
         self.beta1, self.beta2 = beta1, beta2
         self.t = 0
         self.kept_total = len(found) * self.r
-        self.dtype = torch.promote_types(dtype, torch.float32)  # fp16 would round I to 0
-        self.register_buffer("keep", torch.ones(len(found), self.r, device=device).bool())
+        lam = torch.stack(self.weights("lam"))  # (n, r)
+        self.register_buffer("keep", torch.ones_like(lam, dtype=torch.bool))
+        self.dtype = torch.promote_types(lam.dtype, torch.float32)  # fp16 would round I to 0
         if importance == "full":  # v below v, (sum of d_in, k), and V beside V
             self.joins = self.joins | {"v": torch.vstack, "V": torch.hstack}
         for factor, join in self.joins.items():
@@ -387,7 +389,8 @@ def lora2_state_dict(model):
     for name, layer in adapters.items():
         W = layer.base.weight.flatten()
         state[f"{name}.scale"] = torch.tensor(layer.scale)
-        state[f"{name}.base_sample"] = W[::math.ceil(len(W) / 16)].float()
+        step = math.ceil(len(W) / 16)
+        state[f"{name}.base_sample"] = W[::step].float()
     return {n: t.detach().clone() for n, t in state.items() if isinstance(t, torch.Tensor)}
 
 

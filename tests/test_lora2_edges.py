@@ -274,6 +274,17 @@ def test_a_tied_weight_is_trained_under_either_name(name):
     assert model["tied"].embed.weight.requires_grad and not model["query"].base.weight.requires_grad
 
 
+def test_what_cannot_have_a_gradient_stays_frozen():
+    """Oracle: torch, which refuses a gradient of integers: quantised weights may stand beside a head."""
+    model = nn.ModuleDict({"query": nn.Linear(8, 8), "head": integer_linear(torch.int8)})
+    add_lora2(model, ["query"], k=2, r=2, trainable=["head"])
+    assert model["head"].bias.requires_grad and not model["head"].weight.requires_grad
+    only = nn.ModuleDict({"query": nn.Linear(8, 8), "head": integer_linear(torch.int8)})
+    only["head"].bias = None
+    with pytest.raises(ValueError, match=r"\['head'\] matches nothing"):
+        add_lora2(only, ["query"], k=2, r=2, trainable=["head"])
+
+
 @pytest.mark.parametrize("options, message", [
     (dict(targets=["nothing"]), r"\['nothing'\] matches nothing; Linear layers: \['classifier"),
     (dict(targets=["quer"]), "matches nothing"),
