@@ -1,7 +1,16 @@
-"""LoRA²: multi-scale low-rank adaptation of frozen linear layers. One file that needs torch only: copy it.
+"""LoRA² (arXiv 2408.06854) for the linear layers of a frozen model. Needs torch only: copy it.
 
-After arXiv 2408.06854. The update of a frozen W0 is AdaLoRA's P Λ Q, whose factors P = v u and Q = U V are
-themselves products through k numbers, the second scale (Eq. 4, row vectors; here d = 768, k = 8, r = 8):
+    add_lora2(model, ["query", "value"], k=1, r=8, trainable=["classifier"])
+    optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    pruner = RankPruner(model, 2, total_steps=1000, warmup=100, final=400, interval=10)
+    for x, y in batches:
+        (task_loss(model(x), y) + 0.1 * orthogonality_loss(model)).backward()
+        optimizer.step()
+        pruner.step()
+        optimizer.zero_grad()
+
+The update of a frozen W0 is AdaLoRA's P Λ Q, whose factors P = v u and Q = U V are products
+through k numbers, the second scale (Eq. 4, row vectors; here d = 768, k = 8, r = 8):
 
          ┌──────────────────  W0ᵀ, b  (frozen)  ─────────────────┐
     x ───┤                                                       + ─── y
@@ -15,10 +24,13 @@ themselves products through k numbers, the second scale (Eq. 4, row vectors; her
     Λ lam    (r,)         0             yes       singular values; pruning sets them to 0
     U        (r, k)       N(0, 0.02²)   yes       right singular directions
     V        (k, d_out)   N(0, 0.02²)   no        takes k numbers up to the output
-    scale    alpha / r                            with the initial r: pruning does not change it
+    scale    alpha / r                            with the initial r: pruning keeps it
 
-So rank ΔW ≤ min(k, r); with k = 1 the updates are exactly those of LoRA with r = 1. demo() shows a whole run.
+ΔW has rank min(k, r) at most. If k < r, the Λ_i are not its singular values but r terms of a sum
+in k × k numbers: k = 1 gives exactly the updates of LoRA with r = 1, and no rank falls until all
+Λ_i of an adapter are gone. Pruning then shares out terms between the matrices of a model.
 """
+import math
 import re
 
 import torch
@@ -26,11 +38,13 @@ from torch import nn
 
 
 class LoRA2Linear(nn.Module):
-    """A frozen nn.Linear plus the update of Eq. 4, its factors in fp32 whatever the base is (fp64 on fp64).
+    """A frozen nn.Linear plus the update of Eq. 4, with factors in fp32 (fp64 on an fp64 base).
 
-    base: the nn.Linear, frozen here. k: projected dimension. r: number of singular values. alpha: scale =
-    alpha / r. init: "gaussian", N(0, 0.02²) as in the authors' code (the paper: "random Gaussian"), or
-    "orthonormal" (ours): Eq. 5 starts at its floor and Λ gets useful gradients from the first step.
+    base: the nn.Linear, which is frozen here.
+    k, r: projected dimension and number of singular values, each from 1 to min(d_in, d_out).
+    alpha: a positive number. The update is scaled by alpha / r.
+    init: "gaussian", N(0, 0.02²) as in the authors' code, or "orthonormal", which is ours: R of
+        Eq. 5 starts at its floor, and the first gradients of Λ are not tiny.
     """
 
     def __init__(self, base, k=1, r=8, alpha=32, init="gaussian"):
@@ -38,313 +52,374 @@ class LoRA2Linear(nn.Module):
         check_base("base", base, k, r, alpha, init)
         self.base = base.requires_grad_(False)
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.k, self.r, self.scale = k, r, alpha / r
+        self.k, self.r = k, r
+        self.scale = alpha / r
         dtype = torch.promote_types(base.weight.dtype, torch.float32)
-        new = lambda *shape: nn.Parameter(torch.zeros(shape, dtype=dtype, device=base.weight.device))
-        self.v, self.u, self.lam = new(base.in_features, k), new(k, r), new(r)             # Λ = 0, so ΔW = 0
-        self.U, self.V = new(r, k), new(k, base.out_features)
+        like = base.weight.new_empty(0, dtype=dtype)
+        self.v = nn.Parameter(like.new_empty(base.in_features, k))
+        self.u = nn.Parameter(like.new_empty(k, r))
+        self.lam = nn.Parameter(like.new_zeros(r))  # ΔW = 0
+        self.U = nn.Parameter(like.new_empty(r, k))
+        self.V = nn.Parameter(like.new_empty(k, base.out_features))
         for factor in (self.v, self.u, self.U, self.V):
-            nn.init.normal_(factor, std=0.02) if init == "gaussian" else nn.init.orthogonal_(factor)
+            if init == "gaussian":
+                nn.init.normal_(factor, std=0.02)
+            else:
+                nn.init.orthogonal_(factor)
         self.train(base.training)
 
     def core(self):
-        """C = scale · u diag(Λ) U, (k, k), what v and V enclose; in the factors' dtype under autocast too."""
+        """C = scale · u diag(Λ) U, (k, k): all between v and V. Autocast does not round it."""
         with torch.autocast(self.u.device.type, enabled=False):
-            return self.scale * (self.u * self.lam) @ self.U               # (k, r) @ (r, k)
+            return self.scale * (self.u * self.lam) @ self.U
 
     def delta_weight(self):
-        """ΔW, (d_out, d_in) as in nn.Linear, in the factors' dtype: dense, for merging; others use core()."""
+        """ΔW, (d_out, d_in) as in nn.Linear. It is dense: for merging."""
         with torch.autocast(self.u.device.type, enabled=False):
-            return (self.v @ self.core() @ self.V).T       # ((d_in, k) @ (k, k) @ (k, d_out))ᵀ
+            return (self.v @ self.core() @ self.V).T
 
     @torch.no_grad()
     def to_lora(self):
-        """ΔW = B @ A, a LoRA of rank k (peft: r = lora_alpha = k): copies of A (k, d_in) and B (d_out, k)."""
+        """ΔW = B @ A as a LoRA of rank k, exactly: copies of A (k, d_in) and B (d_out, k)."""
         with torch.autocast(self.u.device.type, enabled=False):
-            A, B = self.v.T, (self.core() @ self.V).T      # (k, d_in), (d_out, k)
+            A, B = self.v.T, (self.core() @ self.V).T
         return A.clone(memory_format=torch.contiguous_format), B.contiguous()
 
     def forward(self, x):
-        """x (..., d_in) → (..., d_out), without building ΔW (the authors do: over twice the FLOPs)."""
-        y = self.base(x)                                   # (..., d_out), in the base's dtype or autocast's
-        h = x.to(y.dtype) @ self.v.to(y.dtype) @ self.core().to(y.dtype)       # (..., k) twice
+        """x (..., d_in) → (..., d_out). ΔW is never built: that would double the FLOPs."""
+        y = self.base(x)  # in its dtype or autocast's
+        h = x.to(y.dtype) @ self.v.to(y.dtype)  # (..., k)
+        h = h @ self.core().to(y.dtype)  # (..., k)
         return y + h @ self.V.to(y.dtype)
 
     @property
     def weight(self):
-        """W0 + ΔW in the base's dtype: for merging, and for parents that read the matrix instead of calling
-        the layer (the fast path of nn.TransformerEncoder). Dense and slow, but never without the update."""
+        """W0 + ΔW: to merge, and for parents that only read it, as nn.TransformerEncoder's may."""
         return (self.base.weight + self.delta_weight()).to(self.base.weight.dtype)
 
-    bias = property(lambda self: self.base.bias)
+    @property
+    def bias(self):
+        """The base's bias, or None."""
+        return self.base.bias
 
 
 def require(condition, message, error=ValueError):
-    """Raise `error` unless `condition`: the message says what is wrong and what to do."""
+    """Raise `error` unless `condition`. The message says what is wrong and what to do."""
     if not condition:
         raise error(message)
 
 
 def check_base(name, base, k, r, alpha, init):
-    """Only an nn.Linear with a plain weight of its own is adapted, with k and r that fit into it: a subclass
-    computes something else, or its parent reads it without calling it, as nn.MultiheadAttention does."""
-    require(type(base) is nn.Linear, f"{name} is a {type(base).__name__}, not an nn.Linear", TypeError)
-    W, most = base.weight, min(base.in_features, base.out_features)
-    require(type(W) is nn.Parameter and W.is_floating_point() and W.itemsize > 1 and not W.is_meta,
-            f"{name} has no plain weight of its own: meta device, quantised or re-parametrised", TypeError)
-    require(type(k) is type(r) is int and 1 <= k <= most and 1 <= r <= most,
+    """TypeError or ValueError unless `base` is an nn.Linear that k and r fit. A subclass is none:
+    it computes something else, or its parent never calls it, as nn.MultiheadAttention does."""
+    kind = type(base).__name__
+    require(type(base) is nn.Linear, f"{name} is a {kind}, not an nn.Linear", TypeError)
+    W = base.weight
+    is_plain = type(W) is nn.Parameter and W.is_floating_point() and W.itemsize > 1
+    require(is_plain and not W.is_meta, f"{name} has no plain weight of its own: meta device, "
+            "quantised or re-parametrised", TypeError)
+    most = min(base.in_features, base.out_features)
+    require(type(k) is int and type(r) is int and 1 <= k <= most and 1 <= r <= most,
             f"k = {k!r} or r = {r!r} does not fit {name}: give integers from 1 to {most}")
-    require(0 < alpha < float("inf") and init in ("gaussian", "orthonormal"),
+    require(0 < alpha < math.inf and init in ("gaussian", "orthonormal"),
             f"alpha = {alpha!r} must be positive, init = {init!r} 'gaussian' or 'orthonormal'")
 
 
-def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(), layer=LoRA2Linear):
-    """Freeze `model` and wrap its target layers in LoRA2Linear, in place. Return their names, in order.
+def list_linears(model):
+    """Names of all nn.Linear, with stars for numbers: ["classifier", "layer.*.query", ...]."""
+    named = model.named_modules()
+    return sorted({re.sub(r"\b\d+\b", "*", n) for n, m in named if type(m) is nn.Linear})
 
-    targets: module names; "query" matches a module called so, and all whose names end in ".query", such as
-    "encoder.layer.0.attention.self.query". trainable: dotted parts of parameter names that stay trainable,
-    such as "classifier"; modules under them are trained in full, never adapted. layer: LoRA2Linear or a
-    subclass. A name without a match, or a match that cannot be adapted: ValueError, TypeError, no change.
+
+def find_targets(model, targets, trainable):
+    """({name: module to adapt}, [parameters to train]). ValueError for a word without a match."""
+    modules = {}
+    matched = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        hits = [target for target in targets if f".{name}".endswith(f".{target}")]
+        if name and hits and trainable.isdisjoint(name.split(".")):
+            modules[name] = module
+            matched.update(hits)
+    missing = sorted(targets - matched)
+    parameters = []
+    matched = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.is_floating_point() and not trainable.isdisjoint(name.split(".")):
+            parameters.append(parameter)
+            matched.update(name.split("."))
+    missing += sorted(trainable - matched)
+    require(modules and not missing, f"{missing or 'an empty list'} matches nothing; "
+            f"Linear layers: {list_linears(model)}")
+    return modules, parameters
+
+
+def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
+              layer=LoRA2Linear):
+    """Freeze `model` and put a LoRA2Linear around its target layers. Returns their names, in order.
+
+    targets: names of modules, or one. "query" is every module called so and all whose names end in
+        ".query", such as "encoder.layer.0.attention.self.query".
+    k, r, alpha, init: as for LoRA2Linear.
+    trainable: dotted parts of parameter names, such as "classifier", for what trains in full.
+    layer: LoRA2Linear or a subclass.
+    ValueError or TypeError, and no change, if a name has no match or a match cannot be adapted.
     """
-    require(not lora2_layers(model), "the model has LoRA² adapters already: name all targets in one call")
-    targets, trainable = ({part} if isinstance(part, str) else set(part) for part in (targets, trainable))
-    modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-
-    parts = lambda name: set(name.split("."))
-    hit = lambda name, target: f".{name}".endswith(f".{target}")
-    kept = {n for n, p in parameters.items() if parts(n) & trainable and p.is_floating_point()}
-    names = [n for n in modules if any(hit(n, target) for target in targets) and not parts(n) & trainable]
-    missing = sorted(target for target in targets if not any(hit(n, target) for n in names))
-    missing += sorted(trainable.difference(*map(parts, kept)))
-    linears = sorted({re.sub(r"\b\d+\b", "*", n) for n, m in modules.items() if type(m) is nn.Linear})
-    require(names and not missing, f"{missing or 'an empty list'} matches nothing; Linear layers: {linears}")
-    for name in names:
-        check_base(name, modules[name], k, r, alpha, init)
-        uses = sum(parameter is modules[name].weight for parameter in parameters.values())
-        require(uses == 1, f"{name}, or its weight, is used in {uses} places: all of them would change")
-    adapters = {name: layer(modules[name], k, r, alpha, init) for name in names}
-    for name in sorted(parameters, key=kept.__contains__):         # if tied, the name that is kept comes last
-        parameters[name].requires_grad_(name in kept)
-    for name in names:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, adapters[name])
-    return names
+    require(not lora2_layers(model),
+            "the model has LoRA² adapters already: name all targets in one call")
+    targets = {targets} if isinstance(targets, str) else set(targets)
+    trainable = {trainable} if isinstance(trainable, str) else set(trainable)
+    modules, to_train = find_targets(model, targets, trainable)
+    for name, base in modules.items():
+        check_base(name, base, k, r, alpha, init)
+        named = model.named_parameters(remove_duplicate=False)
+        uses = len([n for n, p in named if p is base.weight])
+        require(uses == 1,
+                f"{name}, or its weight, is used in {uses} places: all of them would change")
+    adapters = {}
+    for name, base in modules.items():
+        adapters[name] = layer(base, k, r, alpha, init)
+    model.requires_grad_(False)
+    for parameter in to_train:
+        parameter.requires_grad_(True)
+    for name, adapter in adapters.items():
+        model.set_submodule(name, adapter)
+    return list(adapters)
 
 
 def lora2_layers(model):
     """[(name, LoRA2Linear), ...] of a model, in the model's order."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoRA2Linear)]
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, LoRA2Linear)]
 
 
 def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
-    """R of Eq. 5, a scalar: the mean over the adapters, without gamma. Add it once per optimizer step.
+    """R of Eq. 5 without gamma, a scalar. Add it once per optimizer step, not per micro-batch.
 
-    Per adapter, in squared Frobenius norms: ‖vᵀv−I‖² + ‖uuᵀ−I‖² ("uv"), ‖VVᵀ−I‖² + ‖UᵀU−I‖² ("UV"),
-    ‖PᵀP−I‖² + ‖QQᵀ−I‖² ("PQ"); `terms` chooses, as Table 3 does. Only k×k products are formed: with
-    X = (vᵀv)(uuᵀ), tr(X) = tr(PᵀP) and tr(X²) = tr((PᵀP)²), so that ‖PᵀP−I_r‖² = tr((X−I_k)²) + r − k.
-    Paper: "uv" on the large sides, vvᵀ and uᵀu; as ‖AAᵀ−I_n‖² = ‖AᵀA−I_k‖² + n − k, that is a constant more
-    and the same gradient. Authors' code: norms not squared, P and Q detached, an UnboundLocalError. Neither
-    says how to combine layers. Ours: the mean; a sum over 72 (gamma · sum = 135 at k = 1) swamps the task.
+    terms: the pairs to take, as in Table 3. ValueError if they are no choice of these.
+    Why: for orthonormal P and Q, ‖ΔW‖² = scale² Σ Λ_i². So |Λ_i| is the size of its term in every
+    layer, and can be compared; else a factor may grow and Λ_i shrink while ΔW stays the same.
+    Ours: the mean over the adapters. The paper is silent; 0.1 · sum over 72 would begin at 135.
     """
-    groups = {}                                            # layers of one shape share a batched product
-    for _, layer in lora2_layers(model):
-        groups.setdefault((layer.in_features, layer.out_features), []).append(layer)
-    require(groups and terms and set(terms) <= {"uv", "UV", "PQ"},
+    adapters = lora2_layers(model)
+    require(adapters and terms and set(terms) <= {"uv", "UV", "PQ"},
             f"terms = {terms!r}: list some of 'uv', 'UV', 'PQ', on a model with LoRA² adapters")
-    layers, bmm = sum(groups.values(), []), torch.bmm
-    stack = lambda name, group: torch.stack([getattr(layer, name) for layer in group])
-    with torch.autocast(layers[0].u.device.type, enabled=False):
-        Gv = torch.cat([bmm(v.mT, v) for v in (stack("v", group) for group in groups.values())])   # (n, k, k)
-        GV = torch.cat([bmm(V, V.mT) for V in (stack("V", group) for group in groups.values())])   # (n, k, k)
-        u, U = stack("u", layers), stack("U", layers)                          # (n, k, r), (n, r, k)
-        Gu, GU = bmm(u, u.mT), bmm(U.mT, U)                                    # (n, k, k)
-        grams = {"uv": [Gv, Gu], "UV": [GV, GU], "PQ": [bmm(Gv, Gu), bmm(GV, GU)]}
-        k, r = u.shape[1:]
-        E = torch.cat([G for term in grams if term in terms for G in grams[term]])
-        E = E - torch.eye(k, dtype=E.dtype, device=E.device)                   # (2n · groups, k, k)
-        return (E * E.mT).sum() / len(layers) + 2 * (r - k) * ("PQ" in terms)  # tr(E²) of each
+    R = 0
+    for _, layer in adapters:
+        with torch.autocast(layer.u.device.type, enabled=False):
+            # The paper has vvᵀ and uᵀu, the large sides. The gradient is the same, because
+            # ‖AAᵀ − I_n‖² = ‖AᵀA − I_k‖² + n − k for A (n, k).
+            Gv, Gu = layer.v.T @ layer.v, layer.u @ layer.u.T  # (k, k)
+            GU, GV = layer.U.T @ layer.U, layer.V @ layer.V.T  # (k, k)
+            if "uv" in terms:
+                R = R + distance(Gv) + distance(Gu)  # ‖vᵀv − I‖² + ‖uuᵀ − I‖²
+            if "UV" in terms:
+                R = R + distance(GU) + distance(GV)  # ‖UᵀU − I‖² + ‖VVᵀ − I‖²
+            if "PQ" in terms:
+                # PᵀP = uᵀ(vᵀv)u is r × r. A trace lets factors go round, so X = (vᵀv)(uuᵀ) has
+                # tr X = tr PᵀP and tr X² = tr (PᵀP)²: ‖PᵀP − I_r‖² = tr (X − I_k)² + r − k.
+                R = R + distance(Gv @ Gu) + layer.r - layer.k  # ‖PᵀP − I‖²
+                R = R + distance(GV @ GU) + layer.r - layer.k  # ‖QQᵀ − I‖²
+    return R / len(adapters)
+
+
+def distance(X):
+    """tr (X − I)². It is ‖X − I‖² for a symmetric X, which a product of two Grams is not."""
+    E = X - torch.eye(len(X), dtype=X.dtype, device=X.device)
+    return (E * E.T).sum()
 
 
 def orthogonality_floor(k, r, terms=("uv", "UV", "PQ")):
-    """The least value of R: 2|k − r| with all terms, because P, Q, u and U have rank min(k, r) at most."""
-    return sum(2 * max(r - k, 0) if term == "PQ" else max(k - r, 0) for term in set(terms))
+    """The least value of R, 2|k − r| with all terms: P, Q, u and U have rank min(k, r) at most."""
+    floors = {"uv": max(k - r, 0), "UV": max(k - r, 0), "PQ": 2 * max(r - k, 0)}
+    return sum(map(floors.get, set(terms)))
 
 
 class RankPruner(nn.Module):
-    """Algorithm 1: every `interval` steps keep the b(t) best singular values of the model, set the rest to 0.
+    """Algorithm 1: keep the b(t) most important singular values of the model, set the rest to 0.
 
-    target_rank: singular values per adapter at the end, on average. total_steps: T, in optimizer steps (never
-    micro-batches). For `warmup` (t_i) steps all stay, then b falls along a cubic; what is pruned trains on
-    and may return, until in the last `final` (t_f) steps the set is fixed and the rest is held at 0.
-    importance: "reduced" (Eq. 9) or "full" (Eq. 8); beta1, beta2: of its averages Ī and Ū. ValueError for
-    what does not fit. Call step() after optimizer.step() and before zero_grad(): the importance is this
-    step's gradients times the new weights, as in AdaLoRA's loop. A gradient that is None: RuntimeError.
+    target_rank: singular values per adapter in the end, on average.
+    total_steps: T, in optimizer steps, never micro-batches.
+    warmup: t_i, the first steps, in which all are kept. Then b(t) falls along a cubic.
+    final: t_f, the last steps, in which the choice is fixed. Until then what is 0 may return.
+    interval: ΔT, steps from choice to choice.
+    beta1, beta2: of the averages Ī and Ū, at least 0 and below 1.
+    importance: "reduced" (Eq. 9) or "full" (Eq. 8). ValueError for what does not fit.
+
+    Call step() after optimizer.step() and before zero_grad(). As in AdaLoRA's loop, importance is
+    the new weights times this step's gradients. These are of task + gamma · R, clipped if you clip:
+    what R pulls at counts as important too, above all early. Where Λ_i is 0, u_·i and U_i· get a
+    gradient from R alone. (It is a Module only for its state_dict(), which holds the averages.)
     """
 
-    def __init__(self, model, target_rank, total_steps, warmup, final, interval, beta1=0.85, beta2=0.85,
-                 importance="reduced"):
+    joins = {"lam": torch.stack, "u": torch.stack, "U": torch.stack}  # what is scored, as stacks
+
+    def __init__(self, model, target_rank, total_steps, warmup, final, interval,
+                 beta1=0.85, beta2=0.85, importance="reduced"):
         super().__init__()
         found = lora2_layers(model)
         kinds = {(layer.k, layer.r, layer.lam.dtype, layer.lam.device) for _, layer in found}
-        require(len(kinds) == 1, f"the pruner needs adapters of one (k, r, dtype, device), not {kinds or 0}")
-        [(self.k, self.r, _, device)] = kinds
+        require(len(kinds) == 1,
+                f"the pruner needs adapters of one (k, r, dtype, device), not {kinds or 0}")
+        self.names, self.layers = zip(*found)
+        self.k, self.r = self.layers[0].k, self.layers[0].r
         require(type(target_rank) is int and 0 <= target_rank <= self.r,
                 f"target_rank = {target_rank!r}: give an integer from 0 to r = {self.r}")
         steps = (total_steps, warmup, final, interval)
-        require(all(type(n) is int and n >= 0 for n in steps) and interval and warmup + final < total_steps,
-                f"T, warmup, final, interval = {steps}: keep warmup + final < T and interval > 0")
-        require(importance in ("reduced", "full"), f"importance = {importance!r}: give 'reduced' or 'full'")
-        self.names, self.layers = zip(*found)
-        self.target_rank, self.total_steps, self.beta1, self.beta2 = target_rank, total_steps, beta1, beta2
+        advice = f"T, warmup, final, interval = {steps}: keep warmup + final < T and interval > 0"
+        for n in steps:
+            require(type(n) is int and n >= 0, advice)
+        require(warmup + final < total_steps and interval > 0, advice)
+        require(0 <= beta1 < 1 and 0 <= beta2 < 1,
+                f"beta1 = {beta1!r}, beta2 = {beta2!r}: give numbers from 0 to below 1")
+        require(importance in ("reduced", "full"),
+                f"importance = {importance!r}: give 'reduced' or 'full'")
+        self.target_rank, self.total_steps = target_rank, total_steps
         self.warmup, self.final, self.interval = warmup, final, interval
-        self.t, self.full, self.kept_total = 0, importance == "full", len(found) * self.r
-        self.register_buffer("sensitivity", torch.zeros_like(self._scored(lambda w: w)))   # Ī, as _scored()
-        self.register_buffer("uncertainty", torch.zeros_like(self.sensitivity))            # Ū, as _scored()
-        self.register_buffer("keep", torch.ones(len(found), self.r, device=device).bool())
+        self.beta1, self.beta2 = beta1, beta2
+        self.t = 0
+        self.kept_total = len(found) * self.r
+        lam = torch.stack(self.weights("lam"))  # (n, r)
+        self.register_buffer("keep", torch.ones_like(lam, dtype=torch.bool))
+        self.dtype = torch.promote_types(lam.dtype, torch.float32)  # fp16 would round I to 0
+        if importance == "full":  # v below v, (sum of d_in, k), and V beside V
+            self.joins = self.joins | {"v": torch.vstack, "V": torch.hstack}
+        for factor, join in self.joins.items():
+            zeros = torch.zeros_like(join(self.weights(factor)), dtype=self.dtype)
+            self.register_buffer(f"sensitivity_{factor}", zeros)  # Ī
+            self.register_buffer(f"uncertainty_{factor}", zeros.clone())  # Ū
 
     def budget(self, t):
-        """b(t): how many singular values of the whole model to keep at step t = 1 .. T."""
+        """b(t), how many singular values of the whole model to keep at step t = 1 .. T."""
         start, end = len(self.layers) * self.r, len(self.layers) * self.target_rank
         progress = (t - self.warmup) / (self.total_steps - self.final - self.warmup)
-        return int(end + (start - end) * (1 - min(max(progress, 0), 1)) ** 3)
+        left = 1 - min(max(progress, 0), 1)
+        return int(end + (start - end) * left ** 3)  # rounded down
 
     @torch.no_grad()
     def step(self):
-        """Algorithm 1 for one optimizer step. Returns the kept count, without waiting for the device."""
-        require(self.t < self.total_steps, f"step() came more than {self.total_steps} times", RuntimeError)
-        t, last = self.t + 1, self.total_steps - self.final        # after step `last` the scores are frozen
-        if t <= last:
-            # The paper has "??" for these in Algorithm 1; they are AdaLoRA's:  I = |w · ∂L/∂w|,
-            # Ī ← β1 Ī + (1−β1) I,  Ū ← β2 Ū + (1−β2) |I − Ī|.  Ours: I = 0 in a step that overflowed in fp16.
-            I = (self._scored(lambda w: w) * self._scored(lambda w: w.grad)).abs_()
-            I = I.where(I.amax() < float("inf"), 0.0)      # also if amax is NaN
-            self.sensitivity.lerp_(I, 1 - self.beta1)
-            self.uncertainty.lerp_((I - self.sensitivity).abs_(), 1 - self.beta2)
+        """Algorithm 1 for one optimizer step. Returns how many are kept; the host does not wait."""
+        require(self.t < self.total_steps,
+                f"step() came more than {self.total_steps} times", RuntimeError)
+        t, last = self.t + 1, self.total_steps - self.final
+        if t <= last:  # afterwards scores and choices stay
+            self.check_gradients()
+            self.update_averages()
         self.t = t
         if t % self.interval == 0 or t >= last:
             self.kept_total = self.budget(t)
-            # Exactly this many: the authors' "score <= kthvalue" prunes all of them when scores are equal.
-            best = self.scores().flatten().argsort(descending=True, stable=True)[:self.kept_total]
-            self.keep.view(-1).fill_(False).index_fill_(0, best, True)
-            # Momentum moves a zeroed Λ again, so it can come back; in the last phase it is 0 after each step.
-            masks = self.keep.to(self.sensitivity.dtype).unbind()                          # n × (r,)
-            torch._foreach_mul_([layer.lam for layer in self.layers], masks)
+            self.prune()
         return self.kept_total
 
-    def _scored(self, get):
-        """All numbers that count for the scores, in one row: all Λ, all u, all U; get(w) of each.
-        At k = 1, r = 8 on 768 × 768 that is 24 of 1,560 numbers, the paper's 98.5 % fewer. (Its Section 3.2
-        swaps the letters of 3.1; only leaving out the big v and V gives that figure.) Eq. 8 needs all."""
-        factors = ("lam", "u", "U", "v", "V") if self.full else ("lam", "u", "U")
-        columns = [[get(getattr(layer, factor)) for layer in self.layers] for factor in factors]
-        require(all(w is not None for w in sum(columns, [])), "an adapter has no gradient (unused?): call "
-                "pruner.step() after backward() and optimizer.step(), before zero_grad()", RuntimeError)
-        row = [torch.stack(column).flatten() for column in columns[:3]]        # n·r, n·k·r and n·r·k numbers
-        if self.full:                                                          # v below v, V beside V
-            row += [torch.cat(columns[3]).flatten(), torch.cat(columns[4], dim=1).flatten()]
-        return torch.cat(row)
+    def weights(self, factor):
+        """That factor of all adapters."""
+        return [getattr(layer, factor) for layer in self.layers]
+
+    def check_gradients(self):
+        """RuntimeError if something that is scored has none."""
+        for factor in self.joins:
+            for name, w in zip(self.names, self.weights(factor)):
+                require(w.grad is not None, f"{name}.{factor} has no gradient (unused?): call "
+                        "pruner.step() after backward() and optimizer.step(), before zero_grad()",
+                        RuntimeError)
+
+    def update_averages(self):
+        """Ī and Ū of all that is scored. The paper has "??" for them: they are AdaLoRA's.
+
+        I is, to first order, what the loss would change by without a number. One batch is noisy,
+        so Ī is its mean. Ū, its mean distance from Ī, keeps numbers still in doubt: a heuristic.
+        """
+        I = {}
+        overflow = False
+        for factor, join in self.joins.items():
+            w = join(self.weights(factor)).to(self.dtype)
+            gradient = join([w.grad for w in self.weights(factor)]).to(self.dtype)
+            I[factor] = (w * gradient).abs()
+            overflow = overflow | ~I[factor].isfinite().all()
+        self.to(self.dtype)  # if its model was cast
+        for factor, now in I.items():
+            now = torch.where(overflow, 0, now)  # ours: fp16's loss scaling has such steps
+            mean = getattr(self, f"sensitivity_{factor}")
+            mean.lerp_(now, 1 - self.beta1)  # Ī ← β1 Ī + (1 − β1) I
+            doubt = getattr(self, f"uncertainty_{factor}")
+            doubt.lerp_((now - mean).abs(), 1 - self.beta2)  # Ū likewise, with the new Ī
 
     def scores(self):
-        """Importance of every singular value, (n, r), from S(w) = Ī · Ū.
-        Eq. 9 ("reduced"): S(Λ_i) + mean over k of S(u_·i) + mean over k of S(U_i·).
-        Eq. 8 ("full") adds (ΣS(v) + ΣS(V)) / k, the same for every i of an adapter: the order inside one
-        adapter cannot change, as the paper says, but the selection over all adapters can."""
-        n, r, k = len(self.layers), self.r, self.k
-        S = self.sensitivity * self.uncertainty
-        lam, u, U, rest = S.split([n * r, n * k * r, n * r * k, len(S) - n * r * (1 + 2 * k)])
-        total = lam.view(n, r) + u.view(n, k, r).mean(1) + U.view(n, r, k).mean(2)         # (n, r)
-        if self.full:                                      # S ≥ 0: the sum over one v or V is its 1-norm
-            d_in, d_out = zip(*((layer.in_features, layer.out_features) for layer in self.layers))
-            v, V = rest[:k * sum(d_in)].view(-1, k), rest[k * sum(d_in):].view(k, -1)
-            sums = torch.stack(torch._foreach_norm(v.split(d_in) + V.split(d_out, dim=1), 1))          # (2n,)
-            total += sums.view(2, n, 1).sum(0) / k
-        return total
+        """Importance of every singular value, (n, r), from S(w) = Ī · Ū. Without v and V, Eq. 9
+        needs 24 numbers in place of 1,560 at k = 1, r = 8, d = 768. (3.2 swaps 3.1's letters.)"""
+        S = {}
+        for factor in self.joins:
+            mean = getattr(self, f"sensitivity_{factor}")
+            S[factor] = mean * getattr(self, f"uncertainty_{factor}")
+        scores = S["lam"] + S["u"].mean(1) + S["U"].mean(2)
+        if "v" in S:
+            # Eq. 8: what v and V are worth on top, a mean over the same k directions, so / k. It is
+            # one number for all i: it cannot change the order in an adapter, but over all it can.
+            v = S["v"].split([layer.in_features for layer in self.layers])
+            V = S["V"].split([layer.out_features for layer in self.layers], dim=1)
+            for i in range(len(self.layers)):
+                scores[i] += (v[i].sum() + V[i].sum()) / self.k
+        return scores
+
+    def prune(self):
+        """Keep the kept_total best, exactly; of equal ones the first. Set the rest to 0."""
+        ranking = self.scores().flatten().argsort(descending=True, stable=True)
+        self.keep.zero_()
+        self.keep.view(-1)[ranking[:self.kept_total]] = True
+        for layer, row in zip(self.layers, self.keep):
+            layer.lam.mul_(row)
 
     def kept(self):
-        """{adapter: singular values kept by the last selection}: Figure 3. (rank ΔW ≤ min(k, kept).)"""
+        """{adapter: singular values that the last choice kept}, the data of Figure 3."""
         return dict(zip(self.names, self.keep.sum(1).tolist()))
 
     def get_extra_state(self):
-        return {"t": self.t, "kept_total": self.kept_total}
+        return torch.tensor([self.t, self.kept_total])  # some files hold only tensors
 
     def set_extra_state(self, state):
-        self.t, self.kept_total = state["t"], state["kept_total"]
+        self.t, self.kept_total = state.tolist()
 
 
 def lora2_state_dict(model):
-    """{name in state_dict(): copy} of all that fine-tuning changes: adapters, what else is trainable, buffers
-    beside either, BatchNorm's statistics; and NAME.scale and 16 entries of W0, to tell alpha and base by."""
-    tensors = {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
-    adapters, owner = dict(lora2_layers(model)), lambda n: n.rpartition(".")[0]
-    trained = {n for n, t in tensors.items() if t.requires_grad or owner(n) in adapters}
-    owners = {*map(owner, trained), *(n for n, m in model.named_modules() if hasattr(m, "running_mean"))}
-    state = {n: t.detach().clone() for n, t in tensors.items()
-             if n in trained or owner(n) in owners and not isinstance(t, nn.Parameter)}
+    """{name: copy} of all of state_dict() but what is frozen and no adapter's, and what tells
+    alpha and base by: NAME.scale, and NAME.base_sample, 16 numbers of W0."""
+    adapters = dict(lora2_layers(model))
+    state = model.state_dict()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad and name.rpartition(".")[0] not in adapters:
+            del state[name]
     for name, layer in adapters.items():
-        weight = layer.base.weight.detach().flatten()
+        W = layer.base.weight.flatten()
         state[f"{name}.scale"] = torch.tensor(layer.scale)
-        state[f"{name}.base_sample"] = weight[::-(-len(weight) // 16)].float().clone()
-    return state
+        step = math.ceil(len(W) / 16)
+        state[f"{name}.base_sample"] = W[::step].float()
+    return {n: t.detach().clone() for n, t in state.items() if isinstance(t, torch.Tensor)}
 
 
 def load_lora2_state_dict(model, state):
-    """Load lora2_state_dict() into a model prepared by the same add_lora2 call. Strict: a missing, unexpected
-    or mis-shaped tensor, another alpha, another base is a ValueError that names it, and nothing is loaded."""
+    """Load lora2_state_dict() into a model that the same add_lora2() call prepared. Strict:
+    ValueError, and nothing is loaded, if a name, a shape, alpha or the base differs."""
     own = lora2_state_dict(model)
     missing, stray = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    require(not missing and not stray, f"missing in the file: {missing[:3]}, not in this model: {stray[:3]}: "
-            "use the base model, targets, k, r and trainable names that the file was made with")
+    require(not missing and not stray, f"missing in the file: {missing[:3]}, not in this model: "
+            f"{stray[:3]}: use the base model, targets, k, r and trainable names that the file "
+            "was made with")
     for name, mine in own.items():
-        require(state[name].shape == mine.shape, f"{name} is {tuple(state[name].shape)} in the file and "
-                f"{tuple(mine.shape)} here: use the base model, k and r that the file was made with")
-    for name in sorted(own.keys() - model.state_dict().keys()):    # each adapter's .scale and .base_sample
-        tolerance = 1e-6 if name.endswith(".scale") else 0.02      # W0 may be in bf16 on one side
-        require(torch.allclose(state[name].to(own[name]), own[name], tolerance, 1e-7),
-                f"{name} differs between file and model: use the file's alpha and base model")
-    model.load_state_dict(state, strict=False)             # not strict: the file leaves out what is frozen
+        theirs = tuple(state[name].shape)
+        require(theirs == mine.shape, f"{name} is {theirs} in the file and {tuple(mine.shape)} "
+                "here: use the base model, k and r that the file was made with")
+    for name in sorted(dict(lora2_layers(model))):
+        for key, tolerance in ((f"{name}.scale", 1e-6), (f"{name}.base_sample", 0.02)):
+            theirs = state[key].to(own[key])  # W0 may be in bf16 on one side
+            require(torch.allclose(theirs, own[key], tolerance, 1e-7),
+                    f"{key} differs between file and model: use the file's alpha and base model")
+    model.load_state_dict(state, strict=False)  # the file leaves out what is frozen
 
 
 @torch.no_grad()
 def merge_lora2(model):
-    """Fold every ΔW into its W0 in place (summed in fp32, cast once), put nn.Linear back. Returns model."""
+    """Add every ΔW to its W0, in place, and put the nn.Linear back. Returns the model."""
     for name, layer in lora2_layers(model):
         layer.base.weight.copy_(layer.weight)
-        if not name:                                       # the model itself is an adapter
+        if not name:  # the model itself is an adapter
             return layer.base
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.base)
+        model.set_submodule(name, layer.base)
     return model
-
-
-def demo(seed=0, steps=300, gamma=0.1):
-    """Four frozen layers, a change of rank 4 planted in one: which of 32 singular values does LoRA² keep?"""
-    torch.manual_seed(seed)
-    layers = [nn.Linear(32, 32) for _ in range(4)]
-    net = nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2], nn.Tanh(), layers[3])
-    x, planted = torch.randn(512, 32), torch.randn(32, 4) @ torch.randn(4, 32) / 32
-    for layer in layers:
-        nn.init.normal_(layer.weight, std=0.4)
-    layers[2].weight.data += planted
-    target = net(x).detach()
-    layers[2].weight.data -= planted
-    add_lora2(net, ["0", "2", "4", "6"], k=8, r=8, alpha=8, init="orthonormal")
-    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.01, weight_decay=0)
-    pruner = RankPruner(net, target_rank=1, total_steps=steps, warmup=30, final=90, interval=5)
-    print("planted: a change of rank 4 in layer 4\nstep     loss  R - floor  kept in layers 0, 2, 4, 6")
-    for step in range(1, steps + 1):
-        loss, R = nn.functional.mse_loss(net(x), target), orthogonality_loss(net)
-        (loss + gamma * R).backward()
-        optimizer.step()
-        pruner.step()
-        optimizer.zero_grad()
-        if step in (1, 30, 60, 90, 150, 210, steps):
-            print(f"{step:4d}  {loss:.5f}  {R - orthogonality_floor(8, 8):9.5f}  {[*pruner.kept().values()]}")
-    y, (A, B), update = net(x), net[4].to_lora(), net[4].delta_weight()
-    print(f"exported as a plain LoRA of rank {len(A)}: B @ A = ΔW to {(B @ A - update).abs().max():.0e}")
-    print(f"merged into plain layers: the same output to {(merge_lora2(net)(x) - y).abs().max():.0e}")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)                               # the matrices are tiny: threads would only wait
-    demo()

@@ -1,13 +1,15 @@
-"""LoRA² with fewer operations and fewer passes over memory: what train.py runs. Read lora2.py instead.
+"""LoRA² with fewer operations and fewer passes over memory: what train.py runs. See lora2.py first.
 
-    add_lora2(model, targets, ..., layer=FastLoRA2Linear)      # the same parameters, files and functions
-    cast_frozen(model, torch.bfloat16)                         # if you like: for what runs under autocast
-    with shared_updates(model):                                # if you like: around one forward pass
+    add_lora2(model, targets, ..., layer=FastLoRA2Linear)  # the same parameters and files
+    pruner = FastRankPruner(model, ...)                    # the same arguments and state_dict()
+    cast_frozen(model, torch.bfloat16)                     # if you like: under autocast
+    with shared_updates(model):                            # if you like: around a forward pass
         loss = ...
     loss.backward()
-    add_gradients(gamma * orthogonality_loss(model), parameters)       # in place of a second backward()
+    add_gradients(gamma * orthogonality_loss(model), parameters)   # not a second backward()
 
-The numbers are those of LoRA2Linear but for rounding, which tests/test_fast.py takes as its oracle.
+The numbers are those of lora2.py but for rounding: it is the oracle of tests/test_fast.py. A layer
+that is there already becomes fast by layer.__class__ = FastLoRA2Linear.
 """
 import contextlib
 import functools
@@ -17,109 +19,233 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora2 import LoRA2Linear, lora2_layers
+from lora2 import LoRA2Linear, RankPruner, lora2_layers, require
 from model import DisentangledSelfAttention, Encoder, SelfAttention, bucket, split_heads
 
 
 class LinearWithUpdate(torch.autograd.Function):
-    """y = x Wᵀ + b + (x down) up.
+    """y = x Wᵀ + b + (x down) up, with x (N, d_in), down (d_in, k), up (k, d_out) and y (N, d_out).
 
-    x (N, d_in), down (d_in, k), up (k, d_out) → y (N, d_out). Autograd would compute the update, and its
-    share of ∂L/∂x, in arrays as large as y and x and add them up afterwards. Here the products add into what
-    is there (addmm_), and only x and x down are kept for the backward pass. The latter is made transposed,
-    z = (x down)ᵀ: at k = 8 such products take a third to a half of the time on a CPU.
+    Autograd would compute the update, and its share of ∂L/∂x, in arrays as large as y and x and add
+    them up afterwards. Here the products add into what is there (addmm_), and only x and x down are
+    kept for the backward pass. The latter is made transposed, z = (x down)ᵀ: at k = 8 such products
+    take a third to a half of the time on a CPU.
     """
 
     @staticmethod
     def forward(ctx, x, W, b, down, up):
-        y = F.linear(x, W, b)                              # (N, d_out)
-        z = down.T @ x.T                                   # (k, N)
+        y = F.linear(x, W, b)  # (N, d_out)
+        z = down.T @ x.T  # (k, N)
         ctx.save_for_backward(x, W, z, down, up)
         return y.addmm_(z.T, up)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable           # z is kept as a number: no gradient of a gradient
+    @torch.autograd.function.once_differentiable  # z is kept as a number: no gradient of a gradient
     def backward(ctx, dy):
         x, W, z, down, up = ctx.saved_tensors
-        dz = up @ dy.T                                     # (k, N)
-        dx = (dy @ W).addmm_(dz.T, down.T) if ctx.needs_input_grad[0] else None            # (N, d_in)
-        dW = dy.T @ x if ctx.needs_input_grad[1] else None                     # frozen, as a rule
-        db = dy.sum(0) if ctx.needs_input_grad[2] else None
+        dx = dW = db = None
+        dz = up @ dy.T  # (k, N)
+        if ctx.needs_input_grad[0]:
+            dx = (dy @ W).addmm_(dz.T, down.T)  # (N, d_in)
+        if ctx.needs_input_grad[1]:  # W and b are frozen, as a rule
+            dW = dy.T @ x
+        if ctx.needs_input_grad[2]:
+            db = dy.sum(0)
         return dx, dW, db, (dz @ x).T, z @ dy
 
 
 def product_dtype(x):
     """The dtype in which nn.Linear would multiply x: its own, or autocast's where that is on."""
-    cast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(x.device.type) if cast else x.dtype
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def is_plain(base, x):
+    """Whether base(x) is all that an nn.Linear is asked for, so that nobody misses the call.
+
+    Hooks, or a forward() that was put in the place of its own, want to be called. Mixed dtypes are
+    for torch to refuse.
+    """
+    hooks = (base._forward_hooks or base._forward_pre_hooks
+             or base._backward_hooks or base._backward_pre_hooks)
+    mixed = base.weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)
+    return not hooks and not mixed and "forward" not in base.__dict__
 
 
 def linear_with_update(base, x, down, up, cast=None):
     """base(x) + x down up for an nn.Linear: x (..., d_in) → (..., d_out), in the dtype of base(x).
 
-    cast: {dtype: (W, b)}, the base's weights in other dtypes, if they are at hand. No gradient of a gradient
-    and no torch.func goes through it.
+    cast: {dtype: (W, b)}, the base's weights in other dtypes, if they are at hand.
+    No gradient of a gradient and no torch.func goes through it.
     """
     dtype = product_dtype(x)
-    hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-    mixed = base.weight.dtype != dtype and not torch.is_autocast_enabled(x.device.type)
-    if hooks or mixed or "forward" in vars(base):          # for others to see, for torch to refuse
-        return base(x) + x.to(dtype) @ down.to(dtype) @ up.to(dtype)
+    down = down.to(dtype)
+    up = up.to(dtype)
+    if not is_plain(base, x):
+        return base(x) + x.to(dtype) @ down @ up
     W, b = (cast or {}).get(dtype, (base.weight, base.bias))
-    y = LinearWithUpdate.apply(x.reshape(-1, x.shape[-1]).to(dtype), W.to(dtype), None if b is None else
-                               b.to(dtype), down.to(dtype), up.to(dtype))
+    if b is not None:
+        b = b.to(dtype)
+    rows = x.reshape(-1, x.shape[-1]).to(dtype)  # (N, d_in)
+    y = LinearWithUpdate.apply(rows, W.to(dtype), b, down, up)
     return y.view(*x.shape[:-1], base.out_features)
 
 
 class FastLoRA2Linear(LoRA2Linear):
     """LoRA2Linear with another order of the same products: down = v, up = C V."""
 
-    shared = None                                          # (down, up) while shared_updates() is active
-    cast = None                                            # what cast_frozen() made: gone with the adapter
+    shared = None  # (down, up) while shared_updates() is active
+    cast = None  # what cast_frozen() made: gone with the adapter
 
     def forward(self, x):
         if self.shared is not None:
             return linear_with_update(self.base, x, *self.shared, self.cast)
         with torch.autocast(x.device.type, enabled=False):
-            up = self.core() @ self.V                      # (k, k) @ (k, d_out)
+            up = self.core() @ self.V  # (k, k) @ (k, d_out)
         return linear_with_update(self.base, x, self.v, up, self.cast)
+
+
+def by_shape(layers):
+    """Lists of layers of one (d_in, d_out, scale) each: their factors can be stacked."""
+    groups = {}
+    for layer in layers:
+        key = layer.in_features, layer.out_features, layer.scale
+        groups.setdefault(key, []).append(layer)
+    return list(groups.values())
+
+
+def stacked(layers, name):
+    """A factor of all these layers in one tensor, (n, ...)."""
+    return torch.stack([getattr(layer, name) for layer in layers])
 
 
 @contextlib.contextmanager
 def shared_updates(model):
     """Within it down = v and up = C V of all adapters of one shape come out of one batched product.
 
-    Around one forward pass; its backward pass may follow outside. The updates do not follow the weights while
-    it is open. Under autocast they are cast here, all at once: enter autocast first. Not for gradient
-    checkpointing, which would run forward passes of its own after its end.
+    Around one forward pass; its backward pass may follow outside. The updates do not follow the
+    weights while it is open. Under autocast they are cast here, all at once: enter autocast first.
+    Not for gradient checkpointing, which would run forward passes of its own after its end.
     """
-    shapes = {}
-    for _, layer in lora2_layers(model):
-        if isinstance(layer, FastLoRA2Linear):
-            shapes.setdefault((layer.in_features, layer.out_features, layer.scale), []).append(layer)
+    fast = [layer for _, layer in lora2_layers(model) if isinstance(layer, FastLoRA2Linear)]
     try:
-        for (*_, scale), layers in shapes.items():
-            v, u, lam, U, V = (torch.stack([getattr(layer, name) for layer in layers])
-                               for name in ("v", "u", "lam", "U", "V"))
+        for layers in by_shape(fast):
+            v, u, lam, U, V = (stacked(layers, name) for name in ("v", "u", "lam", "U", "V"))
             dtype = product_dtype(v)
             with torch.autocast(v.device.type, enabled=False):
-                up = scale * (u * lam[:, None]) @ U @ V                        # (n, k, k) @ (n, k, d_out)
-            for layer, *pair in zip(layers, v.to(dtype).unbind(), up.to(dtype).unbind()):
-                layer.shared = pair
+                up = layers[0].scale * (u * lam[:, None]) @ U @ V  # (n, k, k) @ (n, k, d_out)
+            for layer, its_v, its_up in zip(layers, v.to(dtype).unbind(), up.to(dtype).unbind()):
+                layer.shared = its_v, its_up
         yield
     finally:
-        for layer in sum(shapes.values(), []):
+        for layer in fast:
             layer.shared = None
 
 
+def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
+    """lora2.orthogonality_loss() with one batched product for all adapters of a shape.
+
+    The arguments, the result and the ValueError are the same; the adapters must have one k and r.
+    What is written there for one adapter stands here for n: tr (X − I)² of all Grams X at once.
+    """
+    groups = by_shape([layer for _, layer in lora2_layers(model)])
+    require(groups and terms and set(terms) <= {"uv", "UV", "PQ"},
+            f"terms = {terms!r}: list some of 'uv', 'UV', 'PQ', on a model with LoRA² adapters")
+    layers, Gv, GV = [], [], []  # from here on in the order of the groups
+    with torch.autocast(groups[0][0].u.device.type, enabled=False):
+        for group in groups:
+            v = stacked(group, "v")
+            V = stacked(group, "V")
+            layers += group
+            Gv.append(torch.bmm(v.mT, v))
+            GV.append(torch.bmm(V, V.mT))
+        Gv = torch.cat(Gv)  # (n, k, k)
+        GV = torch.cat(GV)
+        u = stacked(layers, "u")  # (n, k, r)
+        U = stacked(layers, "U")  # (n, r, k)
+        Gu = torch.bmm(u, u.mT)  # (n, k, k)
+        GU = torch.bmm(U.mT, U)
+        k, r = u.shape[1:]
+        grams, offset = [], 0
+        if "uv" in terms:
+            grams += [Gv, Gu]
+        if "UV" in terms:
+            grams += [GV, GU]
+        if "PQ" in terms:
+            grams += [torch.bmm(Gv, Gu), torch.bmm(GV, GU)]
+            offset = 2 * (r - k)
+        E = torch.cat(grams)  # (2n, 4n or 6n, k, k)
+        E = E - torch.eye(k, dtype=E.dtype, device=E.device)
+        return (E * E.mT).sum() / len(layers) + offset
+
+
+class FastRankPruner(RankPruner):
+    """RankPruner in as many operations for a hundred adapters as for one.
+
+    The arguments, scores, choices and state_dict() are the same: a run can go on with either.
+    """
+
+    def averages(self):
+        """(Ī, Ū), each a list of a tensor for each factor, to be read and changed in place."""
+        sensitivity = [getattr(self, f"sensitivity_{factor}") for factor in self.joins]
+        uncertainty = [getattr(self, f"uncertainty_{factor}") for factor in self.joins]
+        return sensitivity, uncertainty
+
+    def update_averages(self):
+        """Ī and Ū, with I of all factors in one row."""
+        weights, gradients = [], []
+        for factor, join in self.joins.items():
+            of_adapters = self.weights(factor)
+            weights.append(join(of_adapters))
+            gradients.append(join([w.grad for w in of_adapters]))
+        I = (in_a_row(weights, self.dtype) * in_a_row(gradients, self.dtype)).abs_()
+        I = I.where(I.amax() < float("inf"), 0.0)  # also if amax is NaN
+        parts = I.split([w.numel() for w in weights])
+        parts = [part.view_as(w) for part, w in zip(parts, weights)]
+        self.to(self.dtype)  # if its model was cast
+        sensitivity, uncertainty = self.averages()
+        torch._foreach_lerp_(sensitivity, parts, 1 - self.beta1)
+        distance = torch._foreach_sub(parts, sensitivity)
+        torch._foreach_abs_(distance)
+        torch._foreach_lerp_(uncertainty, distance, 1 - self.beta2)
+
+    def scores(self):
+        """Importance of every singular value, (n, r)."""
+        lam, u, U, *rest = torch._foreach_mul(*self.averages())
+        scores = lam + u.mean(1) + U.mean(2)
+        if rest:  # S ≥ 0: the sum over one v or V is its 1-norm, and many norms are one operation
+            v = rest[0].split([layer.in_features for layer in self.layers])
+            V = rest[1].split([layer.out_features for layer in self.layers], dim=1)
+            sums = torch.stack(torch._foreach_norm(v + V, 1))  # (2n,)
+            scores += sums.view(2, -1, 1).sum(0) / self.k
+        return scores
+
+    def prune(self):
+        """Keep the kept_total best, exactly; of equal ones the first. Set the rest to 0."""
+        ranking = self.scores().flatten().argsort(descending=True, stable=True)
+        self.keep.view(-1).fill_(False).index_fill_(0, ranking[:self.kept_total], True)
+        lams = [layer.lam for layer in self.layers]
+        torch._foreach_mul_(lams, self.keep.to(lams[0].dtype).unbind())
+
+
+def in_a_row(tensors, dtype):
+    """All numbers of some tensors in one, in order."""
+    return torch.cat([tensor.flatten() for tensor in tensors]).to(dtype)
+
+
 def add_gradients(loss, parameters):
-    """loss.backward(), but all gradients are added to those that are there in one operation, not one each.
+    """loss.backward(), but all gradients are added to those that are there in one operation.
 
     Every parameter that `loss` depends on must have a .grad already; the others are left alone.
     """
+    there, new = [], []
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    pairs = [(p.grad, gradient) for p, gradient in zip(parameters, gradients) if gradient is not None]
-    torch._foreach_add_(*map(list, zip(*pairs)))
+    for parameter, gradient in zip(parameters, gradients):
+        if gradient is not None:
+            there.append(parameter.grad)
+            new.append(gradient)
+    torch._foreach_add_(there, new)
 
 
 # --- the model: the numbers of model.py in fewer operations --------------------------------------

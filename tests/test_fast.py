@@ -1,5 +1,8 @@
 """fast.py against lora2.py: the version to read is the oracle of the version that runs."""
 import copy
+import inspect
+import itertools
+import math
 import pickle
 
 import pytest
@@ -9,11 +12,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from methods import baselines
-from methods.fast import (FastLoRA2Linear, LinearWithUpdate, add_gradients, cast_frozen, linear_with_update,
-                  shared_updates)
-from lora2 import (LoRA2Linear, add_lora2, lora2_layers, lora2_state_dict, merge_lora2,
+from lora2 import (LoRA2Linear, RankPruner, add_lora2, lora2_layers, lora2_state_dict, merge_lora2,
                    orthogonality_loss)
+from methods import baselines, fast
+from methods.fast import (FastLoRA2Linear, FastRankPruner, LinearWithUpdate, add_gradients, cast_frozen,
+                          linear_with_update, shared_updates)
 
 
 def twins(k=2, r=4, bias=True, dtype=torch.float64, sizes=(6, 9)):
@@ -154,6 +157,23 @@ def test_what_nn_linear_would_do_is_done():
             layer(torch.randn(5, 6))
 
 
+def test_dynamo_of_torch_2_6_can_trace_it():
+    """Oracle: that version, by hand: it breaks the graph at vars(), which torch 2.13 traces."""
+    assert "vars(" not in inspect.getsource(fast)
+
+
+def test_a_layer_that_is_there_becomes_fast():
+    """Oracle: a layer made as FastLoRA2Linear: the same function, then and after merging, no new state."""
+    plain, made = twins()
+    plain.__class__ = FastLoRA2Linear
+    x = torch.randn(5, 6, dtype=torch.float64)
+    assert all(torch.equal(a, b) for a, b in zip(outcome(plain, x)[2:], outcome(made, x)[2:], strict=True))
+    assert plain.state_dict().keys() == made.state_dict().keys()
+    with shared_updates(plain):
+        assert torch.allclose(plain(x), made(x), rtol=0, atol=1e-12)
+    assert torch.equal(merge_lora2(plain)(x), merge_lora2(made)(x))
+
+
 def network(layer=FastLoRA2Linear, trainable=()):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)).double()
@@ -222,6 +242,173 @@ def test_shared_updates_that_cannot_be_made(monkeypatch):
         pass
     assert len(calls) == 6 and all(layer.shared is None for _, layer in lora2_layers(net))
 
+
+TERMS = [terms for n in (1, 2, 3) for terms in itertools.combinations(("uv", "UV", "PQ"), n)]
+
+
+@pytest.mark.parametrize("terms", TERMS)
+def test_the_batched_regulariser(terms):
+    """Oracle: lora2.orthogonality_loss(), adapter by adapter, in float64: value and gradients to 1e-12. The
+    shapes take turns, so that a group is not a run of neighbours, and one adapter has another scale."""
+    for k, r in ((1, 4), (3, 3), (4, 2)):
+        torch.manual_seed(k)
+        net = nn.ModuleList([nn.Linear(*((5, 7), (7, 5), (6, 6))[i % 3]) for i in range(7)]).double()
+        for i, linear in enumerate(net):
+            net[i] = LoRA2Linear(linear, k, r, alpha=1 + (i == 3))
+        for p in net.parameters():
+            nn.init.normal_(p)
+        factors = [p for p in net.parameters() if p.requires_grad]
+        found = []
+        for loss in (orthogonality_loss, fast.orthogonality_loss):
+            R = loss(net, terms)
+            found.append([R.detach(), *torch.autograd.grad(R, factors, allow_unused=True)])
+        for ours, theirs in zip(*found, strict=True):
+            assert (ours is None) == (theirs is None)
+            if ours is not None:
+                torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("terms", [(), ["uV"], ["uv", "all"], "PQ"])
+def test_the_batched_regulariser_refuses_the_same(terms):
+    """Oracle: the words of lora2.orthogonality_loss()."""
+    words = []
+    for loss in (orthogonality_loss, fast.orthogonality_loss):
+        for model in (network(), nn.Linear(2, 2)):
+            with pytest.raises(ValueError, match="list some of") as error:
+                loss(model, terms if model else ("uv",))
+            words.append(str(error.value))
+    assert words[:2] == words[2:]
+
+
+def test_autocast_does_not_round_the_batched_regulariser():
+    """Oracle: the same call outside autocast, bit for bit."""
+    net = network().float()
+    outside = fast.orthogonality_loss(net)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fast.orthogonality_loss(net), outside)
+
+
+# --- the pruner ---------------------------------------------------------------------------------------------
+
+def some_layers(n, dtype=torch.float64, k=2, r=4):
+    """n adapters of three shapes with random factors, which are never called."""
+    torch.manual_seed(n)
+    sizes = ((5, 4), (4, 6), (7, 7))
+    net = nn.ModuleList([nn.Linear(*sizes[i % 3], dtype=dtype) for i in range(n)])
+    add_lora2(net, [str(i) for i in range(n)], k=k, r=r)
+    return net
+
+
+def stir(net, step, value=None):
+    """Random factors and gradients that depend on the step alone; or gradients of one value."""
+    generator = torch.Generator().manual_seed(step)
+    draw = lambda p: torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.requires_grad:
+                p.copy_(draw(p))
+                p.grad = draw(p) if value is None else torch.full_like(p, value)
+
+
+def averages_of(pruner):
+    return [tensor for name, tensor in pruner.named_buffers() if name.startswith(("sensitivity_", "uncertainty_"))]
+
+
+@pytest.mark.parametrize("importance", ["reduced", "full"])
+def test_the_fast_pruner_is_the_pruner(importance):
+    """Oracle: RankPruner over a whole schedule: averages and scores to 1e-12, the same sets and the same Λ, also
+    after steps that overflowed and where all scores are 0; and either goes on from the other's state."""
+    for never in (False, True):                            # no gradient that is not 0: ties
+        nets = [some_layers(5), some_layers(5)]
+        pruners = [kind(net, 1, 20, 2, 5, 3, 0.7, 0.8, importance)
+                   for kind, net in zip((RankPruner, FastRankPruner), nets)]
+        assert pruners[0].state_dict().keys() == pruners[1].state_dict().keys()
+        sets = set()
+        for step in range(20):
+            value = 0.0 if never else {4: math.inf, 5: math.nan}.get(step)
+            for net in nets:
+                stir(net, step, value)
+            if step == 6:                                  # in one number only
+                for net in nets:
+                    net[3].u.grad[0, 0] = math.inf
+            plain, quick = pruners
+            assert plain.step() == quick.step() and plain.kept() == quick.kept()
+            assert torch.equal(plain.keep, quick.keep)
+            for ours, theirs in zip(averages_of(quick), averages_of(plain), strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(quick.scores(), plain.scores(), rtol=1e-12, atol=1e-12)
+            assert all(torch.equal(a.lam, b.lam) for a, b in zip(*nets))
+            sets.add(tuple(quick.keep.flatten().tolist()))
+            if step == 9:                                  # they change places
+                states = [copy.deepcopy(pruner.state_dict()) for pruner in pruners]
+                for pruner, state in zip(pruners, reversed(states)):
+                    pruner.load_state_dict(state)
+        assert quick.t == 20 and quick.kept_total == 5 and len(sets) >= (2 if never else 4)
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_the_fast_pruner_after_a_cast(attached):
+    """Oracle: RankPruner, whose averages stay in fp32: in fp16 all these scores would be 0."""
+    scores = []
+    for kind in (RankPruner, FastRankPruner):
+        net = some_layers(3, torch.float32)
+        if attached:
+            net.append(kind(net, 1, 100, 99, 0, 1))
+        net.half()
+        pruner = net[-1] if attached else kind(net, 1, 100, 99, 0, 1)
+        for step in range(2):
+            stir(net, step, 1e-4)
+            pruner.step()
+        assert {tensor.dtype for tensor in averages_of(pruner)} == {torch.float32}
+        scores.append(pruner.scores())
+    torch.testing.assert_close(*scores, rtol=1e-5, atol=0)
+    assert 0 < scores[0].min() and scores[0].max() < 1e-7
+
+
+def test_the_fast_pruner_needs_gradients():
+    """Oracle: RankPruner's words, and its state from before."""
+    for kind in (FastRankPruner, baselines.AdaLoRAPruner):
+        net = some_layers(2)
+        if kind is baselines.AdaLoRAPruner:
+            net = nn.ModuleList([baselines.AdaLoRALinear(nn.Linear(5, 4), r=2) for _ in range(2)])
+        pruner = kind(net, 1, 9, 0, 0, 1)
+        stir(net, 1)
+        net[1].lam.grad = None
+        with pytest.raises(RuntimeError, match=r"^1.lam has no gradient \(unused\?\): call pruner.step"):
+            pruner.step()
+        assert pruner.t == 0 and not any(tensor.any() for tensor in averages_of(pruner))
+
+
+class Operations(TorchDispatchMode):
+    """The names of all operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("importance, most", [("reduced", 45), ("full", 65)])
+def test_a_step_costs_the_same_few_operations_for_any_depth(importance, most):
+    """Oracle: torch's dispatch mode counts them and sees whether the host asks the device for a number."""
+    counts = {}
+    for n in (2, 24):
+        net = some_layers(n)
+        pruner = FastRankPruner(net, 2, 20, 0, 5, 2, importance=importance)
+        for step in range(20):
+            stir(net, step)
+            with Operations() as seen:
+                pruner.step()
+            counts.setdefault(n, []).append(len(seen.names))
+            waits = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "unique"}
+            assert not [name for name in seen.names if name.split(".")[1] in waits]
+    assert counts[2] == counts[24] and max(counts[2]) <= most
+
+
+# --- gradients of R, and where people use it ----------------------------------------------------------------
 
 @pytest.mark.parametrize("terms", [("uv", "UV", "PQ"), ("uv",)])
 def test_add_gradients(terms):

@@ -183,6 +183,23 @@ def test_the_export_is_what_peft_reads_as_lora(host):
     assert not torch.allclose(before, logits(model, batch), atol=1e-2)
 
 
+def test_a_host_saves_a_pruner_that_is_a_part_of_it(tmp_path):
+    """Oracle: the pruner itself: save_pretrained() writes safetensors, which hold tensors and nothing else."""
+    load_file = pytest.importorskip("safetensors.torch").load_file
+    model, targets, trainable, batch = bert()
+    add_lora2(model, targets, k=2, r=4, trainable=trainable)
+    model.pruner = RankPruner(model, 1, 10, 1, 1, 1)
+    model(**batch).loss.backward()
+    orthogonality_loss(model).backward()
+    model.pruner.step()
+    model.save_pretrained(tmp_path)
+    pruner = RankPruner(model, 1, 10, 1, 1, 1)
+    state = load_file(tmp_path / "model.safetensors")
+    pruner.load_state_dict({name.removeprefix("pruner."): tensor for name, tensor in state.items()
+                            if name.startswith("pruner.")})
+    assert pruner.t == 1 and torch.equal(pruner.scores(), model.pruner.scores()) and pruner.scores().any()
+
+
 def test_conv1d_of_gpt2_is_refused_by_name():
     """Oracle: the type there. transformers' Conv1D holds its weight transposed and is no nn.Linear."""
     config = transformers.GPT2Config(vocab_size=60, n_embd=32, n_layer=1, n_head=4)
