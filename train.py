@@ -209,7 +209,7 @@ class Guard:
         """1.0 if this scalar or one before was not finite, else 0.0: a scalar on the device."""
         is_first = (self.bad_step == 0) & ~torch.isfinite(value)
         self.bad_step = torch.where(is_first, float(step), self.bad_step)
-        return (self.bad_step > 0).float()
+        return self.bad_step.sign()
 
     def check(self):
         """FloatingPointError that names the step, if there was one."""

@@ -18,7 +18,7 @@ from torch import nn
 
 from lora2 import LoRA2Linear, add_lora2, check_base, lora2_layers, orthogonality_floor, require
 from methods import fast
-from methods.fast import FastLoRA2Linear, FastRankPruner, linear_with_update
+from methods.fast import FastRankPruner, linear_with_update
 
 METHODS = ("lora2", "adalora", "lora", "sora", "bitfit", "full", "head")
 
@@ -146,8 +146,7 @@ class SparseGates(nn.Module):
         return {name: int((layer.gate != 0).sum()) for name, layer in self.layers}
 
 
-LAYERS = {"lora2": FastLoRA2Linear, "lora": LoRALinear, "adalora": AdaLoRALinear,
-          "sora": SoRALinear}
+LAYERS = {"lora2": LoRA2Linear, "lora": LoRALinear, "adalora": AdaLoRALinear, "sora": SoRALinear}
 
 
 def add_method(method, model, targets, head, k, r, alpha, init):
