@@ -52,10 +52,9 @@ class LoRA2Linear(nn.Module):
         check_base("base", base, k, r, alpha, init)
         self.base = base.requires_grad_(False)
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.k, self.r = k, r
-        self.scale = alpha / r
+        self.k, self.r, self.scale = k, r, alpha / r
         dtype = torch.promote_types(base.weight.dtype, torch.float32)
-        like = base.weight.new_empty(0, dtype=dtype)
+        like = base.weight.new_zeros(0, dtype=dtype)
         self.v = nn.Parameter(like.new_empty(base.in_features, k))
         self.u = nn.Parameter(like.new_empty(k, r))
         self.lam = nn.Parameter(like.new_zeros(r))  # ΔW = 0
@@ -125,31 +124,25 @@ def check_base(name, base, k, r, alpha, init):
             f"alpha = {alpha!r} must be positive, init = {init!r} 'gaussian' or 'orthonormal'")
 
 
-def list_linears(model):
-    """Names of all nn.Linear, with stars for numbers: ["classifier", "layer.*.query", ...]."""
-    named = model.named_modules()
-    return sorted({re.sub(r"\b\d+\b", "*", n) for n, m in named if type(m) is nn.Linear})
-
-
 def find_targets(model, targets, trainable):
     """({name: module to adapt}, [parameters to train]). ValueError for a word without a match."""
-    modules = {}
-    matched = set()
+    modules, parameters, linears, matched = {}, [], set(), set()
     for name, module in model.named_modules(remove_duplicate=False):
         hits = [target for target in targets if f".{name}".endswith(f".{target}")]
         if name and hits and trainable.isdisjoint(name.split(".")):
             modules[name] = module
             matched.update(hits)
+        if type(module) is nn.Linear:
+            linears.add(re.sub(r"\b\d+\b", "*", name))  # "layer.*.query", for the message
     missing = sorted(targets - matched)
-    parameters = []
-    matched = set()
+    matched.clear()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.is_floating_point() and not trainable.isdisjoint(name.split(".")):
             parameters.append(parameter)
             matched.update(name.split("."))
     missing += sorted(trainable - matched)
-    require(modules and not missing, f"{missing or 'an empty list'} matches nothing; "
-            f"Linear layers: {list_linears(model)}")
+    require(modules and not missing,
+            f"{missing or 'an empty list'} matches nothing; Linear layers: {sorted(linears)}")
     return modules, parameters
 
 
@@ -169,15 +162,13 @@ def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
     targets = {targets} if isinstance(targets, str) else set(targets)
     trainable = {trainable} if isinstance(trainable, str) else set(trainable)
     modules, to_train = find_targets(model, targets, trainable)
+    parameters = [p for _, p in model.named_parameters(remove_duplicate=False)]
     for name, base in modules.items():
         check_base(name, base, k, r, alpha, init)
-        named = model.named_parameters(remove_duplicate=False)
-        uses = len([n for n, p in named if p is base.weight])
+        uses = sum(1 for p in parameters if p is base.weight)
         require(uses == 1,
                 f"{name}, or its weight, is used in {uses} places: all of them would change")
-    adapters = {}
-    for name, base in modules.items():
-        adapters[name] = layer(base, k, r, alpha, init)
+    adapters = {name: layer(base, k, r, alpha, init) for name, base in modules.items()}
     model.requires_grad_(False)
     for parameter in to_train:
         parameter.requires_grad_(True)
@@ -264,10 +255,9 @@ class RankPruner(nn.Module):
         require(type(target_rank) is int and 0 <= target_rank <= self.r,
                 f"target_rank = {target_rank!r}: give an integer from 0 to r = {self.r}")
         steps = (total_steps, warmup, final, interval)
-        advice = f"T, warmup, final, interval = {steps}: keep warmup + final < T and interval > 0"
-        for n in steps:
-            require(type(n) is int and n >= 0, advice)
-        require(warmup + final < total_steps and interval > 0, advice)
+        are_counts = all(type(n) is int and n >= 0 for n in steps)
+        require(are_counts and warmup + final < total_steps and interval > 0,
+                f"T, warmup, final, interval = {steps}: keep warmup + final < T and interval > 0")
         require(0 <= beta1 < 1 and 0 <= beta2 < 1,
                 f"beta1 = {beta1!r}, beta2 = {beta2!r}: give numbers from 0 to below 1")
         require(importance in ("reduced", "full"),
@@ -275,8 +265,7 @@ class RankPruner(nn.Module):
         self.target_rank, self.total_steps = target_rank, total_steps
         self.warmup, self.final, self.interval = warmup, final, interval
         self.beta1, self.beta2 = beta1, beta2
-        self.t = 0
-        self.kept_total = len(found) * self.r
+        self.t, self.kept_total = 0, len(found) * self.r
         lam = torch.stack(self.weights("lam"))  # (n, r)
         self.register_buffer("keep", torch.ones_like(lam, dtype=torch.bool))
         self.dtype = torch.promote_types(lam.dtype, torch.float32)  # fp16 would round I to 0
@@ -313,6 +302,10 @@ class RankPruner(nn.Module):
         """That factor of all adapters."""
         return [getattr(layer, factor) for layer in self.layers]
 
+    def averages(self, factor):
+        """(Ī, Ū) of that factor of all adapters, in one tensor each."""
+        return getattr(self, f"sensitivity_{factor}"), getattr(self, f"uncertainty_{factor}")
+
     def check_gradients(self):
         """RuntimeError if something that is scored has none."""
         for factor in self.joins:
@@ -337,9 +330,8 @@ class RankPruner(nn.Module):
         self.to(self.dtype)  # if its model was cast
         for factor, now in I.items():
             now = torch.where(overflow, 0, now)  # ours: fp16's loss scaling has such steps
-            mean = getattr(self, f"sensitivity_{factor}")
+            mean, doubt = self.averages(factor)
             mean.lerp_(now, 1 - self.beta1)  # Ī ← β1 Ī + (1 − β1) I
-            doubt = getattr(self, f"uncertainty_{factor}")
             doubt.lerp_((now - mean).abs(), 1 - self.beta2)  # Ū likewise, with the new Ī
 
     def scores(self):
@@ -347,8 +339,8 @@ class RankPruner(nn.Module):
         needs 24 numbers in place of 1,560 at k = 1, r = 8, d = 768. (3.2 swaps 3.1's letters.)"""
         S = {}
         for factor in self.joins:
-            mean = getattr(self, f"sensitivity_{factor}")
-            S[factor] = mean * getattr(self, f"uncertainty_{factor}")
+            mean, doubt = self.averages(factor)
+            S[factor] = mean * doubt
         scores = S["lam"] + S["u"].mean(1) + S["U"].mean(2)
         if "v" in S:
             # Eq. 8: what v and V are worth on top, a mean over the same k directions, so / k. It is
@@ -387,10 +379,9 @@ def lora2_state_dict(model):
         if not parameter.requires_grad and name.rpartition(".")[0] not in adapters:
             del state[name]
     for name, layer in adapters.items():
-        W = layer.base.weight.flatten()
         state[f"{name}.scale"] = torch.tensor(layer.scale)
-        step = math.ceil(len(W) / 16)
-        state[f"{name}.base_sample"] = W[::step].float()
+        W = layer.base.weight.flatten()
+        state[f"{name}.base_sample"] = W[::math.ceil(len(W) / 16)].float()
     return {n: t.detach().clone() for n, t in state.items() if isinstance(t, torch.Tensor)}
 
 
@@ -399,9 +390,9 @@ def load_lora2_state_dict(model, state):
     ValueError, and nothing is loaded, if a name, a shape, alpha or the base differs."""
     own = lora2_state_dict(model)
     missing, stray = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    require(not missing and not stray, f"missing in the file: {missing[:3]}, not in this model: "
-            f"{stray[:3]}: use the base model, targets, k, r and trainable names that the file "
-            "was made with")
+    require(not missing and not stray,
+            f"missing in the file: {missing[:3]}, not in this model: {stray[:3]}: use the base model, "
+            "targets, k, r and trainable names that the file was made with")
     for name, mine in own.items():
         theirs = tuple(state[name].shape)
         require(theirs == mine.shape, f"{name} is {theirs} in the file and {tuple(mine.shape)} "

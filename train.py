@@ -23,7 +23,7 @@ from formats import glue
 from lora2 import load_lora2_state_dict
 from methods import baselines, fast
 from running import demo, export, folder, machine, options, progress
-from running.errors import refusing, told
+from running.errors import Guard, refusing, told
 
 # --- data → model → adapters → optimizer --------------------------------------------------
 
@@ -185,39 +185,14 @@ def gradients(net, batch, task, here, accum):
 def update(optimizer, parameters, loss, plan, step, max_norm, guard):
     """Clip the gradients to a norm, set the learning rates of this step, AdamW.
 
-    From a step on whose loss or gradients are not finite, weights and moments stay as they are.
+    From a step on whose loss or gradients are not finite, weights and moments stay as they are:
+    the guard remembers it on the device, so that no step waits, until something is written.
     """
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    optimizer.found_inf = guard.see(loss + norm, step)     # 1 tells fused AdamW to do nothing
+    optimizer.found_inf = guard.see(loss + norm, step)     # 1 if not finite: AdamW does nothing
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * plan.lr_factor(step)
     optimizer.step()
-
-
-class Guard:
-    """Remembers, on the device, the first step whose loss or gradients were not finite.
-
-    No step waits for the device: see() only sets a flag there, and check() reads it before
-    anything is logged or written. out: the run folder, for the message.
-    """
-
-    def __init__(self, device, out):
-        self.bad_step = torch.zeros((), device=device)     # 0: none
-        self.out = out
-
-    def see(self, value, step):
-        """1.0 if this scalar or one before was not finite, else 0.0: a scalar on the device."""
-        is_first = (self.bad_step == 0) & ~torch.isfinite(value)
-        self.bad_step = torch.where(is_first, float(step), self.bad_step)
-        return self.bad_step.sign()
-
-    def check(self):
-        """FloatingPointError that names the step, if there was one."""
-        if bad_step := int(self.bad_step.item()):
-            raise FloatingPointError(
-                f"loss or gradient was not finite at step {bad_step}; the last good state is in "
-                f"{Path(self.out) / 'last.pt'}: begin again with a smaller --lr, a longer "
-                "--warmup or --dtype fp32, and --overwrite")
 
 
 def predict_batch(net, batch, here):

@@ -110,7 +110,7 @@ class AdaLoRAPruner(FastRankPruner):
 
     def scores(self):
         """S(Λ_i) + mean over d_in of S(P_·i) + mean over d_out of S(Q_i·), (n, r); S(w) = Ī · Ū."""
-        lam, P, Q = torch._foreach_mul(*self.averages())
+        lam, P, Q = torch._foreach_mul(*self.all_averages())
         P = P.split([layer.in_features for layer in self.layers])  # n × (d_in, r)
         Q = Q.split([layer.out_features for layer in self.layers], dim=1)  # n × (r, d_out)
         means_of_P = torch.stack([each.mean(0) for each in P])

@@ -186,11 +186,9 @@ class FastRankPruner(RankPruner):
     The arguments, scores, choices and state_dict() are the same: a run can go on with either.
     """
 
-    def averages(self):
-        """(Ī, Ū), each a list of a tensor for each factor, to be read and changed in place."""
-        sensitivity = [getattr(self, f"sensitivity_{factor}") for factor in self.joins]
-        uncertainty = [getattr(self, f"uncertainty_{factor}") for factor in self.joins]
-        return sensitivity, uncertainty
+    def all_averages(self):
+        """(all Ī, all Ū), each a tuple of a tensor for each factor."""
+        return tuple(zip(*map(self.averages, self.joins)))
 
     def update_averages(self):
         """Ī and Ū, with I of all factors in one row."""
@@ -204,7 +202,7 @@ class FastRankPruner(RankPruner):
         parts = I.split([w.numel() for w in weights])
         parts = [part.view_as(w) for part, w in zip(parts, weights)]
         self.to(self.dtype)  # if its model was cast
-        sensitivity, uncertainty = self.averages()
+        sensitivity, uncertainty = self.all_averages()
         torch._foreach_lerp_(sensitivity, parts, 1 - self.beta1)
         distance = torch._foreach_sub(parts, sensitivity)
         torch._foreach_abs_(distance)
@@ -212,7 +210,7 @@ class FastRankPruner(RankPruner):
 
     def scores(self):
         """Importance of every singular value, (n, r)."""
-        lam, u, U, *rest = torch._foreach_mul(*self.averages())
+        lam, u, U, *rest = torch._foreach_mul(*self.all_averages())
         scores = lam + u.mean(1) + U.mean(2)
         if rest:  # S ≥ 0: the sum over one v or V is its 1-norm, and many norms are one operation
             v = rest[0].split([layer.in_features for layer in self.layers])

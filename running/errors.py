@@ -1,6 +1,9 @@
 """What went wrong, as one line: a user's mistake is status 2, a failure 1, a bug a traceback."""
 import contextlib
 import sys
+from pathlib import Path
+
+import torch
 
 from formats.disk import one_line
 
@@ -59,3 +62,29 @@ def report(text, status):
     """Say it on stderr; returns the status."""
     print(text, file=sys.stderr)
     return status
+
+
+class Guard:
+    """Remembers, on the device, the first step whose loss or gradients were not finite.
+
+    No step waits for the device: see() only sets a flag there, and check() reads it before
+    anything is logged or written. out: the run folder, for the message.
+    """
+
+    def __init__(self, device, out):
+        self.bad_step = torch.zeros((), device=device)     # 0: none
+        self.out = out
+
+    def see(self, value, step):
+        """1.0 if this scalar or one before was not finite, else 0.0: a scalar on the device."""
+        is_first = (self.bad_step == 0) & ~torch.isfinite(value)
+        self.bad_step = torch.where(is_first, float(step), self.bad_step)
+        return self.bad_step.sign()
+
+    def check(self):
+        """FloatingPointError that names the step, if there was one."""
+        if bad_step := int(self.bad_step.item()):
+            raise FloatingPointError(
+                f"loss or gradient was not finite at step {bad_step}; the last good state is in "
+                f"{Path(self.out) / 'last.pt'}: begin again with a smaller --lr, a longer "
+                "--warmup or --dtype fp32, and --overwrite")

@@ -17,7 +17,7 @@ import data
 import model as models
 import train
 from methods import baselines, fast
-from running import machine, options
+from running import errors, machine, options
 
 SIX = ["q", "k", "v", "o", "f1", "f2"]
 COMMON = {"hidden_act": "gelu", "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
@@ -130,7 +130,7 @@ class OwnStep:
         self.step = 0
         if extras:
             self.pruner = baselines.make_pruner(method, net, max(1, r // 2), 1000, 0, 10, 1, None)
-        self.guard = train.Guard(self.here.device, ".")
+        self.guard = errors.Guard(self.here.device, ".")
 
     def loss(self):
         """The loss of the batch, with all that the forward pass of a step does: saved bytes need
