@@ -391,8 +391,8 @@ def load_lora2_state_dict(model, state):
     own = lora2_state_dict(model)
     missing, stray = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     require(not missing and not stray,
-            f"missing in the file: {missing[:3]}, not in this model: {stray[:3]}: use the base model, "
-            "targets, k, r and trainable names that the file was made with")
+            f"missing in the file: {missing[:3]}, not in this model: {stray[:3]}: use the base "
+            "model, targets, k, r and trainable names that the file was made with")
     for name, mine in own.items():
         theirs = tuple(state[name].shape)
         require(theirs == mine.shape, f"{name} is {theirs} in the file and {tuple(mine.shape)} "
