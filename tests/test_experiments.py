@@ -611,7 +611,7 @@ def test_a_dry_run_leaves_no_trace(tmp_path, ran, capsys):
     assert reproduce.main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
     assert not list(tmp_path.iterdir()) and ran == []
-    assert len([line for line in lines if line.startswith("later")]) == len(grids.METHODS["small"])
+    assert len([line for line in lines if line.startswith("later")]) == len(grids.TABLES["table1"]["rows"]["small"].split())
     assert all(line.startswith(("to run python train.py --task stsb --model ", "later  ")) for line in lines)
 
 
@@ -981,8 +981,9 @@ def test_a_tiny_grid_through_train(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(grids.PRESETS["small"], "flags", {"epochs": 4, "limit-train": 60, "max-len": 32})
     monkeypatch.setitem(grids.PRESETS["small"], "lrs", (1e-2,))
     monkeypatch.setitem(grids.PRESETS["small"], "scales", (2,))
-    monkeypatch.setitem(grids.TABLES, "table4", grids.Table(
-        "Table 4", {"small": ["cola"]}, {"small": ["qk", "base"]}, [("base", "qk")]))
+    monkeypatch.setitem(grids.TABLES, "table4", {
+        "title": "Table 4", "tasks": {"small": "cola"}, "rows": {"small": "qk base"},
+        "pairs": [("base", "qk")]})
     argv = ["--preset", "small", "--model", str(tiny["bert"]), "--data-dir", str(tmp_path / "glue"),
             "--tasks", "cola", "--seeds", "0", *where(tmp_path / "out")]
     for table, count in (("table4", 3), ("overlap", 3), ("figure3", 2)):
