@@ -39,6 +39,7 @@ from running import machine, options
 
 TASKS = ("rte", "mrpc", "stsb", "cola")
 OURS = ("own LoRA² k=1", "own LoRA² k=8")
+PEERS = ("transformers, frozen", "transformers, lora", "transformers, adalora")
 # A step's name in the results → its class and what it is of.
 STEPS = {
     "own frozen": (steps.OwnStep, {"method": "frozen"}),
@@ -60,16 +61,12 @@ RATIOS = {
     "11 k": ("own LoRA² k=8", "own LoRA² k=1"), "11 merged": ("merged", "plain")}
 
 
-def make(job, name, batch, folder=None, **more):
-    """The step of that name on a batch, with the job's layers and dtype unless `more` says."""
+def make(job, name, T, folder=None, **more):
+    """The step of that name on a batch T tokens wide, all as the job says unless `more` does."""
     kind, settings = STEPS[name]
-    common = {"batch": batch, "dtype": job.dtype, "layers": job.layers}
+    common = {"batch": steps.make_batch(job.config, job.B, T, job.device), "dtype": job.dtype,
+              "layers": job.layers}
     return kind(folder or job.folder, **common | settings | more)
-
-
-def make_batch(job, T):
-    """A batch of the job's shape and size, T tokens wide."""
-    return steps.make_batch(job.config, job.B, T, job.device)
 
 
 # --- what is counted -------------------------------------------------------------------------
@@ -79,25 +76,19 @@ def count_operations(job):
     config = steps.SHAPES["roberta-narrow" if "roberta" in job.shape else "deberta-narrow"]
     folder = steps.write_checkpoint(job.work / "narrow", config)
     batch = steps.make_batch(config, 2, job.T, job.device)
-    names = ["own frozen", "own AdaLoRA r=8", *OURS]
-    if job.peers:
-        names += [f"transformers, {method}" for method in peers.METHODS]
+    names = ["own frozen", "own AdaLoRA r=8", *OURS, *(PEERS if job.peers else [])]
     found = {}
     for layers in (2, config["num_hidden_layers"]):
         for name in names:
-            step = make(job, name, batch, folder, layers=layers)
+            step = make(job, name, job.T, folder, batch=batch, layers=layers)
             found[name, layers] = counts.count_parts(step)
-    ours = [found[name, layers] for name in OURS]          # with all layers
-    totals = [parts["total"] for parts in ours]
-    updates = [parts["clip, AdamW"] + parts["importance, selection"] for parts in ours]
-    changes = []
-    for name, update in zip(OURS, updates):
-        shallow = found[name, 2]
-        changes.append(update - shallow["clip, AdamW"] - shallow["importance, selection"])
-    job.results["6"] = table.worst(totals)
-    job.results["6 update"] = table.worst(updates)
-    job.results["6 depth"] = table.worst(changes)
-    job.results["7"] = table.worst(parts["host reads"] for parts in ours)
+    updates = {}
+    for key, parts in found.items():
+        updates[key] = parts.get("clip, AdamW", 0) + parts.get("importance, selection", 0)
+    job.results["6"] = table.worst(found[name, layers]["total"] for name in OURS)
+    job.results["6 update"] = table.worst(updates[name, layers] for name in OURS)
+    job.results["6 depth"] = table.worst(updates[name, layers] - updates[name, 2] for name in OURS)
+    job.results["7"] = table.worst(found[name, layers]["host reads"] for name in OURS)
     job.details["operations"] = [{"step": name, "layers": layers} | parts
                                  for (name, layers), parts in found.items()]
 
@@ -105,21 +96,18 @@ def count_operations(job):
 def count_saved(job):
     """Row 5: bytes a forward pass keeps. Of four ratios (two k, two peers) the worst counts."""
     layers = 2 if job.counts else job.layers
-    names = list(OURS)
-    if job.peers:
-        names += ["transformers, lora", "transformers, adalora"]
+    theirs = PEERS[1:] if job.peers else []                # that adapt
     batches = [steps.make_batch(job.config, job.B, T) for T in (job.T, 2 * job.T)]
     lines = [{"B": job.B, "T": T, "layers": layers or "all"} for T in (job.T, 2 * job.T)]
-    for name in names:
-        step = make(job, name, batches[0], dtype="fp32", layers=layers)
+    for name in [*OURS, *theirs]:
+        step = make(job, name, job.T, batch=batches[0], dtype="fp32", layers=layers)
         for batch, line in zip(batches, lines):
             step.batch = batch
             line[name] = counts.saved_bytes(step.loss, step.net)
     job.details["saved bytes"] = lines
     for row, line in zip(("5 T=128", "5 T=256"), lines):
-        if job.peers:
-            job.results[row] = table.worst(line[ours] / line[theirs] for ours in OURS
-                                           for theirs in names[2:])
+        if theirs:
+            job.results[row] = table.worst(line[a] / line[b] for a in OURS for b in theirs)
 
 
 def count_tokens(job):
@@ -172,16 +160,15 @@ def time_steps(job, T):
     """{row: summary} of rows 1 to 4, 8, 10 and 11 at one length: all in the same rounds."""
     if job.compile:
         torch.compiler.reset()                             # each length has its own limit of graphs
-    batch = make_batch(job, T)
     variants = {}
     for name, (kind, _) in STEPS.items():
         if kind is steps.OwnStep:
-            variants[name] = make(job, name, batch, compile=job.compile)
-    variants["plain"] = eval_of(make(job, "own frozen", batch), merge=False)
-    variants["merged"] = eval_of(make(job, "own LoRA² k=8", batch), merge=True)
+            variants[name] = make(job, name, T, compile=job.compile)
+    variants["plain"] = eval_of(make(job, "own frozen", T), merge=False)
+    variants["merged"] = eval_of(make(job, "own LoRA² k=8", T), merge=True)
     if job.peers:
         for name in ("transformers, frozen", "transformers, adalora"):
-            variants[name] = make(job, name, batch)
+            variants[name] = make(job, name, T)
     matrices = products(job, T)
     for name, (function, _) in matrices.items():
         variants[name] = function
@@ -229,13 +216,12 @@ def synchronises(step):
 
 def peak_memory(job):
     """Row "5 peak", on a GPU: most bytes in a step, weights included, one model at a time."""
-    batch = make_batch(job, job.T)
     peak = {}
     for side, name in (("own", "own LoRA² k=8"), ("peer", "transformers, adalora")):
         if side == "own" or job.peers:
             gc.collect()                                   # what others left, in circles
             before = torch.cuda.memory_allocated()
-            peak[side] = counts.peak_bytes(make(job, name, batch), before)
+            peak[side] = counts.peak_bytes(make(job, name, job.T), before)
     job.details["peak memory"] = peak
     if job.peers:
         job.results["5 peak"] = table.summary([peak["own"] / peak["peer"]])
@@ -243,9 +229,8 @@ def peak_memory(job):
 
 def look_inside(job):
     """Where a frozen step spends its time, and what the forward pass of a LoRA² step keeps."""
-    batch = make_batch(job, job.T)
-    job.details["profile"] = steps.profile(make(job, "own frozen", batch), job.device)
-    step = make(job, "own LoRA² k=8", batch)
+    job.details["profile"] = steps.profile(make(job, "own frozen", job.T), job.device)
+    step = make(job, "own LoRA² k=8", job.T)
     layers = len(step.net.backbone.encoder.layer)
     unit = 4 * job.B * job.T * job.config["hidden_size"] * layers
     kept = counts.saved(step.loss, step.net).most_common(12)
@@ -353,9 +338,9 @@ def prepare(job):
     job.T = 16 if job.shape.startswith("tiny") else 128
     job.B = 32 if cuda else 8
     job.dtype = "bf16" if cuda else "fp32"
-    job.layers = None
+    job.layers = 2 if job.quick else None
     if job.quick:
-        job.layers, job.epoch_rows, job.rounds = 2, 64, 3
+        job.epoch_rows, job.rounds = 64, 3
     job.config = steps.SHAPES[job.shape]
     job.peers = peers.available()
     folders = [Path(job.data_dir) / data.TASKS[task].folder for task in TASKS]
@@ -374,7 +359,7 @@ def measure(job):
         print(f"{time.perf_counter() - start:4.0f} s: {text}", file=sys.stderr, flush=True)
 
     job.folder = steps.write_checkpoint(job.work / "model", job.config)
-    for T in (job.T, 2 * job.T) if job.peers else ():      # DeBERTa's distances share buckets at 256
+    for T in (job.T, 2 * job.T) if job.peers else ():      # at 256 distances share buckets
         small = steps.make_batch(job.config, 2, T, job.device)
         job.details[f"parity, T={T}"] = errors = peers.parity(job.folder, small, job.layers)
         say(f"T = {T}, own and peer agree: all within {max(errors.values()):.0e}")

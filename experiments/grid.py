@@ -224,6 +224,5 @@ def check_sources(what, runs, name):
     known = [run for run in runs if run[name] is not None]
     for run in known:
         if run[name] != known[0][name]:
-            both = [f"{one['row']} on {one['task']}, seed {one['seed']}" for one in (known[0], run)]
-            raise ValueError(f"{both[0]} and {both[1]} are runs on different {what} of one name: "
-                             "give another --runs and --out")
+            raise ValueError(f"{tables.name_of(known[0])} and {tables.name_of(run)} are runs on "
+                             f"different {what} of one name: give another --runs and --out")

@@ -199,10 +199,10 @@ def write_table(args):
     if grid.table != "table2":          # whose rows are tasks
         paper = {row: paper[name] for row, name in grid.rows.items() if name in paper}
     labels = {row: grids.row_of(row)[0] for row in grid.rows}
-    content = {"name": grid.table, "title": grids.TABLES[grid.table]["title"], "command": args.command,
-               "model": grid.model, "tasks": tasks, "seeds": seeds, "rows": labels,
-               "pairs": grid.pairs, "notes": notes_of(args), "paper": paper, "runs": runs,
-               "left_out": left_out}
+    content = {"name": grid.table, "title": grids.TABLES[grid.table]["title"],
+               "command": args.command, "model": grid.model, "tasks": tasks, "seeds": seeds,
+               "rows": labels, "pairs": grid.pairs, "notes": notes_of(args), "paper": paper,
+               "runs": runs, "left_out": left_out}
     text = tables.page(content)         # before anything is written: it may be refused
     grid.folder.mkdir(parents=True, exist_ok=True)
     if grid.table == "figure3":

@@ -102,16 +102,20 @@ def tried(content, row, task):
     """[{"lr", "scale" if it has one, "score" after the last step}] of a row's runs on a task."""
     found = []
     for run in content["runs"]:
+        settings = run["settings"]
         if (run["row"], run["task"]) == (row, task):
-            settings = run["settings"]
-            one = {"lr": settings["lr"], "score": 100 * run["last"]["score"]}
+            found.append({"lr": settings["lr"], "score": 100 * run["last"]["score"]})
             if "alpha" in settings:
-                one["scale"] = settings["alpha"] / settings["r"]
-            found.append(one)
+                found[-1]["scale"] = settings["alpha"] / settings["r"]
     return found
 
 
 # --- kept singular values --------------------------------------------------------------------
+
+def name_of(record):
+    """Which run it is, for messages."""
+    return f"{record['row']} on {record['task']}, seed {record['seed']}"
+
 
 def check_alike(runs, name):
     """ValueError unless the entry `name`, "ranks" or "kept", of all runs is of the same matrices.
@@ -123,9 +127,8 @@ def check_alike(runs, name):
         shape = {short: len(layers) for short, layers in run.get(name, {}).items()}
         first = first or shape
         if not shape or shape != first:
-            raise ValueError(f"{run['row']} on {run['task']}, seed {run['seed']}: {name} is of "
-                             "other matrices than in the first run: remove its folder and run it "
-                             "again")
+            raise ValueError(f"{name_of(run)}: {name} is of other matrices than in the first run: "
+                             "remove its folder and run it again")
 
 
 def kept_of(record):
@@ -180,8 +183,7 @@ def mean_ranks(runs):
     check_alike(runs, "ranks")
     mean = {}
     for short in runs[0]["ranks"]:
-        layers = zip(*(run["ranks"][short] for run in runs))
-        mean[short] = [statistics.mean(counts) for counts in layers]
+        mean[short] = list(map(statistics.mean, zip(*(run["ranks"][short] for run in runs))))
     return mean
 
 
@@ -218,44 +220,34 @@ def span(values):
     return "–".join(f"{value:,}" for value in ends) or "–"
 
 
-def names_of(content):
-    """{task: its name} of a table, in the order of the paper's columns."""
-    return {task: name for task, (name, _) in COLUMNS.items() if task in content["tasks"]}
-
-
-def task_table(content, head, labels, cell, last=None):
-    """A line for each label of {row: label}, with cell(row, task) for each task.
-
-    last: {row: text} of one more column, the average.
-    """
-    names = names_of(content)
-    lines = []
-    for row, label in labels.items():
-        line = [label, *(cell(row, task) for task in names)]
-        lines.append([*line, last[row]] if last else line)
-    return markdown([head, *names.values(), *(["average"] if last else [])], lines)
+def layout(content):
+    """(tasks in the order of the paper's columns, their names, number of seeds) of a table."""
+    tasks = [task for task in COLUMNS if task in content["tasks"]]
+    return tasks, [COLUMNS[task][0] for task in tasks], len(content["seeds"])
 
 
 def score_table(content, which="last"):
     """The scores of all rows on all tasks."""
-    rows, seeds = content["rows"], len(content["seeds"])
-
-    def cell(row, task):
-        return "/".join(show(part, seeds) for part in score_of(content, row, task, which))
-
-    averages = {row: show(average_of(content, row, which), seeds) for row in rows}
-    return task_table(content, WHICH[which], rows, cell, averages)
+    tasks, names, seeds = layout(content)
+    lines = []
+    for row, label in content["rows"].items():
+        line = [label]
+        for task in tasks:
+            columns = score_of(content, row, task, which)
+            line.append("/".join(show(part, seeds) for part in columns))
+        lines.append([*line, show(average_of(content, row, which), seeds)])
+    return markdown([WHICH[which], *names, "average"], lines)
 
 
 def difference_table(content, which="last"):
     """Pairs of rows, seed by seed."""
-    rows, seeds = content["rows"], len(content["seeds"])
-
-    def cell(pair, task):
-        return show_change(difference(content, *pair, task, which), seeds, sign="+")
-
-    labels = {(a, b): f"{rows[a]} − {rows[b]}" for a, b in content["pairs"]}
-    return task_table(content, f"difference {WHICH[which]}", labels, cell)
+    tasks, names, seeds = layout(content)
+    lines = []
+    for a, b in content["pairs"]:
+        parts = [difference(content, a, b, task, which) for task in tasks]
+        lines.append([f"{content['rows'][a]} − {content['rows'][b]}",
+                      *(show_change(part, seeds, sign="+") for part in parts)])
+    return markdown([f"difference {WHICH[which]}", *names], lines)
 
 
 def parameter_table(content):
@@ -271,53 +263,55 @@ def parameter_table(content):
 
 
 def paper_table(content):
-    """The scores that the paper reports of the same rows and tasks."""
-    if not content["paper"]:
-        return "The paper reports nothing of these rows.\n"
-    scores, averages = {}, {}
+    """The scores that the paper reports of the same rows and tasks; "" if there are none."""
+    tasks, names, _ = layout(content)
+    lines = []
     for row, paper in content["paper"].items():
-        scores[row] = {task: paper["scores"].get(task, [None]) for task in names_of(content)}
-        unknown = any(None in columns for columns in scores[row].values())
-        averages[row] = "–" if unknown else f"{average(scores[row]):.2f}"
-
-    def cell(row, task):
-        return "/".join("–" if x is None else f"{x:.2f}" for x in scores[row][task])
-
-    labels = {row: content["rows"][row] for row in scores}
-    return task_table(content, "the paper", labels, cell, averages)
+        scores = {task: paper["scores"].get(task, [None]) for task in tasks}
+        line = [content["rows"][row]]
+        for task in tasks:
+            line.append("/".join("–" if x is None else f"{x:.2f}" for x in scores[task]))
+        unknown = any(None in columns for columns in scores.values())
+        lines.append([*line, "–" if unknown else f"{average(scores):.2f}"])
+    if not lines:
+        return "The paper reports nothing of these rows.\n"
+    return markdown(["the paper", *names, "average"], lines)
 
 
 def overlap_table(content):
     """How alike the selections by Eq. 8 and Eq. 9 are."""
-    found = {task: overlap(content, task) for task in content["tasks"]}
-
-    def cell(measure, task):
-        return show(summary(found[task][measure]), len(content["seeds"]), 1)
-
-    measures = {measure: measure for measure in found[content["tasks"][0]]}
-    return task_table(content, "%", measures, cell)
+    tasks, names, seeds = layout(content)
+    found = {task: overlap(content, task) for task in tasks}
+    lines = []
+    for measure in found[tasks[0]]:
+        lines.append([measure, *(show(summary(found[task][measure]), seeds, 1) for task in tasks)])
+    return markdown(["%", *names], lines)
 
 
 def tuning_table(content):
     """Of each row the learning rate and scale with the best score, the first of equals."""
-    def cell(row, task):
-        runs = tried(content, row, task)
-        if not runs:
-            return "not run"
-        best = max(runs, key=lambda one: one["score"])
-        scale = f", {best['scale']:g}" if "scale" in best else ""
-        return f"{best['lr']:g}{scale} ({best['score']:.2f}, of {len(runs)})"
-
-    head = "learning rate, scale (score, of how many runs)"
-    return task_table(content, head, content["rows"], cell)
+    tasks, names, _ = layout(content)
+    lines = []
+    for row, label in content["rows"].items():
+        line = [label]
+        for task in tasks:
+            runs = tried(content, row, task)
+            best = max(runs, key=lambda one: one["score"], default=None)
+            if best:
+                scale = f", {best['scale']:g}" if "scale" in best else ""
+                line.append(f"{best['lr']:g}{scale} ({best['score']:.2f}, of {len(runs)})")
+            else:
+                line.append("not run")
+        lines.append(line)
+    return markdown(["learning rate, scale (score, of how many runs)", *names], lines)
 
 
 def ratio_table(content):
     """Times of a step over those of the first row, ours and the paper's."""
-    seeds = len(content["seeds"])
+    tasks, names, seeds = layout(content)
     base, *others = content["rows"]
     lines = []
-    for task, name in names_of(content).items():
+    for task, name in zip(tasks, names):
         parts = [time_ratio(content, row, base, task) for row in others]
         paper = content["paper"].get(task)
         lines.append([name, *(show_change(part, seeds, 3, to=1) for part in parts),
@@ -328,13 +322,13 @@ def ratio_table(content):
 
 def speed_table(content):
     """Tokens per second; of the paper's rows seconds per step."""
+    tasks, names, seeds = layout(content)
     lines = []
-    for task, name in names_of(content).items():
+    for task, name in zip(tasks, names):
         line = [name]
         for row in content["rows"]:
             runs = by_seed(content, row, task).values()
-            speeds = summary(run["tokens_per_second"] for run in runs)
-            line.append(show(speeds, len(content["seeds"]), 0))
+            line.append(show(summary(run["tokens_per_second"] for run in runs), seeds, 0))
         paper = content["paper"].get(task)
         lines.append([*line, f"{paper[0]:.2f} → {paper[1]:.2f}" if paper else "–"])
     labels = content["rows"].values()

@@ -23,17 +23,13 @@ import torch
 ROOT = Path(__file__).parent.parent
 
 import model as models
-from formats import disk
-from experiments import grid as grids
-from experiments.speed import table as bench_table
-from running import options
-from experiments import plot
-from experiments import reproduce
-from running import folder as runs
-from experiments import summary
-from experiments import tables
-from formats import toy
 from data import TASKS
+from experiments import grid as grids
+from experiments import plot, reproduce, summary, tables
+from experiments.speed import table as bench_table
+from formats import disk, toy
+from running import folder as runs
+from running import options
 
 PAPER = reproduce.PAPER
 SCORES = {"dev": {"matthews": 0.5, "pearson": 0.8, "spearman": 0.7, "accuracy": 0.75, "f1": 0.6},

@@ -27,7 +27,7 @@ SWEEPS = {"T": (64, 128, 256, 512), "B": (1, 4, 16, 64), "k": (1, 4, 16, 64),
           "layers": (1, 2, 4, 8, 12)}
 QUICK = {"T": (64, 128), "B": (1, 4), "k": (1, 8), "layers": (1, 2)}
 LIMITS = {"seconds": 60, "GB": 2.0}                        # of the MNLI-sized file
-PARTS = 16, 4, 1                                           # of that file: a sixteenth, a quarter, all
+PARTS = (16, 4, 1)                                         # of it: a sixteenth, a quarter, all
 
 
 def measure(job, name, value):

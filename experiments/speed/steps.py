@@ -19,8 +19,8 @@ from formats import disk
 from methods import baselines, fast
 from running import machine, options
 
-# config.json of the released models, but for the vocabulary: its 128,100 rows take no part in a step.
-# "narrow" is for counting operations, which do not depend on the width; "tiny" is for the tests.
+# config.json of the released models, but for the vocabulary, whose 128,100 rows take no part in a
+# step. "narrow" is for counting operations, which do not depend on width; "tiny" for the tests.
 SHAPES = disk.read_json(Path(__file__).parent / "shapes.json", "restore it")
 
 
