@@ -1,15 +1,16 @@
-"""How fast LoRA² is, against its own frozen backbone, against AdaLoRA and against transformers with peft.
+"""How fast LoRA² is, against its own frozen backbone, AdaLoRA, and transformers with peft.
 
-    python experiments/bench.py --model all-MiniLM-L6-v2 --data-dir glue    # all that can be measured
-    python experiments/bench.py --quick                  # two layers, a few rows: does it work? no verdicts
-    python experiments/bench.py --counts                 # rows 5, 6, 7, 9 alone: nothing is timed
-    python experiments/bench.py --growth                 # cost against T, B, k, depth and data instead
+    python experiments/bench.py --model all-MiniLM-L6-v2 --data-dir glue   # all there is to measure
+    python experiments/bench.py --quick     # two layers, a few rows: does it work? no verdicts
+    python experiments/bench.py --counts    # rows 5, 6, 7, 9 alone: nothing is timed
+    python experiments/bench.py --growth    # cost against T, B, k, depth and data instead
 
-A ratio of times is taken within a round, in which all variants run one after the other, each time in another
-order; shown are the median over the rounds, the least and the greatest. Counts are exact. Before anything is
-timed, own and peer have to compute the same logits and gradients. Ours are the public functions of this
-project, the peers are transformers and peft in train mode with dropout: speed/peers.py. Without them, without
-a GPU, without --model (a folder; for rows 9 and 12) the rows concerned are "not run".
+A ratio of times is taken within a round, in which all variants run one after the other, each time
+in another order; shown are the median over the rounds, the least and the greatest. Counts are
+exact. Before anything is timed, own and peer have to compute the same logits and gradients. Ours
+are the public functions of this project, the peers are transformers and peft in train mode with
+dropout (speed/peers.py). Without them, without a GPU, without --model (a folder; for rows 9 and 12)
+the rows concerned are "not run".
 """
 import argparse
 import contextlib
@@ -29,109 +30,124 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments.speed import counts
-from experiments.speed import peers
-from experiments.speed import steps
 import data
-from running import options
-from running import machine as processes
-from formats import glue
 import train
-from experiments.speed.table import ROWS, page, paired, report, summary, worst, write
+from experiments.speed import counts, growth, peers, steps, table
+from formats import glue
 from lora2 import lora2_layers, merge_lora2
+from running import machine, options
 
 TASKS = ("rte", "mrpc", "stsb", "cola")
+OURS = ("own LoRA² k=1", "own LoRA² k=8")
+PEERS = ("transformers, frozen", "transformers, lora", "transformers, adalora")
+# A step's name in the results → its class and what it is of.
+STEPS = {
+    "own frozen": (steps.OwnStep, {"method": "frozen"}),
+    "own LoRA² k=1": (steps.OwnStep, {"method": "lora2", "k": 1}),
+    "own AdaLoRA r=1": (steps.OwnStep, {"method": "adalora", "r": 1}),
+    "own LoRA² k=8": (steps.OwnStep, {"method": "lora2", "k": 8}),
+    "own AdaLoRA r=8": (steps.OwnStep, {"method": "adalora", "r": 8}),
+    "own LoRA² k=8, task loss alone": (steps.OwnStep, {"method": "lora2", "k": 8, "extras": False}),
+    "transformers, frozen": (peers.PeerStep, {"method": "frozen"}),
+    "transformers, lora": (peers.PeerStep, {"method": "lora"}),
+    "transformers, adalora": (peers.PeerStep, {"method": "adalora"})}
+# Row → the two steps, or evaluations, whose times it compares.
+RATIOS = {
+    "1 k=1": ("own LoRA² k=1", "own frozen"), "2 k=1": ("own LoRA² k=1", "own AdaLoRA r=1"),
+    "1 k=8": ("own LoRA² k=8", "own frozen"), "2 k=8": ("own LoRA² k=8", "own AdaLoRA r=8"),
+    "3 T=128": ("transformers, adalora", "own LoRA² k=8"),
+    "4": ("transformers, frozen", "own frozen"),
+    "8": ("own LoRA² k=8", "own LoRA² k=8, task loss alone"),
+    "11 k": ("own LoRA² k=8", "own LoRA² k=1"), "11 merged": ("merged", "plain")}
 
 
-# --- what is counted ----------------------------------------------------------------------------------------
+def make(job, name, T, folder=None, **more):
+    """The step of that name on a batch T tokens wide, all as the job says unless `more` does."""
+    kind, settings = STEPS[name]
+    common = {"batch": steps.make_batch(job.config, job.B, T, job.device), "dtype": job.dtype,
+              "layers": job.layers}
+    return kind(folder or job.folder, **common | settings | more)
+
+
+# --- what is counted -------------------------------------------------------------------------
 
 def count_operations(job):
-    """Rows 6 and 7, on a narrow model: the number of operations depends on depth, not on width."""
-    config = steps.SHAPES[job.narrow]
+    """Rows 6 and 7, on a narrow model: how many operations depends on depth, not on width."""
+    config = steps.SHAPES["roberta-narrow" if "roberta" in job.shape else "deberta-narrow"]
     folder = steps.write_checkpoint(job.work / "narrow", config)
-    batch, all_layers = steps.make_batch(config, 2, job.T, job.device), config["num_hidden_layers"]
-    ours, table = ("own LoRA² k=1", "own LoRA² k=8"), {}
-    for layers in (2, all_layers):
-        own = lambda method, k=1: steps.OwnStep(folder, method, batch, k=k, layers=layers, dtype=job.dtype)
-        table |= {("own frozen", layers): own("frozen"), ("own AdaLoRA r=8", layers): own("adalora")}
-        table |= {(name, layers): own("lora2", k) for name, k in zip(ours, (1, 8))}
-        for method in peers.METHODS if job.peers else ():
-            peer = peers.PeerStep(folder, method, batch, layers=layers, dtype=job.dtype)
-            table[f"transformers, {method}", layers] = peer
-    table = {name: counts.count_parts(step) for name, step in table.items()}
-    total = lambda parts: sum(part.total for part in parts.values())
-    reads = lambda parts: sum(part.reads for part in parts.values())
-    update = lambda parts: parts["clip, AdamW"].total + parts["importance, selection"].total
-    mine = [table[name, all_layers] for name in ours]
-    job.results["6"] = worst(map(total, mine))
-    job.results["6 update"] = worst(map(update, mine))
-    job.results["6 depth"] = worst(update(table[name, all_layers]) - update(table[name, 2]) for name in ours)
-    job.results["7"] = worst(map(reads, mine))
-    job.details["operations"] = [
-        {"step": name, "layers": layers} | {part: ops.total for part, ops in parts.items()} | {
-            "total": total(parts), "views": sum(ops.views for ops in parts.values()),
-            "host reads": reads(parts)}
-        for (name, layers), parts in table.items()]
+    batch = steps.make_batch(config, 2, job.T, job.device)
+    names = ["own frozen", "own AdaLoRA r=8", *OURS, *(PEERS if job.peers else [])]
+    found = {}
+    for layers in (2, config["num_hidden_layers"]):
+        for name in names:
+            step = make(job, name, job.T, folder, batch=batch, layers=layers)
+            found[name, layers] = counts.count_parts(step)
+    updates = {}
+    for key, parts in found.items():
+        updates[key] = parts.get("clip, AdamW", 0) + parts.get("importance, selection", 0)
+    job.results["6"] = table.worst(found[name, layers]["total"] for name in OURS)
+    job.results["6 update"] = table.worst(updates[name, layers] for name in OURS)
+    job.results["6 depth"] = table.worst(updates[name, layers] - updates[name, 2] for name in OURS)
+    job.results["7"] = table.worst(found[name, layers]["host reads"] for name in OURS)
+    job.details["operations"] = [{"step": name, "layers": layers} | parts
+                                 for (name, layers), parts in found.items()]
 
 
 def count_saved(job):
-    """Row 5: bytes that a forward pass keeps. Of four ratios (two k, two peers) the worst one counts."""
-    batches = [steps.make_batch(job.config, job.B, T) for T in (job.T, 2 * job.T)]
+    """Row 5: bytes a forward pass keeps. Of four ratios (two k, two peers) the worst counts."""
     layers = 2 if job.counts else job.layers
-    make = {f"own LoRA² k={k}": lambda k=k: steps.OwnStep(
-        job.folder, "lora2", batches[0], k, layers=layers) for k in (1, 8)}
-    for method in ("lora", "adalora") if job.peers else ():
-        make[f"transformers, {method}"] = lambda method=method: peers.PeerStep(
-            job.folder, method, batches[0], layers=layers)
-    table = [{"B": job.B, "T": batch[0].shape[1], "layers": layers or "all"} for batch in batches]
-    for name, build in make.items():
-        step = build()
-        for step.batch, row in zip(batches, table):
-            row[name] = counts.saved_bytes(step.loss, step.net)
-    job.details["saved bytes"] = table
-    for key, row in zip(("5 T=128", "5 T=256"), table):
-        ratios = [row[a] / row[b] for a in row for b in row if "own" in a and "transformers" in b]
-        if ratios:
-            job.results[key] = worst(ratios)
+    theirs = PEERS[1:] if job.peers else []                # that adapt
+    batches = [steps.make_batch(job.config, job.B, T) for T in (job.T, 2 * job.T)]
+    lines = [{"B": job.B, "T": T, "layers": layers or "all"} for T in (job.T, 2 * job.T)]
+    for name in [*OURS, *theirs]:
+        step = make(job, name, job.T, batch=batches[0], dtype="fp32", layers=layers)
+        for batch, line in zip(batches, lines):
+            step.batch = batch
+            line[name] = counts.saved_bytes(step.loss, step.net)
+    job.details["saved bytes"] = lines
+    for row, line in zip(("5 T=128", "5 T=256"), lines):
+        if theirs:
+            job.results[row] = table.worst(line[a] / line[b] for a in OURS for b in theirs)
 
 
 def count_tokens(job):
     """Row 9: what an epoch's batches of 32 hold, padding included, per token of the data."""
     for task in TASKS:
-        examples = encoded(job, task)
+        split = glue.load_split(data.TASKS[task], job.data_dir, "train")
+        tokenizer = data.load_tokenizer(job.model)
+        examples = data.encode(tokenizer, split, options.PRESETS[task]["max_len"])
         total = real = 0
         for batch in data.batches(examples, 32, 0, torch.Generator().manual_seed(0)):
             total += batch.attention_mask.numel()
             real += int(batch.attention_mask.sum())
-        job.results[f"9 {task}"] = summary([total / real], processed=total, real=real)
+        job.results[f"9 {task}"] = table.summary([total / real], processed=total, real=real)
 
 
-def encoded(job, task):
-    """A task's training rows as data.Examples, at the length of its preset."""
-    split = glue.load_split(data.TASKS[task], job.data_dir, "train")
-    return data.encode(data.load_tokenizer(job.model), split, options.PRESETS[task]["max_len"])
+# --- what is timed ---------------------------------------------------------------------------
 
+def products(job, T):
+    """{size: (function, its FLOPs)} of matrix products alone: the step's largest, a large square.
 
-# --- what is timed ------------------------------------------------------------------------------------------
-
-def products(batch, config, device, dtype):
-    """{size: (function, its FLOPs)} of matrix products alone: the step's largest, and a large square one.
-
-    On a CPU ten in a row: for long enough to be as exposed to whatever else runs there as a step is.
+    On a CPU ten in a row: for long enough to be as exposed to whatever else runs there as a step.
     """
-    N, d, f = batch[0].numel(), config["hidden_size"], config["intermediate_size"]
-    sizes, times = {"feed-forward": (N, d, f), "square": (2048, 2048, 2048)}, 1 if device == "cuda" else 10
-    dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
+    N, d, f = job.B * T, job.config["hidden_size"], job.config["intermediate_size"]
+    repeat = 1 if job.device == "cuda" else 10
+    dtype = torch.bfloat16 if job.dtype == "bf16" else torch.float32
     chosen = {}
-    for name, (n, d_in, d_out) in sizes.items():
-        x, W = (torch.randn(rows, d_in, device=device, dtype=dtype) for rows in (n, d_out))
-        chosen[name] = (lambda x=x, W=W: [torch.nn.functional.linear(x, W) for _ in range(times)],
-                        times * 2 * n * d_in * d_out)
+    for name, (n, d_in, d_out) in {"feed-forward": (N, d, f), "square": [2048] * 3}.items():
+        x = torch.randn(n, d_in, device=job.device, dtype=dtype)
+        W = torch.randn(d_out, d_in, device=job.device, dtype=dtype)
+
+        def multiply(x=x, W=W):
+            for _ in range(repeat):
+                torch.nn.functional.linear(x, W)
+
+        chosen[name] = (multiply, repeat * 2 * n * d_in * d_out)
     return chosen
 
 
 def eval_of(step, merge):
-    """A forward pass without gradients: of a merged model whose update is not 0, or of a plain one."""
+    """A forward pass without gradients; merge: after an update that is not 0 was merged."""
     if merge:
         for _, layer in lora2_layers(step.net):
             torch.nn.init.normal_(layer.lam)
@@ -141,46 +157,47 @@ def eval_of(step, merge):
 
 
 def time_steps(job, T):
-    """Rows 1 to 4, 8, 10 and 11 at one length: all variants in the same rounds."""
+    """{row: summary} of rows 1 to 4, 8, 10 and 11 at one length: all in the same rounds."""
     if job.compile:
         torch.compiler.reset()                             # each length has its own limit of graphs
-    batch = steps.make_batch(job.config, job.B, T, job.device)
-    common = dict(batch=batch, dtype=job.dtype, layers=job.layers)
-    own = lambda method, k=1, r=8, **more: steps.OwnStep(job.folder, method, k=k, r=r, **common, **more)
-    variants = {"own frozen": own("frozen", compile=job.compile)}
-    for k in (1, 8):
-        variants[f"own LoRA² k={k}"] = own("lora2", k, compile=job.compile)
-        variants[f"own AdaLoRA r={k}"] = own("adalora", r=k, compile=job.compile)
-    variants["own LoRA² k=8, task loss alone"] = own("lora2", 8, extras=False, compile=job.compile)
-    variants |= {"plain": eval_of(own("frozen"), False), "merged": eval_of(own("lora2", 8), True)}
-    for method in ("frozen", "adalora") if job.peers else ():
-        variants[f"transformers, {method}"] = peers.PeerStep(job.folder, method, **common)
-    matrices = products(batch, job.config, job.device, job.dtype)
-    variants |= {name: function for name, (function, _) in matrices.items()}
-    times = steps.interleave(variants, job.rounds, job.device, 10 if job.device == "cuda" else 1)
-    job.details[f"seconds, T={T}"] = {name: summary(values) for name, values in times.items()}
-    if job.device == "cuda":
-        counted = job.results["7"]["value"]                # no less than was counted, or found at another T
-        job.results["7"] = worst([counted, synchronises(variants["own LoRA² k=8"])])
-    ratio = lambda a, b: paired(times[a], times[b])
-    found = {}
-    for k in (1, 8):
-        found[f"1 k={k}"] = ratio(f"own LoRA² k={k}", "own frozen")
-        found[f"2 k={k}"] = ratio(f"own LoRA² k={k}", f"own AdaLoRA r={k}")
+    variants = {}
+    for name, (kind, _) in STEPS.items():
+        if kind is steps.OwnStep:
+            variants[name] = make(job, name, T, compile=job.compile)
+    variants["plain"] = eval_of(make(job, "own frozen", T), merge=False)
+    variants["merged"] = eval_of(make(job, "own LoRA² k=8", T), merge=True)
     if job.peers:
-        found["3"] = ratio("transformers, adalora", "own LoRA² k=8")
-        found["4"] = ratio("transformers, frozen", "own frozen")
-    found |= {"8": ratio("own LoRA² k=8", "own LoRA² k=8, task loss alone"),
-              "11 k": ratio("own LoRA² k=8", "own LoRA² k=1"), "11 merged": ratio("merged", "plain")}
+        for name in ("transformers, frozen", "transformers, adalora"):
+            variants[name] = make(job, name, T)
+    matrices = products(job, T)
+    for name, (function, _) in matrices.items():
+        variants[name] = function
+    times = steps.interleave(variants, job.rounds, job.device)
+    job.details[f"seconds, T={T}"] = {name: table.summary(some) for name, some in times.items()}
+    if job.device == "cuda":                               # no less than was counted
+        waits = synchronises(variants["own LoRA² k=8"])
+        job.results["7"] = table.worst([job.results["7"]["value"], waits])
+    found = {}
+    for row, (a, b) in RATIOS.items():
+        if a in times:
+            found[row] = table.paired(times[a], times[b])
+    return found | rates(job, T, times, {name: flops for name, (_, flops) in matrices.items()})
+
+
+def rates(job, T, times, products):
+    """{row: summary} of row 10: how near the frozen steps come to the rate of products alone.
+
+    products: {name: FLOPs} of those that were timed in the same rounds.
+    """
     config = job.config | ({"num_hidden_layers": job.layers} if job.layers else {})
     flops = counts.frozen_flops(config, job.B, T)
-    rates = [max(n / times[name][i] for name, (_, n) in matrices.items()) for i in range(job.rounds)]
-    found["10 rate"] = summary(flops / t / 1e12 for t in times["own frozen"])
-    share = lambda name: summary(flops / t / rate for t, rate in zip(times[name], rates))
-    found["10 share"] = share("own frozen")
-    if job.peers:
-        found["10 peer"] = share("transformers, frozen")
-    job.details[f"products, T={T}"] = {"GFLOP": flops / 1e9, "GFLOP/s": summary(rate / 1e9 for rate in rates)}
+    best = [max(n / times[name][i] for name, n in products.items()) for i in range(job.rounds)]
+    in_giga = table.summary(rate / 1e9 for rate in best)
+    job.details[f"products, T={T}"] = {"GFLOP": flops / 1e9, "GFLOP/s": in_giga}
+    found = {"10 rate": table.summary(flops / t / 1e12 for t in times["own frozen"])}
+    for row, name in (("10 share", "own frozen"), ("10 peer", "transformers, frozen")):
+        if name in times:
+            found[row] = table.summary(flops / t / rate for t, rate in zip(times[name], best))
     return found
 
 
@@ -198,36 +215,39 @@ def synchronises(step):
 
 
 def peak_memory(job):
-    """Row "5 peak", on a GPU: most bytes allocated in a step, weights included, one model at a time."""
-    batch = steps.make_batch(job.config, job.B, job.T, job.device)
-    common = dict(batch=batch, dtype=job.dtype, layers=job.layers)
-    make, peak = {"own": lambda: steps.OwnStep(job.folder, "lora2", k=8, **common)}, {}
-    if job.peers:
-        make["peer"] = lambda: peers.PeerStep(job.folder, "adalora", **common)
-    for name, build in make.items():
-        gc.collect()                                       # what others left, in circles of references
-        before = torch.cuda.memory_allocated()
-        step = build()
-        step()                                             # makes the optimizer's state
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        peak[name] = torch.cuda.max_memory_allocated() - before
-        del step
+    """Row "5 peak", on a GPU: most bytes in a step, weights included, one model at a time."""
+    peak = {}
+    for side, name in (("own", "own LoRA² k=8"), ("peer", "transformers, adalora")):
+        if side == "own" or job.peers:
+            gc.collect()                                   # what others left, in circles
+            before = torch.cuda.memory_allocated()
+            peak[side] = counts.peak_bytes(make(job, name, job.T), before)
     job.details["peak memory"] = peak
     if job.peers:
-        job.results["5 peak"] = summary([peak["own"] / peak["peer"]])
+        job.results["5 peak"] = table.summary([peak["own"] / peak["peer"]])
+
+
+def look_inside(job):
+    """Where a frozen step spends its time, and what the forward pass of a LoRA² step keeps."""
+    job.details["profile"] = steps.profile(make(job, "own frozen", job.T), job.device)
+    step = make(job, "own LoRA² k=8", job.T)
+    layers = len(step.net.backbone.encoder.layer)
+    unit = 4 * job.B * job.T * job.config["hidden_size"] * layers
+    kept = counts.saved(step.loss, step.net).most_common(12)
+    job.details["saved"] = {what: n / unit for what, n in kept}
 
 
 def epochs(job, task, rows):
-    """Seconds of an epoch on a task's first `rows` (0: all) as a user starts it: (train.py's, the peer's).
+    """Seconds of an epoch on a task's first `rows` (0: all): (train.py's, the peer's).
 
-    Both choose anew at every step and are without their imports.
+    Both as a user starts them, without imports, with a new selection at every step.
     """
-    device, max_len = torch.device(job.device).type, options.PRESETS[task]["max_len"]
-    words = f"--task {task} --k 8 --r 8 --epochs 1 --limit-dev 1 --device {device} --overwrite".split()
+    words = ["--task", task, "--model", job.model, "--data-dir", job.data_dir,
+             "--out", str(job.work / "epoch"), "--device", job.device, "--dtype", job.dtype]
+    words += "--k 8 --r 8 --epochs 1 --limit-dev 1 --overwrite".split()
     words += "--prune-warmup 0 --prune-final 0 --prune-interval 1".split()
-    words += ["--dtype", job.dtype, "--model", job.model, "--data-dir", job.data_dir]
-    words += ["--out", str(job.work / "epoch")] + ["--limit-train", str(rows)] * bool(rows)
+    if rows:
+        words += ["--limit-train", str(rows)]
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         start = time.perf_counter()
@@ -235,63 +255,74 @@ def epochs(job, task, rows):
         ours = time.perf_counter() - start
         if status:
             raise RuntimeError(f"train.py ended with {status}: {said.getvalue()[-2000:]}")
-        return ours, peers.epoch(job.model, task, job.data_dir, rows, max_len, device, job.dtype)
+        theirs = peers.epoch(job.model, task, job.data_dir, rows,
+                             options.PRESETS[task]["max_len"], job.device, job.dtype)
+    return ours, theirs
 
 
 def time_epochs(job):
-    """Row 12, one of each in turn; three of each where the first is within a tenth of the goal."""
+    """Row 12, one of each in turn; three where the first is within a tenth of the goal."""
     epochs(job, TASKS[-1], 32)                             # warms up
     for task in TASKS:
-        goal = float(ROWS[f"12 {task}"][1 + (job.device == "cuda")].split()[1])
+        row = f"12 {task}"
+        goal = float(table.goal_of(row, job.device).split()[1])
         times = [epochs(job, task, job.epoch_rows)]
         if not job.epoch_rows and abs(times[0][1] / times[0][0] / goal - 1) < 0.1:
             times += [epochs(job, task, 0) for _ in range(2)]
         ours, theirs = zip(*times)
-        job.results[f"12 {task}"] = paired(theirs, ours) | {
+        job.results[row] = table.paired(theirs, ours) | {
             "own_seconds": ours, "peer_seconds": theirs, "rows": job.epoch_rows or "all"}
 
 
-# --- the whole ----------------------------------------------------------------------------------------------
+# --- the whole -------------------------------------------------------------------------------
 
 def circumstances(job, words):
     """What has to stand beside every number. Folders are given by their last part alone."""
-    shown = [word if i == 0 or words[i - 1] not in ("--model", "--data-dir", "--out") else Path(word).name
-             for i, word in enumerate(words)]
-    gpu = torch.cuda.get_device_name() if job.device == "cuda" else None
-    packages = [name for name in ("torch", "tokenizers", "transformers", "peft")
-                if importlib.util.find_spec(name)]
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    return {"command": " ".join(["python experiments/bench.py", *shown]), "device": gpu or cpu_name(),
-            "threads": torch.get_num_threads(), "versions": versions | {"python": platform.python_version()},
-            "date": datetime.date.today().isoformat(), "shape": job.shape, "layers": job.layers or "all",
-            "dtype": job.dtype, "B": job.B, "T": job.T, "compile": job.compile, "rounds": job.rounds,
-            "dropout": {name: job.config[name] for name in job.config if "dropout" in name},
-            "pruning": "a new selection at every step, ours and peft's",
-            "memory": "malloc keeps what is freed, as train.py has it do on a CPU, for ours and the peers",
-            "own AdaLoRA": "adapter by adapter, as it is to be read: nothing of it is batched"}
+    shown = ["python experiments/bench.py"]
+    for before, word in zip(["", *words], words):
+        is_folder = before in ("--model", "--data-dir", "--out")
+        shown.append(Path(word).name if is_folder else word)
+    versions = {}
+    for name in ("torch", "tokenizers", "transformers", "peft"):
+        if importlib.util.find_spec(name):
+            versions[name] = importlib.metadata.version(name)
+    versions["python"] = platform.python_version()
+    return {
+        "command": " ".join(shown),
+        "device": torch.cuda.get_device_name() if job.device == "cuda" else cpu_name(),
+        "threads": torch.get_num_threads(), "versions": versions,
+        "date": datetime.date.today().isoformat(), "shape": job.shape,
+        "layers": job.layers or "all", "dtype": job.dtype, "B": job.B, "T": job.T,
+        "compile": job.compile, "rounds": job.rounds,
+        "dropout": {name: value for name, value in job.config.items() if "dropout" in name},
+        "pruning": "a new selection at every step, ours and peft's",
+        "memory": "malloc keeps what is freed, as train.py has it do on a CPU, for ours and the "
+                  "peers",
+        "own AdaLoRA": "adapter by adapter, as it is to be read: nothing of it is batched"}
 
 
 def cpu_name():
     """The processor's name and its number of cores."""
-    try:
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
     return f"{name}, {os.cpu_count()} cores"
 
 
 def parse(argv):
-    """Command line → what to do. ValueError with one sentence for a mistake."""
+    """The command line as a namespace."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu")
     add("--quick", action="store_true", help="two layers, few rows, no verdicts: in under 90 s")
-    add("--counts", action="store_true", help="rows 5 (two layers), 6, 7, 9 alone; nothing timed or written")
+    add("--counts", action="store_true",
+        help="rows 5 (two layers), 6, 7, 9 alone; nothing timed or written")
     add("--growth", action="store_true", help="how the cost grows, instead of the table")
     add("--shape", choices=list(steps.SHAPES), default="deberta-v3-base")
-    add("--compile", action="store_true", help="torch.compile our model, as train.py --compile does")
+    add("--compile", action="store_true", help="torch.compile our model, as train.py --compile")
     add("--model", help="folder of all-MiniLM-L6-v2, for rows 9 and 12")
     add("--data-dir", default="glue", help="folder that holds CoLA/, MRPC/, RTE/, STS-B/ (glue)")
     add("--epoch-rows", type=int, default=256,
@@ -302,64 +333,59 @@ def parse(argv):
 
 
 def prepare(job):
-    """Sizes and what there is: the table's sizes, or those of --quick. ValueError if there are no data."""
+    """Add sizes, those of the table or of --quick, and what there is. ValueError without data."""
     cuda = job.device == "cuda"
-    job.T, job.B, job.layers, job.dtype = 128, 32 if cuda else 8, None, "bf16" if cuda else "fp32"
+    job.T = 16 if job.shape.startswith("tiny") else 128
+    job.B = 32 if cuda else 8
+    job.dtype = "bf16" if cuda else "fp32"
+    job.layers = 2 if job.quick else None
     if job.quick:
-        job.layers, job.epoch_rows, job.rounds = 2, 64, 3
-    if job.shape.startswith("tiny"):
-        job.T = 16
-    job.narrow = "roberta-narrow" if "roberta" in job.shape else "deberta-narrow"
-    job.config, job.peers = steps.SHAPES[job.shape], peers.available()
+        job.epoch_rows, job.rounds = 64, 3
+    job.config = steps.SHAPES[job.shape]
+    job.peers = peers.available()
     folders = [Path(job.data_dir) / data.TASKS[task].folder for task in TASKS]
     missing = [str(folder) for folder in folders if not folder.is_dir()]
     if job.model and missing and not job.growth:
-        raise ValueError(f"rows 9 and 12 need {', '.join(missing)}: give --data-dir, or leave out --model")
-    job.has_data = bool(job.model)
+        raise ValueError(f"rows 9 and 12 need {', '.join(missing)}: give --data-dir, or leave out "
+                         "--model")
     job.results, job.details = {}, {}
 
 
 def measure(job):
-    """All rows, the exact ones first."""
-    job.folder = steps.write_checkpoint(job.work / "model", job.config)
-    start, job.details["seconds until"] = time.perf_counter(), {}
+    """All rows, the exact ones first; returns the seconds it took."""
+    start = time.perf_counter()
 
     def say(text):
-        job.details["seconds until"][text.partition(":")[0]] = round(time.perf_counter() - start)
         print(f"{time.perf_counter() - start:4.0f} s: {text}", file=sys.stderr, flush=True)
 
-    for T in (job.T, 2 * job.T) if job.peers else ():      # DeBERTa's distances share buckets at 2 · 128
+    job.folder = steps.write_checkpoint(job.work / "model", job.config)
+    for T in (job.T, 2 * job.T) if job.peers else ():      # at 256 distances share buckets
         small = steps.make_batch(job.config, 2, T, job.device)
         job.details[f"parity, T={T}"] = errors = peers.parity(job.folder, small, job.layers)
-        found = ", ".join(f"{what} {error:.0e}" for what, error in errors.items())
-        say(f"T = {T}, own and peer agree: {found}")
+        say(f"T = {T}, own and peer agree: all within {max(errors.values()):.0e}")
     say("counting operations")
     count_operations(job)
     say("counting saved bytes")
     count_saved(job)
-    if job.has_data:
+    if job.model:
         count_tokens(job)
     if job.counts:
-        return
+        return None
     say("timing steps")
-    job.results |= {"3 T=128" if key == "3" else key: value for key, value in time_steps(job, job.T).items()}
-    common = dict(batch=steps.make_batch(job.config, job.B, job.T, job.device), dtype=job.dtype,
-                  layers=job.layers)
-    job.details["profile"] = steps.profile(steps.OwnStep(job.folder, "frozen", **common), job.device)
-    step = steps.OwnStep(job.folder, "lora2", k=8, **common)
-    unit = 4 * job.B * job.T * job.config["hidden_size"] * len(step.net.backbone.encoder.layer)
-    job.details["saved"] = {what: n / unit for what, n in counts.saved(step.loss, step.net).most_common(12)}
+    job.results |= time_steps(job, job.T)
+    look_inside(job)
     if job.device == "cuda":
         if job.peers:
-            job.results["3 T=256"] = time_steps(job, 2 * job.T)["3"]
+            job.results["3 T=256"] = time_steps(job, 2 * job.T)["3 T=128"]
         peak_memory(job)
-    if job.has_data and job.peers:
+    if job.model and job.peers:
         say("timing epochs")
         try:
             time_epochs(job)
-        except KeyboardInterrupt:                          # the longest part: what is measured stays
+        except KeyboardInterrupt:                          # the longest part: the rest stays
             say("stopped")
     say("done")
+    return round(time.perf_counter() - start)
 
 
 def main(argv=None):
@@ -372,29 +398,27 @@ def main(argv=None):
         print(f"error: {error}", file=sys.stderr)
         return 2
     if job.device == "cpu":
-        processes.keep_freed_memory()
-    if job.growth:
-        from experiments.speed import growth as bench_growth
-        return bench_growth.main(job, circumstances(job, words))
+        machine.keep_freed_memory()
     with tempfile.TemporaryDirectory() as work:
         job.work = Path(work)
-        measure(job)
+        if job.growth:
+            return growth.main(job, circumstances(job, words))
+        taken = measure(job)
     if job.counts:
-        counted = [key for key in ROWS if key[0] in "5679" and key != "5 peak"]
-        print(report(job.results, job.device, counted, counted))
+        counted = [row for row in table.ROWS if row[0] in "5679" and row != "5 peak"]
+        print(table.report(job.results, job.device, counted, counted))
         for line in job.details["operations"] + job.details["saved bytes"]:
             print(line)
         return 0
     rows = {}
-    for key, (what, *goals) in ROWS.items():
-        rows[key] = {"ratio": what, "goal": goals[job.device == "cuda"],
-                     "result": job.results.get(key, "not run")}
-    content = circumstances(job, words) | {"seconds": job.details["seconds until"]["done"], "rows": rows,
-                                           "details": job.details}
+    for row, (what, *_) in table.ROWS.items():
+        rows[row] = {"ratio": what, "goal": table.goal_of(row, job.device),
+                     "result": job.results.get(row, "not run")}
+    content = circumstances(job, words) | {"seconds": taken, "rows": rows, "details": job.details}
     shape = "" if job.shape == "deberta-v3-base" else f"-{job.shape}"
     quick = "-quick" if job.quick else ""
-    text = page(content, job.device)
-    path = write(Path(job.out) / f"bench-{job.device}{shape}{quick}", content, text)
+    text = table.page(content, job.device)
+    path = table.write(Path(job.out) / f"bench-{job.device}{shape}{quick}", content, text)
     print(text.partition("\n## ")[0], f"written: {path}", sep="\n")
     return 0
 

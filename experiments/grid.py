@@ -1,100 +1,31 @@
-"""What the paper's tables consist of, as runs of train.py, and which of those runs are finished.
+"""Which runs of train.py the paper's tables consist of, and which of those are finished.
 
-A table has rows and tasks; a cell is one run, of a row on a task with a seed, in a folder of its
-own. A run is finished if there is a record of it (summary.py), in that folder or in a TABLE.json,
-with the very settings that are asked for.
+tables.json says what a table has: rows and tasks. A cell is one run, of a row on a task with a
+seed, in a folder of its own. A run is finished if there is a record of it (summary.py), in that
+folder or in a TABLE.json, with the very settings that are asked for.
 """
 import functools
 import math
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments import summary
-from experiments import tables
+from experiments import summary, tables
 from formats import disk
 from running import options
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMING = "timing"                       # the folder of Table 2's runs
 TUNE_SEED = 1000                        # of the runs that choose, never of a reported one
-PRESETS = {
-    "paper": {                          # train.py's own presets are the authors' settings
-        "model": "microsoft/deberta-v3-base", "flags": {},
-        "lrs": (), "scales": (), "tuning": {}, "tuned_on": {},
-        "base": "lora2-k1",             # the LoRA² of Tables 3, 4 and so on
-        "timed_steps": 70},             # of a run in Table 2: no evaluation before (RTE: 78)
-    "small": {
-        "model": "sentence-transformers/all-MiniLM-L6-v2",
-        "flags": {"limit-train": 2000, "epochs": 6, "dtype": "bf16"},
-        # On CoLA all methods are near chance after 3 epochs: too early to choose by. On RTE they
-        # are after 6, and its dev set has 277 rows: the best of six such runs would be luck.
-        "lrs": (1e-3, 3e-3, 1e-2), "scales": (2, 8),
-        "tuning": {"stsb": {"epochs": 3}}, "tuned_on": {"rte": "mrpc"},
-        "base": "lora2-k1-orthonormal", "timed_steps": 40}}
-
-# Row: label, options of train.py. LoRA and SoRA have their authors' alpha / r = 2 where it is not
+# Presets: "paper" has train.py's own settings, which are the authors'. In "small", on CoLA all
+# methods are near chance after 3 epochs: too early to choose by. On RTE they are after 6, and its
+# dev set has 277 rows: the best of six such runs would be luck, so that it has MRPC's tuning.
+# Rows: label, options of train.py. LoRA and SoRA have their authors' alpha / r = 2 where it is not
 # tuned. What AdaLoRA calls r = 2 is what pruning leaves (0.32M survive): it begins with 3.
-ROWS = {
-    "full": ("full fine-tuning", {"method": "full"}), "head": ("head alone", {"method": "head"}),
-    "bitfit": ("BitFit", {"method": "bitfit"}),
-    "lora-r1": ("LoRA r=1", {"method": "lora", "r": 1, "alpha": 2}),
-    "lora-r8": ("LoRA r=8", {"method": "lora", "r": 8, "alpha": 16}),
-    "adalora-r2": ("AdaLoRA r=2", {"method": "adalora", "r": 3, "target-rank": 2}),
-    "adalora-r8": ("AdaLoRA r=8", {"method": "adalora", "r": 12, "target-rank": 8}),
-    "sora-r1": ("SoRA r=1", {"method": "sora", "r": 1, "alpha": 2}),
-    "sora-r8": ("SoRA r=8", {"method": "sora", "r": 8, "alpha": 16}),
-    "lora2-k1": ("LoRA² k=1", {"k": 1}), "lora2-k8": ("LoRA² k=8", {"k": 8}),
-    "lora2-k1-orthonormal": ("LoRA² k=1, orthonormal", {"k": 1, "init": "orthonormal"})}
-VARIANTS = {                            # of the preset's base row, whose tuning they share
-    "left": ("u, v", {"reg-terms": "uv"}), "right": ("U, V", {"reg-terms": "UV"}),
-    "factors": ("u, v, U, V", {"reg-terms": "uv,UV"}), "products": ("P, Q", {"reg-terms": "PQ"}),
-    "noreg": ("no regulariser", {"reg": 0}), "qk": ("query, key", {"targets": "q,k"}),
-    "qv": ("query, value", {"targets": "q,v"}), "qkv": ("query, key, value", {"targets": "q,k,v"}),
-    "eq8": ("importance of Eq. 8", {"importance": "full"}),
-    "unpruned": ("not pruned", {"target-rank": "r"})}
-
-
-class Table(NamedTuple):
-    """A table. "base" among its rows is the preset's base row, a variant's name a variant of it."""
-    title: str
-    tasks: dict                         # preset → tasks
-    rows: dict                          # preset → rows
-    pairs: list = []                    # of rows, whose difference is shown
-
-
-def both(paper, small=None):
-    """{preset: list of words}, of two texts or of one for both presets."""
-    return {"paper": paper.split(), "small": (small or paper).split()}
-
-
-ALL_TASKS = both("cola sst2 mrpc qqp stsb mnli qnli rte", "stsb cola mrpc rte")
-FOUR_TASKS = both("cola mrpc stsb rte", "stsb cola")
-METHODS = both("full bitfit adalora-r2 lora-r1 sora-r1 lora2-k1 adalora-r8 lora-r8 sora-r8 "
-               "lora2-k8",
-               "full head bitfit adalora-r2 lora-r1 sora-r1 lora2-k1 lora2-k1-orthonormal "
-               "lora-r8 lora2-k8")
-TABLES = {
-    "tune": Table("Learning rates and scales", ALL_TASKS, METHODS),
-    "table1": Table("Table 1: the methods", ALL_TASKS, METHODS, [
-        ("lora2-k1", "lora-r1"), ("lora2-k1-orthonormal", "lora-r1"),
-        ("lora2-k1-orthonormal", "lora2-k1"), ("lora2-k1", "adalora-r2"),
-        ("lora2-k8", "lora-r8"), ("lora2-k8", "lora2-k1")]),
-    "table2": Table("Table 2: time per step",
-                    both("cola sst2 mrpc qqp stsb mnli rte", "stsb cola mrpc"),
-                    both("adalora-r8 lora2-k1 lora2-k8")),
-    "table3": Table("Table 3: groups of the regulariser",
-                    both("mrpc stsb mnli rte", "stsb cola"),
-                    both("noreg left right factors products base"), [
-                        ("base", "noreg"), ("left", "noreg"), ("right", "noreg"),
-                        ("factors", "noreg"), ("products", "noreg"),
-                        ("base", "factors"), ("base", "products")]),
-    "table4": Table("Table 4: adapted matrices", FOUR_TASKS, both("qk qv qkv base"), [
-        ("base", "qk"), ("base", "qv"), ("base", "qkv"), ("qkv", "qk")]),
-    "figure3": Table("Figure 3: kept singular values",
-                     both("mnli qqp mrpc sst2", "stsb cola mrpc"), both("base")),
-    "pruning": Table("Pruned against not pruned", FOUR_TASKS, both("unpruned base"), [
-        ("base", "unpruned")]),
-    "overlap": Table("Eq. 8 against Eq. 9", FOUR_TASKS, both("base eq8"), [("eq8", "base")])}
+# Variants: of the preset's base row, whose tuning they share; in a table their names alone.
+# Pairs of a table: rows whose difference it shows.
+GIVEN = disk.read_json(ROOT / "experiments" / "tables.json", "restore it")
+PRESETS, TABLES = GIVEN["presets"], GIVEN["tables"]
+ROWS, VARIANTS = GIVEN["rows"], GIVEN["variants"]
 
 
 class Cell(NamedTuple):
@@ -140,7 +71,10 @@ def row_of(name):
 
 def command_line(flags):
     """((name, value), ...) as words for train.py."""
-    return [text for name, value in flags for text in (f"--{name}", str(value))]
+    words = []
+    for name, value in flags:
+        words += [f"--{name}", str(value)]
+    return words
 
 
 @functools.cache
@@ -290,6 +224,5 @@ def check_sources(what, runs, name):
     known = [run for run in runs if run[name] is not None]
     for run in known:
         if run[name] != known[0][name]:
-            both = [f"{one['row']} on {one['task']}, seed {one['seed']}" for one in (known[0], run)]
-            raise ValueError(f"{both[0]} and {both[1]} are runs on different {what} of one name: "
-                             "give another --runs and --out")
+            raise ValueError(f"{tables.name_of(known[0])} and {tables.name_of(run)} are runs on "
+                             f"different {what} of one name: give another --runs and --out")

@@ -12,9 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from experiments import summary, tables
 from formats import disk
-from experiments import summary
-from experiments import tables
 
 PANELS = {"loss": "task loss", "R": "R above its floor", "kept": "kept singular values"}
 

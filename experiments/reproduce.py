@@ -33,12 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from experiments import grid as grids
-from experiments import plot
-from experiments import summary
-from experiments import tables
+from experiments import plot, summary, tables
 from formats import disk
-from running import machine
-from running import options
+from running import machine, options
 
 TRAIN = [sys.executable, str(grids.ROOT / "train.py")]
 PAPER = disk.read_json(grids.ROOT / "experiments" / "paper.json", "restore it")
@@ -202,10 +199,10 @@ def write_table(args):
     if grid.table != "table2":          # whose rows are tasks
         paper = {row: paper[name] for row, name in grid.rows.items() if name in paper}
     labels = {row: grids.row_of(row)[0] for row in grid.rows}
-    content = {"name": grid.table, "title": grids.TABLES[grid.table].title, "command": args.command,
-               "model": grid.model, "tasks": tasks, "seeds": seeds, "rows": labels,
-               "pairs": grid.pairs, "notes": notes_of(args), "paper": paper, "runs": runs,
-               "left_out": left_out}
+    content = {"name": grid.table, "title": grids.TABLES[grid.table]["title"],
+               "command": args.command, "model": grid.model, "tasks": tasks, "seeds": seeds,
+               "rows": labels, "pairs": grid.pairs, "notes": notes_of(args), "paper": paper,
+               "runs": runs, "left_out": left_out}
     text = tables.page(content)         # before anything is written: it may be refused
     grid.folder.mkdir(parents=True, exist_ok=True)
     if grid.table == "figure3":
@@ -251,7 +248,7 @@ def parse(argv):
 def make_grid(args):
     """The Grid that a command line asks for. ValueError with one sentence for a mistake."""
     preset, table = grids.PRESETS[args.preset], grids.TABLES[args.table]
-    tasks = table.tasks[args.preset]
+    tasks = table["tasks"][args.preset].split()
     if args.tasks is not None:
         tasks = list(dict.fromkeys(args.tasks.split(",")))
     for task in tasks:
@@ -264,9 +261,9 @@ def make_grid(args):
                          f"{grids.TUNE_SEED}, by which learning rates are chosen")
     base = preset["base"]
     rows, pairs = {}, []
-    for row in table.rows[args.preset]:
+    for row in table["rows"][args.preset].split():
         rows[grids.full_name(row, base)] = grids.full_name(row, "lora2-k1")
-    for pair in table.pairs:
+    for pair in table["pairs"]:
         a, b = (grids.full_name(row, base) for row in pair)
         if a in rows and b in rows:     # a preset may lack a row
             pairs.append([a, b])

@@ -17,11 +17,11 @@ import itertools
 import json
 from pathlib import Path
 
-from formats import disk
 import model
+from experiments import tables
+from formats import disk
 from running import folder as runs
 from running import options
-from experiments import tables
 
 FACTS = ("adapter_parameters", "surviving_parameters", "head_parameters", "frozen_parameters",
          "singular_values", "budget", "steps", "seconds", "peak_memory_gb", "device", "dtype",

@@ -25,9 +25,9 @@ LEGEND = ("The best evaluation is chosen on the dev set itself. An average is ov
 
 # --- numbers ---------------------------------------------------------------------------------
 
-def score(run, which, task):
+def score(record, which, task):
     """The score of a run, in percent: a list with a number for each column of the task."""
-    return [100 * run[which]["scores"][split][metric] for split, metric in COLUMNS[task][1]]
+    return [100 * record[which]["scores"][split][metric] for split, metric in COLUMNS[task][1]]
 
 
 def mean_of(columns):
@@ -102,16 +102,20 @@ def tried(content, row, task):
     """[{"lr", "scale" if it has one, "score" after the last step}] of a row's runs on a task."""
     found = []
     for run in content["runs"]:
+        settings = run["settings"]
         if (run["row"], run["task"]) == (row, task):
-            settings = run["settings"]
-            one = {"lr": settings["lr"], "score": 100 * run["last"]["score"]}
+            found.append({"lr": settings["lr"], "score": 100 * run["last"]["score"]})
             if "alpha" in settings:
-                one["scale"] = settings["alpha"] / settings["r"]
-            found.append(one)
+                found[-1]["scale"] = settings["alpha"] / settings["r"]
     return found
 
 
 # --- kept singular values --------------------------------------------------------------------
+
+def name_of(record):
+    """Which run it is, for messages."""
+    return f"{record['row']} on {record['task']}, seed {record['seed']}"
+
 
 def check_alike(runs, name):
     """ValueError unless the entry `name`, "ranks" or "kept", of all runs is of the same matrices.
@@ -123,14 +127,13 @@ def check_alike(runs, name):
         shape = {short: len(layers) for short, layers in run.get(name, {}).items()}
         first = first or shape
         if not shape or shape != first:
-            raise ValueError(f"{run['row']} on {run['task']}, seed {run['seed']}: {name} is of "
-                             "other matrices than in the first run: remove its folder and run it "
-                             "again")
+            raise ValueError(f"{name_of(run)}: {name} is of other matrices than in the first run: "
+                             "remove its folder and run it again")
 
 
-def kept_of(run):
+def kept_of(record):
     """[the indices of the kept singular values] of each matrix of a run."""
-    return [set(indices) for layers in run["kept"].values() for indices in layers]
+    return [set(indices) for layers in record["kept"].values() for indices in layers]
 
 
 def shared(a, b):
@@ -180,8 +183,7 @@ def mean_ranks(runs):
     check_alike(runs, "ranks")
     mean = {}
     for short in runs[0]["ranks"]:
-        layers = zip(*(run["ranks"][short] for run in runs))
-        mean[short] = [statistics.mean(counts) for counts in layers]
+        mean[short] = list(map(statistics.mean, zip(*(run["ranks"][short] for run in runs))))
     return mean
 
 

@@ -17,22 +17,16 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parents[1]
 GLUE = ROOT.parent / "shared" / "glue"
 
-from experiments import bench
 import data
-from formats import toy
-from running import demo
-from experiments import grid as grids
 import model as models
-from running import options
-from experiments import plot
-from experiments import readme
-from experiments import reproduce
-from experiments import summary
-from experiments import tables
-from methods import baselines
-from tests import test_baselines
 import train
+from experiments import bench, plot, readme, reproduce, summary, tables
+from experiments import grid as grids
+from formats import toy
 from lora2 import LoRA2Linear, add_lora2
+from methods import baselines
+from running import demo, options
+from tests import test_baselines
 
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in readme.PAGES}
 ALL = "\n".join(PAGES.values())
@@ -201,7 +195,7 @@ def test_every_result_is_shown_or_linked_and_what_is_not_run_is_said():
     shown = [name for which, name in readme.BLOCK.findall(RESULTS) if which == "all"]
     assert shown == [f"small-all-MiniLM-L6-v2/{name}.md" for name in grids.TABLES]
     titles = re.findall("^### (.*)", RESULTS, re.MULTILINE)
-    assert titles == [table.title for table in grids.TABLES.values()]
+    assert titles == [table["title"] for table in grids.TABLES.values()]
     assert not list(FILES.glob("paper-*")) and "have not been repeated" in RESULTS
     assert not list(FILES.glob("*cuda*")) and "Not run on a GPU." in PERFORMANCE
 

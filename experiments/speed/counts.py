@@ -2,7 +2,7 @@
 
     with Operations() as counted: ...      # aten operations and host reads
     saved_bytes(forward, model)            # what a forward pass keeps for the backward pass
-    frozen_flops(config, B, T)             # of the matrix products a step with frozen weights needs
+    frozen_flops(config, B, T)             # of the matrix products of a step with frozen weights
 """
 import collections
 import math
@@ -12,10 +12,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Operations that return numbers, or shapes that depend on numbers: on a GPU the host waits for them. On a CPU
-# tolist(), cpu() and numpy() pass no dispatcher; they are caught where they are called.
-READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "item", "unique_dim",
-         "_unique", "_unique2", "unique_consecutive"}
+# Operations that return numbers, or shapes that depend on numbers: on a GPU the host waits for
+# them. On a CPU three more pass no dispatcher; they are caught where they are called.
+READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "item",
+         "unique_dim", "_unique", "_unique2", "unique_consecutive"}
 CALLED_READS = {torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy}
 
 
@@ -23,7 +23,8 @@ class _Calls(TorchFunctionMode):
     reads = 0
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        self.reads += function in CALLED_READS
+        if function in CALLED_READS:
+            self.reads += 1
         return function(*args, **(kwargs or {}))
 
 
@@ -36,13 +37,16 @@ def _masked(args):
 class Operations(TorchDispatchMode):
     """Context that counts the aten operations inside, forward and backward.
 
-    total: those that compute, copy or allocate, with `names`, a Counter of them. views: those that only look
-    at the same memory in another shape (view, t, expand, detach ...). reads: where the host waits.
+    names: a Counter of those that compute, copy or allocate; total: how many they are.
+    views: those that only look at the same memory in another shape (view, t, expand, detach ...).
+    reads: how often the host waited for a number of the device.
     """
 
     def __init__(self):
         super().__init__()
-        self.names, self.views, self._calls = collections.Counter(), 0, _Calls()
+        self.names = collections.Counter()
+        self.views = 0
+        self._calls = _Calls()
 
     def __enter__(self):
         self._calls.__enter__()
@@ -64,38 +68,44 @@ class Operations(TorchDispatchMode):
 
     @property
     def total(self):
-        """All operations but views."""
         return self.names.total()
 
     @property
     def reads(self):
-        """How often the host waited for a number of the device."""
-        return self._calls.reads + sum(n for name, n in self.names.items() if name in READS)
+        return self._calls.reads + sum(self.names[name] for name in READS)
 
 
 def count_parts(step):
-    """{part of a step: its Operations}. A first step, which makes plans and AdamW's state, is not counted."""
+    """{part of a step: how many operations}, and "total", "views", "host reads" of all parts.
+
+    They are of a second step: the first makes plans and AdamW's state.
+    """
     parts = collections.defaultdict(Operations)
     step()
     step(parts.__getitem__)
-    return dict(parts)
+    found = {part: counted.total for part, counted in parts.items()}
+    found["total"] = sum(found.values())
+    found["views"] = sum(counted.views for counted in parts.values())
+    found["host reads"] = sum(counted.reads for counted in parts.values())
+    return found
 
 
 def saved(forward, model):
-    """What autograd keeps between forward() and the backward pass: a Counter, "dtype shape" → bytes.
+    """What autograd keeps between forward() and backward(): a Counter, "dtype shape" → bytes.
 
-    What a view refers to is kept as a whole, so whole storages count, each once. The model's parameters and
-    buffers do not: they are there anyway, whatever the step, and ours and theirs alike. Nothing is kept in
-    fact: a weak reference is enough to know a storage again, so that this needs hardly any memory. What an
-    autograd.Function keeps as an attribute, past save_for_backward, is not seen.
+    What a view refers to is kept as a whole, so whole storages count, each once. The model's
+    parameters and buffers do not: they are there anyway. Nothing is kept in fact: a weak reference
+    is enough to know a storage again. What an autograd.Function keeps as an attribute, past
+    save_for_backward, is not seen.
     """
     known = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
-    storages, kept = {}, collections.Counter()
+    storages = {}
+    kept = collections.Counter()
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage._cdata not in known and storage._cdata not in storages:
-            storages[storage._cdata] = StorageWeakRef(storage)     # no other storage gets this address
+            storages[storage._cdata] = StorageWeakRef(storage)     # no other gets this address
             shape = " × ".join(map(str, tensor.shape))
             kept[f"{str(tensor.dtype).removeprefix('torch.')} {shape}"] += storage.nbytes()
 
@@ -109,28 +119,41 @@ def saved_bytes(forward, model):
     return saved(forward, model).total()
 
 
+def peak_bytes(step, before):
+    """Most bytes that a step has allocated on a GPU, beyond those that were before."""
+    step()                                                 # makes the optimizer's state
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def frozen_flops(config, B, T):
     """FLOPs, two for each multiply-add, of the matrix products of a step with frozen weights.
 
-    Every activation needs its gradient but no frozen matrix does, so that the backward pass costs the forward
-    pass once more; the gradient ends at the projections of the first layer. Products of two activations
-    (scores, values) cost twice their forward pass. The head is trained and costs three times its own.
+    Every activation needs its gradient but no frozen matrix does, so that the backward pass costs
+    the forward pass once more; the gradient ends at the projections of the first layer. Products of
+    two activations (scores, values) cost twice their forward pass. The head is trained and costs
+    three times its own.
     """
     L, d, f = config["num_hidden_layers"], config["hidden_size"], config["intermediate_size"]
-    N, head = B * T, 2 * B * (d * d + 2 * d)
+    N = B * T
+    head = 2 * B * (d * d + 2 * d)
     forward = 2 * N * (4 * d * d + 2 * d * f)              # the six matrices of one layer
     total = L * 2 * forward - 3 * 2 * N * d * d
     total += L * 3 * (2 * 2 * B * T * T * d)               # q kᵀ and (softmax) v
     if config["model_type"] == "deberta-v2":
-        W, rows = 2 * T - 1, table_rows(config, T)
-        positions = 2 * 2 * N * W * d                      # q Kᵀ and k Qᵀ against 2T − 1 distances
-        total += L * (2 * 2 * rows * d * d + 2 * positions) + positions
+        distances = 2 * T - 1
+        positions = 2 * 2 * N * distances * d              # q Kᵀ and k Qᵀ against them
+        table = 2 * 2 * table_rows(config, T) * d * d
+        total += L * (table + 2 * positions) + positions
     return total + 3 * head
 
 
 def table_rows(config, T):
-    """How many rows of the table of relative positions T tokens refer to, from the first to the last."""
-    mid, farthest = config["position_buckets"] // 2, config["max_position_embeddings"] - 1
+    """How many rows of the table of relative positions T tokens refer to, first to last."""
+    mid = config["position_buckets"] // 2
+    farthest = config["max_position_embeddings"] - 1
     if T - 1 <= mid:
         return 2 * T - 1
-    return 2 * (mid + math.ceil(math.log((T - 1) / mid) / math.log(farthest / mid) * (mid - 1))) + 1
+    buckets = math.log((T - 1) / mid) / math.log(farthest / mid) * (mid - 1)
+    return 2 * (mid + math.ceil(buckets)) + 1

@@ -1,8 +1,9 @@
 """The peers of bench.py: transformers with peft, what a user would pick instead.
 
-The same checkpoint, the same six matrices of each layer (by their full names: "dense" would also hit the
-pooler), the same head trained, train mode with the same dropout, fused AdamW. AdaLoRA calls
-update_and_allocate after each optimizer step, as its documentation says. Needs requirements-dev.txt.
+The same checkpoint, the same six matrices of each layer (by their full names: "dense" would also
+hit the pooler), the same head trained, train mode with the same dropout, fused AdamW. AdaLoRA calls
+update_and_allocate after each optimizer step, as its documentation says. Needs
+requirements-dev.txt.
 """
 import contextlib
 import math
@@ -11,12 +12,12 @@ import warnings
 
 import torch
 
-from experiments.speed.steps import OwnStep, freeze, head_of
 import data
 import model as models
+from experiments.speed.steps import OwnStep, freeze, head_of
 from formats import glue
-from methods.baselines import regulariser
 from lora2 import lora2_layers
+from methods import baselines
 
 METHODS = ("frozen", "lora", "adalora")
 
@@ -35,28 +36,33 @@ def available():
 
 
 def target_names(config):
-    """Dotted names of the six matrices of each layer: transformers' are the checkpoint's, as ours."""
+    """Dotted names of the six matrices of each layer: transformers' are the checkpoint's."""
     kind = config.model_type
-    return [f"{models.PREFIX[kind]}.encoder.layer.{i}.{end}" for i in range(config.num_hidden_layers)
-            for end in models.TARGETS[kind].values()]
+    names = []
+    for i in range(config.num_hidden_layers):
+        layer = f"{models.PREFIX[kind]}.encoder.layer.{i}"
+        names += [f"{layer}.{end}" for end in models.TARGETS[kind].values()]
+    return names
 
 
 def load(folder, labels=2):
-    """transformers' classifier, in fp32, from a folder."""
+    """transformers' classifier in train mode, in fp32, from a folder."""
     from transformers import AutoModelForSequenceClassification
-    net = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=labels, dtype=torch.float32)
-    return net.train()
+    return AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=labels, dtype=torch.float32).train()
 
 
-def adapt(net, method, names, head, r, steps, alpha=32, gamma=0.1):
-    """peft's LoRA or AdaLoRA on the layers `names` of `net`, with the head trained beside."""
+def adapt(net, method, r, steps, alpha=32):
+    """peft's LoRA or AdaLoRA on the six matrices of each layer, with the head trained beside."""
     import peft
-    common = dict(task_type="SEQ_CLS", target_modules=names, modules_to_save=head, lora_alpha=alpha)
+    common = {"task_type": "SEQ_CLS", "target_modules": target_names(net.config),
+              "modules_to_save": head_of(net), "lora_alpha": alpha}
     if method == "lora":
         return peft.get_peft_model(net, peft.LoraConfig(r=r, **common))
     return peft.get_peft_model(net, peft.AdaLoraConfig(
-        init_r=r, target_r=max(1, r // 2), tinit=0, tfinal=10, deltaT=1 if r > 1 else steps,   # peft cannot
-        orth_reg_weight=gamma, total_step=steps, beta1=0.85, beta2=0.85, **common))    # prune 0: kthvalue
+        init_r=r, target_r=max(1, r // 2), tinit=0, tfinal=10, total_step=steps,
+        deltaT=1 if r > 1 else steps,                      # peft cannot prune nothing: kthvalue
+        orth_reg_weight=0.1, beta1=0.85, beta2=0.85, **common))
 
 
 class PeerStep:
@@ -64,19 +70,20 @@ class PeerStep:
 
     def __init__(self, folder, method, batch, r=8, dtype="fp32", layers=None, alpha=32):
         self.net = load(folder)
-        self.method, self.batch, self.dtype, self.step = method, batch, dtype, 0
+        self.method, self.batch, self.dtype = method, batch, dtype
+        self.step = 0
         if layers is not None:
             del self.net.base_model.encoder.layer[layers:]
             self.net.config.num_hidden_layers = layers
-        names = target_names(self.net.config)
         if method == "frozen":
-            freeze(self.net, names, head_of(self.net))
+            freeze(self.net, target_names(self.net.config))
         else:
-            self.net = adapt(self.net, method, names, head_of(self.net), r, steps=1000, alpha=alpha)
+            self.net = adapt(self.net, method, r, steps=1000, alpha=alpha)
         self.net.to(batch.input_ids.device).train()
         self.parameters = [p for p in self.net.parameters() if p.requires_grad]
         if method != "frozen":
-            self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3, weight_decay=0.0, fused=True)
+            self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3, weight_decay=0.0,
+                                               fused=True)
 
     def loss(self):
         """Cross entropy; peft adds its regulariser inside where it gets the labels."""
@@ -103,15 +110,24 @@ class PeerStep:
         self.optimizer.zero_grad()
 
 
-# --- do own and peer compute the same? ----------------------------------------------------------------------
+# --- do own and peer compute the same? -------------------------------------------------------
 
 def parity(folder, batch, layers=None, tolerance=1e-4):
     """{what: largest difference between own and peer, relative to the largest number}.
 
     In train mode, in which some attention takes another path, with every dropout at 0.
-    Fresh LoRA² against the frozen model. LoRA² with random factors against peft's LoRA that it is exported to
-    (A = vᵀ and B = (C V)ᵀ, so that dv = dAᵀ and dV = Cᵀ dBᵀ). AdaLoRA with random factors against peft's,
-    regulariser included. AssertionError for what differs by more than `tolerance`.
+    AssertionError for what differs by more than `tolerance`.
+    """
+    errors = parity_of_lora2(folder, batch, layers) | parity_of_adalora(folder, batch, layers)
+    wrong = {what: error for what, error in errors.items() if not error <= tolerance}
+    assert not wrong, f"own and peer do not compute the same: {wrong}"
+    return errors
+
+
+def parity_of_lora2(folder, batch, layers):
+    """Fresh LoRA² against the frozen model; with random factors against the LoRA it equals.
+
+    That LoRA, peft's, has A = vᵀ and B = (C V)ᵀ, so that dv = dAᵀ and dV = Cᵀ dBᵀ.
     """
     own = OwnStep(folder, "lora2", batch, k=4, r=8, extras=False, layers=layers)
     peer = PeerStep(folder, "frozen", batch, layers=layers)
@@ -120,48 +136,68 @@ def parity(folder, batch, layers=None, tolerance=1e-4):
     peer = PeerStep(folder, "lora", batch, r=4, alpha=4, layers=layers)
     adapters = pairs(own, peer)
     for layer, theirs in adapters:
-        for mine, weight in zip(layer.to_lora(), (theirs.lora_A, theirs.lora_B)):
-            weight["default"].weight.data.copy_(mine)
+        A, B = layer.to_lora()
+        theirs.lora_A["default"].weight.data.copy_(A)
+        theirs.lora_B["default"].weight.data.copy_(B)
     errors["LoRA² logits"] = difference([(logits(own), logits(peer))])
     own.loss().backward()
     peer.loss().backward()
-    dA, dB = ([getattr(theirs, name)["default"].weight.grad for _, theirs in adapters] for name in (
-        "lora_A", "lora_B"))
-    errors["LoRA² gradient of v"] = difference([(layer.v.grad, g.T) for (layer, _), g in zip(adapters, dA)])
-    errors["LoRA² gradient of V"] = difference([(layer.V.grad, layer.core().detach().T @ g.T)
-                                               for (layer, _), g in zip(adapters, dB)])
-
-    own = OwnStep(folder, "adalora", batch, r=8, extras=False, layers=layers)
-    peer = PeerStep(folder, "adalora", batch, r=8, layers=layers)
-    names = {"P": "lora_A", "lam": "lora_E", "Q": "lora_B"}
-    turned = lambda tensor: tensor.mT if tensor.dim() == 2 else tensor[:, None]            # peft's layout
-    adapters = [(name, getattr(layer, name), getattr(theirs, names[name])["default"])
-                for layer, theirs in pairs(own, peer) for name in names]
-    for _, mine, theirs in adapters:
-        theirs.data.copy_(turned(mine.data))
-    errors["AdaLoRA logits"] = difference([(logits(own), logits(peer))])
-    (own.loss() + 0.1 * regulariser("adalora", own.net, None)).backward()
-    peer.loss().backward()
-    for name in names:
-        errors[f"AdaLoRA gradient of {name}"] = difference(
-            [(turned(mine.grad), theirs.grad) for which, mine, theirs in adapters if which == name])
-    wrong = {what: error for what, error in errors.items() if not error <= tolerance}
-    assert not wrong, f"own and peer do not compute the same: {wrong}"
+    of_v, of_V = [], []
+    for layer, theirs in adapters:
+        dA, dB = (side["default"].weight.grad for side in (theirs.lora_A, theirs.lora_B))
+        of_v.append((layer.v.grad, dA.T))
+        of_V.append((layer.V.grad, layer.core().detach().T @ dB.T))
+    errors["LoRA² gradient of v"] = difference(of_v)
+    errors["LoRA² gradient of V"] = difference(of_V)
     return errors
 
 
-def pairs(own, peer):
-    """[(our adapter, peft's adapter), ...]. Both models lose their dropout, ours gets random factors.
+def parity_of_adalora(folder, batch, layers):
+    """AdaLoRA with random factors against peft's, regulariser included."""
+    own = OwnStep(folder, "adalora", batch, r=8, extras=False, layers=layers)
+    peer = PeerStep(folder, "adalora", batch, r=8, layers=layers)
+    adapters = pairs(own, peer)
+    for layer, theirs in adapters:
+        for mine, factor in both_factors(layer, theirs).values():
+            factor.data.copy_(in_pefts_layout(mine.data))
+    errors = {"AdaLoRA logits": difference([(logits(own), logits(peer))])}
+    (own.loss() + 0.1 * baselines.regulariser("adalora", own.net, None)).backward()
+    peer.loss().backward()
+    gradients = {"P": [], "lam": [], "Q": []}
+    for layer, theirs in adapters:
+        for name, (mine, factor) in both_factors(layer, theirs).items():
+            gradients[name].append((in_pefts_layout(mine.grad), factor.grad))
+    for name, of_all in gradients.items():
+        errors[f"AdaLoRA gradient of {name}"] = difference(of_all)
+    return errors
 
-    Their size lets the update be about as large as what the frozen matrix does: at the usual init it would be
-    lost in rounding, and with it any difference.
+
+def both_factors(layer, theirs):
+    """{our name: (our parameter, peft's)} of the three factors of an AdaLoRA adapter."""
+    return {"P": (layer.P, theirs.lora_A["default"]), "lam": (layer.lam, theirs.lora_E["default"]),
+            "Q": (layer.Q, theirs.lora_B["default"])}
+
+
+def in_pefts_layout(factor):
+    """One of these factors of ours, or its gradient, as peft has it."""
+    return factor.mT if factor.dim() == 2 else factor[:, None]
+
+
+def pairs(own, peer):
+    """[(our adapter, peft's), ...]. Both models lose their dropout, ours gets random factors.
+
+    Their size lets the update be about as large as what the frozen matrix does: at the usual init
+    it would be lost in rounding, and with it any difference.
     """
-    without_dropout(own.net), without_dropout(peer.net)
-    found = lora2_layers(own.net)
-    for _, layer in found:
-        for name, factor in layer.named_parameters(recurse=False):
-            torch.nn.init.normal_(factor, std=0.5 / layer.scale if name == "lam" else len(factor) ** -0.5)
-    return [(layer, peer.net.get_submodule(f"base_model.model.{name}")) for name, layer in found]
+    without_dropout(own.net)
+    without_dropout(peer.net)
+    found = []
+    for name, layer in lora2_layers(own.net):
+        for which, factor in layer.named_parameters(recurse=False):
+            std = 0.5 / layer.scale if which == "lam" else len(factor) ** -0.5
+            torch.nn.init.normal_(factor, std=std)
+        found.append((layer, peer.net.get_submodule(f"base_model.model.{name}")))
+    return found
 
 
 def without_dropout(net):
@@ -175,35 +211,28 @@ def without_dropout(net):
 @torch.no_grad()
 def logits(step):
     """Logits without dropout, in fp32."""
-    batch = step.batch
-    output = without_dropout(step.net)(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    ids, mask = step.batch.input_ids, step.batch.attention_mask
+    output = without_dropout(step.net)(input_ids=ids, attention_mask=mask)
     return getattr(output, "logits", output)
 
 
 def difference(pairs):
     """max |a − b| / max |b| over all pairs (a, b)."""
-    return (max((a - b).abs().max() for a, b in pairs) / max(b.abs().max() for _, b in pairs)).item()
+    farthest = max((a - b).abs().max() for a, b in pairs)
+    return (farthest / max(b.abs().max() for _, b in pairs)).item()
 
 
-# --- row 12: an epoch ---------------------------------------------------------------------------------------
+# --- row 12: an epoch ------------------------------------------------------------------------
 
 def epoch(folder, task, data_dir, rows, max_len, device, dtype="fp32", batch_size=32, r=8):
-    """Seconds for one epoch of transformers + peft AdaLoRA: files, tokens, model, steps; not the imports.
+    """Seconds for one epoch of transformers + peft AdaLoRA, from files to the last step.
 
-    As in transformers' own example for GLUE: rows in random order, each batch padded to its longest row.
+    Imports do not count. As in transformers' own example for GLUE: rows in random order, each batch
+    padded to its longest row.
     """
-    from transformers import AutoTokenizer, DataCollatorWithPadding
     start = time.perf_counter()
-    split = glue.load_split(data.get_task(task), data_dir, "train").part(0, rows or None)
-    classes = len(data.get_task(task).labels)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    encoded = tokenizer(*map(list, zip(*split.texts)), truncation=True, max_length=max_len)
-    table = [{name: column[i] for name, column in encoded.items()} | {"labels": label}
-             for i, label in enumerate(split.labels)]
-    loader = torch.utils.data.DataLoader(table, batch_size, shuffle=True, pin_memory=device == "cuda",
-                                         collate_fn=DataCollatorWithPadding(tokenizer))
-    net = load(folder, max(1, classes))
-    net = adapt(net, "adalora", target_names(net.config), head_of(net), r, steps=len(loader) + 20).to(device)
+    loader, classes = batches(folder, task, data_dir, rows, max_len, device, batch_size)
+    net = adapt(load(folder, max(1, classes)), "adalora", r, steps=len(loader) + 20).to(device)
     parameters = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(loader))
@@ -220,3 +249,18 @@ def epoch(folder, task, data_dir, rows, max_len, device, dtype="fp32", batch_siz
     if not math.isfinite(loss.item()):
         raise FloatingPointError(f"the peer's loss on {task} is not finite")
     return time.perf_counter() - start
+
+
+def batches(folder, task, data_dir, rows, max_len, device, batch_size):
+    """(DataLoader of a task's first `rows` training rows, number of classes)."""
+    from transformers import AutoTokenizer, DataCollatorWithPadding
+    split = glue.load_split(data.get_task(task), data_dir, "train").part(0, rows or None)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    encoded = tokenizer(*map(list, zip(*split.texts)), truncation=True, max_length=max_len)
+    table = []
+    for i, label in enumerate(split.labels):
+        table.append({name: column[i] for name, column in encoded.items()} | {"labels": label})
+    loader = torch.utils.data.DataLoader(table, batch_size, shuffle=True,
+                                         pin_memory=device == "cuda",
+                                         collate_fn=DataCollatorWithPadding(tokenizer))
+    return loader, len(data.get_task(task).labels)
