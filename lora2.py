@@ -162,7 +162,7 @@ def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
     targets = {targets} if isinstance(targets, str) else set(targets)
     trainable = {trainable} if isinstance(trainable, str) else set(trainable)
     modules, to_train = find_targets(model, targets, trainable)
-    parameters = [p for _, p in model.named_parameters(remove_duplicate=False)]
+    parameters = dict(model.named_parameters(remove_duplicate=False)).values()
     for name, base in modules.items():
         check_base(name, base, k, r, alpha, init)
         uses = sum(1 for p in parameters if p is base.weight)
@@ -255,7 +255,7 @@ class RankPruner(nn.Module):
         require(type(target_rank) is int and 0 <= target_rank <= self.r,
                 f"target_rank = {target_rank!r}: give an integer from 0 to r = {self.r}")
         steps = (total_steps, warmup, final, interval)
-        are_counts = all(type(n) is int and n >= 0 for n in steps)
+        are_counts = set(map(type, steps)) == {int} and min(steps) >= 0
         require(are_counts and warmup + final < total_steps and interval > 0,
                 f"T, warmup, final, interval = {steps}: keep warmup + final < T and interval > 0")
         require(0 <= beta1 < 1 and 0 <= beta2 < 1,
