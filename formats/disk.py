@@ -41,7 +41,7 @@ def reading(path, advice):
 
 
 def read_json(path, advice):
-    """The content of a JSON file; OSError or ValueError of one sentence, which ends in the advice."""
+    """The content of a JSON file; OSError or ValueError of a sentence that ends in the advice."""
     with reading(path, advice):
         return json.loads(Path(path).read_text(encoding="utf-8"))
 
