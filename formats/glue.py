@@ -36,8 +36,6 @@ class Split(NamedTuple):
         return Split(self.texts[start:stop], labels)
 
 
-# ---- reading ---------------------------------------------------------------------------------
-
 def warn(text):
     print(f"warning: {text}", file=sys.stderr)
 
@@ -212,10 +210,9 @@ def read_labels(path, texts):
 
 
 def load_split(task, data_dir, name, labelled=True):
-    """One split as a Split, from the file that find_split() finds.
+    """One split as a Split, from the file that find_split() finds; warns of rows lost or added.
 
-    Warns if its number of rows is not the official one. Raises FileNotFoundError that shows the
-    expected layout, and what read_split() raises.
+    Raises FileNotFoundError that shows the expected layout, and what read_split() raises.
     """
     path = find_split(task, data_dir, name)
     folder = Path(data_dir) / task.folder
@@ -264,13 +261,40 @@ def table_names(task):
     return [f"{split}.tsv" for split in task.rows]
 
 
+def write_predictions(path, task, values):
+    """Write predictions (N,) with columns index and prediction; class ids become label names."""
+    if task.labels:
+        values = [task.labels[value] for value in values]
+    rows = [f"{i}\t{value}\n" for i, value in enumerate(values)]
+    write_file(path, "index\tprediction\n", *rows)
+
+
+def write_submission(folder, task, predictions, name="test"):
+    """Write a test split's predictions (N,) as gluebenchmark.com wants them; returns the path.
+
+    Scores are clipped to the task's range. A split without an official file gets a name of ours.
+    """
+    values = torch.as_tensor(predictions).tolist()
+    official = task.rows.get(name, len(values))
+    if len(values) != official:
+        warn(f"{len(values)} predictions where the official split {name} has {official} rows")
+    if task.score_range:
+        low, high = task.score_range
+        values = [f"{min(max(value, low), high):.3f}" for value in values]
+    path = Path(folder) / task.submissions.get(name, f"{name}_predictions.tsv")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_predictions(path, task, values)
+    return path
+
+
 # ---- fetching ----------------------------------------------------------------------------------
 
 def fetch_task(task, data_dir="glue", base_url=BASE_URL):
     """Fetch a task's files into <data_dir>/<folder>, with a progress bar; what is there stays.
 
-    Everything is written to a temporary folder beside and moved when complete: a cut download
-    leaves nothing. Raises OSError or ValueError that names the address and says what to do instead.
+    All is written to a temporary folder beside and moved when complete: a cut download leaves
+    nothing. Raises OSError or ValueError that names the address and says what to do instead.
     """
     folder = Path(data_dir) / task.folder
     advice = f"try again, or {by_hand(task, folder)}"
@@ -319,10 +343,9 @@ def download(url, path, advice, timeout=60):
     try:
         with urllib.request.urlopen(url, timeout=timeout) as response, open(path, "wb") as file:
             length = int(response.headers.get("Content-Length") or 0)
-            name = url.rsplit("/", 1)[-1]
             # disable=None: silent where stderr is no terminal
-            with tqdm(total=length or None, unit="B", unit_scale=True, desc=name,
-                      disable=None) as bar:
+            with tqdm(total=length or None, unit="B", unit_scale=True, disable=None,
+                      desc=url.rsplit("/", 1)[-1]) as bar:
                 while chunk := response.read(1 << 16):
                     bar.update(file.write(chunk))
             if length and file.tell() != length:
@@ -360,32 +383,3 @@ def find_members(zipped, names):
                 raise ValueError(f"it holds more than one {parts[-1]}")
             members[parts[-1]] = info
     return members
-
-
-# ---- predictions -------------------------------------------------------------------------------
-
-def write_predictions(path, task, values):
-    """Write predictions (N,) with columns index and prediction; class ids become label names."""
-    if task.labels:
-        values = [task.labels[value] for value in values]
-    rows = [f"{i}\t{value}\n" for i, value in enumerate(values)]
-    write_file(path, "index\tprediction\n", *rows)
-
-
-def write_submission(folder, task, predictions, name="test"):
-    """Write a test split's predictions (N,) as gluebenchmark.com wants them; returns the path.
-
-    Scores are clipped to the task's range. A split without an official file gets a name of ours.
-    """
-    values = torch.as_tensor(predictions).tolist()
-    official = task.rows.get(name, len(values))
-    if len(values) != official:
-        warn(f"{len(values)} predictions where the official split {name} has {official} rows")
-    if task.score_range:
-        low, high = task.score_range
-        values = [f"{min(max(value, low), high):.3f}" for value in values]
-    path = Path(folder) / task.submissions.get(name, f"{name}_predictions.tsv")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    write_predictions(path, task, values)
-    return path

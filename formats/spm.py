@@ -24,8 +24,8 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, models, normalizers, processors
 
-# Schema of a message: field number -> (name, wire type, kind); an inner message's schema as kind.
-PIECE = {1: ("piece", 2, str), 2: ("score", 5, float), 3: ("type", 0, int)}  # score: log-probability
+# Schema of a message: field number -> (name, wire type, kind); a dict is an inner message's.
+PIECE = {1: ("piece", 2, str), 2: ("score", 5, float), 3: ("type", 0, int)}
 TRAINER = {3: ("model_type", 0, int), 24: ("treat_whitespace_as_suffix", 0, bool),
            35: ("byte_fallback", 0, bool)}
 NORMALIZER = {2: ("precompiled_charsmap", 2, bytes), 3: ("add_dummy_prefix", 0, bool),
