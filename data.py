@@ -3,8 +3,7 @@
     train.tsv ── load_task ──> Split ── encode ──> Examples ── batches ──> Batch
                           texts, labels       flat token ids          (B, T) padded
 
-N is the number of rows, B the batch, T its padded length. What a user can have wrong raises
-ValueError or OSError with one finished sentence.
+N is the number of rows, B the batch, T its padded length. A user's mistake is a ValueError.
 """
 from array import array
 from typing import NamedTuple, Optional
@@ -12,9 +11,9 @@ from typing import NamedTuple, Optional
 import torch
 
 from formats import glue, hub, spm, toy
-from formats.glue import Split  # (texts, labels) of one file
 
-# ---- the tasks ---------------------------------------------------------------------------------
+PIECE = 4096  # rows that are encoded at once: the library's results are large
+POOL = 80     # batches that are sorted by length together: more waste less padding, fewer mix more
 
 
 class Task(NamedTuple):
@@ -99,38 +98,11 @@ def get_task(task):
     return TASKS[task]
 
 
-def own_task(train_file):
-    """A Task for a user's own TSV files, read off the training file.
-
-    The header line decides. Texts: `sentence1` and `sentence2` if both are there, else `sentence`.
-    A column `score` makes it a regression; a column `label` a classification, whose labels are
-    the different values in the training file, as glue.read_labels() orders them.
-    """
-    header = glue.read_header(train_file)
-    texts = ("sentence",)
-    if "sentence1" in header and "sentence2" in header:
-        texts = ("sentence1", "sentence2")
-    if ("score" in header) == ("label" in header):
-        raise ValueError(f"{train_file}:1: one column named label (classes) or score (a number) is "
-                         "expected beside sentence, or sentence1 and sentence2: the tab-separated "
-                         f"columns are {glue.short(header)}")
-    if "score" in header:
-        return Task("", {}, texts, "score", metrics=("pearson", "spearman"))
-    labels = glue.read_labels(train_file, texts)
-    if not 2 <= len(labels) <= 1000:
-        raise ValueError(f"{train_file}: the column label has {len(labels)} different values where "
-                         "2 to 1000 are expected: a number to predict belongs in a column named "
-                         "score")
-    metrics = ("accuracy", "f1") if len(labels) == 2 else ("accuracy",)
-    return Task("", {}, texts, "label", labels, metrics)
-
-
 def load_task(task, data_dir="glue", seed=0, train=True):
     """{"train": Split, "dev": Split}; MNLI has "dev_matched" and "dev_mismatched" for "dev".
 
     task: a name in TASKS or a Task. data_dir: the folder that holds CoLA/, RTE/ and so on; the demo
     needs none and makes its rows from the seed. train: False leaves "train" out, to evaluate.
-    Raises what glue.load_split() raises.
     """
     task = get_task(task)
     names = labelled_splits(task, train)
@@ -140,37 +112,29 @@ def load_task(task, data_dir="glue", seed=0, train=True):
     return {name: glue.load_split(task, data_dir, name) for name in names}
 
 
-def labelled_splits(task, train=True):
-    """The names of the splits to train and evaluate on, "train" first; without it to evaluate."""
-    names = [name for name in task.rows if not name.startswith("test")]
-    if not train:
-        names.remove("train")
-    return names
+def labelled_splits(task, train):
+    """The names of the splits to train and evaluate on, or to evaluate on alone."""
+    wanted = ("train", "dev") if train else "dev"
+    return [name for name in task.rows if name.startswith(wanted)]
 
 
 def is_missing(task, data_dir, train=True):
     """Whether load_task() would find no file where glue.fetch_task() can get one."""
-    if not task.downloads:
-        return False
-    for name in labelled_splits(task, train):
-        if glue.find_split(task, data_dir, name) is None:
-            return True
-    return False
+    paths = [glue.find_split(task, data_dir, name) for name in labelled_splits(task, train)]
+    return bool(task.downloads) and None in paths
 
 
 def load_own(train_file, dev_file):
-    """({"train": Split, "dev": Split}, Task) of a user's own two TSV files, read by own_task()."""
-    task = own_task(train_file)
+    """({"train": Split, "dev": Split}, Task) of a user's own files; the first tells the Task."""
+    task = Task("", {}, **glue.read_columns(train_file))
     train = glue.read_split(train_file, task)
-    dev = glue.read_split(dev_file, task)
-    return {"train": train, "dev": dev}, task
+    return {"train": train, "dev": glue.read_split(dev_file, task)}, task
 
 
 def load_dev(dev_file, task, columns):
-    """({"dev": Split}, Task) of one TSV file on which a trained adapter is to be evaluated.
+    """({"dev": Split}, Task) of one TSV file, to evaluate what was trained on a task.
 
-    task: the name of the task it was trained on, "own" for a user's own files.
-    columns: of "own" files, a dict of the fields texts, label, labels and metrics of their Task.
+    task: its name, or "own" with the columns that glue.read_columns() found in the training file.
     """
     if task == "own":
         task = Task("", {}, **columns)
@@ -182,10 +146,7 @@ def load_dev(dev_file, task, columns):
 # ---- tokens ------------------------------------------------------------------------------------
 
 class Examples(NamedTuple):
-    """An encoded split, flat so that MNLI's 393k rows stay small.
-
-    Row i is ids[starts[i]:starts[i + 1]].
-    """
+    """An encoded split, flat so that MNLI's stays small: row i is ids[starts[i]:starts[i + 1]]."""
     ids: torch.Tensor               # (tokens,) int32
     types: torch.Tensor             # (tokens,) uint8, 1 at the tokens of a pair's second text
     starts: torch.Tensor            # (N + 1,) int64
@@ -195,90 +156,58 @@ class Examples(NamedTuple):
 
 
 def load_tokenizer(name_or_dir):
-    """A checkpoint's tokenizers.Tokenizer, without padding or truncation.
-
-    From tokenizer.json, else from spm.model. Raises ValueError that names the file or the files
-    looked for, and what hub.find() raises.
-    """
+    """A checkpoint's tokenizers.Tokenizer, from tokenizer.json, else from spm.model."""
     path = hub.find_tokenizer(name_or_dir)
-    if path.name == "spm.model":
-        tokenizer = spm.read_spm(path)
-    else:
-        tokenizer = hub.read_tokenizer(path)
+    read = spm.read_spm if path.name == "spm.model" else hub.read_tokenizer
+    tokenizer = read(path)
     tokenizer.no_padding()                         # either can be baked into a tokenizer.json
     tokenizer.no_truncation()
     return tokenizer
 
 
-PIECE = 4096  # rows that are encoded at once: the library's results are large
-
-
 def encode(tokenizer, split, max_len, name="the data"):
     """A Split as Examples. A pair above max_len loses tokens of its longer text first.
 
-    max_len: counts special tokens. name: of the split, for messages.
-    ValueError where max_len leaves no room for text, for a row without a token, and where most
-    tokens are unknown: no training would help.
+    max_len: counts special tokens. name: of the split, for messages. ValueError where max_len
+    leaves no room for text, for a row without a token, and where most tokens are unknown.
     """
     is_pair = len(split.texts[0]) == 2
     special = tokenizer.num_special_tokens_to_add(is_pair)
     if max_len <= special:
         raise ValueError(f"a maximum length of {max_len} leaves no room for text: the tokenizer "
                          f"adds {special} special tokens to a row, so give at least {special + 1}")
+    rows = split.texts if is_pair else [text for (text,) in split.texts]
     ids = array("i")
     types = array("B")
     starts = array("q", [0])
     truncated = 0
     tokenizer.enable_truncation(max_len, strategy="longest_first")
     try:
-        for first in range(0, len(split.texts), PIECE):
-            rows = split.texts[first:first + PIECE]
-            if not is_pair:
-                rows = [text for (text,) in rows]
-            for encoding in tokenizer.encode_batch_fast(rows):
+        for first in range(0, len(rows), PIECE):
+            for encoding in tokenizer.encode_batch_fast(rows[first:first + PIECE]):
                 row = encoding.ids
                 if not row:
                     raise ValueError(f"row {len(starts)} of {name} has no tokens: give it a text")
                 ids.extend(row)
                 types.extend(encoding.type_ids)
                 starts.append(len(ids))
-                if encoding.overflowing:
-                    truncated += 1
+                truncated += bool(encoding.overflowing)
     finally:
         tokenizer.no_truncation()
-    check_known(tokenizer, ids, special * len(split.texts), name)
-    return Examples(torch.frombuffer(ids, dtype=torch.int32),
-                    torch.frombuffer(types, dtype=torch.uint8),
-                    torch.frombuffer(starts, dtype=torch.int64),
-                    labels_of(split), max_len, truncated)
-
-
-def check_known(tokenizer, ids, special, name):
-    """ValueError if most of a split's ids, beside `special` special ones, are unknown words."""
-    unknown = 0
-    for word in ("[UNK]", "<unk>"):
-        unknown_id = tokenizer.token_to_id(word)
-        if unknown_id is not None:
-            unknown += ids.count(unknown_id)
-    share = unknown / max(1, len(ids) - special)
-    if share > 0.5:
+    unknown_ids = [tokenizer.token_to_id("[UNK]"), tokenizer.token_to_id("<unk>")]
+    unknown = sum(ids.count(number) for number in unknown_ids if number is not None)
+    share = unknown / max(1, len(ids) - special * len(rows))
+    if share > 0.5:                                # no training would help
         raise ValueError(f"{share:.0%} of the tokens of {name} are unknown to the tokenizer: give "
                          "a model of the language that they are in")
-
-
-def labels_of(split):
-    """(N,) int64 class ids or float32 scores; None if the split has no labels."""
-    if split.labels is None:
-        return None
-    is_score = isinstance(split.labels[0], float)
-    return torch.tensor(split.labels, dtype=torch.float32 if is_score else torch.int64)
+    labels = None if split.labels is None else torch.tensor(split.labels)
+    return Examples(torch.frombuffer(ids, dtype=torch.int32),
+                    torch.frombuffer(types, dtype=torch.uint8),
+                    torch.frombuffer(starts, dtype=torch.int64), labels, max_len, truncated)
 
 
 def check_ids(examples, config, name):
-    """ValueError unless the tokenizer belongs to the model: a GPU would fail without a word.
-
-    examples: {split: Examples}. config: the model's. name: of the model, for the message.
-    """
+    """ValueError unless {split: Examples} fit a model and its config: a GPU would fail mutely."""
     highest_id = max(int(one.ids.max()) for one in examples.values())
     highest_type = max(int(one.types.max()) for one in examples.values())
     ids = config["vocab_size"]
@@ -300,18 +229,12 @@ class Batch(NamedTuple):
     rows: torch.Tensor              # (B,) int64
 
 
-POOL = 80  # batches that are sorted by length together: more waste less padding, fewer mix more
-
-
 def batches(examples, batch_size, pad_id=0, generator=None, skip=0, multiple=8):
-    """Iterate over ceil(N / batch_size) Batches that hold every row once.
-
-    Rows of similar length come together, as plan_batches() says. T is a batch's longest row,
-    rounded up to a multiple of `multiple` but never beyond max_len.
+    """Iterate over ceil(N / batch_size) Batches that hold every row once, similar lengths together.
 
     generator: a torch.Generator to shuffle the rows, drawn from at once; None: in order of length.
-    skip: how many batches to leave out. multiple: 8 is what tensor cores are fast with.
-    ValueError, at once, for a batch_size below 1 and a skip below 0.
+    skip: how many batches to leave out. multiple: T is the longest row, rounded up to a multiple of
+    this but never beyond max_len; 8 is what tensor cores are fast with.
     """
     if batch_size < 1 or skip < 0:
         raise ValueError(f"batch size {batch_size} with skip {skip}: give at least 1 and at "
@@ -323,14 +246,13 @@ def batches(examples, batch_size, pad_id=0, generator=None, skip=0, multiple=8):
 
 
 def plan_batches(length, batch_size, generator):
-    """Which rows go together: a list of tensors (B,), each the row numbers of a batch.
+    """The row numbers of each batch, a list of tensors (B,); length: of each row, (N,).
 
     With a generator the rows are shuffled and cut into pools; each pool is sorted by length and
-    cut into batches; then the batches are shuffled. length: of each row, (N,).
+    cut into batches; then the batches are shuffled.
     """
-    # Rows are sorted by a length that is rounded up, so that rows of one such width stay in random
-    # order: more mixing, for hardly more padding. It does not depend on `multiple`: a run may go
-    # on on another device.
+    # Lengths are rounded up, so that rows of one such width stay in random order: more mixing for
+    # hardly more padding. This knows nothing of `multiple`: a run may go on on another device.
     width = round_up(length, torch.where(length < 32, 2, 8))          # (N,)
     if generator is None:
         return width.argsort(stable=True).split(batch_size)
@@ -343,24 +265,19 @@ def plan_batches(length, batch_size, generator):
 
 
 def round_up(length, multiple):
-    """Whole numbers, rounded up to multiples."""
     return (length + multiple - 1) // multiple * multiple
 
 
 def collated(examples, plan, padded, pad_id):
     """The Batches of a plan, one by one; padded: T that each row asks for, (N,)."""
     for rows in plan:
-        T = int(padded[rows].max())
-        starts = examples.starts[rows]                                # (B,)
-        stops = examples.starts[rows + 1]                             # (B,)
-        at = starts[:, None] + torch.arange(T)                        # (B, T) places in ids
-        mask = at < stops[:, None]                                    # (B, T)
+        places = torch.arange(int(padded[rows].max()))                # (T,) in a row
+        at = examples.starts[rows][:, None] + places                  # (B, T) in examples.ids
+        mask = at < examples.starts[rows + 1][:, None]                # (B, T)
         at = at.clamp(max=len(examples.ids) - 1)
         ids = torch.where(mask, examples.ids[at].long(), pad_id)      # (B, T)
         types = torch.where(mask, examples.types[at].long(), 0)       # (B, T)
-        labels = None
-        if examples.labels is not None:
-            labels = examples.labels[rows]                            # (B,)
+        labels = None if examples.labels is None else examples.labels[rows]
         yield Batch(ids, mask, types, labels, rows)
 
 
@@ -383,13 +300,10 @@ def matthews(p, t):
     """Matthews' correlation: the covariance of the one-hot rows over the two deviations."""
     p, t = torch.nn.functional.one_hot(torch.stack([p, t])).double()  # (N, classes) each
     n = len(p)
-    of_p = p.sum(0)                                                   # (classes,)
-    of_t = t.sum(0)                                                   # (classes,)
+    of_p, of_t = p.sum(0), t.sum(0)                                   # (classes,) each
     covariance = n * (p * t).sum() - of_p @ of_t
     spread = (n * n - of_p @ of_p) * (n * n - of_t @ of_t)
-    if spread <= 0:
-        return 0.0
-    return covariance / spread.sqrt()
+    return covariance / spread.sqrt() if spread > 0 else 0.0
 
 
 def pearson(p, t):
@@ -407,8 +321,7 @@ def spearman(p, t):
 def ranks(x):
     """Ranks from 1; equal values share the mean of theirs."""
     _, which, counts = x.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0)                                           # rank of the last of equals
-    return (last - (counts - 1) / 2).double()[which]
+    return (counts.cumsum(0) - (counts - 1) / 2).double()[which]      # the last one's less half
 
 
 METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson,
@@ -427,18 +340,11 @@ def metrics(task, predictions, labels):
     if p.dim() != 1 or p.shape != t.shape or len(p) == 0:
         raise ValueError(f"predictions {tuple(p.shape)} and labels {tuple(t.shape)} must have one "
                          "shape (N,)")
-    for values in (p, t):
-        if task.labels:
-            check_class_ids(values, len(task.labels))
-        elif not values.isfinite().all():
-            raise ValueError("a prediction or a label is not a finite number")
+    both = torch.stack([p, t])                                        # (2, N)
     if not task.labels:
-        p = p.double()
-        t = t.double()
-    return {name: float(METRICS[name](p, t)) for name in task.metrics}
-
-
-def check_class_ids(values, classes):
-    """ValueError unless all are whole numbers from 0 to classes − 1."""
-    if values.is_floating_point() or values.min() < 0 or values.max() >= classes:
-        raise ValueError(f"class ids must be whole numbers from 0 to {classes - 1}")
+        both = both.double()
+        if not both.isfinite().all():
+            raise ValueError("a prediction or a label is not a finite number")
+    elif both.is_floating_point() or both.min() < 0 or both.max() >= len(task.labels):
+        raise ValueError(f"class ids must be whole numbers from 0 to {len(task.labels) - 1}")
+    return {name: float(METRICS[name](*both)) for name in task.metrics}

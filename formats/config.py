@@ -1,16 +1,13 @@
 """config.json of a checkpoint: what is implemented of DeBERTaV2/V3, RoBERTa and BERT.
 
-A file may leave options out, or ask for a variant of the architecture. The first get the value that
-the released models mean; the second are errors that name the option: a model is computed rightly or
-not at all.
+Options that a file leaves out get the value that the released models mean. A variant that is not
+implemented is an error that names the option: a model is computed rightly or not at all.
 """
 
 
 def whole(low, high=10**7):
     """A test for integers from low to high."""
-    def is_whole(value):
-        return type(value) is int and low <= value <= high
-    return is_whole
+    return lambda value: type(value) is int and low <= value <= high
 
 
 def fraction(value):
@@ -21,74 +18,54 @@ def fraction(value):
 # {option: (its value where it is absent, which values are implemented: a list or a test)}.
 # The values for absent options are those of transformers; a size with None has to be there.
 COMMON = {
-    "vocab_size": (None, whole(1)),
-    "hidden_size": (None, whole(1)),
-    "intermediate_size": (None, whole(1)),
-    "num_attention_heads": (None, whole(1)),
-    "num_hidden_layers": (None, whole(1, 1000)),
-    "max_position_embeddings": (512, whole(1)),
+    "vocab_size": (None, whole(1)), "hidden_size": (None, whole(1)),
+    "intermediate_size": (None, whole(1)), "num_attention_heads": (None, whole(1)),
+    "num_hidden_layers": (None, whole(1, 1000)), "max_position_embeddings": (512, whole(1)),
     "hidden_act": ("gelu", ["gelu"]),
-    "hidden_dropout_prob": (0.1, fraction),
-    "attention_probs_dropout_prob": (0.1, fraction),
+    "hidden_dropout_prob": (0.1, fraction), "attention_probs_dropout_prob": (0.1, fraction),
     "initializer_range": (0.02, fraction),
-    "position_embedding_type": ("absolute", ["absolute"]),
-    "is_decoder": (False, [False]),
+    "position_embedding_type": ("absolute", ["absolute"]), "is_decoder": (False, [False]),
 }
 DEBERTA = {
     **COMMON,
-    "type_vocab_size": (0, whole(0)),
-    "layer_norm_eps": (1e-7, fraction),
-    "pad_token_id": (0, whole(0)),
-    "relative_attention": (False, [True]),
+    "type_vocab_size": (0, whole(0)), "layer_norm_eps": (1e-7, fraction),
+    "pad_token_id": (0, whole(0)), "relative_attention": (False, [True]),
     "pos_att_type": (None, [["p2c", "c2p"], ["c2p", "p2c"]]),
-    "position_biased_input": (True, [False]),
-    "position_buckets": (-1, whole(2)),
-    "share_att_key": (False, [True]),
-    "norm_rel_ebd": ("none", ["layer_norm"]),
+    "position_biased_input": (True, [False]), "position_buckets": (-1, whole(2)),
+    "share_att_key": (False, [True]), "norm_rel_ebd": ("none", ["layer_norm"]),
     "conv_kernel_size": (0, [0]),
-    "pooler_dropout": (0, fraction),
-    "pooler_hidden_act": ("gelu", ["gelu"]),
+    "pooler_dropout": (0, fraction), "pooler_hidden_act": ("gelu", ["gelu"]),
 }
 BERT = {
     **COMMON,
-    "type_vocab_size": (2, whole(1)),
-    "layer_norm_eps": (1e-12, fraction),
+    "type_vocab_size": (2, whole(1)), "layer_norm_eps": (1e-12, fraction),
     "pad_token_id": (0, whole(0)),
 }
 ROBERTA = {**BERT, "pad_token_id": (1, whole(0))}
 OPTIONS = {"deberta-v2": DEBERTA, "roberta": ROBERTA, "bert": BERT}
 # The head's dropout has another name in each family.
-HEAD_DROPOUT = {
-    "deberta-v2": "cls_dropout",
-    "roberta": "classifier_dropout",
-    "bert": "classifier_dropout",
-}
+HEAD_DROPOUT = {"deberta-v2": "cls_dropout", "roberta": "classifier_dropout",
+                "bert": "classifier_dropout"}
 
 
 def check_config(raw, path):
-    """config.json, a dict, with absent options filled in.
-
-    ValueError that names the path and whatever is not implemented here.
-    """
+    """A dict read from config.json, completed; ValueError names what is not implemented in it."""
     kind = raw.get("model_type")
     if kind not in list(OPTIONS):                # a list: what a file says need not be hashable
         raise ValueError(f"{path}: model_type {kind!r} is not implemented, only "
                          f"{', '.join(OPTIONS)}")
-    c = {}
-    rules = {}
-    for name, (absent, allowed) in OPTIONS[kind].items():
-        c[name] = absent
-        rules[name] = allowed
+    head_dropout = HEAD_DROPOUT[kind]
+    options = {**OPTIONS[kind], head_dropout: (None, fraction)}
+    c = {name: absent for name, (absent, _) in options.items()}
     c.update(raw)
     if isinstance(c.get("pos_att_type"), str):   # "p2c|c2p" in released files, a list in newer ones
         c["pos_att_type"] = [part.strip() for part in c["pos_att_type"].lower().split("|")]
-    head_dropout = HEAD_DROPOUT[kind]
-    rules[head_dropout] = fraction
-    if c.get(head_dropout) is None:
+    if c[head_dropout] is None:
         c[head_dropout] = c["hidden_dropout_prob"]
-    wrong = names_of_wrong(c, rules)
+    wrong = [name for name, (_, allowed) in options.items() if not fits(c[name], allowed)]
     if not wrong:                                # each is right by itself; now they have to agree
-        wrong = names_of_wrong(c, rules_of_agreement(c))
+        rules = rules_of_agreement(c)
+        wrong = [name for name in rules if name in c and not fits(c[name], rules[name])]
     if wrong:
         asked = "; ".join(f"{name} = {c[name]!r}" for name in wrong)
         raise ValueError(f"{path} asks for what is not implemented here: {asked}")
@@ -100,12 +77,8 @@ def rules_of_agreement(c):
     d = c["hidden_size"]
     heads = c["num_attention_heads"]
     longest = c["max_position_embeddings"]
-
-    def divides_d(n):
-        return d % n == 0
-
     return {
-        "num_attention_heads": divides_d,
+        "num_attention_heads": [heads] if d % heads == 0 else [],
         "attention_head_size": [None, d // heads],
         "embedding_size": [None, d],
         "pooler_hidden_size": [None, d],
@@ -115,21 +88,15 @@ def rules_of_agreement(c):
     }
 
 
-def names_of_wrong(c, rules):
-    """The options that a config has with a value that is not allowed, in the order of the rules."""
-    return [name for name, allowed in rules.items() if name in c and not fits(c[name], allowed)]
-
-
 def fits(value, allowed):
     """Whether a value is among those of a list, or passes a test."""
     return allowed(value) if callable(allowed) else value in allowed
 
 
 def check_size(config, weights, name):
-    """ValueError if a model is described that is more than ten times as large as its weights.
+    """ValueError if a config describes a model more than ten times as large as its weights.
 
-    To build what a damaged config.json describes, or another model's, could take terabytes.
-    config: as check_config() returns it. weights: {key: tensor} of the checkpoint called `name`.
+    To build what a damaged config.json, or another model's, describes could take terabytes.
     """
     d = config["hidden_size"]
     rows = config["vocab_size"] + config["max_position_embeddings"] + config["type_vocab_size"]
@@ -137,16 +104,12 @@ def check_size(config, weights, name):
     described = rows * d + config["num_hidden_layers"] * layer
     there = sum(tensor.numel() for tensor in weights.values() if hasattr(tensor, "numel"))
     if described > 10 * there:
-        raise ValueError(f"{name} does not fit its config.json, size mismatch: {described:,} weights "
-                         f"are described and {there:,} are there: give a checkpoint that fits")
+        raise ValueError(f"{name} does not fit its config.json, size mismatch: that describes "
+                         f"{described:,} weights, {there:,} are there: give a checkpoint that fits")
 
 
 def config_to_write(config, num_labels, dtype):
-    """The content of config.json for transformers to open.
-
-    config: as check_config() returns it. num_labels: of the head; the names of its labels stay if
-    they are as many. dtype: of the weights.
-    """
+    """The content of config.json for transformers; names of labels stay if they fit num_labels."""
     config = dict(config)
     config.pop("num_labels", None)
     config.pop("dtype", None)
@@ -154,10 +117,9 @@ def config_to_write(config, num_labels, dtype):
     labels = config.get("id2label")
     if not isinstance(labels, dict) or labels.keys() != set(ids):
         labels = {i: f"LABEL_{i}" for i in ids}
-    architectures = {"deberta-v2": "DebertaV2", "roberta": "Roberta", "bert": "Bert"}
-    architecture = architectures[config["model_type"]]
     config["id2label"] = labels
     config["label2id"] = {str(label): int(i) for i, label in labels.items()}
-    config["architectures"] = [f"{architecture}ForSequenceClassification"]
+    family = {"deberta-v2": "DebertaV2", "roberta": "Roberta", "bert": "Bert"}[config["model_type"]]
+    config["architectures"] = [f"{family}ForSequenceClassification"]
     config["torch_dtype"] = str(dtype).removeprefix("torch.")
     return config

@@ -20,17 +20,12 @@ def one_line(error, length=200):
 
 def cause_of(error):
     """What the system says of an OSError."""
-    if error.strerror:
-        return error.strerror
-    return one_line(error)
+    return error.strerror or one_line(error)
 
 
 @contextlib.contextmanager
 def reading(path, advice):
-    """What a missing or damaged file makes its reader raise becomes one sentence.
-
-    OSError or ValueError; advice: what to do, the end of the sentence.
-    """
+    """A missing or damaged file becomes OSError or ValueError of a sentence that ends in advice."""
     try:
         yield
     except OSError as e:
@@ -41,7 +36,7 @@ def reading(path, advice):
 
 
 def read_json(path, advice):
-    """The content of a JSON file; OSError or ValueError of one sentence, which ends in the advice."""
+    """The content of a JSON file; OSError or ValueError of a sentence that ends in the advice."""
     with reading(path, advice):
         return json.loads(Path(path).read_text(encoding="utf-8"))
 
@@ -58,24 +53,20 @@ def writing(path):
 
 @contextlib.contextmanager
 def alone(folder, program, option="--out"):
-    """Hold a folder, made if need be, for this process: ValueError if another one holds it.
-
-    program and option: who else may hold it, and where another folder is given, for the message.
-    """
+    """Hold a folder, made if need be, for this process: ValueError if another `program` does."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ValueError(f"another {program} is running in {folder}: wait for it, or give another "
-                         f"{option}") from None
-    except OSError:                                        # a file system without locks
-        pass
-    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another {program} is running in {folder}: wait for it, or give "
+                             f"another {option}") from None
+        except OSError:                        # a file system without locks
+            pass
         yield
     finally:
         os.close(descriptor)                   # as the end of the process does, however it ends
@@ -110,9 +101,7 @@ def write_file(path, *parts):
     """Write bytes or text so that `path` is either as before or complete."""
     with writing(path), replacing(path) as (beside,), open(beside, "wb") as file:
         for part in parts:
-            if isinstance(part, str):
-                part = part.encode()
-            file.write(part)
+            file.write(part.encode() if isinstance(part, str) else part)
 
 
 def write_json(path, content):
@@ -122,7 +111,5 @@ def write_json(path, content):
 
 def write_tensors(path, tensors, metadata):
     """Write {name: tensor} and {text: text} as .safetensors; whole or not at all."""
-    ready = {}
-    for name in sorted(tensors):
-        ready[name] = tensors[name].detach().cpu().contiguous()
+    ready = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     write_file(path, safetensors.torch.save(ready, metadata=metadata))

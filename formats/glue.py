@@ -1,10 +1,8 @@
 """GLUE's files as they are: reading TSV, fetching and unpacking, files of predictions.
 
-A `task` here is a row of the table in data.py: it names the folder, the columns, the labels and
-the addresses, and no code below asks which task it is. What a user can have wrong raises
-ValueError or OSError with one finished sentence.
+A `task` is a row of the table in data.py: no code below asks which one it is. What a user can have
+wrong raises ValueError or OSError with one finished sentence.
 """
-import contextlib
 import http.client
 import math
 import os
@@ -20,7 +18,7 @@ from typing import NamedTuple, Optional
 import torch
 from tqdm import tqdm
 
-from formats.disk import one_line, write_file, writing
+from formats.disk import one_line, reading, write_file, writing
 
 BASE_URL = "https://dl.fbaipublicfiles.com"  # the GLUE authors' downloads
 DEV_IDS = "dev_ids.tsv"                      # MRPC: the ids of the original file's dev rows
@@ -34,13 +32,9 @@ class Split(NamedTuple):
 
     def part(self, start, stop):
         """Rows start .. stop − 1; all from start on if stop is None."""
-        labels = None
-        if self.labels is not None:
-            labels = self.labels[start:stop]
+        labels = None if self.labels is None else self.labels[start:stop]
         return Split(self.texts[start:stop], labels)
 
-
-# ---- reading a table ---------------------------------------------------------------------------
 
 def warn(text):
     print(f"warning: {text}", file=sys.stderr)
@@ -49,18 +43,13 @@ def warn(text):
 def short(values):
     """Values for an error message: quoted, and cut where a file holds nonsense."""
     text = ", ".join(repr(value[:60]) for value in values[:30])
-    if len(text) > 200 or len(values) > 30:
-        return text[:200] + " ..."
-    return text
+    return text[:200] + " ..." if len(text) > 200 or len(values) > 30 else text
 
 
 def read_lines(path):
     """The lines of a UTF-8 file. Only \\n and \\r\\n end one; str.splitlines cuts at U+2028 too."""
-    try:
+    with reading(path, "a tab-separated file is expected"):
         data = Path(path).read_bytes()
-    except OSError as error:
-        raise OSError(f"{path} cannot be read ({error.strerror}): a tab-separated file is "
-                      "expected") from None
     try:
         text = data.decode("utf-8-sig")      # MRPC's files start with a byte order mark
     except UnicodeDecodeError as error:
@@ -80,28 +69,24 @@ def read_lines(path):
     return lines
 
 
-def read_header(path):
-    """The names of a TSV file's columns."""
-    return read_lines(path)[0].split("\t")
-
-
 def read_table(path, names, take, header=(), damaged=False):
     """Call take(fields) with the named columns' fields of every row of a TSV file.
 
-    Only tabs separate. A quotation mark is a character like any other: csv's quoting swallows rows
-    of MRPC, STS-B and QNLI.
+    Only tabs separate: csv's quoting swallows rows of MRPC, STS-B and QNLI. A ValueError of take,
+    and a row with another number of columns than the header, become a ValueError with file:line.
 
-    names: of the columns. header: stands for the header line where the file has none.
-    take: raises ValueError for a row that is wrong, which becomes one with file:line, as does a row
-        with another number of columns than the header.
+    header: stands for the header line where the file has none.
     damaged: the official file has bad rows: up to 0.1 % of them are skipped, and counted aloud.
     """
     lines = read_lines(path)
-    first = 0                                # index of the first row
-    if not header:
-        header = lines[0].split("\t")
-        first = 1
-    places = find_columns(path, header, names)
+    first = 0 if header else 1               # index of the first row
+    header = header or lines[0].split("\t")
+    for name in names:
+        if header.count(name) != 1:
+            problem = "more than one column" if name in header else "no column"
+            raise ValueError(f"{path}:1: there is {problem} named {name!r}: the tab-separated "
+                             f"columns are {short(header)}")
+    places = [header.index(name) for name in names]
     total = len(lines) - first
     if total == 0:
         raise ValueError(f"{path}:1: there is a header line but no row below it")
@@ -124,23 +109,11 @@ def read_table(path, names, take, header=(), damaged=False):
         warn(f"{path}: skipped {skipped} damaged rows of {total}")
 
 
-def find_columns(path, header, names):
-    """The index of each named column; ValueError unless there is one of that name."""
-    for name in names:
-        if header.count(name) != 1:
-            problem = "more than one column" if name in header else "no column"
-            raise ValueError(f"{path}:1: there is {problem} named {name!r}: the tab-separated "
-                             f"columns are {short(header)}")
-    return [header.index(name) for name in names]
-
-
-# ---- reading a split ---------------------------------------------------------------------------
-
-def read_split(path, task, labelled=True, keep=None):
+def read_split(path, task, labelled=True, ids=None, listed=True):
     """One TSV file as a Split.
 
     labelled: if False, a label column is neither needed nor read.
-    keep: a function of a row's two ID_COLUMNS; rows for which it is false are left out.
+    ids: pairs of a row's ID_COLUMNS, of the only rows to keep or, with listed=False, to leave out.
     Raises ValueError with file:line for what is wrong in the file, OSError if it cannot be read.
     """
     split = Split([], [] if labelled else None)
@@ -148,11 +121,11 @@ def read_split(path, task, labelled=True, keep=None):
     names = list(task.texts)
     if labelled:
         names.append(task.label)
-    if keep:
+    if ids is not None:
         names.extend(ID_COLUMNS)
 
     def take(fields):
-        if keep and not keep(fields[-2], fields[-1]):
+        if ids is not None and (tuple(fields[-2:]) in ids) != listed:
             return
         if labelled:
             split.labels.append(parse_label(task, fields[n]))
@@ -176,38 +149,56 @@ def parse_label(task, text):
                              "expected")
         return task.labels.index(text)
     low, high = task.score_range or (-math.inf, math.inf)
-    score = parse_number(text)
+    is_decimal = text.isascii() and "_" not in text   # float() takes "1_0" and Arabic digits too
+    try:
+        score = float(text) if is_decimal else math.nan
+    except ValueError:
+        score = math.nan
     if not math.isfinite(score) or not low <= score <= high:
-        expected = "a finite number"
-        if task.score_range:
-            expected = f"a number from {low:g} to {high:g}"
+        expected = f"a number from {low:g} to {high:g}" if task.score_range else "a finite number"
         raise ValueError(f"the score is {text[:60]!r} where {expected} is expected")
     return score
 
 
-def parse_number(text):
-    """A decimal number; NaN for any other text, also for "1_0" and the digits of other scripts."""
-    if "_" in text or not text.isascii():
-        return math.nan
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
+def read_columns(path):
+    """What a user's own training file says of its task: a dict of fields of data.Task.
+
+    Texts: `sentence1` and `sentence2` if both are there, else `sentence`. A column `score` makes it
+    a regression; a column `label` a classification, with the labels that read_labels() finds.
+    """
+    header = read_lines(path)[0].split("\t")
+    pair = ("sentence1", "sentence2")
+    texts = pair if set(pair) <= set(header) else ("sentence",)
+    if ("score" in header) == ("label" in header):
+        raise ValueError(f"{path}:1: one column named label (classes) or score (a number) is "
+                         "expected beside sentence, or sentence1 and sentence2: the tab-separated "
+                         f"columns are {short(header)}")
+    if "score" in header:
+        return {"texts": texts, "label": "score", "metrics": ("pearson", "spearman")}
+    labels = read_labels(path, texts)
+    if not 2 <= len(labels) <= 1000:
+        raise ValueError(f"{path}: the column label has {len(labels)} different values where 2 to "
+                         "1000 are expected: a number to predict belongs in a column named score")
+    metrics = ("accuracy", "f1") if len(labels) == 2 else ("accuracy",)
+    return {"texts": texts, "label": "label", "labels": labels, "metrics": metrics}
 
 
 def read_labels(path, texts):
-    """The different values of the column `label` beside the columns `texts`, as a tuple.
+    """The different values of the column `label`, in numerical order if all are whole numbers.
 
-    In numerical order if all are whole numbers, else in alphabetical order. ValueError with
-    file:line for an empty label, and for one that stands in a row before in another spelling.
+    Else in alphabetical order. ValueError with file:line for an empty label, and for one that a row
+    before spells in another way: "1", " 1" and "01" are 1, "no" and "no " are "no".
     """
     spelt = {}                               # what a label means → its spelling
 
     def take(fields):
         label = fields[-1]
-        if not label.strip():
+        meaning = label.strip()
+        if not meaning:
             raise ValueError("the label is empty")
-        before = spelt.setdefault(meaning(label), label)
+        if re.fullmatch("[+-]?[0-9]{1,18}", meaning):
+            meaning = int(meaning)
+        before = spelt.setdefault(meaning, label)
         if before != label:
             raise ValueError(f"the label is {label[:60]!r} where a row before has {before[:60]!r}: "
                              "spell each label in one way")
@@ -218,32 +209,20 @@ def read_labels(path, texts):
     return tuple(sorted(spelt.values()))
 
 
-def meaning(label):
-    """What is equal for two spellings of a label: "1", " 1" and "01" are 1, "no" and "no " "no"."""
-    text = label.strip()
-    if re.fullmatch("[+-]?[0-9]{1,18}", text):
-        return int(text)
-    return text
-
-
-# ---- the files of a task -----------------------------------------------------------------------
-
 def load_split(task, data_dir, name, labelled=True):
-    """One split as a Split, from the file that find_split() finds.
+    """One split as a Split, from the file that find_split() finds; warns of rows lost or added.
 
-    Warns if its number of rows is not the official one. Raises FileNotFoundError that shows the
-    expected layout, and what read_split() raises.
+    Raises FileNotFoundError that shows the expected layout, and what read_split() raises.
     """
     path = find_split(task, data_dir, name)
     folder = Path(data_dir) / task.folder
     if path is None:
         raise FileNotFoundError(f"there is no {folder / name}.tsv: {by_hand(task, folder)}")
-    keep = None
-    if path.name != f"{name}.tsv":
-        _, listed = task.originals[name]
-        if listed is not None:
-            keep = choice_by_ids(folder / DEV_IDS, listed)
-    split = read_split(path, task, labelled, keep)
+    ids = None
+    _, listed = task.originals.get(name, (path.name, None))
+    if path.name != f"{name}.tsv" and listed is not None:
+        ids = {tuple(line.split("\t")) for line in read_lines(folder / DEV_IDS)}
+    split = read_split(path, task, labelled, ids, listed)
     n = len(split.texts)
     official = task.rows[name]
     # Copies of a damaged file differ by a few rows, by who repaired them: only a larger gap counts.
@@ -265,19 +244,7 @@ def find_split(task, data_dir, name):
     needed = [folder / file]
     if listed is not None:
         needed.append(folder / DEV_IDS)
-    if all(path.is_file() for path in needed):
-        return folder / file
-    return None
-
-
-def choice_by_ids(path, listed):
-    """A function of a row's two ids: whether they are in a file, or with listed=False are not."""
-    ids = {tuple(line.split("\t")) for line in read_lines(path)}
-
-    def is_chosen(*pair):
-        return (pair in ids) == listed
-
-    return is_chosen
+    return needed[0] if all(path.is_file() for path in needed) else None
 
 
 def by_hand(task, folder):
@@ -294,17 +261,53 @@ def table_names(task):
     return [f"{split}.tsv" for split in task.rows]
 
 
+def write_predictions(path, task, values):
+    """Write predictions (N,) with columns index and prediction; class ids become label names."""
+    if task.labels:
+        values = [task.labels[value] for value in values]
+    rows = [f"{i}\t{value}\n" for i, value in enumerate(values)]
+    write_file(path, "index\tprediction\n", *rows)
+
+
+def write_submission(folder, task, predictions, name="test"):
+    """Write a test split's predictions (N,) as gluebenchmark.com wants them; returns the path.
+
+    Scores are clipped to the task's range. A split without an official file gets a name of ours.
+    """
+    values = torch.as_tensor(predictions).tolist()
+    official = task.rows.get(name, len(values))
+    if len(values) != official:
+        warn(f"{len(values)} predictions where the official split {name} has {official} rows")
+    if task.score_range:
+        low, high = task.score_range
+        values = [f"{min(max(value, low), high):.3f}" for value in values]
+    path = Path(folder) / task.submissions.get(name, f"{name}_predictions.tsv")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_predictions(path, task, values)
+    return path
+
+
 # ---- fetching ----------------------------------------------------------------------------------
 
 def fetch_task(task, data_dir="glue", base_url=BASE_URL):
     """Fetch a task's files into <data_dir>/<folder>, with a progress bar; what is there stays.
 
-    Everything is written to a temporary folder beside and moved when complete: a cut download
-    leaves nothing. Raises OSError or ValueError that names the address and says what to do instead.
+    All is written to a temporary folder beside and moved when complete: a cut download leaves
+    nothing. Raises OSError or ValueError that names the address and says what to do instead.
     """
     folder = Path(data_dir) / task.folder
     advice = f"try again, or {by_hand(task, folder)}"
-    with folder_beside(folder) as beside:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent,
+                                                ignore_cleanup_errors=True)
+    except OSError as error:
+        raise OSError(f"cannot write to the folder {folder.parent} ({error.strerror}): give "
+                      "another one") from None
+    with temporary:
+        beside = Path(temporary.name) / folder.name
+        beside.mkdir()
         for address, name in task.downloads.items():
             url = f"{base_url}/{address}"
             if name and not (folder / name).exists():
@@ -330,32 +333,9 @@ def move_files(beside, folder):
         except OSError:                      # another process was faster
             if not folder.exists():
                 raise
-    files = list(beside.iterdir())
-    files.sort(key=is_for_training)
-    for path in files:
+    for path in sorted(beside.iterdir(), key=lambda path: not path.name.startswith("test")):
         if not (folder / path.name).exists():
             os.replace(path, folder / path.name)
-
-
-def is_for_training(path):
-    return not path.name.startswith("test")
-
-
-@contextlib.contextmanager
-def folder_beside(folder):
-    """A new folder of the same name on the same disk, which is gone after the block."""
-    parent = folder.parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=parent,
-                                                ignore_cleanup_errors=True)
-    except OSError as error:
-        raise OSError(f"cannot write to the folder {parent} ({error.strerror}): give another "
-                      "one") from None
-    with temporary:
-        beside = Path(temporary.name) / folder.name
-        beside.mkdir()
-        yield beside
 
 
 def download(url, path, advice, timeout=60):
@@ -363,10 +343,9 @@ def download(url, path, advice, timeout=60):
     try:
         with urllib.request.urlopen(url, timeout=timeout) as response, open(path, "wb") as file:
             length = int(response.headers.get("Content-Length") or 0)
-            name = url.rsplit("/", 1)[-1]
             # disable=None: silent where stderr is no terminal
-            with tqdm(total=length or None, unit="B", unit_scale=True, desc=name,
-                      disable=None) as bar:
+            with tqdm(total=length or None, unit="B", unit_scale=True, disable=None,
+                      desc=url.rsplit("/", 1)[-1]) as bar:
                 while chunk := response.read(1 << 16):
                     bar.update(file.write(chunk))
             if length and file.tell() != length:
@@ -380,8 +359,8 @@ def extract(url, archive, names, advice):
     try:
         with zipfile.ZipFile(archive) as zipped:
             members = find_members(zipped, names)
-            missing = [name for name in names
-                       if name not in members and not name.startswith("test")]
+            needed = [name for name in names if not name.startswith("test")]
+            missing = [name for name in needed if name not in members]
             if missing:
                 raise ValueError(f"it does not hold {', '.join(missing)}")
             for name, member in members.items():
@@ -392,52 +371,15 @@ def extract(url, archive, names, advice):
 
 
 def find_members(zipped, names):
-    """{name: its member of an open zip file}, whatever the archive's top folder is called.
-
-    ValueError for a member that points out of the folder, and for two of one name.
-    """
+    """{name: its member of an open zip file}, whatever the archive's top folder is called."""
     members = {}
     for info in zipped.infolist():
         parts = PurePosixPath(info.filename.replace("\\", "/")).parts
         is_link = info.external_attr >> 28 == 0o12   # the file type, in the top bits of a Unix mode
         if is_link or not parts or ".." in parts or parts[0] == "/" or ":" in parts[0]:
             raise ValueError(f"its member {info.filename[:100]!r} points out of the folder")
-        if len(parts) > 2:                   # QQP-clean.zip holds QQP/original/train.tsv too
-            continue
-        if parts[-1] in names:
+        if parts[-1] in names and len(parts) < 3:    # QQP-clean.zip has QQP/original/train.tsv too
             if parts[-1] in members:
                 raise ValueError(f"it holds more than one {parts[-1]}")
             members[parts[-1]] = info
     return members
-
-
-# ---- predictions -------------------------------------------------------------------------------
-
-def write_predictions(path, task, values):
-    """Write predictions (N,) with columns index and prediction; class ids become label names."""
-    lines = ["index\tprediction\n"]
-    for i, value in enumerate(values):
-        if task.labels:
-            value = task.labels[value]
-        lines.append(f"{i}\t{value}\n")
-    write_file(path, "".join(lines))
-
-
-def write_submission(folder, task, predictions, name="test"):
-    """Write a test split's predictions (N,) as gluebenchmark.com wants them.
-
-    Scores are clipped to the task's range. Returns the path: the official file name or, for a
-    split without one, <name>_predictions.tsv.
-    """
-    values = torch.as_tensor(predictions).tolist()
-    official = task.rows.get(name)
-    if official is not None and len(values) != official:
-        warn(f"{len(values)} predictions where the official split {name} has {official} rows")
-    if task.score_range:
-        low, high = task.score_range
-        values = [f"{min(max(value, low), high):.3f}" for value in values]
-    path = Path(folder) / task.submissions.get(name, f"{name}_predictions.tsv")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    write_predictions(path, task, values)
-    return path

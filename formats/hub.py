@@ -9,10 +9,8 @@ import zipfile
 from pathlib import Path
 
 import torch
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError
-from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
@@ -24,16 +22,12 @@ WAYS_OUT = ("download its files by hand and give --model FOLDER, or run once whe
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "spm.model", "vocab.txt", "vocab.json", "merges.txt")
 
-# ---- finding files -----------------------------------------------------------------------------
-
-
 
 def find(name_or_dir, filename, network=True):
     """Path of `filename` in a folder or Hub repository; None if that exists but has no such file.
 
     The cache is asked before the network, so a second run contacts nobody; network=False never
-    does. Raises OSError with one sentence that names the ways out where folder, repository or
-    network are not to be had.
+    does. OSError with one sentence where folder, repository or network are not to be had.
     """
     name = str(name_or_dir)
     folder = Path(os.path.expanduser(name_or_dir))
@@ -48,19 +42,17 @@ def find(name_or_dir, filename, network=True):
                                 "name like microsoft/deberta-v3-base")
     try:
         cached = try_to_load_from_cache(name, filename)
-        if isinstance(cached, str):
-            return Path(cached)
-        if cached is not None or not network:      # the marker for "known not to be there"
-            return None
-        return download(name, filename)
-    except GatedRepoError as e:
+        if cached is None and network:
+            return download(name, filename)
+        return Path(cached) if isinstance(cached, str) else None   # or "known not to be there"
+    except errors.GatedRepoError as e:
         raise OSError(f"{name} is gated: accept its terms on the Hub and run `hf auth login`; or "
                       f"{WAYS_OUT}") from e
-    except RepositoryNotFoundError as e:
+    except errors.RepositoryNotFoundError as e:
         raise OSError(f"{name} is neither a folder here nor a repository on the Hub that this "
                       "account can read (look at the spelling; `hf auth login` if it is private); "
                       f"or {WAYS_OUT}") from e
-    except HFValidationError as e:
+    except errors.HFValidationError as e:
         raise OSError(f"{name!r} is neither a folder nor a Hub name like "
                       f"microsoft/deberta-v3-base; correct it, or {WAYS_OUT}") from e
     except Exception as e:                         # no network, a server error, a full disk ...
@@ -72,34 +64,45 @@ def find(name_or_dir, filename, network=True):
 def download(repository, filename):
     """Path of a file that is in the cache from now on; None, also from now on, if there is none."""
     # Asked once first: hf_hub_download repeats a question without an answer for 23 seconds.
-    with contextlib.suppress(EntryNotFoundError):
+    with contextlib.suppress(errors.EntryNotFoundError):
         get_hf_file_metadata(hf_hub_url(repository, filename))
     try:
         return Path(hf_hub_download(repository, filename))
-    except LocalEntryNotFoundError:                # an EntryNotFoundError that means no answer
+    except errors.LocalEntryNotFoundError:         # an EntryNotFoundError that means no answer
         raise
-    except EntryNotFoundError:
+    except errors.EntryNotFoundError:
         return None
 
 
-def find_tokenizer(name_or_dir):
-    """Path of the file that is a checkpoint's tokenizer: tokenizer.json, else spm.model.
+def find_config(name_or_dir):
+    """Path of config.json; ValueError if folder or repository has none."""
+    path = find(name_or_dir, "config.json")
+    if path is None:
+        raise ValueError(f"{name_or_dir} has no config.json: give a whole checkpoint, a folder or "
+                         "a Hub name")
+    return path
 
-    ValueError if there is neither; raises what find() raises.
-    """
-    names = ("tokenizer.json", "spm.model")
-    for name in names:                             # what is at hand comes before the network
-        path = find(name_or_dir, name, network=False)
-        if path is not None:
-            return path
-    with contextlib.suppress(OSError):             # for a merged model: it may say that case counts
-        find(name_or_dir, "tokenizer_config.json")
+
+def find_first(name_or_dir, names, network=True):
+    """Path of the first of these files that find() finds, or None."""
     for name in names:
-        path = find(name_or_dir, name)
+        path = find(name_or_dir, name, network)
         if path is not None:
             return path
-    raise ValueError(f"{name_or_dir} has neither tokenizer.json nor spm.model: put one of them "
-                     "there")
+    return None
+
+
+def find_tokenizer(name_or_dir):
+    """Path of a checkpoint's tokenizer.json, else spm.model; ValueError if it has neither."""
+    names = ("tokenizer.json", "spm.model")
+    path = find_first(name_or_dir, names, network=False)
+    if path is None:
+        with contextlib.suppress(OSError):         # for a merged model: it may say that case counts
+            find(name_or_dir, "tokenizer_config.json")
+        path = find_first(name_or_dir, names)
+    if path is None:
+        raise ValueError(f"{name_or_dir} has neither {' nor '.join(names)}: put one of them there")
+    return path
 
 
 def find_config(name_or_dir):
@@ -116,8 +119,6 @@ def tokenizer_files(name_or_dir):
     paths = [find(name_or_dir, name, network=False) for name in TOKENIZER_FILES]
     return [path for path in paths if path is not None]
 
-
-# ---- reading -----------------------------------------------------------------------------------
 
 def read_json(path):
     """The object in a JSON file; ValueError that names the file if it is not one."""
@@ -141,65 +142,76 @@ def read_tokenizer(path):
 
 
 def read_weights(name_or_dir):
-    """{key: tensor} of a checkpoint, memory-mapped if possible.
-
-    From model.safetensors, else pytorch_model.bin, each of them whole or in shards.
-    """
-    readers = {"model.safetensors": load_file, "pytorch_model.bin": read_bin}
-    # The cache is asked for all of them before the network is asked for any: a cache that was
-    # filled at once does not know which files the Hub has not.
-    for network in (False, True):
-        for filename, read in readers.items():
-            paths = find_weights(name_or_dir, filename, network)
-            if paths:
-                return read_shards(paths, read)
-    raise ValueError(f"{name_or_dir} has no model.safetensors and no pytorch_model.bin: give a "
-                     "checkpoint with its weights")
-
-
-def find_weights(name_or_dir, filename, network):
-    """Paths of a weight file, or of the shards that its index names; [] if there is neither."""
-    path = find(name_or_dir, filename, network)
-    if path is not None:
-        return [path]
-    index = find(name_or_dir, filename + ".index.json", network)
-    if index is None:
-        return []
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        weight_map = {}
-    paths = []
-    for shard in sorted({str(name) for name in weight_map.values()}):
-        is_plain = Path(shard).name == shard       # a path could lead out of the folder
-        paths.append(find(name_or_dir, shard) if is_plain else None)
-    if not paths or None in paths:
-        raise ValueError(f"{index} names weight files that are not there: download them again")
-    return paths
-
-
-def read_shards(paths, read):
-    """The tensors of all these files in one dict."""
+    """{key: tensor} of a checkpoint's weights, whole or in shards; safetensors before .bin."""
+    names = ("model.safetensors", "model.safetensors.index.json",
+             "pytorch_model.bin", "pytorch_model.bin.index.json")
+    # All in the cache first: one that was filled at once does not know which files the Hub has not.
+    path = find_first(name_or_dir, names, network=False) or find_first(name_or_dir, names)
+    if path is None:
+        raise ValueError(f"{name_or_dir} has no model.safetensors and no pytorch_model.bin: give a "
+                         "checkpoint with its weights")
+    read = load_file if path.name.startswith("model.safetensors") else read_bin
     weights = {}
-    for path in paths:
+    for file in find_shards(name_or_dir, path) if path.suffix == ".json" else [path]:
         try:
-            weights.update(read(path))
+            weights.update(read(file))
         except Exception as e:                     # whatever a damaged file makes its parser raise
-            raise ValueError(f"{path} cannot be read as weights ({one_line(e)}): get it "
+            raise ValueError(f"{file} cannot be read as weights ({one_line(e)}): get it "
                              "again") from e
     return weights
 
 
+def find_shards(name_or_dir, index):
+    """Paths of the weight files that an index names."""
+    weight_map = read_json(index).get("weight_map")
+    shards = weight_map.values() if isinstance(weight_map, dict) else []
+    names = sorted(set(map(str, shards)))
+    paths = [find(name_or_dir, name) for name in names if Path(name).name == name]   # none outside
+    if not names or len(paths) < len(names) or None in paths:
+        raise ValueError(f"{index} names weight files that are not there: download them again")
+    return paths
+
+
 def read_bin(path):
-    """The tensors of a .bin, which is a pickle; no zip (before torch 1.6) cannot be mapped."""
-    can_be_mapped = zipfile.is_zipfile(path)
+    """The tensors of a .bin, a pickle, mapped into memory if it is a zip (since torch 1.6)."""
+    mmap = zipfile.is_zipfile(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=can_be_mapped)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as e:            # torch's own text tells how to load it anyway
         raise ValueError("it is damaged, or holds more than tensors: such a file can run "
                          "code") from e
 
 
-# ---- writing -----------------------------------------------------------------------------------
+# Weights of the pretraining task and of unused parts that real files carry: they may be left over.
+LEFTOVERS = {
+    "deberta": r"(lm_predictions|mask_predictions|cls)\.|(deberta\.)?embeddings\.position_",
+    "roberta": r"(lm_head|(roberta\.)?pooler)\.|(roberta\.)?embeddings\.position_ids",
+    "bert": r"cls\.|(bert\.)?embeddings\.position_ids",
+}
+
+
+def convert(weights, prefix, keys, source):
+    """{a file's key: tensor} → {the model's key: contiguous tensor}, without known leftovers.
+
+    A file of the encoder alone has no prefix; in the oldest files a LayerNorm has gamma and beta.
+    keys: of the model. Other keys stay, for loading to refuse. source: what messages call the file.
+    """
+    converted = {}
+    for name, tensor in weights.items():
+        key = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", str(name))
+        key = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", key)
+        if f"{prefix}.{key}" in keys:
+            key = f"{prefix}.{key}"
+        if key not in keys and re.match(LEFTOVERS[prefix], key):
+            continue
+        if key in converted:
+            raise ValueError(f"{key} of {source} is there twice: use a plain checkpoint")
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            raise ValueError(f"{key} of {source} is not a floating-point tensor: use a plain "
+                             "checkpoint")
+        converted[key] = tensor.contiguous()
+    return converted
+
 
 
 # Weights of the pretraining task and of unused parts that real files carry: they may be left over.
@@ -240,16 +252,12 @@ def convert(weights, prefix, keys, source):
 
 
 def write_checkpoint(folder, config, weights, tokenizer_of, prefix=""):
-    """Write config.json and model.safetensors, and copy the tokenizer's files of another one.
-
-    tokenizer_of: a folder or Hub name. prefix: before the names of the first two.
-    """
-    folder = Path(folder)
+    """Write (prefix)model.safetensors, (prefix)config.json and another one's tokenizer files."""
     tokenizer = tokenizer_files(tokenizer_of)
-    names = [f"{prefix}model.safetensors", f"{prefix}config.json"]
-    names += [path.name for path in tokenizer]
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(*(folder / name for name in names)) as (weights_file, config_file, *copies):
+    paths = [Path(folder, f"{prefix}{name}") for name in ("model.safetensors", "config.json")]
+    paths += [Path(folder, path.name) for path in tokenizer]
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with replacing(*paths) as (weights_file, config_file, *copies):
         save_file(weights, weights_file, metadata={"format": "pt"})
         config_file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
         for path, copy in zip(tokenizer, copies):

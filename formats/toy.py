@@ -41,32 +41,17 @@ def language(question, n, seed=0):
         if content in seen:                         # order and fillers make no other sentence
             continue
         seen.add(content)
-        split.texts.append((sentence_of(cue, words, rng),))
-        split.labels.append(answer(question, cue, words))
+        sentence = [f"cue{cue}"]
+        sentence += [f"role{role}word{word}" for role, word in enumerate(words)]
+        sentence += [f"filler{rng.randrange(FILLERS)}" for _ in range(rng.randint(1, 4))]
+        rng.shuffle(sentence)
+        split.texts.append((" ".join(sentence),))
+        classes = [word * CLASSES // WORDS for word in words]
+        if question == "pretrain":
+            split.labels.append(classes[cue])
+        else:
+            split.labels.append(1 if classes[ADAPT_ROLE] >= 2 else 0)
     return split
-
-
-def sentence_of(cue, words, rng):
-    """The words of a sentence in random order; words[i] is the number of role i's word."""
-    sentence = [f"cue{cue}"]
-    for role, word in enumerate(words):
-        sentence.append(f"role{role}word{word}")
-    for _ in range(rng.randint(1, 4)):
-        sentence.append(f"filler{rng.randrange(FILLERS)}")
-    rng.shuffle(sentence)
-    return " ".join(sentence)
-
-
-def answer(question, cue, words):
-    """The label of a sentence."""
-    if question == "pretrain":
-        return class_of(words[cue])
-    return 1 if class_of(words[ADAPT_ROLE]) >= 2 else 0
-
-
-def class_of(word):
-    """Words 0 to 3 are of class 0, 4 to 7 of class 1 and so on."""
-    return word * CLASSES // WORDS
 
 
 def splits(question, rows, seed=0):
@@ -83,8 +68,7 @@ def splits(question, rows, seed=0):
 def tokenizer():
     """A tokenizers.Tokenizer with one id a word: 0 is [PAD], and [CLS] A [SEP] is a sentence."""
     special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
-    words = list(special)
-    words += [f"cue{role}" for role in range(ROLES)]
+    words = special + [f"cue{role}" for role in range(ROLES)]
     words += [f"filler{filler}" for filler in range(FILLERS)]
     for role in range(ROLES):
         words += [f"role{role}word{word}" for word in range(WORDS)]
@@ -92,8 +76,7 @@ def tokenizer():
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="[UNK]"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     made.post_processor = tokenizers.processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[("[CLS]", ids["[CLS]"]), ("[SEP]", ids["[SEP]"])])
     made.add_special_tokens(special)
     return made

@@ -43,7 +43,7 @@ def test_own_files_and_a_file_of_a_task(tmp_path):
     train, dev = write(tmp_path / "train.tsv", own), write(tmp_path / "dev.tsv", own[::2])
     splits, task = data.load_own(train, dev)
     assert splits == {"train": Split([("x",), ("y",)], [0, 1]), "dev": Split([("y",)], [1])}
-    assert task == data.own_task(train)
+    assert task == data.Task("", {}, **glue.read_columns(train))
     columns = {"texts": ("sentence",), "label": "label", "labels": ("yes", "no"), "metrics": ("f1",)}
     splits, task = data.load_dev(dev, "own", columns)
     assert splits == {"dev": Split([("y",)], [0])} and task.metrics == ("f1",)

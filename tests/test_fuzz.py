@@ -192,7 +192,7 @@ def read(path, name, task, labelled):
     if name not in OWN_FILES:
         split = glue.read_split(path, task, labelled)
         return split.texts, split.labels
-    task = data.own_task(path)
+    task = data.Task("", {}, **glue.read_columns(path))
     split = glue.read_split(path, task)
     if task.labels:
         whole = all(re.fullmatch(r"\s*[+-]?[0-9]+\s*", label) for label in task.labels)

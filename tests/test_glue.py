@@ -44,6 +44,10 @@ def rte_file(path, n=3, **kwargs):
     return write(path, rows + [(str(i), f"a {i}", f"b {i}", "entailment") for i in range(n)], **kwargs)
 
 
+def own_task(path):
+    return data.Task("", {}, **glue.read_columns(path))
+
+
 def refusal(kind, call, *args, **kwargs):
     """The one-line message of the error that a call must raise."""
     with pytest.raises(kind) as info:
@@ -229,7 +233,7 @@ def test_unknown_and_missing(tmp_path):
             assert f"the folder {tmp_path / task.folder} holds " in message
     for path in (tmp_path / "no.tsv", tmp_path):
         assert str(path) in refusal(OSError, glue.read_split, path, TASKS["rte"])
-        assert str(path) in refusal(OSError, data.own_task, path)
+        assert str(path) in refusal(OSError, own_task, path)
 
 
 def test_limits(tmp_path, capsys):
@@ -256,7 +260,7 @@ def test_own_files(tmp_path):
              ("accuracy", "f1")),
             ("sentence1 sentence2 score", [("x", "y", "-3.5"), ("x", "y", "1e3")], 2, (),
              ("pearson", "spearman"))]:
-        task = data.own_task(write(path, [header.split()] + rows))
+        task = own_task(write(path, [header.split()] + rows))
         assert (len(task.texts), task.labels, task.metrics) == (texts, labels, metrics)
         split = glue.read_split(path, task)
         assert split.texts[0] == (("x",) if texts == 1 else tuple(rows[0][header.split().index(c)]
@@ -272,7 +276,7 @@ def test_own_files(tmp_path):
                           ("sentence score\nx 1\nx nan", ":3: the score is 'nan' where a finite"),
                           ("sentence label\n" + "\n".join(f"x {i}.5" for i in range(1001)), "named score")]:
         path.write_text(content.replace(" ", "\t"))
-        assert says in refusal(ValueError, lambda: glue.read_split(path, data.own_task(path)))
+        assert says in refusal(ValueError, lambda: glue.read_split(path, own_task(path)))
 
 
 @pytest.mark.parametrize("labels, line, spellings", [
@@ -285,7 +289,7 @@ def test_one_label_in_two_spellings_is_refused(labels, line, spellings, tmp_path
     They would be two classes."""
     rows = [(f"text {i}", label) for i, label in enumerate(labels)]
     path = write(tmp_path / "own.tsv", [("sentence", "label"), *rows])
-    message = refusal(ValueError, data.own_task, path)
+    message = refusal(ValueError, own_task, path)
     here, before = spellings
     assert message.startswith(f"{path}:{line}: the label is {here!r} where a row before has {before!r}")
 
@@ -298,7 +302,7 @@ def test_labels_that_are_near_to_each_other_are_classes(tmp_path):
                              (["9" * 5000, "8"], ("8", "9" * 5000))]:
         rows = [(f"text {i}", label) for i, label in enumerate(labels)]
         path = write(tmp_path / "own.tsv", [("sentence", "label"), *rows])
-        assert data.own_task(path).labels == expected
+        assert own_task(path).labels == expected
 
 
 # ---- fetching ----------------------------------------------------------------------------------------------
