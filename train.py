@@ -103,16 +103,6 @@ def make_optimizer(net, lr, head_lr, weight_decay):
     return torch.optim.AdamW(settings, fused=True), [p for group in groups.values() for p in group]
 
 
-def make_pruner(o, net, plan):
-    """LoRA²'s or AdaLoRA's RankPruner, SoRA's sparse gates, or None: step() once a step."""
-    if o.method == "sora":
-        return baselines.SparseGates(net, o.sora_threshold)
-    if o.method not in options.PRUNING:
-        return None
-    return baselines.make_pruner(o.method, net, o.target_rank, plan.steps, plan.prune_warmup,
-                                 plan.prune_final, plan.prune_interval, o.importance)
-
-
 # --- one run ------------------------------------------------------------------------------
 
 def train(o, saved=None):
@@ -124,7 +114,8 @@ def train(o, saved=None):
         here = machine.join(o.device, o.dtype)
         task, examples, unseen, net, identity = prepare(o, here)
         plan = options.plan(o, rows=len(examples["train"].labels))
-        pruner = make_pruner(o, net, plan)
+        pruner = baselines.make_pruner(o.method, net, o.target_rank, *plan.pruning(), o.importance,
+                                       o.sora_threshold)   # LoRA²: RankPruner
     optimizer, parameters = make_optimizer(net, o.lr, o.head_lr, o.weight_decay)
     guard = Guard(here.device, o.out)
 
@@ -155,7 +146,6 @@ def train(o, saved=None):
             kept = pruner.step() if pruner else None                 # LoRA²: Algorithm 1
             optimizer.zero_grad()
             # ------------------------------------------------------------------------------
-
             state.tokens += int(batch.attention_mask.sum())
             log.training(state, loss, R, kept, optimizer)  # a line every ten steps
         files.finish(task, progress.counts(net))

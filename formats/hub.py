@@ -109,8 +109,8 @@ def find_config(name_or_dir):
     """Path of config.json; ValueError if folder or repository has none."""
     path = find(name_or_dir, "config.json")
     if path is None:
-        raise ValueError(f"{name_or_dir} has no config.json: give a whole checkpoint, a folder or a "
-                         "Hub name")
+        raise ValueError(f"{name_or_dir} has no config.json: give a whole checkpoint, a folder or "
+                         "a Hub name")
     return path
 
 

@@ -212,8 +212,14 @@ def regulariser_floor(method, k, r, terms):
     return 0.0
 
 
-def make_pruner(method, model, target_rank, total_steps, warmup, final, interval, importance):
-    """The RankPruner of "lora2" or "adalora", with RankPruner's arguments; SoRA has SparseGates."""
+def make_pruner(method, model, target_rank, total_steps, warmup, final, interval, importance,
+                threshold=None):
+    """What prunes: the RankPruner of "lora2" or "adalora", with its arguments, the SparseGates of
+    "sora", with a threshold, or None."""
+    if method == "sora":
+        return SparseGates(model, threshold)
+    if method not in ("lora2", "adalora"):
+        return None
     kind = FastRankPruner
     if method == "adalora":
         require(importance != "full",
