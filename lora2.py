@@ -377,7 +377,7 @@ def lora2_state_dict(model):
     state = model.state_dict()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if not parameter.requires_grad and name.rpartition(".")[0] not in adapters:
-            del state[name]
+            state.pop(name, None)
     for name, layer in adapters.items():
         state[f"{name}.scale"] = torch.tensor(layer.scale)
         W = layer.base.weight.flatten()

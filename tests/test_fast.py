@@ -273,9 +273,9 @@ def test_the_batched_regulariser_refuses_the_same(terms):
     """Oracle: the words of lora2.orthogonality_loss()."""
     words = []
     for loss in (orthogonality_loss, fast.orthogonality_loss):
-        for model in (network(), nn.Linear(2, 2)):
+        for model, asked in ((network(), terms), (nn.Linear(2, 2), ("uv",))):
             with pytest.raises(ValueError, match="list some of") as error:
-                loss(model, terms if model else ("uv",))
+                loss(model, asked)
             words.append(str(error.value))
     assert words[:2] == words[2:]
 
