@@ -94,7 +94,8 @@ def mixed(T):
 
 
 class Operations(TorchDispatchMode):
-    """All operations that reach torch's kernels: (function, arguments, result) of each, in `seen`."""
+    """All operations that reach torch's kernels, in `seen`: of each the function, and its result as a tensor on
+    "meta" (or what else it is): to keep the result itself would make autograd copy it."""
 
     def __init__(self):
         super().__init__()
@@ -102,9 +103,10 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        self.seen.append((function, args, out))
+        is_tensor = isinstance(out, torch.Tensor)
+        self.seen.append((function, torch.empty_like(out, device="meta") if is_tensor else out))
         return out
 
     def casts(self):
         """The copies in another dtype."""
-        return [out for function, _, out in self.seen if function is torch.ops.aten._to_copy.default]
+        return [out for function, out in self.seen if function is torch.ops.aten._to_copy.default]

@@ -96,7 +96,7 @@ def differences(theirs, ours, batch):
     return max(found)
 
 
-# (configuration, lengths, dtype): published widths, and the narrow models at all lengths; the slow ones are both.
+# (configuration, lengths, dtype): published widths, or narrow models at all lengths; the slow ones are both.
 SLOW = pytest.mark.slow
 PARITY = [pytest.param(SHAPES[name], [130], torch.float32, id=name) for name in SHAPES if "large" not in name]
 for each in TOLERANCE:
@@ -107,8 +107,8 @@ for each in TOLERANCE:
 
 @pytest.mark.parametrize("config, lengths, dtype", PARITY)
 def test_states_and_logits_equal_transformers(hf, tmp_path, config, lengths, dtype):
-    """Oracle: transformers, fp32 1e-5 and float64 1e-10; rows up to each of the lengths, and one of every length
-    to 14, padded behind and in front. T = 130 is where DeBERTa's distances begin to share buckets."""
+    """Oracle: transformers, fp32 1e-5 and float64 1e-10; rows up to each of the lengths, and one of every
+    length to 14, padded behind and in front. T = 130 is where DeBERTa's distances begin to share buckets."""
     theirs, ours = pair(hf, tmp_path, config, labels=3)
     batches = {T: rows(config, mixed(T)) for T in lengths}
     batches |= {f"left={left}": rows(config, range(1, 15), left=left) for left in (False, True)}
