@@ -76,7 +76,7 @@ def test_same_function_and_gradients(shape, k, r, bias):
     for given in (x, x.clone().requires_grad_(), torch.stack([x, x], -1)[..., 0].requires_grad_()):
         assert_close(outcome(fast, given), outcome(plain, given), rtol=0, atol=1e-12)
     with torch.no_grad():
-        assert torch.allclose(fast(x), plain(x), rtol=0, atol=1e-12)
+        assert_close([fast(x)], [plain(x)], rtol=0, atol=1e-12)
     assert fast.base.weight.grad is None
 
 
@@ -184,18 +184,6 @@ def test_dynamo_of_torch_2_6_can_trace_it():
     assert "vars(" not in inspect.getsource(fast)
 
 
-def test_a_layer_that_is_there_becomes_fast():
-    """Oracle: a layer made as FastLoRA2Linear: the same function, then and after merging, no new state."""
-    plain, made = twins()
-    plain.__class__ = FastLoRA2Linear
-    x = torch.randn(5, 6, dtype=torch.float64)
-    assert all(torch.equal(a, b) for a, b in zip(outcome(plain, x)[2:], outcome(made, x)[2:], strict=True))
-    assert plain.state_dict().keys() == made.state_dict().keys()
-    with shared_updates(plain):
-        assert torch.allclose(plain(x), made(x), rtol=0, atol=1e-12)
-    assert torch.equal(merge_lora2(plain)(x), merge_lora2(made)(x))
-
-
 def test_shared_updates():
     """Oracle: the same passes without it. Afterwards nothing is left; other adapters are left alone."""
     net, x = network(), torch.randn(5, 6, dtype=torch.float64)
@@ -266,16 +254,16 @@ def test_the_batched_regulariser(terms):
         assert_close(*found, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("terms", [(), ["uV"], ["uv", "all"], "PQ"])
-def test_the_batched_regulariser_refuses_the_same(terms):
-    """Oracle: the words of lora2.orthogonality_loss()."""
+@pytest.mark.parametrize("terms, make", [
+    ((), network), (["uV"], network), (["uv", "all"], network), ("PQ", network), (["uv"], nn.Identity)])
+def test_the_batched_regulariser_refuses_the_same(terms, make):
+    """Oracle: the words of lora2.orthogonality_loss(), also where there is no adapter."""
     words = []
     for loss in (orthogonality_loss, fast.orthogonality_loss):
-        for model in (network(), nn.Linear(2, 2)):
-            with pytest.raises(ValueError, match="list some of") as error:
-                loss(model, terms if model else ("uv",))
-            words.append(str(error.value))
-    assert words[:2] == words[2:]
+        with pytest.raises(ValueError, match="list some of") as error:
+            loss(make(), terms)
+        words.append(str(error.value))
+    assert words[0] == words[1]
 
 
 def test_autocast_does_not_round_the_batched_regulariser():
