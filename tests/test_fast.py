@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lora2 import (LoRA2Linear, RankPruner, add_lora2, lora2_layers, lora2_state_dict, merge_lora2,
@@ -17,6 +16,7 @@ from lora2 import (LoRA2Linear, RankPruner, add_lora2, lora2_layers, lora2_state
 from methods import baselines, fast
 from methods.fast import (FastLoRA2Linear, FastRankPruner, LinearWithUpdate, add_gradients, cast_frozen,
                           linear_with_update, shared_updates)
+from tests.checkpoints import Operations
 
 
 def twins(k=2, r=4, bias=True, dtype=torch.float64, sizes=(6, 9)):
@@ -31,13 +31,40 @@ def twins(k=2, r=4, bias=True, dtype=torch.float64, sizes=(6, 9)):
     return layers
 
 
-def outcome(layer, x, weight=None):
-    """Output, gradient of the input (None if it needs none), gradients of the factors of Σ weight · y."""
+def outcome(layer, x):
+    """Output, gradient of the input (None if it needs none) and of the factors, of a weighted sum of y."""
     layer.zero_grad()
     x = x.detach().clone().requires_grad_(x.requires_grad)
     y = layer(x)
     (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
     return [y.detach(), x.grad, *(getattr(layer, name).grad for name in ("v", "u", "lam", "U", "V"))]
+
+
+def network(layer=FastLoRA2Linear, trainable=()):
+    """A perceptron in float64 whose three layers are adapted, with random factors."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    add_lora2(net, ["0", "2", "4"], k=2, r=3, trainable=trainable, layer=layer)
+    for p in net.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p)
+    return net
+
+
+def passed(net, x, call=None):
+    """Output and gradients of all that is trained, of a pass through net, or through what stands for it."""
+    net.zero_grad()
+    y = (call or net)(x)
+    y.to(x.dtype).square().sum().backward()
+    return [y.detach(), *(p.grad.clone() for p in net.parameters() if p.requires_grad)]
+
+
+def assert_close(ours, theirs, rtol=1e-10, atol=1e-12):
+    """Lists of tensors, or of None in the same places."""
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6), (6,), (1, 6), (2, 1, 3, 6)])
@@ -47,11 +74,9 @@ def test_same_function_and_gradients(shape, k, r, bias):
     plain, fast = twins(k, r, bias)
     x = torch.randn(shape, dtype=torch.float64)
     for given in (x, x.clone().requires_grad_(), torch.stack([x, x], -1)[..., 0].requires_grad_()):
-        for ours, theirs in zip(outcome(fast, given), outcome(plain, given), strict=True):
-            assert (ours is None) == (theirs is None)
-            assert ours is None or (ours - theirs).abs().max() < 1e-12
+        assert_close(outcome(fast, given), outcome(plain, given), rtol=0, atol=1e-12)
     with torch.no_grad():
-        assert torch.allclose(fast(x), plain(x), rtol=0, atol=1e-12)
+        assert_close([fast(x)], [plain(x)], rtol=0, atol=1e-12)
     assert fast.base.weight.grad is None
 
 
@@ -68,31 +93,28 @@ def test_gradients_by_finite_differences():
 
 def test_a_base_that_is_trained_too():
     """Oracle: LoRA2Linear: add_lora2(..., trainable=["bias"]) trains the biases of adapted layers as well."""
-    found = []
-    for kind in (LoRA2Linear, FastLoRA2Linear):
-        net = network(kind, ["bias"])
-        net(torch.linspace(-1, 1, 30, dtype=torch.float64).view(5, 6)).square().sum().backward()
-        found.append({name: p.grad for name, p in net.named_parameters() if p.requires_grad})
-    assert found[0].keys() == found[1].keys() and len([name for name in found[0] if "base.bias" in name]) == 3
-    assert close(found[1].values(), found[0].values())
+    plain, quick = network(LoRA2Linear, ["bias"]), network(FastLoRA2Linear, ["bias"])
+    assert len([name for name, p in quick.named_parameters() if "base.bias" in name and p.requires_grad]) == 3
+    x = torch.linspace(-1, 1, 30, dtype=torch.float64).view(5, 6)
+    assert_close(passed(quick, x), passed(plain, x))
 
 
 def test_frozen_weights_are_cast_once():
     """Oracle: the same pass without it, to the bit; by hand: six copies fewer, W and b of three layers. What
     is trained is still cast each time, and in another dtype nothing changes."""
     net, x = network().float(), torch.randn(5, 6)
-    def run():
-        net.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16), CountCasts() as casts:
-            y = net(x)
-        y.float().square().sum().backward()
-        return [y.detach(), *gradients(net)], casts.n
 
-    expected, before = run()
+    def autocast(x, call=net):
+        with torch.autocast("cpu", torch.bfloat16), operations:
+            return call(x)
+
+    operations = Operations()
+    expected, before = passed(net, x, autocast), len(operations.casts())
     plain = net(x)
     cast_frozen(net, torch.bfloat16)
-    again, after = run()
-    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True)) and before - after == 6
+    operations = Operations()
+    assert_close(passed(net, x, autocast), expected, rtol=0, atol=0)
+    assert before - len(operations.casts()) == 6
     assert torch.equal(net(x), plain) and not any("cast" in name for name in net.state_dict())
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", torch.bfloat16):
@@ -162,49 +184,16 @@ def test_dynamo_of_torch_2_6_can_trace_it():
     assert "vars(" not in inspect.getsource(fast)
 
 
-def test_a_layer_that_is_there_becomes_fast():
-    """Oracle: a layer made as FastLoRA2Linear: the same function, then and after merging, no new state."""
-    plain, made = twins()
-    plain.__class__ = FastLoRA2Linear
-    x = torch.randn(5, 6, dtype=torch.float64)
-    assert all(torch.equal(a, b) for a, b in zip(outcome(plain, x)[2:], outcome(made, x)[2:], strict=True))
-    assert plain.state_dict().keys() == made.state_dict().keys()
-    with shared_updates(plain):
-        assert torch.allclose(plain(x), made(x), rtol=0, atol=1e-12)
-    assert torch.equal(merge_lora2(plain)(x), merge_lora2(made)(x))
-
-
-def network(layer=FastLoRA2Linear, trainable=()):
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-    add_lora2(net, ["0", "2", "4"], k=2, r=3, trainable=trainable, layer=layer)
-    with torch.no_grad():
-        for p in net.parameters():
-            if p.requires_grad:
-                p.normal_()
-    return net
-
-
-def gradients(net):
-    return [p.grad for p in net.parameters() if p.requires_grad]
-
-
-def close(ours, theirs):
-    return all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(ours, theirs, strict=True))
-
-
 def test_shared_updates():
     """Oracle: the same passes without it. Afterwards nothing is left; other adapters are left alone."""
     net, x = network(), torch.randn(5, 6, dtype=torch.float64)
-    apart = net(x)
-    apart.square().sum().backward()
-    expected = [g.clone() for g in gradients(net)]
-    net.zero_grad()
-    with shared_updates(net):
-        together = net(x)
-    together.square().sum().backward()
-    assert torch.allclose(together, apart, rtol=0, atol=1e-12)
-    assert close(gradients(net), expected)
+    apart = passed(net, x)
+
+    def together(x):
+        with shared_updates(net):
+            return net(x)
+
+    assert_close(passed(net, x, together), apart)
     with pytest.raises(ZeroDivisionError), shared_updates(net):
         1 / 0
     with torch.no_grad():
@@ -262,22 +251,19 @@ def test_the_batched_regulariser(terms):
         for loss in (orthogonality_loss, fast.orthogonality_loss):
             R = loss(net, terms)
             found.append([R.detach(), *torch.autograd.grad(R, factors, allow_unused=True)])
-        for ours, theirs in zip(*found, strict=True):
-            assert (ours is None) == (theirs is None)
-            if ours is not None:
-                torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+        assert_close(*found, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("terms", [(), ["uV"], ["uv", "all"], "PQ"])
-def test_the_batched_regulariser_refuses_the_same(terms):
-    """Oracle: the words of lora2.orthogonality_loss()."""
+@pytest.mark.parametrize("terms, make", [
+    ((), network), (["uV"], network), (["uv", "all"], network), ("PQ", network), (["uv"], nn.Identity)])
+def test_the_batched_regulariser_refuses_the_same(terms, make):
+    """Oracle: the words of lora2.orthogonality_loss(), also where there is no adapter."""
     words = []
     for loss in (orthogonality_loss, fast.orthogonality_loss):
-        for model, asked in ((network(), terms), (nn.Linear(2, 2), ("uv",))):
-            with pytest.raises(ValueError, match="list some of") as error:
-                loss(model, asked)
-            words.append(str(error.value))
-    assert words[:2] == words[2:]
+        with pytest.raises(ValueError, match="list some of") as error:
+            loss(make(), terms)
+        words.append(str(error.value))
+    assert words[0] == words[1]
 
 
 def test_autocast_does_not_round_the_batched_regulariser():
@@ -334,9 +320,8 @@ def test_the_fast_pruner_is_the_pruner(importance):
             plain, quick = pruners
             assert plain.step() == quick.step() and plain.kept() == quick.kept()
             assert torch.equal(plain.keep, quick.keep)
-            for ours, theirs in zip(averages_of(quick), averages_of(plain), strict=True):
-                torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-            torch.testing.assert_close(quick.scores(), plain.scores(), rtol=1e-12, atol=1e-12)
+            assert_close([*averages_of(quick), quick.scores()], [*averages_of(plain), plain.scores()],
+                         rtol=1e-12, atol=1e-12)
             assert all(torch.equal(a.lam, b.lam) for a, b in zip(*nets))
             sets.add(tuple(quick.keep.flatten().tolist()))
             if step == 9:                                  # they change places
@@ -379,18 +364,6 @@ def test_the_fast_pruner_needs_gradients():
         assert pruner.t == 0 and not any(tensor.any() for tensor in averages_of(pruner))
 
 
-class Operations(TorchDispatchMode):
-    """The names of all operations."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("importance, most", [("reduced", 45), ("full", 65)])
 def test_a_step_costs_the_same_few_operations_for_any_depth(importance, most):
     """Oracle: torch's dispatch mode counts them and sees whether the host asks the device for a number."""
@@ -400,11 +373,12 @@ def test_a_step_costs_the_same_few_operations_for_any_depth(importance, most):
         pruner = FastRankPruner(net, 2, 20, 0, 5, 2, importance=importance)
         for step in range(20):
             stir(net, step)
-            with Operations() as seen:
+            with Operations() as operations:
                 pruner.step()
-            counts.setdefault(n, []).append(len(seen.names))
+            names = [str(function) for function, _ in operations.seen]
+            counts.setdefault(n, []).append(len(names))
             waits = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "unique"}
-            assert not [name for name in seen.names if name.split(".")[1] in waits]
+            assert not [name for name in names if name.split(".")[1] in waits]
     assert counts[2] == counts[24] and max(counts[2]) <= most
 
 
@@ -415,57 +389,37 @@ def test_add_gradients(terms):
     """Oracle: a second backward(); what R does not depend on keeps its gradient, or has none."""
     net, x = network(), torch.randn(5, 6, dtype=torch.float64)
     parameters = [p for p in net.parameters() if p.requires_grad]
-    net(x).square().sum().backward()
-    before = [g.clone() for g in gradients(net)]
+    _, *before = passed(net, x)
     (0.3 * orthogonality_loss(net, terms)).backward()
-    expected = [g.clone() for g in gradients(net)]
+    expected = [p.grad for p in parameters]
     for p, gradient in zip(parameters, before, strict=True):
         p.grad = gradient
     unused = nn.Parameter(torch.ones(2))
     add_gradients(0.3 * orthogonality_loss(net, terms), [*parameters, unused])
-    assert close(gradients(net), expected) and unused.grad is None
+    assert_close([p.grad for p in parameters], expected)
+    assert unused.grad is None
 
 
 def test_where_people_use_it():
     """Oracle: the plain forward and backward pass: copies, pickles, torch.compile, gradient checkpointing."""
     net, x = network(), torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
-    y = net(x)
-    y.square().sum().backward()
-    expected = [g.clone() for g in gradients(net)]
+    expected = passed(net, x)
     for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
-        assert torch.equal(other(x), y) and lora2_state_dict(other).keys() == lora2_state_dict(net).keys()
+        assert torch.equal(other(x), expected[0])
+        assert lora2_state_dict(other).keys() == lora2_state_dict(net).keys()
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
-    for run in (compiled, lambda x: checkpoint(net, x, use_reentrant=False)):
-        net.zero_grad()
-        again = run(x)
-        again.square().sum().backward()
-        assert torch.allclose(again, y) and close(gradients(net), expected)
+    for call in (compiled, lambda x: checkpoint(net, x, use_reentrant=False)):
+        assert_close(passed(net, x, call), expected)
 
 
-class CountCasts(TorchDispatchMode):
-    """How many arrays are copied to another dtype."""
-
+def large(operations, size):
+    """How many operations made an array of at least `size` elements, which those do not that return a view."""
     n = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.n += function is torch.ops.aten._to_copy.default
-        return function(*args, **(kwargs or {}))
-
-
-class Count(TorchDispatchMode):
-    """How many operations make an array of at least `size` elements."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.size, self.n = size, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
+    for function, out in operations.seen:
         returns = function._schema.returns
         view = returns and returns[0].alias_info and not returns[0].alias_info.is_write
-        makes = isinstance(out, torch.Tensor) and not view
-        self.n += bool(makes and out.numel() >= self.size)
-        return out
+        n += isinstance(out, torch.Tensor) and not view and out.numel() >= size
+    return n
 
 
 def test_fewer_passes_over_large_arrays():
@@ -474,12 +428,12 @@ def test_fewer_passes_over_large_arrays():
     counts = []
     for layer in (plain, fast):
         x = torch.randn(60, 40, dtype=torch.float64, requires_grad=True)
-        with Count(60 * 40) as forward:
+        with Operations() as forward:
             y = layer(x)
         dy = torch.ones_like(y)
-        with Count(60 * 40) as backward:
+        with Operations() as backward:
             y.backward(dy)
-        counts.append((forward.n, backward.n))
+        counts.append((large(forward, 60 * 40), large(backward, 60 * 40)))
     assert counts == [(3, 3), (2, 2)]
 
 
