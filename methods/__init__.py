@@ -1,5 +1,5 @@
-"""How it is trained: fast twins of lora2.py and model.py, and the methods that LoRA² is compared
-with.
+"""Fast twins of lora2.py and model.py, and the methods that LoRA² is compared with.
 
-fast.py computes what lora2.py and model.py define, in fewer operations; train.py runs it and tests
-hold it to them. baselines.py has full fine-tuning, BitFit, LoRA, AdaLoRA and SoRA."""
+fast_lora2.py and fast.py compute what lora2.py and model.py define, in fewer operations; train.py
+runs them and tests hold them to it. baselines.py has full fine-tuning, BitFit, LoRA and so on.
+"""

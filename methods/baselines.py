@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from lora2 import LoRA2Linear, add_lora2, check_base, lora2_layers, orthogonality_floor, require
-from methods import fast
-from methods.fast import FastRankPruner, linear_with_update
+from methods import fast_lora2
+from methods.fast_lora2 import FastRankPruner, linear_with_update
 
 METHODS = ("lora2", "adalora", "lora", "sora", "bitfit", "full", "head")
 
@@ -192,7 +192,7 @@ def regulariser(method, model, terms):
     ‖QQᵀ − I‖_F, not squared, as in its code.
     """
     if method == "lora2":
-        return fast.orthogonality_loss(model, terms)
+        return fast_lora2.orthogonality_loss(model, terms)
     if method != "adalora":
         return None
     grams = []

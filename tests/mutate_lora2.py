@@ -1,4 +1,4 @@
-"""Do the tests notice when lora2.py or methods/fast.py is wrong? One small mistake at a time, in a copy.
+"""Do the tests notice when lora2.py or methods/fast_lora2.py is wrong? One small mistake at a time, in a copy.
 
     python tests/mutate_lora2.py [--jobs N] [WORD ...]       only the mutants whose description has a WORD
 
@@ -18,7 +18,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "tests" / "mutants.txt"
 TIMEOUT = 300                                              # seconds; a mutant that hangs is noticed, too
-TESTS = {"lora2.py": ["test_lora2.py", "tests/test_lora2_edges.py"], "methods/fast.py": ["tests/test_fast.py"]}
+TESTS = {"lora2.py": ["test_lora2.py", "tests/test_lora2_edges.py"], "methods/fast_lora2.py": ["tests/test_fast.py"]}
 LEAVE = shutil.ignore_patterns(".git", "__pycache__", "results", "docs", "runs", "glue")
 
 

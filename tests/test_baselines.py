@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from methods import baselines, fast
+from methods import baselines
+from methods import fast_lora2 as fast
 import model as M
 from lora2 import LoRA2Linear, load_lora2_state_dict, lora2_layers, lora2_state_dict, merge_lora2
 from tests.checkpoints import NARROW, ROBERTA_LARGE, SIX, STILL, V3_BASE, build, skeleton

@@ -1,4 +1,4 @@
-"""fast.py against lora2.py: the version to read is the oracle of the version that runs."""
+"""methods/fast_lora2.py against lora2.py: the version to read is the oracle of the version that runs."""
 import copy
 import inspect
 import itertools
@@ -13,9 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from lora2 import (LoRA2Linear, RankPruner, add_lora2, lora2_layers, lora2_state_dict, merge_lora2,
                    orthogonality_loss)
-from methods import baselines, fast
-from methods.fast import (FastLoRA2Linear, FastRankPruner, LinearWithUpdate, add_gradients, cast_frozen,
-                          linear_with_update, shared_updates)
+from methods import baselines
+from methods import fast_lora2 as fast
+from methods.fast_lora2 import (FastLoRA2Linear, FastRankPruner, LinearWithUpdate, add_gradients, cast_frozen,
+                                linear_with_update, shared_updates)
 from tests.checkpoints import Operations
 
 

@@ -13,6 +13,7 @@ from torch import nn
 import model as M
 from lora2 import LoRA2Linear, add_lora2, lora2_layers, merge_lora2
 from methods import fast
+from methods.fast_lora2 import FrozenLinear
 from tests.checkpoints import FAMILIES, NARROW, SIX, STILL, Operations, build, mixed, rows
 from tests.test_model import BUCKETS, LENGTHS, bucket
 
@@ -218,7 +219,7 @@ def test_a_copy_is_not_used_where_it_would_be_wrong():
     """Oracle: nn.Linear: for a weight that is trained after all, in another dtype, and what it refuses."""
     layer, x = nn.Linear(6, 5).requires_grad_(False), torch.randn(4, 6)
     fast.cast_frozen(nn.Sequential(layer), torch.bfloat16)
-    assert type(layer) is fast.FrozenLinear
+    assert type(layer) is FrozenLinear
     layer.weight.zero_()                                   # the copy does not follow
     zeros = layer.bias.expand(4, 5)
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,0 +1,286 @@
+"""LoRA² in fewer operations and fewer passes over memory: see lora2.py first, and copy both.
+
+    add_lora2(model, targets, ..., layer=FastLoRA2Linear)  # the same parameters and files
+    pruner = FastRankPruner(model, ...)                    # the same arguments and state_dict()
+    cast_frozen(model, torch.bfloat16)                     # if you like: under autocast
+    with shared_updates(model):                            # if you like: around a forward pass
+        loss = ...
+    loss.backward()
+    add_gradients(gamma * orthogonality_loss(model), parameters)   # not a second backward()
+
+The numbers are those of lora2.py but for rounding: it is the oracle of tests/test_fast.py. A layer
+that is there already becomes fast by layer.__class__ = FastLoRA2Linear. fast.py makes a whole model
+of model.py fast, which is what train.py runs.
+"""
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lora2 import LoRA2Linear, RankPruner, lora2_layers, require
+
+
+class LinearWithUpdate(torch.autograd.Function):
+    """y = x Wᵀ + b + (x down) up, with x (N, d_in), down (d_in, k), up (k, d_out) and y (N, d_out).
+
+    Autograd would compute the update, and its share of ∂L/∂x, in arrays as large as y and x and add
+    them up afterwards. Here the products add into what is there (addmm_), and only x and x down are
+    kept for the backward pass. The latter is made transposed, z = (x down)ᵀ: at k = 8 such products
+    take a third to a half of the time on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx, x, W, b, down, up):
+        y = F.linear(x, W, b)  # (N, d_out)
+        z = down.T @ x.T  # (k, N)
+        ctx.save_for_backward(x, W, z, down, up)
+        return y.addmm_(z.T, up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # z is kept as a number: no gradient of a gradient
+    def backward(ctx, dy):
+        x, W, z, down, up = ctx.saved_tensors
+        dx = dW = db = None
+        dz = up @ dy.T  # (k, N)
+        if ctx.needs_input_grad[0]:
+            dx = (dy @ W).addmm_(dz.T, down.T)  # (N, d_in)
+        if ctx.needs_input_grad[1]:  # W and b are frozen, as a rule
+            dW = dy.T @ x
+        if ctx.needs_input_grad[2]:
+            db = dy.sum(0)
+        return dx, dW, db, (dz @ x).T, z @ dy
+
+
+def product_dtype(x):
+    """The dtype in which nn.Linear would multiply x: its own, or autocast's where that is on."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def is_plain(base, x):
+    """Whether base(x) is all that an nn.Linear is asked for, so that nobody misses the call.
+
+    Hooks, or a forward() that was put in the place of its own, want to be called. Mixed dtypes are
+    for torch to refuse.
+    """
+    hooks = (base._forward_hooks or base._forward_pre_hooks
+             or base._backward_hooks or base._backward_pre_hooks)
+    mixed = base.weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)
+    return not hooks and not mixed and "forward" not in base.__dict__
+
+
+def linear_with_update(base, x, down, up, cast=None):
+    """base(x) + x down up for an nn.Linear: x (..., d_in) → (..., d_out), in the dtype of base(x).
+
+    cast: {dtype: (W, b)}, the base's weights in other dtypes, if they are at hand.
+    No gradient of a gradient and no torch.func goes through it.
+    """
+    dtype = product_dtype(x)
+    down = down.to(dtype)
+    up = up.to(dtype)
+    if not is_plain(base, x):
+        return base(x) + x.to(dtype) @ down @ up
+    W, b = (cast or {}).get(dtype, (base.weight, base.bias))
+    if b is not None:
+        b = b.to(dtype)
+    rows = x.reshape(-1, x.shape[-1]).to(dtype)  # (N, d_in)
+    y = LinearWithUpdate.apply(rows, W.to(dtype), b, down, up)
+    return y.view(*x.shape[:-1], base.out_features)
+
+
+class FastLoRA2Linear(LoRA2Linear):
+    """LoRA2Linear with another order of the same products: down = v, up = C V."""
+
+    shared = None  # (down, up) while shared_updates() is active
+    cast = None  # what cast_frozen() made: gone with the adapter
+
+    def forward(self, x):
+        if self.shared is not None:
+            return linear_with_update(self.base, x, *self.shared, self.cast)
+        with torch.autocast(x.device.type, enabled=False):
+            up = self.core() @ self.V  # (k, k) @ (k, d_out)
+        return linear_with_update(self.base, x, self.v, up, self.cast)
+
+
+def by_shape(layers):
+    """Lists of layers of one (d_in, d_out, scale) each: their factors can be stacked."""
+    groups = {}
+    for layer in layers:
+        key = layer.in_features, layer.out_features, layer.scale
+        groups.setdefault(key, []).append(layer)
+    return list(groups.values())
+
+
+def stacked(layers, name):
+    """A factor of all these layers in one tensor, (n, ...)."""
+    return torch.stack([getattr(layer, name) for layer in layers])
+
+
+@contextlib.contextmanager
+def shared_updates(model):
+    """Within it down = v and up = C V of all adapters of one shape come out of one batched product.
+
+    Around one forward pass; its backward pass may follow outside. The updates do not follow the
+    weights while it is open. Under autocast they are cast here, all at once: enter autocast first.
+    Not for gradient checkpointing, which would run forward passes of its own after its end.
+    """
+    fast = [layer for _, layer in lora2_layers(model) if isinstance(layer, FastLoRA2Linear)]
+    try:
+        for layers in by_shape(fast):
+            v, u, lam, U, V = (stacked(layers, name) for name in ("v", "u", "lam", "U", "V"))
+            dtype = product_dtype(v)
+            with torch.autocast(v.device.type, enabled=False):
+                up = layers[0].scale * (u * lam[:, None]) @ U @ V  # (n, k, k) @ (n, k, d_out)
+            for layer, its_v, its_up in zip(layers, v.to(dtype).unbind(), up.to(dtype).unbind()):
+                layer.shared = its_v, its_up
+        yield
+    finally:
+        for layer in fast:
+            layer.shared = None
+
+
+def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
+    """lora2.orthogonality_loss() with one batched product for all adapters of a shape.
+
+    The arguments, the result and the ValueError are the same; the adapters must have one k and r.
+    What is written there for one adapter stands here for n: tr (X − I)² of all Grams X at once.
+    """
+    groups = by_shape([layer for _, layer in lora2_layers(model)])
+    require(groups and terms and set(terms) <= {"uv", "UV", "PQ"},
+            f"terms = {terms!r}: list some of 'uv', 'UV', 'PQ', on a model with LoRA² adapters")
+    layers, Gv, GV = [], [], []  # from here on in the order of the groups
+    with torch.autocast(groups[0][0].u.device.type, enabled=False):
+        for group in groups:
+            v = stacked(group, "v")
+            V = stacked(group, "V")
+            layers += group
+            Gv.append(torch.bmm(v.mT, v))
+            GV.append(torch.bmm(V, V.mT))
+        Gv = torch.cat(Gv)  # (n, k, k)
+        GV = torch.cat(GV)
+        u = stacked(layers, "u")  # (n, k, r)
+        U = stacked(layers, "U")  # (n, r, k)
+        Gu = torch.bmm(u, u.mT)  # (n, k, k)
+        GU = torch.bmm(U.mT, U)
+        k, r = u.shape[1:]
+        grams, offset = [], 0
+        if "uv" in terms:
+            grams += [Gv, Gu]
+        if "UV" in terms:
+            grams += [GV, GU]
+        if "PQ" in terms:
+            grams += [torch.bmm(Gv, Gu), torch.bmm(GV, GU)]
+            offset = 2 * (r - k)
+        E = torch.cat(grams)  # (2n, 4n or 6n, k, k)
+        E = E - torch.eye(k, dtype=E.dtype, device=E.device)
+        return (E * E.mT).sum() / len(layers) + offset
+
+
+class FastRankPruner(RankPruner):
+    """RankPruner in as many operations for a hundred adapters as for one.
+
+    The arguments, scores, choices and state_dict() are the same: a run can go on with either.
+    """
+
+    def all_averages(self):
+        """(all Ī, all Ū), each a tuple of a tensor for each factor."""
+        return tuple(zip(*map(self.averages, self.joins)))
+
+    def update_averages(self):
+        """Ī and Ū, with I of all factors in one row."""
+        weights, gradients = [], []
+        for factor, join in self.joins.items():
+            of_adapters = self.weights(factor)
+            weights.append(join(of_adapters))
+            gradients.append(join([w.grad for w in of_adapters]))
+        I = (in_a_row(weights, self.dtype) * in_a_row(gradients, self.dtype)).abs_()
+        I = I.where(I.amax() < float("inf"), 0.0)  # also if amax is NaN
+        parts = I.split([w.numel() for w in weights])
+        parts = [part.view_as(w) for part, w in zip(parts, weights)]
+        self.to(self.dtype)  # if its model was cast
+        sensitivity, uncertainty = self.all_averages()
+        torch._foreach_lerp_(sensitivity, parts, 1 - self.beta1)
+        distance = torch._foreach_sub(parts, sensitivity)
+        torch._foreach_abs_(distance)
+        torch._foreach_lerp_(uncertainty, distance, 1 - self.beta2)
+
+    def scores(self):
+        """Importance of every singular value, (n, r)."""
+        lam, u, U, *rest = torch._foreach_mul(*self.all_averages())
+        scores = lam + u.mean(1) + U.mean(2)
+        if rest:  # S ≥ 0: the sum over one v or V is its 1-norm, and many norms are one operation
+            v = rest[0].split([layer.in_features for layer in self.layers])
+            V = rest[1].split([layer.out_features for layer in self.layers], dim=1)
+            sums = torch.stack(torch._foreach_norm(v + V, 1))  # (2n,)
+            scores += sums.view(2, -1, 1).sum(0) / self.k
+        return scores
+
+    def prune(self):
+        """Keep the kept_total best, exactly; of equal ones the first. Set the rest to 0."""
+        ranking = self.scores().flatten().argsort(descending=True, stable=True)
+        self.keep.view(-1).fill_(False).index_fill_(0, ranking[:self.kept_total], True)
+        lams = [layer.lam for layer in self.layers]
+        torch._foreach_mul_(lams, self.keep.to(lams[0].dtype).unbind())
+
+
+def in_a_row(tensors, dtype):
+    """All numbers of some tensors in one, in order."""
+    return torch.cat([tensor.flatten() for tensor in tensors]).to(dtype)
+
+
+def add_gradients(loss, parameters):
+    """loss.backward(), but all gradients are added to those that are there in one operation.
+
+    Every parameter that `loss` depends on must have a .grad already; the others are left alone.
+    """
+    there, new = [], []
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients):
+        if gradient is not None:
+            there.append(parameter.grad)
+            new.append(gradient)
+    torch._foreach_add_(there, new)
+
+
+class FrozenLinear(nn.Linear):
+    """nn.Linear with a copy of frozen weights in autocast's dtype: else each pass casts them."""
+
+    cast = None                                             # (W, b), what is trained as it is
+
+    def forward(self, x):
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if self.cast is None or self.weight.requires_grad or not autocast:
+            return super().forward(x)
+        W, b = self.cast
+        if W.dtype != product_dtype(x):
+            return super().forward(x)
+        return F.linear(x, W, b)                            # autocast casts x, and a trained b
+
+
+@torch.no_grad()
+def cast_frozen(model, dtype):
+    """Keep frozen weights of linear layers in autocast's dtype too: else each pass casts them.
+
+    For training alone, once the model is where it will run: a copy does not follow its original.
+    (About 190 operations of a pass of DeBERTaV3-base; what the backward pass keeps is no more.)
+    """
+    bases = set()
+    for _, layer in lora2_layers(model):
+        base = layer.base
+        bases.add(base)                                     # their copies go with the adapters
+        if not any(p.requires_grad for p in base.parameters()):
+            layer.cast = {dtype: (base.weight.to(dtype), cast_if_frozen(base.bias, dtype))}
+    for layer in model.modules():
+        is_linear = type(layer) in (nn.Linear, FrozenLinear) and layer not in bases
+        if is_linear and not layer.weight.requires_grad:
+            layer.__class__ = FrozenLinear
+            layer.cast = layer.weight.to(dtype), cast_if_frozen(layer.bias, dtype)
+
+
+def cast_if_frozen(bias, dtype):
+    """A bias in another dtype; itself if it is trained, or None."""
+    if bias is None or bias.requires_grad:
+        return bias
+    return bias.to(dtype)
