@@ -104,8 +104,8 @@ def check_size(config, weights, name):
     described = rows * d + config["num_hidden_layers"] * layer
     there = sum(tensor.numel() for tensor in weights.values() if hasattr(tensor, "numel"))
     if described > 10 * there:
-        raise ValueError(f"{name} does not fit its config.json, size mismatch: {described:,} weights "
-                         f"are described and {there:,} are there: give a checkpoint that fits")
+        raise ValueError(f"{name} does not fit its config.json, size mismatch: {described:,} "
+                         f"weights are described and {there:,} are there: give a checkpoint that fits")
 
 
 def config_to_write(config, num_labels, dtype):
