@@ -104,15 +104,14 @@ def check_size(config, weights, name):
     described = rows * d + config["num_hidden_layers"] * layer
     there = sum(tensor.numel() for tensor in weights.values() if hasattr(tensor, "numel"))
     if described > 10 * there:
-        raise ValueError(f"{name} does not fit its config.json, size mismatch: that describes "
-                         f"{described:,} weights, {there:,} are there: give a checkpoint that fits")
+        raise ValueError(f"{name} does not fit its config.json, size mismatch: {described:,} "
+                         f"weights are described and {there:,} are there: give a checkpoint that "
+                         "fits")
 
 
 def config_to_write(config, num_labels, dtype):
     """The content of config.json for transformers; names of labels stay if they fit num_labels."""
-    config = dict(config)
-    config.pop("num_labels", None)
-    config.pop("dtype", None)
+    config = {name: config[name] for name in config if name not in ("num_labels", "dtype")}
     ids = [str(i) for i in range(num_labels)]
     labels = config.get("id2label")
     if not isinstance(labels, dict) or labels.keys() != set(ids):
