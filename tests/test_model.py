@@ -98,7 +98,8 @@ def differences(theirs, ours, batch):
 
 # (configuration, lengths, dtype): published widths, or narrow models at all lengths; the slow ones are both.
 SLOW = pytest.mark.slow
-PARITY = [pytest.param(SHAPES[name], [130], torch.float32, id=name) for name in SHAPES if "large" not in name]
+PARITY = [pytest.param(SHAPES[name], [130], torch.float32, id=name)
+          for name in ("v3-xsmall", "v3-small", "roberta-base", "bert-base")]
 for each in TOLERANCE:
     PARITY += [pytest.param(NARROW[name], LENGTHS, each, id=f"{name}-{each}") for name in NARROW]
     PARITY += [pytest.param(SHAPES[name], LENGTHS, each, id=f"{name}-{each}", marks=SLOW) for name in SHAPES]
