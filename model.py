@@ -319,19 +319,6 @@ def target_modules(model, names):
     return found
 
 
-def place_of(name):
-    """Which matrix, in which layer: "bert.encoder.layer.3.output.dense" → ("f2", 3).
-
-    ValueError for any other module.
-    """
-    layer, _, end = name.rpartition("layer.")[2].partition(".")  # "3", "output.dense"
-    for targets in TARGETS.values():
-        for short, path in targets.items():
-            if end == path and layer.isdecimal():
-                return short, int(layer)
-    raise ValueError(f"{name} is no matrix of an encoder layer")
-
-
 def in_head(name, head):
     """Whether a dotted name has one of the parts in `head`: those of the head's parameters do."""
     return any(part in head for part in name.split("."))

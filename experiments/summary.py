@@ -17,11 +17,10 @@ import itertools
 import json
 from pathlib import Path
 
-import model
 from experiments import tables
 from formats import disk
 from running import folder as runs
-from running import options
+from running import options, progress
 
 FACTS = ("adapter_parameters", "surviving_parameters", "head_parameters", "frozen_parameters",
          "singular_values", "budget", "steps", "seconds", "peak_memory_gb", "device", "dtype",
@@ -77,7 +76,7 @@ def by_place(values):
     """{module name: value} → {matrix: [value of layer 0, layer 1, ...]}, in Figure 3's order."""
     grid = {}
     for name, value in values.items():
-        short, layer = model.place_of(name)
+        short, layer = progress.place_of(name)
         grid.setdefault(short, {})[layer] = value
     found = {}
     for short in tables.MATRICES:

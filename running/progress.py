@@ -218,7 +218,7 @@ def kept_map(kept, r):
 
     kept: {module name: count}; r: the count at the start.
     """
-    cells = {models.place_of(name): count for name, count in kept.items()}  # (matrix, layer)
+    cells = {place_of(name): count for name, count in kept.items()}  # (matrix, layer)
     layers = sorted({layer for _, layer in cells})
     lines = [f"kept of {r} singular values, layers {layers[0]} to {layers[-1]} from left to right"]
     for matrix in models.TARGETS["bert"]:                   # the same short names in every family
@@ -230,6 +230,19 @@ def kept_map(kept, r):
             line += f" {count:2}{' ░▒▓█'[math.ceil(4 * count / r)]}"
         lines.append(line)
     return "\n".join(lines)
+
+
+def place_of(name):
+    """Which matrix, in which layer: "bert.encoder.layer.3.output.dense" → ("f2", 3).
+
+    ValueError for any other module.
+    """
+    layer, _, end = name.rpartition("layer.")[2].partition(".")  # "3", "output.dense"
+    for targets in models.TARGETS.values():
+        for short, path in targets.items():
+            if end == path and layer.isdecimal():
+                return short, int(layer)
+    raise ValueError(f"{name} is no matrix of an encoder layer")
 
 
 def show_result(result, kept, folder):

@@ -22,14 +22,13 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 
-import model as models
 from data import TASKS
 from experiments import grid as grids
 from experiments import plot, reproduce, summary, tables
 from experiments.speed import table as bench_table
 from formats import disk, toy
 from running import folder as runs
-from running import options
+from running import options, progress
 
 PAPER = reproduce.PAPER
 SCORES = {"dev": {"matthews": 0.5, "pearson": 0.8, "spearman": 0.7, "accuracy": 0.75, "f1": 0.6},
@@ -875,7 +874,7 @@ def test_places(q, family):
     assert list(found) == ["q", "o", "f1", "f2"]           # Figure 3's order
     for bad in ("classifier", "encoder.output.dense"):
         with pytest.raises(ValueError, match="matrix of an encoder layer"):
-            models.place_of(bad)
+            progress.place_of(bad)
 
 
 def run_folder(folder, method="lora2"):

@@ -26,6 +26,7 @@ from tests.checkpoints import (BERT, FAMILIES, FORMS, NARROW, ROBERTA, ROBERTA_L
 import model as M
 from formats.config import OPTIONS
 from methods import fast
+from running import progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parent.parent
@@ -429,16 +430,16 @@ def test_target_modules_and_place_of(family):
         names = M.target_modules(model, [short])
         assert [tuple(model.get_submodule(name).weight.shape) for name in names] == [shape] * 2
         assert all(name.endswith("." + M.TARGETS[model.kind][short]) for name in names)
-        assert [M.place_of(name) for name in names] == [(short, 0), (short, 1)]
+        assert [progress.place_of(name) for name in names] == [(short, 0), (short, 1)]
     for wrong in (["q", "w"], []):
         with pytest.raises(ValueError, match="unknown target .*q,k,v,o,f1,f2"):
             M.target_modules(model, wrong)
     layer = f"{family}.encoder.layer"
-    assert M.place_of(f"{layer}.11.attention.output.dense") == ("o", 11)
+    assert progress.place_of(f"{layer}.11.attention.output.dense") == ("o", 11)
     for wrong in ("classifier", f"{family}.pooler.dense", f"{layer}.3", "output.dense", "",
                   f"{layer}.x.output.dense", f"{layer}.3.deep.output.dense", f"{layer}.3.output.dense.weight"):
         with pytest.raises(ValueError, match="is no matrix of an encoder layer"):
-            M.place_of(wrong)
+            progress.place_of(wrong)
 
 
 @FAMILIES
