@@ -886,7 +886,7 @@ def run_folder(folder, method="lora2"):
     records.append({"step": 29, "score": 0.5})
     (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     if method == "lora2":
-        ends = summary.model.TARGETS["bert"].values()
+        ends = models.TARGETS["bert"].values()
         kept = {f"bert.encoder.layer.{i}.{end}": i for i in range(6) for end in ends}
         (folder / "ranks.json").write_text(json.dumps(kept))
     return folder
