@@ -484,8 +484,9 @@ def test_half_removed_is_not_finished(cli, monkeypatch):
 
 
 @pytest.mark.parametrize("words, says", [
-    ("--out file/run", "--out file/run"), ("--out file", "--out file"), ("--out x --merge file", "--merge file"),
-    ("--out x --merge full", "--merge full"), ("--out x --export-peft file/x", "--export-peft file/x"),
+    ("--out file/run", "--out file/run"), ("--out file", "--out file"),
+    ("--out x --merge file", "--merge file"),
+    ("--out x --merge full", "--merge full"), ("--out x --export-peft file/x", "--export-peft file"),
     ("--out x --merge y --export-peft y", "a folder each"), ("--out x --merge x", "a folder each"),
     ("--out x --merge full/../x", "a folder each"), ("--out x --merge link", "a folder each")])
 def test_places_that_cannot_be_written(cli, words, says):
