@@ -494,10 +494,12 @@ def test_places_that_cannot_be_written(cli, words, says):
     Path("file").write_text("x")
     Path("full").mkdir()
     Path("full/x").write_text("x")
-    Path("link").symlink_to("x")
+    if "link" in words:
+        Path("link").symlink_to("x")
+    there = sorted(path.name for path in Path().iterdir())
     done = cli("--task demo --limit-train 96 --limit-dev 64 --model", cli.models["bert"], words)
     refused(done, says)
-    assert sorted(path.name for path in Path().iterdir()) == ["file", "full", "link"]
+    assert sorted(path.name for path in Path().iterdir()) == there
     assert [path.name for path in Path("full").iterdir()] == ["x"]
 
 
