@@ -59,17 +59,19 @@ def refused(done, *says):
     assert all(word in done.errors[0] for word in says), done.err
 
 
-def child(words, name="child", before=None, **environment):
-    """Process id of a fork that runs train.py and nothing else. (It need not import torch again.)"""
+def child(words, out="child.out", err="child.err", within=contextlib.nullcontext(), **environment):
+    """Process id of a fork that runs train.py and nothing else. (It need not import torch again.)
+
+    out, err: where it writes, files or a terminal. within: a context manager to run it in.
+    """
     if pid := os.fork():
         return pid
     status = 70
     try:
         os.environ.update(environment)
-        sys.stdout, sys.stderr = open(f"{name}.out", "w"), open(f"{name}.err", "w")
-        if before:
-            before()
-        status = train.main(words.split())
+        sys.stdout, sys.stderr = open(out, "w"), open(err, "w")
+        with within:
+            status = train.main(words.split())
     except BaseException:
         traceback.print_exc()
     finally:

@@ -1,6 +1,8 @@
 """What the tests of the training program share: small checkpoints made on the spot and a way to run it."""
+import functools
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +33,7 @@ CONFIGS = {
     "bert": COMMON | {"model_type": "bert"},
     "roberta": COMMON | {"model_type": "roberta", "type_vocab_size": 1, "pad_token_id": 0}}
 
-
+made_once = functools.lru_cache(None)(toy.language)         # a fifth of the time of a tiny run
 SMALL = "--limit-train 96 --limit-dev 64 --batch-size 16 --lr 0.02 --max-steps 12"
 
 
@@ -69,13 +71,21 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="session")
+def wholes():
+    """What cli.whole() has found so far."""
+    return {}
+
+
 @pytest.fixture
-def cli(tiny, tmp_path, monkeypatch, capsys, one_thread):
+def cli(tiny, wholes, tmp_path, monkeypatch, capsys, one_thread):
     """cli("--k 1", ...) runs train.py in this process, in an empty folder: its status, output and errors.
 
     cli.tiny(...) is such a run: 12 steps, 6 to an epoch, with dropout, in about a fifth of a second.
+    cli.whole(...) is the outcome() of a tiny run that nothing breaks; it is made once for all tests.
     """
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(toy, "language", made_once)
 
     def run(*words):
         status = train.main([part for word in words
@@ -84,7 +94,15 @@ def cli(tiny, tmp_path, monkeypatch, capsys, one_thread):
         errors = [line for line in err.splitlines() if not line.startswith("warning: ")]
         return SimpleNamespace(status=status, out=out, err=err, errors=errors)
 
+    def whole(words=""):
+        if words not in wholes:
+            assert run.tiny(words, out="whole").status == 0
+            wholes[words] = outcome("whole")
+            shutil.rmtree("whole")
+        return wholes[words]
+
     run.models = tiny
+    run.whole = whole
     run.tiny = lambda *words, model="deberta", out="run": run(
         "--task demo --model", tiny[model], SMALL, "--out", Path(out), *words)
     return run
