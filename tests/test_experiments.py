@@ -26,6 +26,7 @@ from data import TASKS
 from experiments import grid as grids
 from experiments import plot, reproduce, summary, tables
 from experiments.speed import table as bench_table
+import model as models
 from formats import disk, toy
 from running import folder as runs
 from running import options, progress
