@@ -93,9 +93,9 @@ def lines_of(*names):
 SIZES = {"lora2.py": 416,           # 350
          "model.py": 400, "data.py": 350, "train.py": 350,
          "the four that are read": 1474,                                     # 1,450
-         "product": 4990,           # 4,300: all but tests/ and experiments/
+         "product": 5216,           # 4,300: all but tests/ and experiments/
          "experiments": 2669,       # 2,400
-         "tests": 10430}            # 9,500
+         "tests": 10440}            # 9,500
 
 
 def test_what_is_read_stays_small():
