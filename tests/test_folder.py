@@ -85,6 +85,7 @@ def test_every_method_goes_on(cli, method):
     goes_on(cli, words)
 
 
+@pytest.mark.ci
 def test_killed_at_every_write(cli, monkeypatch):
     """Oracle: the unbroken run. Files change by os.replace alone: the run dies before each of them. The order
     by hand: an adapter is never ahead of its predictions, and last.pt never behind for long."""

@@ -166,6 +166,7 @@ def check_failure(told, *words):
         assert word in told["error"], (word, told)
 
 
+@pytest.mark.ci
 def test_first_time_second_time_and_offline(server, tmp_path):
     """Oracle: the sum of the server's weights; later runs need no server, not even for absent files."""
     names = [DEBERTA, "some/model", "some/sharded", "onename", "tokenizer of some/model",
@@ -193,6 +194,7 @@ def test_first_time_second_time_and_offline(server, tmp_path):
             assert told.get("sum") == before.get("sum") and told.get("ids") == before.get("ids"), told
 
 
+@pytest.mark.ci
 def test_failures_are_one_line_and_prompt(server, tmp_path):
     """Oracle: the sentence. Missing, gated, private; a broken, busy or wrong server; a download cut."""
     names = ["no/such", "no/such-404", "gated/asked", "gated/anonymous", "private/bare401", "broken/500",

@@ -209,6 +209,7 @@ print(default, last())
 """
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc is left as it is")
 def test_freed_memory_is_kept():
     """Oracle: the kernel's count of fresh pages: none for blocks of sizes that were freed before."""

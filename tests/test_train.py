@@ -451,6 +451,7 @@ CHANGES = ["--k 2", "--r 4", "--target-rank 5", "--alpha 8", "--targets q,v", "-
            "--method sora --sora-threshold 0.1"]
 
 
+@pytest.mark.ci
 def test_every_option_of_the_computation_matters(cli):
     """Oracle: the last weights of a run without the option, and of the runs with another one."""
     seen = {}
