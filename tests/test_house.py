@@ -95,7 +95,7 @@ SIZES = {"lora2.py": 416,           # 350
          "the four that are read": 1474,                                     # 1,450
          "product": 5216,           # 4,300: all but tests/ and experiments/
          "experiments": 2669,       # 2,400
-         "tests": 10440}            # 9,500
+         "tests": 10450}            # 9,500
 
 
 def test_what_is_read_stays_small():
