@@ -3,7 +3,7 @@
     train.tsv ── load_task ──> Split ── encode ──> Examples ── batches ──> Batch
                           texts, labels       flat token ids          (B, T) padded
 
-N is the number of rows, B the batch, T its padded length. A user's mistake is a ValueError.
+N is the number of rows, B those of a batch, T its padded length. A user's mistake is a ValueError.
 """
 from array import array
 from typing import NamedTuple, Optional
@@ -125,7 +125,7 @@ def is_missing(task, data_dir, train=True):
 
 
 def load_own(train_file, dev_file):
-    """({"train": Split, "dev": Split}, Task) of a user's own files; the first tells the Task."""
+    """({"train": Split, "dev": Split}, Task) of a user's files; train_file's columns define it."""
     task = Task("", {}, **glue.read_columns(train_file))
     train = glue.read_split(train_file, task)
     return {"train": train, "dev": glue.read_split(dev_file, task)}, task
@@ -166,7 +166,7 @@ def load_tokenizer(name_or_dir):
 
 
 def encode(tokenizer, split, max_len, name="the data"):
-    """A Split as Examples. A pair above max_len loses tokens of its longer text first.
+    """A Split as Examples. Above max_len a text loses its end, a pair its longer text's first.
 
     max_len: counts special tokens. name: of the split, for messages. ValueError where max_len
     leaves no room for text, for a row without a token, and where most tokens are unknown.
@@ -211,7 +211,7 @@ def check_ids(examples, config, name):
     highest_id = max(int(one.ids.max()) for one in examples.values())
     highest_type = max(int(one.types.max()) for one in examples.values())
     ids = config["vocab_size"]
-    types = max(2, config["type_vocab_size"])      # a model with one type ignores them
+    types = max(2, config["type_vocab_size"])      # a model with at most one ignores them
     if highest_id >= ids or highest_type >= types:
         raise ValueError(f"{name}: its tokenizer gives ids up to {highest_id} and types up to "
                          f"{highest_type}, its model has {ids} and {types} of them: they do not "
@@ -252,10 +252,10 @@ def plan_batches(length, batch_size, generator):
     cut into batches; then the batches are shuffled.
     """
     # Lengths are rounded up, so that rows of one such width stay in random order: more mixing for
-    # hardly more padding. This knows nothing of `multiple`: a run may go on on another device.
+    # hardly more padding. Not to `multiple`: --resume on another device shall have these batches.
     width = round_up(length, torch.where(length < 32, 2, 8))          # (N,)
     if generator is None:
-        return width.argsort(stable=True).split(batch_size)
+        return list(width.argsort(stable=True).split(batch_size))
     plan = []
     for pool in torch.randperm(len(width), generator=generator).split(batch_size * POOL):
         in_order = width[pool].argsort(stable=True)
@@ -310,7 +310,7 @@ def pearson(p, t):
     """The linear correlation."""
     if p.min() == p.max() or t.min() == t.max():
         return 0.0
-    return torch.corrcoef(torch.stack([p, t]))[0, 1].nan_to_num()     # 0 where squares are inf or 0
+    return torch.corrcoef(torch.stack([p, t]))[0, 1].nan_to_num()     # NaN if a square overflows
 
 
 def spearman(p, t):

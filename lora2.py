@@ -68,7 +68,7 @@ class LoRA2Linear(nn.Module):
         self.train(base.training)
 
     def core(self):
-        """C = scale · u diag(Λ) U, (k, k): all between v and V. Autocast does not round it."""
+        """C = scale · u diag(Λ) U, (k, k), between v and V; not rounded by autocast."""
         with torch.autocast(self.u.device.type, enabled=False):
             return self.scale * (self.u * self.lam) @ self.U
 
@@ -85,7 +85,7 @@ class LoRA2Linear(nn.Module):
         return A.clone(memory_format=torch.contiguous_format), B.contiguous()
 
     def forward(self, x):
-        """x (..., d_in) → (..., d_out). ΔW is never built: that would double the FLOPs."""
+        """x (..., d_in) → (..., d_out). ΔW is never built: its gradient would be as large as W0."""
         y = self.base(x)  # in its dtype or autocast's
         h = x.to(y.dtype) @ self.v.to(y.dtype)  # (..., k)
         h = h @ self.core().to(y.dtype)  # (..., k)
@@ -93,7 +93,7 @@ class LoRA2Linear(nn.Module):
 
     @property
     def weight(self):
-        """W0 + ΔW: to merge, and for parents that only read it, as nn.TransformerEncoder's may."""
+        """W0 + ΔW: to merge, and for parents that read it, as nn.TransformerEncoderLayer may."""
         return (self.base.weight + self.delta_weight()).to(self.base.weight.dtype)
 
     @property
@@ -109,8 +109,8 @@ def require(condition, message, error=ValueError):
 
 
 def check_base(name, base, k, r, alpha, init):
-    """TypeError or ValueError unless `base` is an nn.Linear that k and r fit. A subclass is none:
-    it computes something else, or its parent never calls it, as nn.MultiheadAttention does."""
+    """TypeError or ValueError unless `base` is an nn.Linear that k and r fit. No subclass will do:
+    it computes something else, or nobody calls it, as nn.MultiheadAttention's out_proj."""
     kind = type(base).__name__
     require(type(base) is nn.Linear, f"{name} is a {kind}, not an nn.Linear", TypeError)
     W = base.weight
@@ -153,7 +153,7 @@ def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
     targets: names of modules, or one. "query" is every module called so and all whose names end in
         ".query", such as "encoder.layer.0.attention.self.query".
     k, r, alpha, init: as for LoRA2Linear.
-    trainable: dotted parts of parameter names, such as "classifier", for what trains in full.
+    trainable: parts of dotted names, such as "classifier", of what trains in full, not adapted.
     layer: LoRA2Linear or a subclass.
     ValueError or TypeError, and no change, if a name has no match or a match cannot be adapted.
     """
@@ -186,9 +186,10 @@ def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
     """R of Eq. 5 without gamma, a scalar. Add it once per optimizer step, not per micro-batch.
 
     terms: the pairs to take, as in Table 3. ValueError if they are no choice of these.
-    Why: for orthonormal P and Q, ‖ΔW‖² = scale² Σ Λ_i². So |Λ_i| is the size of its term in every
-    layer, and can be compared; else a factor may grow and Λ_i shrink while ΔW stays the same.
-    Ours: the mean over the adapters. The paper is silent; 0.1 · sum over 72 would begin at 135.
+    Why: for orthonormal P and Q (if k ≥ r), ‖ΔW‖² = scale² Σ Λ_i². So |Λ_i| is the size of its term
+    in every layer, and can be compared; else a factor may grow and Λ_i shrink with the same ΔW.
+    Ours: the mean over the adapters. The paper is silent. 0.1 · the sum over DeBERTaV3-base's 72
+    would begin at 135 for k = 1, r = 8.
     """
     adapters = lora2_layers(model)
     require(adapters and terms and set(terms) <= {"uv", "UV", "PQ"},
@@ -196,7 +197,7 @@ def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
     R = 0
     for _, layer in adapters:
         with torch.autocast(layer.u.device.type, enabled=False):
-            # The paper has vvᵀ and uᵀu, the large sides. The gradient is the same, because
+            # The paper has vvᵀ and uᵀu, the other sides. The gradient is the same, because
             # ‖AAᵀ − I_n‖² = ‖AᵀA − I_k‖² + n − k for A (n, k).
             Gv, Gu = layer.v.T @ layer.v, layer.u @ layer.u.T  # (k, k)
             GU, GV = layer.U.T @ layer.U, layer.V @ layer.V.T  # (k, k)
@@ -327,9 +328,9 @@ class RankPruner(nn.Module):
             gradient = join([w.grad for w in self.weights(factor)]).to(self.dtype)
             I[factor] = (w * gradient).abs()
             overflow = overflow | ~I[factor].isfinite().all()
-        self.to(self.dtype)  # if its model was cast
+        self.to(self.dtype)  # if a module that holds this one was cast
         for factor, now in I.items():
-            now = torch.where(overflow, 0, now)  # ours: fp16's loss scaling has such steps
+            now = torch.where(overflow, 0, now)  # ours: a step that overflowed in fp16 has I = 0
             mean, doubt = self.averages(factor)
             mean.lerp_(now, 1 - self.beta1)  # Ī ← β1 Ī + (1 − β1) I
             doubt.lerp_((now - mean).abs(), 1 - self.beta2)  # Ū likewise, with the new Ī
@@ -341,10 +342,10 @@ class RankPruner(nn.Module):
         for factor in self.joins:
             mean, doubt = self.averages(factor)
             S[factor] = mean * doubt
-        scores = S["lam"] + S["u"].mean(1) + S["U"].mean(2)
+        scores = S["lam"] + S["u"].mean(1) + S["U"].mean(2)  # (n, r), (n, k, r), (n, r, k)
         if "v" in S:
-            # Eq. 8: what v and V are worth on top, a mean over the same k directions, so / k. It is
-            # one number for all i: it cannot change the order in an adapter, but over all it can.
+            # Eq. 8 adds (ΣS(v) + ΣS(V)) / k, as u and U count by their mean over k. It is the same
+            # for all i: it cannot change the order in an adapter, but over all adapters it can.
             v = S["v"].split([layer.in_features for layer in self.layers])
             V = S["V"].split([layer.out_features for layer in self.layers], dim=1)
             for i in range(len(self.layers)):
@@ -352,7 +353,10 @@ class RankPruner(nn.Module):
         return scores
 
     def prune(self):
-        """Keep the kept_total best, exactly; of equal ones the first. Set the rest to 0."""
+        """Keep the kept_total best, exactly; of equal ones the first. Set the rest to 0.
+
+        In the last phase that is done in every step: AdamW's momentum moves a Λ_i off 0 again.
+        """
         ranking = self.scores().flatten().argsort(descending=True, stable=True)
         self.keep.zero_()
         self.keep.view(-1)[ranking[:self.kept_total]] = True
@@ -371,8 +375,8 @@ class RankPruner(nn.Module):
 
 
 def lora2_state_dict(model):
-    """{name: copy} of all of state_dict() but what is frozen and no adapter's, and what tells
-    alpha and base by: NAME.scale, and NAME.base_sample, 16 numbers of W0."""
+    """{name: copy} of what is trained: all of state_dict() but the frozen parameters. Beside them
+    what tells alpha and base by: NAME.scale and NAME.base_sample, at most 16 numbers of W0."""
     adapters = dict(lora2_layers(model))
     state = model.state_dict()
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -402,7 +406,7 @@ def load_lora2_state_dict(model, state):
             theirs = state[key].to(own[key])  # W0 may be in bf16 on one side
             require(torch.allclose(theirs, own[key], tolerance, 1e-7),
                     f"{key} differs between file and model: use the file's alpha and base model")
-    model.load_state_dict(state, strict=False)  # the file leaves out what is frozen
+    model.load_state_dict(state, strict=False)  # no frozen ones, but scale and base_sample
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """DeBERTaV2/V3, RoBERTa and BERT with a classification head; they load the Hub's checkpoints.
 
-    model = from_pretrained("microsoft/deberta-v3-base", num_labels=2)   # a Hub name or a folder
+    model = from_pretrained("microsoft/deberta-v3-base", num_labels=2)   # in train mode
     logits = model(input_ids, attention_mask, token_type_ids)            # (B, num_labels)
 
 Shapes:  B rows · T tokens · d hidden size · H heads of size e = d / H · R rows of a table.
@@ -140,7 +140,7 @@ class DisentangledSelfAttention(nn.Module):
         K = split_heads(self.key_proj(table), self.heads)   # (H, R, e)
 
         c2c = q @ k.mT                                      # [i, j] = q_i · k_j
-        index = index.expand_as(c2c)                        # (B, H, T, T), as all three
+        index = index.expand_as(c2c)                        # (B, H, T, T), without a copy
         c2p = (q @ K.mT).gather(-1, index)                  # [i, j] = q_i · K_δ
         p2c = (k @ Q.mT).gather(-1, index.mT).mT            # [i, j] = k_j · Q_δ
         scores = (c2c + c2p + p2c) / math.sqrt(3 * q.shape[-1])
@@ -182,7 +182,7 @@ class Output(nn.Module):
 
 
 class Layer(nn.Module):
-    """One transformer layer: (B, T, d) → (B, T, d). Its bare nn.Modules are for the names' sake."""
+    """One transformer layer: (B, T, d) → (B, T, d). Bare nn.Modules give the checkpoint's names."""
 
     def __init__(self, config):
         super().__init__()
@@ -214,7 +214,7 @@ class Encoder(nn.Module):
             d = config["hidden_size"]
             self.buckets = config["position_buckets"]
             self.max_position = config["max_position_embeddings"]
-            self.rel_embeddings = nn.Embedding(2 * self.buckets, d)  # row buckets + δ is of δ
+            self.rel_embeddings = nn.Embedding(2 * self.buckets, d)  # δ in row δ + buckets
             self.LayerNorm = nn.LayerNorm(d, config["layer_norm_eps"])
 
     def forward(self, x, attention_mask):
@@ -266,7 +266,9 @@ class SequenceClassifier(nn.Module):
             self.classifier.dense = nn.Linear(d, d)
             self.classifier.out_proj = nn.Linear(d, num_labels)
         self.dropout = nn.Dropout(config[HEAD_DROPOUT[self.kind]])
-        self.keys = set(self.state_dict())                  # as long as nobody adds an adapter
+        self.keys = set(self.state_dict())                  # the checkpoint's: adapters add theirs
+        self.source = None                                  # from_pretrained() fills in both
+        self.new_weights = []
 
     @property
     def backbone(self):
@@ -302,7 +304,7 @@ class SequenceClassifier(nn.Module):
 # --- names ---------------------------------------------------------------------------------------
 
 def target_modules(model, names):
-    """Dotted names of some matrices of all layers, in the model's order.
+    """Full names of the chosen matrices in every layer, in the model's order.
 
     names: of q, k, v, o (attention), f1 and f2 (feed-forward), at least one; else ValueError.
     """
@@ -327,7 +329,7 @@ def in_head(name, head):
 # --- loading and saving --------------------------------------------------------------------------
 
 def from_pretrained(name_or_dir, num_labels, head_dropout=None):
-    """The model that a checkpoint describes, with the checkpoint's weights, in fp32.
+    """The model that a checkpoint describes, with its weights, in fp32 and in train mode.
 
     Every weight of the backbone must be in the file, and every weight in the file must be used or
     be a known leftover of pretraining. A layer of the head that is not there is drawn with torch's
@@ -344,13 +346,13 @@ def from_pretrained(name_or_dir, num_labels, head_dropout=None):
         config[HEAD_DROPOUT[config["model_type"]]] = head_dropout
     weights = hub.read_weights(name_or_dir)
     check_size(config, weights, name_or_dir)
-    with torch.random.fork_rng(devices=[]):                 # what is drawn here is not used:
-        model = SequenceClassifier(config, num_labels)      # a seed shall not depend on it
+    with torch.random.fork_rng(devices=[]):                 # these numbers are replaced: the seed
+        model = SequenceClassifier(config, num_labels)      # is for what draw_head() draws
     weights = hub.convert(weights, PREFIX[model.kind], model.keys, name_or_dir)
     model.source = str(name_or_dir)
     model.new_weights = draw_head(model, weights)
     try:
-        model.load_state_dict(weights, assign=True)         # maps the file, copies nothing
+        model.load_state_dict(weights, assign=True)         # no copy, if the file is in fp32
     except RuntimeError as e:                               # names all that does not fit
         raise ValueError(f"{name_or_dir} does not fit its config.json and {num_labels} label(s), "
                          f"give a checkpoint that does: {hub.one_line(e, 600)}") from e

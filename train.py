@@ -8,8 +8,9 @@
     python train.py --train-file mine.tsv --dev-file dev.tsv  # with columns sentence, label
     torchrun --nproc_per_node=2 train.py --task mnli --k 8    # several devices, the same batches
 """
-# `o` holds the options (running/options.py); `here` is the machine (running/machine.py): its
-# device, dtype, rank and world.
+# In this file: o, the options · here, the machine: device, dtype, rank, world · plan, when things
+# happen · files, the run folder · signals, Ctrl-C · guard, which remembers the first step that was
+# not finite · refusing(), which makes a user's mistake one line. All of them are in running/.
 import math
 import sys
 from pathlib import Path
@@ -54,11 +55,11 @@ def prepare(o, here, stored=None):
     unseen = examples.pop("to predict", None)
     identity["rows"] = folder.hash_of_data(examples)
 
-    targets = models.target_modules(net, o.targets or ["q"])
+    targets = models.target_modules(net, o.targets) if o.targets else []
     baselines.add_method(o.method, net, targets, net.head, o.k, o.r, o.alpha, o.init)
     machine.seed_dropout(o.seed, here)
     net.to(here.device)
-    fast.speed_up(net, here.dtype, o.compile)              # the same in fewer operations
+    fast.speed_up(net, here.dtype, o.compile)  # from here on the twins of methods/ compute
     return task, examples, unseen, net, identity
 
 
@@ -106,10 +107,9 @@ def make_optimizer(net, lr, head_lr, weight_decay):
 # --- one run ------------------------------------------------------------------------------
 
 def train(o, saved=None):
-    """Train from the start, or on from the state that folder.load_state() gave, to the end.
+    """Train to the end, from the start or from the state that folder.load_state() gave.
 
-    Returns (Machine, task, Examples of --predict or None, model).
-    """
+    Returns (Machine, task, Examples of --predict or None, model)."""
     with refusing():                                       # around what a user can have wrong
         here = machine.join(o.device, o.dtype)
         task, examples, unseen, net, identity = prepare(o, here)
@@ -126,14 +126,15 @@ def train(o, saved=None):
         batches = stream(examples["train"], o, plan, state.step, net, here)
         while True:
             if plan.evaluates(state):
-                found = evaluate(net, examples, task, o.batch_size, here, signals.watch)
-                files.keep_best(task, *found)
-                log.evaluation(state, *found)
+                guard.check()
+                scores, predicted = evaluate(net, examples, task, o.batch_size, here, signals.watch)
+                files.keep_best(task, scores, predicted)
+                log.evaluation(state, scores, predicted)
             if plan.saves(state):
                 files.save()
             if plan.is_over(state):
                 break
-            signals.check(state.step)                      # Ctrl-C: files saves and lets go
+            signals.check(state.step)                      # Ctrl-C: on its way out files saves
 
             # ---- one training step -------------------------------------------------------
             batch = next(batches)
@@ -141,7 +142,7 @@ def train(o, saved=None):
             loss = gradients(net, batch, task, here, o.accum)        # forward, backward
             R = baselines.regulariser(o.method, net, o.reg_terms)    # LoRA²: Eq. 5
             if R is not None:
-                fast.add_gradients(o.reg * R, parameters)            # (γ R).backward()
+                fast.add_gradients(o.reg * R, parameters)            # as (γ R).backward() does
             update(optimizer, parameters, loss, plan, state.step, o.clip, guard)
             kept = pruner.step() if pruner else None                 # LoRA²: Algorithm 1
             optimizer.zero_grad()
@@ -175,18 +176,18 @@ def gradients(net, batch, task, here, accum):
 def update(optimizer, parameters, loss, plan, step, max_norm, guard):
     """Clip the gradients to a norm, set the learning rates of this step, AdamW.
 
-    From a step on whose loss or gradients are not finite, weights and moments stay as they are:
-    the guard remembers it on the device, so that no step waits, until something is written.
+    After a first step whose loss or gradients are not finite AdamW changes nothing any more. The
+    guard remembers that on the device, so that no step waits; it ends the run before a write.
     """
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    optimizer.found_inf = guard.see(loss + norm, step)     # 1 if not finite: AdamW does nothing
+    optimizer.found_inf = guard.see(loss + norm, step)  # GradScaler's hook in fused AdamW: 1 = skip
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * plan.lr_factor(step)
     optimizer.step()
 
 
 def predict_batch(net, batch, here):
-    """Logits of a batch, (B, labels) in fp32."""
+    """Logits of a batch, (B, num_labels) in fp32."""
     ids, mask, types = here.copies(*batch[:3])
     with (torch.autocast(here.device.type, torch.bfloat16, enabled=here.dtype == "bf16"),
           fast.shared_updates(net)):
@@ -296,7 +297,7 @@ def hand_out(o, here, task, unseen, net, out):
 
 
 def act(argv):
-    """Do what the words of the command line say."""
+    """The demo, --eval, a new run, a finished run or one to go on with: what the words say."""
     given = options.parse(argv, __doc__)
     if given.get("task") == "demo" and not given.keys() & {"model", "resume", "eval"}:
         demo.main(given, train)

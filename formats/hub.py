@@ -253,7 +253,7 @@ def convert(weights, prefix, keys, source):
 
 def write_checkpoint(folder, config, weights, tokenizer_of, prefix=""):
     """Write (prefix)model.safetensors, (prefix)config.json and another one's tokenizer files."""
-    tokenizer = tokenizer_files(tokenizer_of)
+    tokenizer = tokenizer_files(tokenizer_of) if tokenizer_of else []
     paths = [Path(folder, f"{prefix}{name}") for name in ("model.safetensors", "config.json")]
     paths += [Path(folder, path.name) for path in tokenizer]
     Path(folder).mkdir(parents=True, exist_ok=True)

@@ -171,7 +171,8 @@ def first_line(path):
 def is_run(folder):
     """Whether a folder holds a run of ours: a last.pt with its hash, or a result with settings."""
     with contextlib.suppress(OSError):
-        return last_bytes(folder / "last.pt").isalnum()
+        if last_bytes(folder / "last.pt").isalnum():
+            return True
     with contextlib.suppress(OSError, ValueError, TypeError):
         return "settings" in json.loads((folder / "result.json").read_text(encoding="utf-8"))
     return False
@@ -219,8 +220,8 @@ class RunFolder:
     @refusing()
     def begin(self, o):
         """Make the folder of a new run, without an older one; returns its State."""
-        check_destinations(o)                              # again: another run may just have ended
         if self.here.speaks:
+            check_destinations(o)                          # again: another run may just have ended
             for path in files_to_replace(self.path):
                 path.unlink()
         self.save()
@@ -250,6 +251,7 @@ class RunFolder:
         log = self.path / "log.jsonl"
         if self.here.speaks and log.exists() and log.stat().st_size > saved["log_bytes"]:
             os.truncate(log, saved["log_bytes"])           # the steps of these lines come again
+        saved.clear()                                      # its tensors are copied: free them
         return state
 
     def check(self, saved):
@@ -373,7 +375,7 @@ def load_state(folder):
     advice = f"--resume one of {', '.join(below)}" if below else "there is no run to resume"
     with disk.reading(path, advice):
         if hash_of_file(path, behind=HASH) != last_bytes(path):
-            raise ValueError("its hash does not fit")
+            raise ValueError("its hash does not fit, or it is of another version of this program")
         return of_this_version(torch.load(path, map_location="cpu", weights_only=True))
 
 

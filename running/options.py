@@ -287,6 +287,7 @@ def resolve(given):
 def resumed(stored, given):
     """The settings of an interrupted run, with what may differ taken from the command line."""
     folder = given["resume"]
+    same_options(folder, TABLE.keys(), stored)
     return checked(stored | beside_resume(stored, given) | {"out": folder, "resume": folder})
 
 
@@ -302,11 +303,7 @@ def beside_resume(stored, given):
 @refusing()
 def evaluating(stored, given):
     """The settings with which to evaluate an adapter that stores its own."""
-    differ = STORED ^ stored.keys()
-    if differ:
-        raise ValueError(f"{given['eval']} is of another version of this program: "
-                         + ", ".join(f"{flag(name)} {'is new' if name in STORED else 'is unknown'}"
-                                     for name in sorted(differ)))
+    same_options(given["eval"], STORED, stored)
     free = {name for name, option in TABLE.items() if "eval" in option.beside}
     settings = {name: option.default for name, option in TABLE.items()} | stored
     settings |= agreed(stored, given, free, "--eval")
@@ -317,6 +314,14 @@ def evaluating(stored, given):
         raise ValueError(f"{given['eval']} was trained on a file of your own: give one to evaluate "
                          "it on as --dev-file")
     return checked(settings)
+
+
+def same_options(path, known, stored):
+    """ValueError that names the options which a file of ours lacks or has too many."""
+    differ = [f"{flag(name)} is new" for name in sorted(known - stored.keys())]
+    differ += [f"{flag(name)} is unknown" for name in sorted(stored.keys() - known)]
+    if differ:
+        raise ValueError(f"{path} is of another version of this program: {', '.join(differ)}")
 
 
 def agreed(fixed, given, free, what):

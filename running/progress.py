@@ -160,7 +160,7 @@ class Log:
     def is_shown(self, step):
         """Whether a line is printed where there is no bar: about 20 in a run, and the last."""
         steps = self.plan.steps
-        before = max(0, step - LOG_STEPS)
+        before = step - LOG_STEPS                          # the first step is shown too
         return step == steps or step * 20 // steps > before * 20 // steps
 
     def evaluation(self, state, scores, predictions):

@@ -1,5 +1,6 @@
 """Tests of running/folder.py, machine.py and progress.py: a run loses nothing. Docstrings name oracles."""
 import contextlib
+import io
 import json
 import os
 import random
@@ -315,6 +316,40 @@ def test_the_random_state_of_a_gpu_is_kept(monkeypatch, name):
     for saved in (state, {"cpu": state["cpu"]}):
         machine.set_random_state(here, saved)
     assert seen == ["of the GPU"] and torch.equal(torch.get_rng_state(), state["cpu"])
+
+
+def test_a_state_of_the_first_format_is_refused(stopped):
+    """Oracle: last.pt as format 1 had it: torch.save's bytes, then a hash that was made otherwise."""
+    content = io.BytesIO()
+    torch.save({"format": 1, "step": 4}, content)
+    whole = content.getvalue()
+    Path("run/last.pt").write_bytes(whole + folder.digest(whole).encode())
+    refused(stopped("--resume run"), "run/last.pt", "another version of this program")
+
+
+def test_an_option_that_a_state_lacks_is_named(stopped, monkeypatch):
+    """Oracle: by hand: last.pt from before an option was there: its name, and no traceback."""
+    state = folder.load_state("run")
+    del state["settings"]["clip"]
+    folder.write_state("run", state)
+    refused(stopped("--resume run"), "another version of this program", "--clip is new")
+
+
+def test_only_the_first_process_looks_at_what_it_overwrites(tmp_path, monkeypatch):
+    """Oracle: the promise: while it removes an older run, another process must not judge the half that is left."""
+    (tmp_path / "adapter.safetensors").write_bytes(b"half removed")
+    files = folder.RunFolder(tmp_path, {}, machine.Machine(torch.device("cpu"), "fp32", 1, 2), None, None, None,
+                           None, None)
+    monkeypatch.setattr(files, "save", lambda: None)
+    o = options.resolve({"task": "demo", "out": str(tmp_path), "overwrite": True})
+    assert files.begin(o) is files.state and (tmp_path / "adapter.safetensors").exists()
+
+
+def test_a_cut_state_beside_a_result_is_a_run_of_ours(cli):
+    """Oracle: result.json: a partial copy of last.pt must not keep --overwrite from its own run."""
+    assert cli.tiny("--max-steps 2").status == 0
+    Path("run/last.pt").write_bytes(b"")
+    assert cli.tiny("--max-steps 2 --overwrite").status == 0
 
 
 def test_files_of_another_version(stopped, monkeypatch):
