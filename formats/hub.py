@@ -105,15 +105,6 @@ def find_tokenizer(name_or_dir):
     return path
 
 
-def find_config(name_or_dir):
-    """Path of config.json; ValueError if folder or repository has none."""
-    path = find(name_or_dir, "config.json")
-    if path is None:
-        raise ValueError(f"{name_or_dir} has no config.json: give a whole checkpoint, a folder or "
-                         "a Hub name")
-    return path
-
-
 def tokenizer_files(name_or_dir):
     """Paths of the tokenizer's files that are at hand; the network is not asked."""
     paths = [find(name_or_dir, name, network=False) for name in TOKENIZER_FILES]
@@ -209,44 +200,6 @@ def convert(weights, prefix, keys, source):
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             raise ValueError(f"{key} of {source} is not a floating-point tensor: use a plain "
                              "checkpoint")
-        converted[key] = tensor.contiguous()
-    return converted
-
-
-
-# Weights of the pretraining task and of unused parts that real files carry: they may be left over.
-LEFTOVERS = {
-    "deberta": r"(lm_predictions|mask_predictions|cls)\.|(deberta\.)?embeddings\.position_",
-    "roberta": r"(lm_head|(roberta\.)?pooler)\.|(roberta\.)?embeddings\.position_ids",
-    "bert": r"cls\.|(bert\.)?embeddings\.position_ids",
-}
-
-
-def convert(weights, prefix, keys, source):
-    """{a file's key: tensor} → {the model's key: contiguous tensor}, without known leftovers.
-
-    A file of the encoder alone has no prefix; in the oldest files a LayerNorm has gamma and beta.
-
-    prefix: "deberta", "roberta" or "bert", what the backbone's keys begin with.
-    keys: those of the model. One that is neither there nor a leftover stays, for loading to refuse.
-    source: where the weights are from, for messages.
-    ValueError for a weight that is there twice, or is no tensor of floating-point numbers.
-    """
-    converted = {}
-    for name, tensor in weights.items():
-        key = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", str(name))
-        key = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", key)
-        if f"{prefix}.{key}" in keys:
-            key = f"{prefix}.{key}"
-        if key not in keys and re.match(LEFTOVERS[prefix], key):
-            continue
-        fault = None
-        if key in converted:
-            fault = "there twice"
-        elif not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            fault = "not a floating-point tensor"
-        if fault:
-            raise ValueError(f"{key} of {source} is {fault}: use a plain checkpoint")
         converted[key] = tensor.contiguous()
     return converted
 
