@@ -171,7 +171,8 @@ def accuracy(run):
 
 
 def test_a_fresh_process_gives_the_same_score_and_logits(cli, tiny):
-    """Oracle: score and logits of the process that trained, bit for bit."""
+    """Oracle: score and logits of the process that trained, bit for bit; the predictions in the run folder are
+    those of the logits, row by row, and the score is theirs."""
     expected, given = [], []
     for model, method in (("deberta", "lora2"), ("bert", "full")):
         words = f"--task demo --model {tiny[model]} --method {method} --out {method} {SMALL}"
@@ -181,6 +182,11 @@ def test_a_fresh_process_gives_the_same_score_and_logits(cli, tiny):
         run = opened(eval=adapter, model=str(tiny[model]))
         run.net = net                                      # the one that was trained
         expected += [score.hex(), folder.digest(logits(run))]
+        predicted = logits(run).argmax(1).tolist()
+        lines = Path(method, "predictions_dev.tsv").read_text().splitlines()[1:]
+        assert lines == [f"{i}\t{label}" for i, label in enumerate(predicted)]
+        labels = run.examples["dev"].labels.tolist()
+        assert score == sum(map(int.__eq__, predicted, labels)) / len(labels)
         given += [adapter, str(tiny[model])]
         again = cli("--eval", adapter, "--model", tiny[model])
         assert again.status == 0 and again.out.splitlines()[-1] == f"dev accuracy {score:.4f}"
