@@ -123,7 +123,7 @@ def test_killed_at_every_write(cli, monkeypatch):
 def test_sigkill(cli, n):
     """Oracle: the unbroken run, but for seconds, tokens per second and date; at n random moments of training,
     which are not all the same one."""
-    words = f"--task demo --model {cli.models['deberta']} {SMALL} --max-steps 60 --eval-steps 7 "
+    words = f"--task demo --model {cli.models['deberta']} {SMALL} --max-steps 30 --eval-steps 7 "
     words += "--save-steps 3 --out "
     began, back = time.monotonic(), []
     assert os.waitpid(child(words + "whole"), 0)[1] == 0
@@ -140,7 +140,7 @@ def test_sigkill(cli, n):
             back.append(folder.load_state("run")["step"])
         assert cli("--resume run" if begun else words + "run").status == 0
         assert outcome("run") == outcome("whole"), moment
-    print(f"killed {n} times, resumed from the steps {sorted(back)} of 60: equal outcomes")
+    print(f"killed {n} times, resumed from the steps {sorted(back)} of 30: equal outcomes")
     assert len(set(back)) > n // 4
 
 
@@ -633,7 +633,7 @@ def processes(words, last=contextlib.nullcontext(), n=2):
 def test_two_processes_are_one(cli):
     """Oracle: one process, within float error, without dropout: losses, pruning, metrics counted once."""
     words = f"--task demo --model {cli.models['still']} {SMALL} --max-steps 7 --eval-steps 2 --batch-size 15 "
-    words += "--limit-dev 61 --out "
+    words += "--limit-dev 61 --k 2 --r 4 --init orthonormal --reg 0.3 --out "
     assert cli(words + "one").status == 0
     (status, said, _), (other, silent, _) = ends = processes(words + "two")
     assert (status, other) == (0, 0), ends

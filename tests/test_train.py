@@ -122,30 +122,35 @@ def test_presets_resolve_to_the_authors_steps(task):
 
 
 def test_the_loop_is_the_method(cli, tiny):
-    """Oracle: the loop written out again with torch's own autograd, AdamW and the formulas of the paper."""
-    assert cli.tiny("--k 2 --r 4 --reg 0.3 --max-steps 4 --epochs 1", model="still").status == 0
-    run = opened(eval="run/adapter.safetensors", model=str(tiny["still"]))
-    trained = {name: p.detach().clone() for name, p in run.net.named_parameters() if p.requires_grad}
+    """Oracle: the loop written out again with torch's own autograd, AdamW and the formulas of the paper; three
+    steps to an epoch, of which each has an order of its own; biases do not decay, the head has its own peak."""
+    words = "--batch-size 32 --k 2 --r 4 --reg 0.3 --clip 0.1 --max-steps 4 --head-lr 0.01 --weight-decay 0.5"
+    assert cli.tiny(words, model="still").status == 0
+    trained = folder.load_state("run")["weights"]
 
-    o = options.resolve({"task": "demo", "model": str(tiny["still"]), "limit_train": 96, "batch_size": 16,
+    o = options.resolve({"task": "demo", "model": str(tiny["still"]), "limit_train": 96, "batch_size": 32,
                          "max_steps": 4, "k": 2, "r": 4, "reg": 0.3})
     _, examples, _, net, _ = train.prepare(o, machine.join())
-    parameters = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=0, weight_decay=o.weight_decay, fused=False)
+    adapted = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    groups = [{"params": [p], "peak": 0.01 if name.startswith(("pooler", "classifier")) else 0.02,
+               "weight_decay": 0 if name.endswith("bias") else 0.5} for name, p in adapted.items()]
+    optimizer = torch.optim.AdamW(groups, fused=False)
     pruner = RankPruner(net, 2, 4, int(4 * 50 / 441), int(4 * 150 / 441), 1)
-    order = torch.Generator().manual_seed(0)
-    for step, batch in enumerate(list(data.batches(examples["train"], 16, 0, order))[:4], 1):
+    orders = [torch.Generator().manual_seed(epoch) for epoch in (0, 1)]
+    first, second = (list(data.batches(examples["train"], 32, 0, order)) for order in orders)
+    for step, batch in enumerate([*first, second[0]], 1):
         logits = net(*batch[:3])
         loss = torch.nn.functional.cross_entropy(logits, batch.labels) + 0.3 * orthogonality_loss(net)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.param_groups[0]["lr"] = 0.02 * (4 - step + 1) / 4
+        assert torch.nn.utils.clip_grad_norm_(adapted.values(), 0.1) > 0.1
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * (4 - step + 1) / 4
         optimizer.step()
         pruner.step()
         optimizer.zero_grad()
-    for name, p in net.named_parameters():
-        if p.requires_grad:
-            torch.testing.assert_close(p.detach(), trained[name], rtol=1e-4, atol=1e-6)
+    assert len(adapted) > 60
+    for name, p in adapted.items():
+        torch.testing.assert_close(p.detach(), trained[name], rtol=1e-4, atol=1e-6)
 
 
 # --- saving, evaluating, handing out ------------------------------------------------------------------------
@@ -171,7 +176,8 @@ def accuracy(run):
 
 
 def test_a_fresh_process_gives_the_same_score_and_logits(cli, tiny):
-    """Oracle: score and logits of the process that trained, bit for bit."""
+    """Oracle: score and logits of the process that trained, bit for bit; the predictions in the run folder are
+    those of the logits, row by row, and the score is theirs."""
     expected, given = [], []
     for model, method in (("deberta", "lora2"), ("bert", "full")):
         words = f"--task demo --model {tiny[model]} --method {method} --out {method} {SMALL}"
@@ -181,6 +187,11 @@ def test_a_fresh_process_gives_the_same_score_and_logits(cli, tiny):
         run = opened(eval=adapter, model=str(tiny[model]))
         run.net = net                                      # the one that was trained
         expected += [score.hex(), folder.digest(logits(run))]
+        predicted = logits(run).argmax(1).tolist()
+        lines = Path(method, "predictions_dev.tsv").read_text().splitlines()[1:]
+        assert lines == [f"{i}\t{label}" for i, label in enumerate(predicted)]
+        labels = run.examples["dev"].labels.tolist()
+        assert score == sum(map(int.__eq__, predicted, labels)) / len(labels)
         given += [adapter, str(tiny[model])]
         again = cli("--eval", adapter, "--model", tiny[model])
         assert again.status == 0 and again.out.splitlines()[-1] == f"dev accuracy {score:.4f}"
@@ -445,7 +456,7 @@ def test_what_survives_is_reported_beside_what_was_trained(cli, words, own, ends
 
 CHANGES = ["--k 2", "--r 4", "--target-rank 5", "--alpha 8", "--targets q,v", "--init orthonormal",
            "--reg 5", "--reg-terms uv", "--importance full", "--epochs 1", "--max-steps 5", "--batch-size 12",
-           "--lr 0.01", "--head-lr 0.001", "--warmup 0.5", "--max-len 8", "--head-dropout 0.5",
+           "--lr 0.01", "--head-lr 0.001", "--clip 0.1", "--warmup 0.5", "--max-len 8", "--head-dropout 0.5",
            "--weight-decay 0.5", "--seed 1", "--prune-warmup 3", "--prune-final 1", "--prune-interval 3",
            "--limit-train 80", "--dtype bf16", "--method lora", "--method sora",
            "--method sora --sora-threshold 0.1"]
