@@ -125,7 +125,9 @@ def read_json(path):
 def read_tokenizer(path):
     """tokenizer.json as a tokenizers.Tokenizer; ValueError that names the file if it is not one."""
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.encode("a", "b")                 # a template may name a token that is not there
+        return tokenizer
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as e:                     # Rust's PanicException, which is no Exception

@@ -1,4 +1,5 @@
 """Tests of data.py. Each docstring names its oracle. Real GLUE files are used where shared/glue is there."""
+import json
 import random
 from collections import Counter
 from pathlib import Path
@@ -78,6 +79,17 @@ def test_load_tokenizer(minilm, tmp_path, monkeypatch):
 def test_corrupt_tokenizer(content, tmp_path):
     """Oracle: one sentence that names the file."""
     (tmp_path / "tokenizer.json").write_bytes(content)
+    assert str(tmp_path / "tokenizer.json") in refusal(ValueError, data.load_tokenizer, tmp_path)
+
+
+def test_a_template_names_a_token_that_is_not_there(minilm, tmp_path):
+    """Oracle: tokenizers itself: it loads such a file and panics at the first sentence; ours refuses it."""
+    tokenizer = json.loads((minilm / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["post_processor"]["special_tokens"] = {}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    broken = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(BaseException, match="no entry found"):
+        broken.encode("a sentence")
     assert str(tmp_path / "tokenizer.json") in refusal(ValueError, data.load_tokenizer, tmp_path)
 
 
