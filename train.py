@@ -11,6 +11,7 @@
 # In this file: o, the options · here, the machine: device, dtype, rank, world · plan, when things
 # happen · files, the run folder · signals, Ctrl-C · guard, which remembers the first step that was
 # not finite · refusing(), which makes a user's mistake one line. All of them are in running/.
+import functools
 import math
 import sys
 from pathlib import Path
@@ -118,6 +119,9 @@ def train(o, saved=None):
                                        o.sora_threshold)   # LoRA²: RankPruner
     optimizer, parameters = make_optimizer(net, o.lr, o.head_lr, o.weight_decay)
     guard = Guard(here.device, o.out)
+    recorded = None                                        # a GPU repeats what it did
+    if here.device.type == "cuda" and not o.eager and o.method != "full":
+        recorded = fast.Recorded(functools.partial(part_loss, net, task, here), parameters)
 
     with (folder.RunFolder(o.out, identity, here, plan, net, optimizer, pruner, guard) as files,
           machine.Signals(here) as signals, progress.Log(o, plan, here, task, net, guard) as log):
@@ -139,7 +143,7 @@ def train(o, saved=None):
             # ---- one training step -------------------------------------------------------
             batch = next(batches)
             state.step += 1
-            loss = gradients(net, batch, task, here, o.accum)        # forward, backward
+            loss = gradients(net, batch, task, here, o.accum, recorded)  # forward, backward
             R = baselines.regulariser(o.method, net, o.reg_terms)    # LoRA²: Eq. 5
             if R is not None:
                 fast.add_gradients(o.reg * R, parameters)            # as (γ R).backward() does
@@ -155,22 +159,30 @@ def train(o, saved=None):
 
 # --- the parts of a step: the benchmark times these very functions ------------------------
 
-def gradients(net, batch, task, here, accum):
+def gradients(net, batch, task, here, accum, recorded=None):
     """Forward and backward over this process's parts of a batch. Returns the loss, a scalar.
 
     A part's loss is weighted by its share of the rows, so that gradients and loss, summed over
     parts and processes, are those of the mean over the batch. R is the same in each process: it
-    is added afterwards, once.
+    is added afterwards, once. recorded: on a GPU a fast.Recorded, which does the same.
     """
     loss = torch.zeros((), device=here.device)
     for part in parts_of(batch, here.rank, here.world, accum):
-        [labels] = here.copies(part.labels)
-        part_loss = task_loss(predict_batch(net, part, here), labels, task)
-        part_loss = part_loss * (len(part.rows) / len(batch.rows))
-        part_loss.backward()
-        loss += part_loss.detach()
+        part = data.Batch(*here.copies(*part))
+        share = len(part.rows) / len(batch.rows)
+        if recorded:
+            loss += recorded(part, share)
+        else:
+            loss_of_part = part_loss(net, task, here, part, share)
+            loss_of_part.backward()
+            loss += loss_of_part.detach()
     machine.sum_gradients(loss, net)                       # one process: nothing to do
     return loss
+
+
+def part_loss(net, task, here, part, share):
+    """The loss of a part of a batch, times its share of the batch's rows: a scalar."""
+    return task_loss(predict_batch(net, part, here), part.labels, task) * share
 
 
 def update(optimizer, parameters, loss, plan, step, max_norm, guard):

@@ -14,7 +14,7 @@ from methods.fast_lora2 import (FastLoRA2Linear, add_gradients, cast_frozen, ort
                                 product_dtype, shared_updates)
 from model import DisentangledSelfAttention, Encoder, SelfAttention, bucket, split_heads
 
-__all__ = ["add_gradients", "orthogonality_loss", "shared_updates", "speed_up"]
+__all__ = ["Recorded", "add_gradients", "orthogonality_loss", "shared_updates", "speed_up"]
 
 
 def speed_up(net, dtype="fp32", compile=False):
@@ -47,6 +47,59 @@ def speed_up(net, dtype="fp32", compile=False):
         for layer in net.backbone.encoder.layer:
             layer.compile(dynamic=True)
     return net
+
+
+class Recorded:
+    """Loss and gradients of a part of a batch on a GPU, in one launch in place of some 1,800.
+
+    The host takes longer to launch a step's operations than a fast GPU to do them. So they are
+    recorded as a CUDA graph for each shape of a batch, and replayed: the same kernels on the same
+    memory, dropout drawn anew. The first call for a shape runs as it is, since it also makes plans.
+    Gradients get memory of their own, which all graphs know, and their numbers in one operation.
+
+    function: (part, share) → loss. The numbers in `part`, a tuple of tensors on the GPU, and those
+    of the model are all that may change between two calls for one shape.
+    parameters: those that are trained.
+    """
+
+    def __init__(self, function, parameters):
+        self.function = function
+        self.parameters = parameters
+        self.gradients = [torch.zeros_like(p) for p in parameters]
+        self.pool = torch.cuda.graph_pool_handle()          # one graph at a time uses this memory
+        self.graphs = {}                                    # (shape, share) → see record()
+
+    def __call__(self, part, share):
+        """Add to the gradients; returns the loss."""
+        if self.parameters[0].grad is None:                 # a new step, after zero_grad()
+            torch._foreach_zero_(self.gradients)
+            for parameter, gradient in zip(self.parameters, self.gradients):
+                parameter.grad = gradient
+        key = part[0].shape, share
+        if key not in self.graphs:
+            self.graphs[key] = None
+            return self.differentiate(part, share)
+        if self.graphs[key] is None:
+            self.graphs[key] = self.record(part, share)
+        graph, inputs, loss = self.graphs[key]
+        for seen, given in zip(inputs, part):
+            seen.copy_(given)
+        graph.replay()
+        return loss
+
+    def differentiate(self, part, share):
+        """What is recorded."""
+        loss = self.function(part, share)
+        add_gradients(loss, self.parameters)
+        return loss.detach()
+
+    def record(self, part, share):
+        """(graph, the memory it reads a part from, the memory it writes the loss to)."""
+        inputs = type(part)(*(tensor.clone() for tensor in part))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            loss = self.differentiate(inputs, share)
+        return graph, inputs, loss
 
 
 class CheapDropout(nn.Dropout):
@@ -154,8 +207,8 @@ class FastDisentangledSelfAttention(DisentangledSelfAttention):
         q = q.mul_(scale)
         Q = Q * scale
         if order is not None:                               # several distances share a bucket
-            K = K.index_select(1, order)                    # (H, 2T − 1, e): −(T − 1) .. T − 1
-            Q = Q.index_select(1, order)
+            K = take_rows(K, order)                         # (H, 2T − 1, e): −(T − 1) .. T − 1
+            Q = take_rows(Q, order)
         K = F.pad(K, (0, 0, 1, 0))                          # W = 2T: products are faster so
         Q = F.pad(Q, (0, 0, 0, 1))
         c2p = torch.bmm(q.view(H, B * T, -1), K.flip(1).mT)  # (H, B·T, W): T − 1 .. −(T − 1)
@@ -176,6 +229,18 @@ class FastDisentangledSelfAttention(DisentangledSelfAttention):
 def heads_first(x, H):
     """(..., d) → (H, ..., e): so that one product for each head serves all rows of the batch."""
     return x.unflatten(-1, (H, -1)).movedim(-2, 0)
+
+
+def take_rows(table, order):
+    """(H, rows, e) → (H, W, e), table[:, order].
+
+    On a GPU as a product with ones and zeros: the backward pass of an index would add up rows that
+    were taken several times in whatever order its threads come, in the dtype of the table.
+    """
+    if table.device.type == "cpu":
+        return table.index_select(1, order)
+    rows = torch.arange(table.shape[1], device=table.device)
+    return (order[:, None] == rows).to(table.dtype) @ table
 
 
 def along_diagonals(S, T):

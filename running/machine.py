@@ -32,12 +32,17 @@ class Machine(NamedTuple):
         return 1 if self.device.type == "cpu" else 8
 
     def copies(self, *tensors):
-        """Copies on the device. On a GPU the host does not wait for them, which takes pinned
-        memory: without it, as on a Mac, the batch could be gone before it is copied."""
+        """Copies on the device, of what is not there yet. On a GPU the host does not wait for
+        them, which takes pinned memory: without it, as on a Mac, the batch could be gone before it
+        is copied."""
         if self.device.type != "cuda":
             return [tensor.to(self.device) for tensor in tensors]
-        return [tensor.contiguous().pin_memory().to(self.device, non_blocking=True)
-                for tensor in tensors]
+        copies = []
+        for tensor in tensors:
+            if tensor.device.type == "cpu":
+                tensor = tensor.contiguous().pin_memory()
+            copies.append(tensor.to(self.device, non_blocking=True))
+        return copies
 
 
 def join(name=None, dtype=None):

@@ -128,7 +128,9 @@ OPTIONS = {
         Option("device", str, None, "cuda, mps or cpu; by default the first there is", beside=BOTH),
         Option("dtype", ("fp32", "bf16"), None, "bf16 is autocast; by default on a GPU that has "
                "it, else fp32", beside=EVAL),
-        Option("compile", bool, False, "torch.compile the layers of the model", beside=EVAL)),
+        Option("compile", bool, False, "torch.compile the layers of the model", beside=EVAL),
+        Option("eager", bool, False, "on a GPU, launch each operation of a step by itself, where "
+               "otherwise it is recorded once for each shape of a batch and replayed", beside=BOTH)),
     "files": (
         Option("out", "path", None, "run folder; by default runs/TASK-MODEL-METHOD-sSEED"),
         Option("overwrite", bool, False, "replace the run in that folder"),
@@ -147,7 +149,7 @@ OPTIONS = {
 TABLE = {option.name.replace("-", "_"): option for group in OPTIONS.values() for option in group}
 AFTERWARDS = {"predict", "merge", "export_peft"}           # what can be asked of a finished adapter
 # In an adapter stands what was learnt and from which model, not where things are.
-PLACES = {"data_dir", "train_file", "dev_file", "device"} | {
+PLACES = {"data_dir", "train_file", "dev_file", "device", "eager"} | {
     option.name.replace("-", "_") for option in OPTIONS["files"]}
 STORED = TABLE.keys() - PLACES
 

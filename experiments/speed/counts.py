@@ -120,11 +120,10 @@ def saved_bytes(forward, model):
 
 
 def peak_bytes(step, before):
-    """Most bytes that a step has allocated on a GPU, beyond those that were before."""
-    step()                                                 # makes the optimizer's state
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    return torch.cuda.max_memory_allocated() - before
+    """Bytes that a GPU has reserved for three steps, beyond those before: two to be recorded."""
+    for _ in range(3):
+        step()
+    return torch.cuda.max_memory_reserved() - before
 
 
 def frozen_flops(config, B, T):

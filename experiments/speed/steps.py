@@ -4,6 +4,7 @@ The step calls the functions of train.py's loop one after the other, so that eac
 counted by itself. Shapes: B rows, T tokens, d hidden size, f feed-forward size, H heads.
 """
 import contextlib
+import functools
 import json
 import random
 import time
@@ -82,12 +83,13 @@ class OwnStep:
     method: "lora2", "adalora" or "frozen" (forward and backward alone, which every step needs).
     extras: with False neither regulariser nor pruner.
     dtype: "fp32" or "bf16", that is autocast. layers: how many of them; None for all.
+    eager: on a GPU as with train.py --eager, where otherwise forward and backward are recorded.
     The pruner is in the middle of its schedule and chooses anew at every step, as with the presets
     of MRPC and RTE.
     """
 
     def __init__(self, folder, method, batch, k=1, r=8, extras=True, dtype="fp32", compile=False,
-                 layers=None):
+                 layers=None, eager=False):
         self.net = net = models.from_pretrained(folder, 2)
         if layers is not None:
             del net.backbone.encoder.layer[layers:]
@@ -101,10 +103,15 @@ class OwnStep:
         else:
             baselines.add_method(method, net, names, net.head, k, r, 32, None)
         fast.speed_up(net.to(self.here.device).train(), dtype, compile)
+        if method != "frozen":
+            self.optimizer, self.parameters = train.make_optimizer(
+                net, lr=1e-3, head_lr=1e-3, weight_decay=0.0)
+        self.recorded = None
+        if self.here.device.type == "cuda" and not eager:
+            loss_of = functools.partial(train.part_loss, net, self.task, self.here)
+            self.recorded = fast.Recorded(loss_of, self.parameters)
         if method == "frozen":
             return
-        self.optimizer, self.parameters = train.make_optimizer(
-            net, lr=1e-3, head_lr=1e-3, weight_decay=0.0)
         self.plan = options.Plan(1000, 1000, 0, 0, 10, 1, None, None, None)
         self.step = 0
         self.pruner = None
@@ -120,7 +127,7 @@ class OwnStep:
     def __call__(self, part=lambda name: contextlib.nullcontext()):
         """One step. part(name) is a context around each of its parts, to count them."""
         with part("forward, backward"):
-            loss = train.gradients(self.net, self.batch, self.task, self.here, accum=1)
+            loss = train.gradients(self.net, self.batch, self.task, self.here, 1, self.recorded)
         if self.method == "frozen":
             for parameter in self.parameters:
                 parameter.grad = None
@@ -193,6 +200,19 @@ def profile(function, device="cpu"):
             table.append({"operation": op.key.removeprefix("aten::"), "calls": op.count,
                           "seconds": taken, "GFLOP/s": flops.get(op.key, 0) / taken / 1e9})
     return sorted(table, key=lambda line: -line["seconds"])
+
+
+def launches(function):
+    """How often the host asks a GPU for work in one call: kernels, copies, fills, graphs."""
+    with torch.profiler.profile(activities=None) as seen:
+        function()
+        torch.cuda.synchronize()
+    calls = 0
+    for op in seen.key_averages():
+        name = op.key.removeprefix("cuda").removeprefix("cu")
+        if name.startswith(("Launch", "GraphLaunch", "Memcpy", "Memset")):
+            calls += op.count
+    return calls
 
 
 def profiled(function, device, **more):
