@@ -147,6 +147,7 @@ def train(o, saved=None):
             R = baselines.regulariser(o.method, net, o.reg_terms)    # LoRA²: Eq. 5
             if R is not None:
                 fast.add_gradients(o.reg * R, parameters)            # as (γ R).backward() does
+                R = R.detach()                                       # lets go of its graph
             update(optimizer, parameters, loss, plan, state.step, o.clip, guard)
             kept = pruner.step() if pruner else None                 # LoRA²: Algorithm 1
             optimizer.zero_grad()

@@ -56,6 +56,8 @@ class Recorded:
     recorded as a CUDA graph for each shape of a batch, and replayed: the same kernels on the same
     memory, dropout drawn anew. The first call for a shape runs as it is, since it also makes plans.
     Gradients get memory of their own, which all graphs know, and their numbers in one operation.
+    While it records no autograd graph of these parameters may be alive, as that of a loss that was
+    kept: its nodes belong to the stream they were made on, and this one is another.
 
     function: (part, share) → loss. The numbers in `part`, a tuple of tensors on the GPU, and those
     of the model are all that may change between two calls for one shape.

@@ -121,6 +121,7 @@ def saved_bytes(forward, model):
 
 def peak_bytes(step, before):
     """Bytes that a GPU has reserved for three steps, beyond those before: two to be recorded."""
+    torch.cuda.reset_peak_memory_stats()
     for _ in range(3):
         step()
     return torch.cuda.max_memory_reserved() - before
