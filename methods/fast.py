@@ -202,6 +202,8 @@ class FastDisentangledSelfAttention(DisentangledSelfAttention):
         k = heads_first(self.key_proj(x), H).contiguous()   # (H, B, T, e)
         v = heads_first(self.value_proj(x), H).contiguous()  # (H, B, T, e)
         table = self.pos_dropout(table).to(mask.dtype)
+        if table.device.type == "cuda":                     # its thin products want rows by eights
+            table = F.pad(table, (0, 0, 0, -len(table) % 8))
         K = heads_first(self.key_proj(table), H)            # (H, rows, e)
         Q = heads_first(self.query_proj(table), H)          # (H, rows, e)
 
@@ -211,8 +213,9 @@ class FastDisentangledSelfAttention(DisentangledSelfAttention):
         if order is not None:                               # several distances share a bucket
             K = take_rows(K, order)                         # (H, 2T − 1, e): −(T − 1) .. T − 1
             Q = take_rows(Q, order)
-        K = F.pad(K, (0, 0, 1, 0))                          # W = 2T: products are faster so
-        Q = F.pad(Q, (0, 0, 0, 1))
+        missing = 2 * T - K.shape[1]                        # W = 2T: products are faster so
+        K = F.pad(K, (0, 0, 1, missing - 1))
+        Q = F.pad(Q, (0, 0, 0, missing))
         c2p = torch.bmm(q.view(H, B * T, -1), K.flip(1).mT)  # (H, B·T, W): T − 1 .. −(T − 1)
         p2c = torch.bmm(k.view(H, B * T, -1), Q.mT)         # (H, B·T, W): −(T − 1) .. T − 1
 
