@@ -119,9 +119,7 @@ def train(o, saved=None):
                                        o.sora_threshold)   # LoRA²: RankPruner
     optimizer, parameters = make_optimizer(net, o.lr, o.head_lr, o.weight_decay)
     guard = Guard(here.device, o.out)
-    recorded = None                                        # a GPU repeats what it did
-    if here.device.type == "cuda" and not o.eager and o.method != "full":
-        recorded = fast.Recorded(functools.partial(part_loss, net, task, here), parameters)
+    recorded = recorder(o, net, task, here, parameters)
 
     with (folder.RunFolder(o.out, identity, here, plan, net, optimizer, pruner, guard) as files,
           machine.Signals(here) as signals, progress.Log(o, plan, here, task, net, guard) as log):
@@ -144,10 +142,7 @@ def train(o, saved=None):
             batch = next(batches)
             state.step += 1
             loss = gradients(net, batch, task, here, o.accum, recorded)  # forward, backward
-            R = baselines.regulariser(o.method, net, o.reg_terms)    # LoRA²: Eq. 5
-            if R is not None:
-                fast.add_gradients(o.reg * R, parameters)            # as (γ R).backward() does
-                R = R.detach()                                       # lets go of its graph
+            R = regularise(o, net, parameters)                       # LoRA²: Eq. 5
             update(optimizer, parameters, loss, plan, state.step, o.clip, guard)
             kept = pruner.step() if pruner else None                 # LoRA²: Algorithm 1
             optimizer.zero_grad()
@@ -181,9 +176,28 @@ def gradients(net, batch, task, here, accum, recorded=None):
     return loss
 
 
+def recorder(o, net, task, here, parameters):
+    """What computes gradients() on a GPU; None where every operation is launched by itself.
+
+    The word embeddings, which full fine-tuning trains, have a backward pass that sorts.
+    """
+    if here.device.type != "cuda" or o.eager or o.method == "full":
+        return None
+    return fast.Recorded(functools.partial(part_loss, net, task, here), parameters)
+
+
 def part_loss(net, task, here, part, share):
     """The loss of a part of a batch, times its share of the batch's rows: a scalar."""
     return task_loss(predict_batch(net, part, here), part.labels, task) * share
+
+
+def regularise(o, net, parameters):
+    """Add γ R to what the gradients are of. Returns R, a scalar; None for methods without one."""
+    R = baselines.regulariser(o.method, net, o.reg_terms)
+    if R is None:
+        return None
+    fast.add_gradients(o.reg * R, parameters)              # as (γ R).backward() does
+    return R.detach()
 
 
 def update(optimizer, parameters, loss, plan, step, max_norm, guard):

@@ -129,8 +129,8 @@ OPTIONS = {
         Option("dtype", ("fp32", "bf16"), None, "bf16 is autocast; by default on a GPU that has "
                "it, else fp32", beside=EVAL),
         Option("compile", bool, False, "torch.compile the layers of the model", beside=EVAL),
-        Option("eager", bool, False, "on a GPU, launch each operation of a step by itself, where "
-               "otherwise it is recorded once for each shape of a batch and replayed", beside=BOTH)),
+        Option("eager", bool, False, "launch each operation by itself: on a GPU steps are "
+               "otherwise recorded once for each shape of a batch, and replayed", beside=BOTH)),
     "files": (
         Option("out", "path", None, "run folder; by default runs/TASK-MODEL-METHOD-sSEED"),
         Option("overwrite", bool, False, "replace the run in that folder"),
