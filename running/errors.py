@@ -47,7 +47,8 @@ def told(action, *arguments):
     except Refused as error:
         return report(f"error: {error}", 2)
     except RuntimeError as error:
-        if "out of memory" not in str(error):              # a Mac's error has no class of its own
+        full = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # a Mac's has no class of its own
+        if not any(words in str(error) for words in full):
             raise
         return report(f"error: {GPU_IS_FULL}", 1)
     except (FloatingPointError, OSError) as error:         # diverged; a full disk, a lost process

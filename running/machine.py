@@ -5,6 +5,7 @@ import os
 import platform
 import signal
 import sys
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -60,10 +61,11 @@ def join(name=None, dtype=None):
     if device.type == "cpu":
         keep_freed_memory()
     if world > 1 and not dist.is_initialized():
+        patience = timedelta(hours=6)                      # the others wait while one downloads
         if device.type == "cuda":
-            dist.init_process_group("nccl", device_id=device)
+            dist.init_process_group("nccl", device_id=device, timeout=patience)
         else:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=patience)
     rank = dist.get_rank() if world > 1 else 0
     imitated = emulates_bf16(device.type)
     if dtype is None:

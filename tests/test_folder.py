@@ -199,13 +199,17 @@ def full_mac(_):
     raise RuntimeError("MPS backend out of memory (MPS allocated: ...)")
 
 
+def full_for_cublas(_):
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
 def full_disk(small_disk):
     small_disk(10_000)
 
 
 # Step, what happens in it, the status, what is said, the step of the state from which the run goes on.
 ACCIDENTS = [(5, twice, 130, "what was written before is whole", 4), (3, full_gpu, 1, "--accum 2", 2),
-             (3, full_mac, 1, "--accum 2", 2), (4, full_disk, 1, "could not be written", 3),
+             (3, full_mac, 1, "--accum 2", 2), (3, full_for_cublas, 1, "--accum 2", 2), (4, full_disk, 1, "could not be written", 3),
              (5, full_disk, 1, "could not be written", 4), (6, full_disk, 1, "could not be written", 4)]
 
 
