@@ -11,6 +11,8 @@
 # In this file: o, the options · here, the machine: device, dtype, rank, world · plan, when things
 # happen · files, the run folder · signals, Ctrl-C · guard, which remembers the first step that was
 # not finite · refusing(), which makes a user's mistake one line. All of them are in running/.
+import functools
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -23,6 +25,7 @@ import model as models
 from formats import glue
 from lora2 import load_lora2_state_dict
 from methods import baselines, fast
+from methods.first_gradient import BATCHES, start_at_gradient
 from running import demo, export, folder, machine, options, progress
 from running.errors import Guard, refusing, told
 
@@ -84,11 +87,12 @@ def load_splits(o, here, stored):
             for name, split in splits.items()}, task
 
 
-def make_optimizer(net, lr, head_lr, weight_decay):
+def make_optimizer(net, lr, head_lr, weight_decay, outer_lr=None):
     """(AdamW, its parameters): a group for each pair of peak learning rate and weight decay.
 
-    Biases and LayerNorms do not decay; the head may have a learning rate of its own.
+    Biases and LayerNorms do not decay; head and outer factors may have learning rates of their own.
     """
+    outer_lr = lr if outer_lr is None else outer_lr
     body, head = [], []
     for name, p in net.named_parameters():
         if p.requires_grad:
@@ -97,7 +101,8 @@ def make_optimizer(net, lr, head_lr, weight_decay):
     for named, peak in ((body, lr), (head, head_lr)):
         for name, p in named:
             decay = 0.0 if name.endswith("bias") or "LayerNorm" in name else weight_decay
-            groups.setdefault((peak, decay), []).append(p)
+            its_peak = outer_lr if name.endswith(baselines.OUTER) else peak
+            groups.setdefault((its_peak, decay), []).append(p)
     settings = []
     for (peak, decay), group in groups.items():
         settings.append({"params": group, "peak": peak, "lr": peak, "weight_decay": decay})
@@ -116,7 +121,12 @@ def train(o, saved=None):
         plan = options.plan(o, rows=len(examples["train"].labels))
         pruner = baselines.make_pruner(o.method, net, o.target_rank, *plan.pruning(), o.importance,
                                        o.sora_threshold)   # LoRA²: RankPruner
-    optimizer, parameters = make_optimizer(net, o.lr, o.head_lr, o.weight_decay)
+    optimizer, parameters = make_optimizer(net, o.lr, o.head_lr, o.weight_decay, o.outer_lr)
+    if o.init == "gradient" and saved is None:
+        step = functools.partial(gradients, net, task=task, here=here._replace(dtype="fp32"),
+                                 accum=o.accum)            # the copies in bf16 have no gradient
+        first = itertools.islice(stream(examples["train"], o, plan, 0, net, here), BATCHES)
+        start_at_gradient(net, step, first)
     guard = Guard(here.device, o.out)
 
     with (folder.RunFolder(o.out, identity, here, plan, net, optimizer, pruner, guard) as files,
