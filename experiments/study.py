@@ -33,6 +33,7 @@ from experiments import grid as grids
 from experiments import search, study_page, summary
 from formats import disk
 from running import machine, options
+from running.errors import Refused
 
 GIVEN = disk.read_json(grids.ROOT / "experiments" / "study.json", "restore it")
 
@@ -330,7 +331,7 @@ def main(argv=None):
                 check_device(study, args.device, args.out)
                 failures = run_all(args, study)
         print(write_page(Path(args.out), args.rows))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, Refused) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ import torch
 from lora2 import lora2_layers, require
 
 BATCHES = 8                                                 # over which the gradient is averaged
-MORE = 8                                                    # directions, which make k of them exact
+MORE = 8                                                    # directions than k, for accuracy
 
 
 def start_at_gradient(net, backward, batches):
@@ -46,5 +46,5 @@ def leading(G, k):
     devices = [G.device] if G.is_cuda else []
     with torch.random.fork_rng(devices):                    # dropout's random numbers stay
         torch.manual_seed(0)
-        left, _, right = torch.svd_lowrank(G, min(k + MORE, *G.shape), niter=8)
+        left, _, right = torch.svd_lowrank(G, min(k + MORE, *G.shape), niter=4)
     return left[:, :k], right[:, :k]
