@@ -11,7 +11,6 @@
 # In this file: o, the options · here, the machine: device, dtype, rank, world · plan, when things
 # happen · files, the run folder · signals, Ctrl-C · guard, which remembers the first step that was
 # not finite · refusing(), which makes a user's mistake one line. All of them are in running/.
-import functools
 import itertools
 import math
 import sys
@@ -109,12 +108,17 @@ def make_optimizer(net, lr, head_lr, weight_decay, outer_lr=None):
     return torch.optim.AdamW(settings, fused=True), [p for group in groups.values() for p in group]
 
 
+def point_at_gradient(o, here, task, examples, plan, net):
+    """--init gradient: v and V along W0's gradient over the first batches (first_gradient.py)."""
+    in_fp32 = here._replace(dtype="fp32")                  # copies of W0 in bf16 have no gradient
+    first = itertools.islice(stream(examples["train"], o, plan, 0, net, here), BATCHES)
+    start_at_gradient(net, lambda batch: gradients(net, batch, task, in_fp32, o.accum), first)
+
+
 # --- one run ------------------------------------------------------------------------------
 
 def train(o, saved=None):
-    """Train to the end, from the start or from the state that folder.load_state() gave.
-
-    Returns (Machine, task, Examples of --predict or None, model)."""
+    """Train to the end, from the start or a saved state: (Machine, task, unseen, model)."""
     with refusing():                                       # around what a user can have wrong
         here = machine.join(o.device, o.dtype)
         task, examples, unseen, net, identity = prepare(o, here)
@@ -122,13 +126,9 @@ def train(o, saved=None):
         pruner = baselines.make_pruner(o.method, net, o.target_rank, *plan.pruning(), o.importance,
                                        o.sora_threshold)   # LoRA²: RankPruner
     optimizer, parameters = make_optimizer(net, o.lr, o.head_lr, o.weight_decay, o.outer_lr)
-    if o.init == "gradient" and saved is None:
-        step = functools.partial(gradients, net, task=task, here=here._replace(dtype="fp32"),
-                                 accum=o.accum)            # the copies in bf16 have no gradient
-        first = itertools.islice(stream(examples["train"], o, plan, 0, net, here), BATCHES)
-        start_at_gradient(net, step, first)
+    if o.init == "gradient" and saved is None:             # v and V along W0's first gradient
+        point_at_gradient(o, here, task, examples, plan, net)
     guard = Guard(here.device, o.out)
-
     with (folder.RunFolder(o.out, identity, here, plan, net, optimizer, pruner, guard) as files,
           machine.Signals(here) as signals, progress.Log(o, plan, here, task, net, guard) as log):
         state = files.begin(o) if saved is None else files.restore(saved)

@@ -2,13 +2,13 @@
 
     python experiments/study.py --model FOLDER --data-dir glue --workers 2 --device cpu
     python experiments/study.py --model FOLDER --data-dir glue --workers 12 --seconds 300
-    python experiments/study.py --out FILE.json --no-run          # the page again, of the file alone
+    python experiments/study.py --out FILE.json --no-run    # the page again, of the file alone
 
 study.json says what runs, in stages, and in which order. Of each row on each task the learning rate
 and scale are chosen first (search.py), on a seed that is not reported; then come the seeds. Each
 worker is a process that calls train.py's main() for one run after the other, and keeps no folder.
-OUT.json (as summary.py writes it) is written anew after each run, OUT.md at the end (study_page.py).
-However it was stopped, the same command goes on. A run that diverged is recorded as that.
+OUT.json (as summary.py writes it) is written anew after each run, OUT.md at the end
+(study_page.py). However it was stopped, the same command goes on. A run that diverged is recorded.
 """
 import argparse
 import contextlib
