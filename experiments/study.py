@@ -218,6 +218,8 @@ def write_page(path, rows):
     if rows:
         content["rows"] = {row: content["rows"][row] for row in rows.split(",")}
     text = study_page.page(content)
+    done = [one for one in content["runs"] if "failed" not in one]
+    grids.check_sources("models", done, "base")
     disk.write_file(path.with_suffix(".md"), text)
     return path.with_suffix(".md")
 
