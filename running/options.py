@@ -278,8 +278,6 @@ def resolve(given):
         settings["target_rank"] = min(settings["target_rank"], settings["r"])
     if settings["head_lr"] is None:
         settings["head_lr"] = settings["lr"]
-    if settings["outer_lr"] is None and method in ADAPTERS:
-        settings["outer_lr"] = settings["lr"]
     if settings["out"] is None:
         which = f"lora2-k{settings['k']}" if method == "lora2" else method
         model = Path(settings["model"]).resolve().name
