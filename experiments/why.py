@@ -33,7 +33,7 @@ from formats import disk
 from lora2 import lora2_layers
 from running.errors import Refused
 
-ROWS = ("lora-r1", "lora2-k1-orthonormal", "lora2-k1", "lora2-k1-gradient")
+ROWS = ("lora-r1", "lora2-k1-orthonormal", "lora2-k1-rates", "lora2-k1", "lora2-k1-gradient")
 SEEDS = 3
 EVERY = 9                               # steps between two looks
 SERIES = {"size": "‖ΔW‖ / ‖W0‖", "direction": "cos(ΔW, its end)", "v": "|cos(v, its start)|"}
