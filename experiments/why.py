@@ -179,9 +179,11 @@ def run_all(args, asked, path):
     """Watch all runs; what went wrong, a line each. The file is written after each."""
     content = {"command": args.command.replace("study.py", "why.py"), "runs": [],
                "rows": {row: grids.row_of(row)[0] for row in ROWS}, "tasks": asked.grid.tasks}
-    failures = []
+    failures, cells = [], cells_of(asked, min(SEEDS, args.seeds))
+    if not cells:
+        raise ValueError(f"{args.out} has no choice that is inside its grid: run study.py first")
     pool = study.make_pool(args.workers)
-    futures = [pool.submit(watch, cell) for cell in cells_of(asked, min(SEEDS, args.seeds))]
+    futures = [pool.submit(watch, cell) for cell in cells]
     try:
         for future in as_completed(futures, args.seconds if args.seconds < 1e6 else None):
             try:

@@ -103,8 +103,8 @@ SIZES = {"lora2.py": 420,           # 350
          "model.py": 400, "data.py": 350, "train.py": 350,
          "the four that are read": 1492,                                     # 1,450
          "product": 5256,           # 4,300: all but tests/ and experiments/
-         "experiments": 3520,       # 2,400
-         "tests": 10930}            # 9,500
+         "experiments": 3530,       # 2,400
+         "tests": 10945}            # 9,500
 
 
 def test_what_is_read_stays_small():

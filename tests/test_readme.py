@@ -193,7 +193,9 @@ def test_every_result_is_shown_or_linked_and_what_is_not_run_is_said():
         if not path.stem.endswith("quick"):
             assert f"(../experiments/results/{path.relative_to(FILES).as_posix()})" in RESULTS + PERFORMANCE
     shown = [name for which, name in readme.BLOCK.findall(RESULTS) if which == "all"]
-    assert shown == ["study-gpu.md"] + [f"small-all-MiniLM-L6-v2/{name}.md" for name in grids.TABLES]
+    assert "study-gpu.md" in shown
+    shown = [name for name in shown if not name.startswith("study-")]
+    assert shown == [f"small-all-MiniLM-L6-v2/{name}.md" for name in grids.TABLES]
     titles = re.findall("^### (.*)", RESULTS, re.MULTILINE)
     assert titles == [table["title"] for table in grids.TABLES.values()]
     assert not list(FILES.glob("paper-*")) and "have not been repeated" in RESULTS

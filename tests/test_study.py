@@ -321,7 +321,7 @@ def test_what_is_watched(cli):
         assert found.get("shared") == {"lora2-k1-orthonormal-noreg": 100}.get(row, found.get("shared"))
 
 
-def test_why_runs_what_a_study_chose(tmp_path, fake, monkeypatch):
+def test_why_runs_what_a_study_chose(tmp_path, fake, monkeypatch, capsys):
     """Oracle: by hand: two rows and a seed each, with the point that the study chose, and a page of the file alone."""
     argv = command(tmp_path, "--tasks", "stsb", "--rows", "lora-r1,lora2-k1,head", "--seeds", "1")
     assert study.main(argv) == 0
@@ -335,5 +335,6 @@ def test_why_runs_what_a_study_chose(tmp_path, fake, monkeypatch):
     text = (tmp_path / "study-why.md").read_text()
     assert "| STS-B | LoRA r=1 | 0.200 | 0.500 | 0.800 | – | – |" in text and "cos(ΔW, its end)" in (
         tmp_path / "study-why.svg").read_text() or (tmp_path / "study-why.svg").stat().st_size > 1000
+    refused(command(tmp_path / "none"), capsys, "run study.py first", main=why.main)
     (tmp_path / "study-why.md").unlink()
     assert why.main([*argv, "--no-run"]) == 0 and (tmp_path / "study-why.md").read_text() == text
