@@ -64,8 +64,8 @@ def test_a_rate_of_their_own(method, outer, cli):
     assert len(moved) == 12 * len(outer)
 
 
-def test_gradient_init_is_made_once(cli):
-    """Oracle: the files of the uninterrupted run: what was saved is restored, not made anew; v is of the gradient."""
+def test_gradient_init_in_bf16(cli):
+    """Oracle: status 0 where W0 has copies in bf16, which have no gradient; v is another than orthonormal init's."""
     assert cli.tiny("--init gradient --dtype bf16").status == 0
     whole = load_file(ADAPTER)
     assert cli.tiny("--init orthonormal --dtype bf16 --overwrite").status == 0
