@@ -12,6 +12,7 @@
 # happen · files, the run folder · signals, Ctrl-C · guard, which remembers the first step that was
 # not finite · refusing(), which makes a user's mistake one line. All of them are in running/.
 import functools
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ import model as models
 from formats import glue
 from lora2 import load_lora2_state_dict
 from methods import baselines, fast
+from methods.first_gradient import BATCHES, start_at_gradient
 from running import demo, export, folder, machine, options, progress
 from running.errors import Guard, refusing, told
 
@@ -85,11 +87,12 @@ def load_splits(o, here, stored):
             for name, split in splits.items()}, task
 
 
-def make_optimizer(net, lr, head_lr, weight_decay):
+def make_optimizer(net, lr, head_lr, weight_decay, outer_lr=None):
     """(AdamW, its parameters): a group for each pair of peak learning rate and weight decay.
 
-    Biases and LayerNorms do not decay; the head may have a learning rate of its own.
+    Biases and LayerNorms do not decay; head and outer factors may have learning rates of their own.
     """
+    outer_lr = lr if outer_lr is None else outer_lr
     body, head = [], []
     for name, p in net.named_parameters():
         if p.requires_grad:
@@ -98,29 +101,36 @@ def make_optimizer(net, lr, head_lr, weight_decay):
     for named, peak in ((body, lr), (head, head_lr)):
         for name, p in named:
             decay = 0.0 if name.endswith("bias") or "LayerNorm" in name else weight_decay
-            groups.setdefault((peak, decay), []).append(p)
+            its_peak = outer_lr if name.endswith(baselines.OUTER) else peak
+            groups.setdefault((its_peak, decay), []).append(p)
     settings = []
     for (peak, decay), group in groups.items():
         settings.append({"params": group, "peak": peak, "lr": peak, "weight_decay": decay})
     return torch.optim.AdamW(settings, fused=True), [p for group in groups.values() for p in group]
 
 
+def point_at_gradient(o, here, task, examples, plan, net):
+    """--init gradient: v and V along W0's gradient over the first batches (first_gradient.py)."""
+    in_fp32 = here._replace(dtype="fp32")                  # copies of W0 in bf16 have no gradient
+    first = itertools.islice(stream(examples["train"], o, plan, 0, net, here), BATCHES)
+    start_at_gradient(net, lambda batch: gradients(net, batch, task, in_fp32, o.accum), first)
+
+
 # --- one run ------------------------------------------------------------------------------
 
 def train(o, saved=None):
-    """Train to the end, from the start or from the state that folder.load_state() gave.
-
-    Returns (Machine, task, Examples of --predict or None, model)."""
+    """Train to the end, from the start or a saved state: (Machine, task, unseen, model)."""
     with refusing():                                       # around what a user can have wrong
         here = machine.join(o.device, o.dtype)
         task, examples, unseen, net, identity = prepare(o, here)
         plan = options.plan(o, rows=len(examples["train"].labels))
         pruner = baselines.make_pruner(o.method, net, o.target_rank, *plan.pruning(), o.importance,
                                        o.sora_threshold)   # LoRA²: RankPruner
-    optimizer, parameters = make_optimizer(net, o.lr, o.head_lr, o.weight_decay)
+    optimizer, parameters = make_optimizer(net, o.lr, o.head_lr, o.weight_decay, o.outer_lr)
+    if o.init == "gradient" and saved is None:             # v and V along W0's first gradient
+        point_at_gradient(o, here, task, examples, plan, net)
     guard = Guard(here.device, o.out)
     recorded = recorder(o, net, task, here, parameters)
-
     with (folder.RunFolder(o.out, identity, here, plan, net, optimizer, pruner, guard) as files,
           machine.Signals(here) as signals, progress.Log(o, plan, here, task, net, guard) as log):
         state = files.begin(o) if saved is None else files.restore(saved)

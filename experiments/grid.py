@@ -91,6 +91,8 @@ def make_cell(grid, row, task, seed, tuned, part="reported", **extra):
     flags = {"task": task, "model": grid.model, "data-dir": grid.data_dir, "seed": seed}
     flags |= grid.flags | row_of(row)[1] | extra
     task_settings = settings_of((("task", task), ("method", flags.get("method", "lora2"))))
+    if flags.get("r") == "target-rank":                    # as small at first as others in the end
+        flags["r"] = task_settings["target_rank"]
     r = flags.get("r", task_settings["r"])
     if "r" in flags:
         flags.setdefault("alpha", task_settings["alpha"])  # given r alone, the scale would stay

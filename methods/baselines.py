@@ -21,6 +21,7 @@ from methods import fast_lora2
 from methods.fast_lora2 import FastRankPruner, linear_with_update
 
 METHODS = ("lora2", "adalora", "lora", "sora", "bitfit", "full", "head")
+OUTER = (".v", ".V", ".A", ".P", ".Q")  # large factors that do not start at 0: --outer-lr
 
 
 class LoRALinear(LoRA2Linear):
@@ -154,7 +155,8 @@ def add_method(method, model, targets, head, k, r, alpha, init):
 
     targets: names of the layers to adapt.
     head: parts of the names of the head's parameters, as add_lora2() has them in `trainable`.
-    k, r, alpha, init: of the adapters; None for a method that has no use for them.
+    k, r, alpha, init: of the adapters; None for a method that has no use for them. "gradient" is
+        "orthonormal" until first_gradient.py replaces v and V.
     Returns the names of the adapted layers. ValueError for what matches nothing.
     """
     if method not in LAYERS:
@@ -162,6 +164,8 @@ def add_method(method, model, targets, head, k, r, alpha, init):
         return []
     if k is None:
         k = 1
+    if init == "gradient":
+        init = "orthonormal"
     return add_lora2(model, targets, k, r, alpha, init or "gaussian", head, LAYERS[method])
 
 

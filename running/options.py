@@ -90,8 +90,8 @@ OPTIONS = {
                "preset's scale", (), ADAPTERS),
         Option("targets", list, "q,k,v,o,f1,f2", "query, key, value, attention output, "
                "feed-forward matrices", ("q", "k", "v", "o", "f1", "f2"), ADAPTERS),
-        Option("init", ("gaussian", "orthonormal"), "gaussian", "how v, u, U and V start", (),
-               LORA2),
+        Option("init", ("gaussian", "orthonormal", "gradient"), "gaussian", "how v, u, U and V "
+               "start; gradient: v and V along the first gradient of W0", (), LORA2),
         Option("reg", float, PRESET, "gamma, the weight of the regulariser R", AMOUNT, PRUNING),
         Option("reg-terms", list, "uv,UV,PQ", "the groups of Eq. 5 that count",
                ("uv", "UV", "PQ"), LORA2),
@@ -109,6 +109,8 @@ OPTIONS = {
                "result", COUNT),
         Option("lr", float, PRESET, "peak learning rate", AMOUNT),
         Option("head-lr", float, None, "the same for the head; by default lr", AMOUNT),
+        Option("outer-lr", float, None, "the same for v and V, of lora and sora A, of adalora P "
+               "and Q; by default lr", AMOUNT, ADAPTERS),
         Option("warmup", "steps", PRESET, "steps in which the learning rate rises; then it falls "
                "linearly"),
         Option("clip", float, 1.0, "gradients with a larger norm are scaled down to it", AMOUNT),

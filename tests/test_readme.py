@@ -20,7 +20,7 @@ GLUE = ROOT.parent / "shared" / "glue"
 import data
 import model as models
 import train
-from experiments import bench, plot, readme, reproduce, summary, tables
+from experiments import bench, plot, readme, reproduce, study, summary, tables
 from experiments import grid as grids
 from formats import toy
 from lora2 import LoRA2Linear, add_lora2
@@ -188,11 +188,13 @@ def test_what_is_said_of_performance():
 
 
 def test_every_result_is_shown_or_linked_and_what_is_not_run_is_said():
-    """Oracle: the files of results: each Markdown file is linked; none is of the paper's runs or of a GPU."""
+    """Oracle: the files of results: each Markdown file is linked; none is of the paper's runs."""
     for path in FILES.rglob("*.md"):
         if not path.stem.endswith("quick"):
             assert f"(../experiments/results/{path.relative_to(FILES).as_posix()})" in RESULTS + PERFORMANCE
     shown = [name for which, name in readme.BLOCK.findall(RESULTS) if which == "all"]
+    assert "study-gpu.md" in shown
+    shown = [name for name in shown if not name.startswith("study-")]
     assert shown == [f"small-all-MiniLM-L6-v2/{name}.md" for name in grids.TABLES]
     titles = re.findall("^### (.*)", RESULTS, re.MULTILINE)
     assert titles == [table["title"] for table in grids.TABLES.values()]
@@ -233,7 +235,8 @@ def test_every_option_that_is_named_exists():
     """Oracle: the option table of train.py; other programs' options are listed here."""
     known = {f"--{name}" for group in options.OPTIONS.values() for name, *_ in group}
     foreign = {"--no-deps", "--help", "--nproc", "--preset", "--dry-run",
-               "--quick", "--epoch-rows", "--growth", "--runs"}   # pip's, argparse's and so on
+               "--quick", "--epoch-rows", "--growth", "--runs",
+               "--workers", "--seconds"}   # pip's, argparse's and so on
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ALL)) <= known | foreign
 
 
@@ -329,11 +332,13 @@ def test_commands_that_need_the_hub_or_a_gpu_are_accepted():
     """Oracle: the parsers of train.py, reproduce.py and bench.py, which check every option."""
     marked = [command for command, comment in commands() if comment.startswith("needs ")]
     marked += [f"python {name}" for name in table(RESULTS, "command")]
-    assert len(marked) == 13 + 8
+    assert len(marked) == 15 + 8
     for command in marked:
         program, _, words = command.partition(".py")
         if program.endswith("reproduce"):
             reproduce.parse(shlex.split(words))
+        elif program.endswith("study"):
+            study.parse(shlex.split(words))
         elif program.endswith("bench"):
             bench.parse(shlex.split(words))
         else:

@@ -1,0 +1,79 @@
+"""Tests of methods/first_gradient.py and of --outer-lr, which moves v and V at a rate of their own."""
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lora2 import add_lora2
+from methods.first_gradient import start_at_gradient
+
+ADAPTER = "run/adapter.safetensors"
+
+
+def net_and_loss():
+    """A small net with dropout, batches, and the function that a training step would call."""
+    torch.manual_seed(1)
+    net = torch.nn.Sequential(torch.nn.Linear(20, 12), torch.nn.Tanh(), torch.nn.Dropout(), torch.nn.Linear(12, 16))
+    batches = list(torch.randn(5, 7, 20))
+    return net, batches, lambda batch: net(batch).square().mean().backward()
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_v_and_V_are_the_leading_singular_vectors(k):
+    """Oracle: autograd on the plain net without dropout, and torch.linalg.svd of its summed gradients."""
+    net, batches, backward = net_and_loss()
+    net.eval()
+    for batch in batches:
+        backward(batch)
+    expected = [net[i].weight.grad.T for i in (0, 3)]
+    before = net(batches[0])
+    net.train()
+    add_lora2(net, ["0", "3"], k=k, r=4, init="orthonormal")
+    u, state = net[0].u.clone(), torch.get_rng_state()
+    start_at_gradient(net, backward, batches)
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(net[0].u, u) and net.training
+    assert torch.equal(net.eval()(batches[0]), before)     # Λ = 0: the pretrained model, bit for bit
+    for layer, G in zip((net[0], net[3]), expected):
+        left, _, right = torch.linalg.svd(G)
+        assert torch.allclose(layer.v @ layer.v.T, left[:, :k] @ left[:, :k].T, atol=1e-5)
+        assert torch.allclose(layer.V.T @ layer.V, right[:k].T @ right[:k], atol=1e-5)
+    assert not net[0].base.weight.requires_grad and all(p.grad is None for p in net.parameters())
+
+
+def test_a_gradient_that_is_not_finite():
+    """Oracle: FloatingPointError, which train.py tells as one line, status 1."""
+    net, batches, backward = net_and_loss()
+    add_lora2(net, ["0"], k=1, r=4)
+    with pytest.raises(FloatingPointError, match="--init"):
+        start_at_gradient(net, backward, [batches[0] * float("inf")])
+
+
+@pytest.mark.parametrize("method, outer", [("lora2 --init gradient", (".v", ".V")), ("lora --r 2", (".A",)),
+                                           ("adalora", (".P", ".Q")), ("sora", (".A",))])
+def test_a_rate_of_their_own(method, outer, cli):
+    """Oracle: AdamW: at rate 0 nothing moves. These factors stay as a run in which nothing is trained leaves them;
+    the other factors move. Gradient init: the same v and V in both, whatever the rates."""
+    assert cli.tiny("--lr 0 --head-lr 0 --method", method).status == 0
+    start = load_file(ADAPTER)
+    assert cli.tiny("--outer-lr 0 --overwrite --method", method).status == 0
+    end = load_file(ADAPTER)
+    moved = {name.rpartition(".")[2] for name in start
+             if ".layer." in name and not torch.equal(start[name], end[name])}
+    assert moved and not {name.strip(".") for name in outer} & moved
+    assert cli.tiny("--outer-lr 0.01 --overwrite --method", method).status == 0
+    moved = [name for name in start if name.endswith(outer) and not torch.equal(start[name], load_file(ADAPTER)[name])]
+    assert len(moved) == 12 * len(outer)
+
+
+def test_gradient_init_in_bf16(cli):
+    """Oracle: status 0 where W0 has copies in bf16, which have no gradient; v is another than orthonormal init's."""
+    assert cli.tiny("--init gradient --dtype bf16").status == 0
+    whole = load_file(ADAPTER)
+    assert cli.tiny("--init orthonormal --dtype bf16 --overwrite").status == 0
+    other = load_file(ADAPTER)
+    assert any(name.endswith(".v") and not torch.equal(whole[name], other[name]) for name in whole)
+
+
+def test_only_adapters_have_outer_factors(cli):
+    """Oracle: status 2 and the option's name."""
+    done = cli.tiny("--method bitfit --outer-lr 0.1")
+    assert done.status == 2 and "--outer-lr means nothing to --method bitfit" in done.err
