@@ -14,15 +14,15 @@ need. A text becomes ids in SentencePiece's two steps (normalizer.cc, unigram_mo
 The ids are SentencePiece's (0.2.3) but for two corners, both pinned down in tests/test_spm.py:
   * It adds scores in float32, `tokenizers` in float64: where two segmentations score the same up to
     float32 rounding ("9" + "99" and "99" + "9"), the two may choose differently.
-  * In a model with byte_fallback (not DeBERTaV3's), text that spells "<0x41>" may get its piece.
+  * In a model with byte_fallback in which "<", "x" or another character of "<0x41>" is no piece
+    (DeBERTaV3's has them all), text that spells a byte may get its piece.
 """
 import math
 import re
 import struct
-from collections import defaultdict
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, models, normalizers, processors
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 # Schema of a message: field number -> (name, wire type, kind); a dict is an inner message's.
 PIECE = {1: ("piece", 2, str), 2: ("score", 5, float), 3: ("type", 0, int)}
@@ -35,20 +35,22 @@ MODEL = {1: ("pieces", 2, PIECE), 2: ("trainer_spec", 2, TRAINER),
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)   # a piece's type
 MODEL_TYPES = {1: "UNIGRAM", 2: "BPE", 3: "WORD", 4: "CHAR"}
 SPACE = "▁"                                  # U+2581 is a space inside pieces
+PLAIN = range(ord(" "), ord("~") + 1)        # ASCII that prints
 
 
 def read_varint(data, at, end):
     """-> (the varint at byte `at`, the position after it)"""
-    value = 0
-    for shift in range(0, 70, 7):
-        if at >= end:
-            raise ValueError(f"truncated at byte {end}")
+    value = shift = 0
+    while at < end:
         byte = data[at]
         at += 1
-        value |= (byte & 127) << shift
         if byte < 128:
-            return value, at
-    raise ValueError(f"endless varint at byte {at - 10}")
+            return value | byte << shift, at
+        value |= (byte & 127) << shift
+        shift += 7
+        if shift == 70:
+            raise ValueError(f"endless varint at byte {at - 10}")
+    raise ValueError(f"truncated at byte {end}")
 
 
 def read_fields(data, at, end, schema):
@@ -56,35 +58,41 @@ def read_fields(data, at, end, schema):
     while at < end:
         start = at
         key, at = read_varint(data, at, end)
-        number = key >> 3
         wire_type = key & 7
-        if number == 0 or wire_type not in (0, 1, 2, 5):
-            raise ValueError(f"no field at byte {start}")
         value = 0
         if wire_type in (0, 2):
             value, at = read_varint(data, at, end)
         begin = at
-        at += {0: 0, 1: 8, 2: value, 5: 4}[wire_type]
+        if wire_type == 2:
+            at += value
+        elif wire_type == 5:
+            at += 4
+        elif wire_type == 1:
+            at += 8
+        elif wire_type != 0:
+            raise ValueError(f"no field at byte {start}")
         if at > end:
             raise ValueError(f"truncated at byte {end}")
-        if number not in schema:
+        if key < 8:
+            raise ValueError(f"no field at byte {start}")
+        if key >> 3 not in schema:
             continue
-        name, expected, kind = schema[number]
+        name, expected, kind = schema[key >> 3]
         if wire_type != expected:
             raise ValueError(f"{name} with wire type {wire_type} at byte {start}")
-        if kind is float:
-            (value,) = struct.unpack("<f", data[begin:at])
+        if kind is str:
+            value = data[begin:at].decode()
+        elif kind is float:
+            (value,) = struct.unpack_from("<f", data, begin)
         elif kind is bytes:
             value = data[begin:at]
-        elif kind is str:
-            value = data[begin:at].decode()
-        elif isinstance(kind, dict):         # of a field that comes twice the last one counts
+        elif wire_type == 2:                 # of a field that comes twice the last one counts
             value = dict(read_fields(data, begin, at, kind))
         yield name, value
 
 
 def read_model(data):
-    """Bytes of a file -> (pieces [(text, score, type)], trainer_spec, normalizer_spec, rules)
+    """Bytes of a file -> (pieces [(text, score, type)], trainer_spec, normalizer_spec, charsmap)
 
     ValueError where the SentencePiece library refuses the file too, and where a spec is missing.
     """
@@ -109,58 +117,67 @@ def read_model(data):
     all_bytes = [f"<0x{byte:02X}>" for byte in range(256)] if trainer.get("byte_fallback") else []
     if {text for text, _, kind in pieces if kind == BYTE} != set(all_bytes):
         raise ValueError("pieces of wrong type")
-    return pieces, trainer, normalizer, read_charsmap(normalizer.get("precompiled_charsmap", b""))
+    return pieces, trainer, normalizer, Charsmap(normalizer.get("precompiled_charsmap", b""))
 
 
-def read_charsmap(blob):
-    """precompiled_charsmap -> {text: its replacement}; where several match, the longest counts.
+class Charsmap:
+    """A precompiled_charsmap: rules {text: its replacement}; of those that match the longest counts.
 
     The blob: uint32 n; n bytes of a trie over UTF-8 bytes; the replacements, a NUL after each. The
     trie is a double array (darts-clone): uint32 units, unit 0 the root, each with base = its own
     index ^ its offset. Its child along byte c is unit base ^ c, if that one's label is c. Bits:
         bit 31 clear: 0-7 label, 8 "has a leaf", 10-30 offset (bit 9: times 256)
         bit 31 set:   the leaf, at its parent's base; 0-30 position of the replacement
+    An empty blob has no rules. ValueError: it is damaged.
     """
-    if not blob:
-        return {}
-    size = int.from_bytes(blob[:4], "little")
-    if size % 4 or not 0 < size < len(blob) - 4 or blob[-1] != 0:
-        raise ValueError("charsmap of wrong size")
-    units = struct.unpack(f"<{size // 4}I", blob[4:4 + size])
-    replacements = blob[4 + size:]
-    bases, children = read_units(units, len(replacements))
-    rules = {}
-    stack = [(b"", 0)]                       # (the bytes that lead to a unit, its index)
-    steps = 0
-    while stack:
-        key, index = stack.pop()
-        steps += 1
-        if len(key) > 255 or steps > 32 * len(units):   # NFKC's needs 6 steps a unit
-            raise ValueError("charsmap with a loop")
-        base = bases[index]
-        if units[index] >> 8 & 1 and units[base] >> 31:
-            begin = units[base] & 0x7FFFFFFF
-            rules[key.decode()] = replacements[begin:replacements.index(0, begin)].decode()
-        stack += [(key + byte, child) for byte, child in children.get(base, [])]
-    return rules
 
+    def __init__(self, blob):
+        size = int.from_bytes(blob[:4], "little")
+        if blob and (size % 1024 or not 0 < size < len(blob) - 4 or blob[-1] != 0):
+            raise ValueError("charsmap of wrong size")
+        self.units = struct.unpack(f"<{size // 4}I", blob[4:4 + size]) or (0,) * 256
+        self.replacements = blob[4 + size:]
+        self.replacements.decode()           # a UnicodeDecodeError is a ValueError
+        self.bases = []
+        for index, unit in enumerate(self.units):
+            offset = unit >> 10 << (8 if unit >> 9 & 1 else 0)
+            self.bases.append(index ^ offset)
+        for unit, base in zip(self.units, self.bases):
+            if unit >> 31:
+                is_wrong = unit & 0x7FFFFFFF >= len(self.replacements)
+            else:
+                is_wrong = base >= len(self.units) or unit >> 8 & 1 and not self.units[base] >> 31
+            if is_wrong:
+                raise ValueError("charsmap that points outside itself")
+        if self.units[0] >> 31:
+            raise ValueError("charsmap whose root is a leaf")
 
-def read_units(units, size):
-    """-> (the base of each unit, {base: [(byte, index of a child)]}); size: of the replacements"""
-    bases = []
-    children = defaultdict(list)
-    for index, unit in enumerate(units):
-        offset = unit >> 10 << (8 if unit >> 9 & 1 else 0)
-        bases.append(index ^ offset)
-        is_leaf = unit >> 31
-        label = unit & 255
-        if is_leaf and (index == 0 or unit & 0x7FFFFFFF >= size):
-            raise ValueError("charsmap that points outside itself")
-        if not is_leaf and bases[index] >= len(units):
-            raise ValueError("charsmap that points outside itself")
-        if label and not is_leaf:
-            children[index ^ label].append((bytes([label]), index))
-    return bases, children
+    def longest(self, text, at):
+        """-> (the end of the longest key that begins at text[at], its replacement), or (at, "")"""
+        end = at
+        new = ""
+        base = self.bases[0]
+        for place in range(at, min(len(text), at + 255)):
+            for byte in text[place].encode():
+                index = base ^ byte
+                if self.units[index] & 0x800000FF != byte:
+                    return end, new
+                base = self.bases[index]
+            if self.units[index] >> 8 & 1:
+                begin = self.units[base] & 0x7FFFFFFF
+                new = self.replacements[begin:self.replacements.index(0, begin)].decode()
+                end = place + 1
+        return end, new
+
+    def spares_plain_text(self):
+        """Whether printable ASCII is in no key but as the first of several characters."""
+        parents = set(self.bases)            # units that belong to no key have no parent there
+        for index, unit in enumerate(self.units):
+            label = unit & 0x800000FF
+            if label in PLAIN and index ^ label in parents:
+                if index ^ label != self.bases[0] or unit >> 8 & 1:
+                    return False
+        return True
 
 
 class SpmNormalizer:
@@ -168,19 +185,18 @@ class SpmNormalizer:
 
     `tokenizers` has its own for charsmaps, Precompiled, but that goes grapheme by grapheme and
     takes the shortest match: "ệ" written as e and two accents loses one, decomposed kana stay so.
-    rules: {text: replacement} of the charsmap. symbols: user-defined pieces, which no rule changes.
+    charsmap: a Charsmap. symbols: user-defined pieces, which no rule changes.
     """
 
-    def __init__(self, rules, symbols=(), add_dummy_prefix=True, remove_extra_whitespaces=True):
+    def __init__(self, charsmap, symbols=(), add_dummy_prefix=True, remove_extra_whitespaces=True):
         self.add_dummy_prefix = add_dummy_prefix
         self.remove_extra_whitespaces = remove_extra_whitespaces
-        self.symbols = set(symbols)
-        self.table = {**rules, **dict(zip(symbols, symbols))}
-        self.longest = max(map(len, self.table), default=0)
-        # A key can match only at a character that is one, or before one that continues a key.
-        single = regex_set(key for key in self.table if len(key) == 1)
-        inner = regex_set("".join(key[1:] for key in self.table))
-        self.places = re.compile(f".{inner}+|{single}", re.DOTALL)
+        self.charsmap = charsmap
+        in_order = map(re.escape, sorted(symbols, key=len, reverse=True))
+        self.symbols = re.compile("|".join(in_order) or "(?!)")      # the longest; none: no match
+        # Where a key can be. "[ -~]" is PLAIN.
+        nearly = not symbols and charsmap.spares_plain_text()
+        self.places = re.compile("[ -~]?[^ -~]+" if nearly else "(?s:.+)")
         self.whole = Regex(r"(?m:.++)")
 
     def normalize(self, normalized):
@@ -205,19 +221,15 @@ class SpmNormalizer:
         done = []
         at = 0
         while at < len(text):
-            ends = range(min(len(text), at + self.longest), at, -1)
-            keys = [text[at:end] for end in ends if text[at:end] in self.table]
-            symbols = [key for key in keys if key in self.symbols]
-            key = (symbols + keys + [text[at]])[0]      # the longest; symbols come before rules
-            done.append(self.table.get(key, key))
-            at += len(key)
+            symbol = self.symbols.match(text, at)
+            end, new = self.charsmap.longest(text, at)
+            if symbol:                       # symbols come before rules
+                end, new = symbol.end(), symbol[0]
+            elif end == at:
+                end, new = at + 1, text[at]
+            done.append(new)
+            at = end
         return "".join(done)
-
-
-def regex_set(chars):
-    """A set for a regular expression, with all above U+FFFF: `re` is slow in sets with many."""
-    chars = "".join(sorted(char for char in set(chars) if char <= "\uffff"))
-    return f"[{re.escape(chars)}\U00010000-\U0010ffff]"
 
 
 def read_spm(path):
@@ -229,21 +241,21 @@ def read_spm(path):
     the file. ValueError: the file is damaged, or of a kind that is not read here.
     """
     try:
-        pieces, trainer, normalizer, rules = read_model(Path(path).read_bytes())
+        pieces, trainer, normalizer, charsmap = read_model(Path(path).read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is not a readable SentencePiece model ({error}): download it "
                          "again") from None
-    reasons = reasons_against(pieces, trainer, normalizer, rules)
+    reasons = reasons_against(pieces, trainer, normalizer, charsmap)
     if reasons:
         raise ValueError(f"{path} is a SentencePiece model of another kind than DeBERTaV3's "
                          f"({', '.join(reasons)}): use a checkpoint that has a tokenizer.json")
     symbols = [text for text, _, kind in pieces if kind == USER_DEFINED]
-    made = SpmNormalizer(rules, symbols, normalizer.get("add_dummy_prefix", True),
+    made = SpmNormalizer(charsmap, symbols, normalizer.get("add_dummy_prefix", True),
                          normalizer.get("remove_extra_whitespaces", True))
     return build_tokenizer(pieces, bool(trainer.get("byte_fallback")), made)
 
 
-def reasons_against(pieces, trainer, normalizer, rules):
+def reasons_against(pieces, trainer, normalizer, charsmap):
     """What in a sound model would lead to other ids than SentencePiece's: a list of texts."""
     reasons = []
     model_type = trainer.get("model_type", 1)
@@ -257,7 +269,7 @@ def reasons_against(pieces, trainer, normalizer, rules):
     if missing:
         reasons.append(f"it has no {' '.join(sorted(missing))}")
     squeeze = normalizer.get("remove_extra_whitespaces", True)
-    if squeeze and any("  " in new for new in rules.values()):
+    if squeeze and b"  " in charsmap.replacements:
         reasons.append("a replacement has two spaces in a row")
     return reasons
 
@@ -272,6 +284,8 @@ def build_tokenizer(pieces, byte_fallback, normalizer):
             special[text] = number
         if kind == USER_DEFINED:             # SentencePiece's bonus, above any log-probability
             score = 0.1 * (len(text.encode()) - 1)
+        elif kind == BYTE:                   # less than the pieces of text that spells "<0x41>"
+            score = 7 * (lowest - 10)
         elif kind != NORMAL:                 # not less: an unknown character costs lowest - 10
             score = lowest
         if kind in (UNKNOWN, CONTROL, UNUSED):
@@ -286,6 +300,10 @@ def build_tokenizer(pieces, byte_fallback, normalizer):
     tokenizer.model = models.Unigram(vocab, unk_id, byte_fallback)
     tokenizer.encode_special_tokens = True   # that is, as text
     tokenizer.normalizer = normalizers.Normalizer.custom(normalizer)
+    texts = [text for text, _, kind in pieces if kind in (NORMAL, USER_DEFINED)]
+    if SPACE in texts and not any(SPACE in text[1:] for text in texts):
+        # No piece goes on beyond a word: word by word the library has many in its cache.
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="never")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[("[CLS]", special["[CLS]"]), ("[SEP]", special["[SEP]"])])

@@ -12,7 +12,7 @@ from tokenizers import normalizers
 
 from tests.make_spm import DATA, HARD, RULES, SYMBOLS, TEXT, train  # noqa: E402
 from formats.spm import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED  # noqa: E402
-from formats.spm import SpmNormalizer, read_charsmap, read_model, read_spm  # noqa: E402
+from formats.spm import Charsmap, SpmNormalizer, read_model, read_spm  # noqa: E402
 
 SMALL = DATA / "spm_small.model"
 GLUE = Path(__file__).parents[2] / "shared" / "glue"
@@ -65,6 +65,37 @@ def charsmap(units, replacements=b"x\0"):
 # The trie with the one key "a": root (base 256) -> unit 256 ^ ord("a") (base 512) -> leaf
 LEAF, HAS_LEAF, A = 1 << 31, 1 << 8, 256 ^ 97
 KEY_A = {0: 256 << 10, A: 97 | HAS_LEAF | (A ^ 512) << 10, 512: LEAF}
+
+
+def charsmap_of(rules):
+    """{text: its replacement} -> precompiled_charsmap; each node of the trie has a block of its own."""
+    leaves, replacements = {}, b"\0"
+    for key, new in rules.items():
+        leaves[key.encode()], replacements = len(replacements), replacements + new.encode() + b"\0"
+    nodes = sorted({key[:end] for key in leaves for end in range(len(key) + 1)} | {b""})
+    bases, units = {key: 256 * number for number, key in enumerate(nodes, 1)}, {}
+    for key, base in bases.items():
+        index = bases[key[:-1]] ^ key[-1] if key else 0
+        units[index] = (key[-1] if key else 0) | (index ^ base) << 10 | HAS_LEAF * (key in leaves)
+        units[base] = LEAF | leaves[key] if key in leaves else 0
+    return charsmap(units, replacements)
+
+
+def rules_of(charsmap):
+    """A Charsmap -> {text: its replacement}"""
+    children = [[] for _ in charsmap.units]
+    for index, unit in enumerate(charsmap.units):
+        if unit & 255 and not unit >> 31:
+            children[index ^ unit & 255].append((bytes([unit & 255]), index))
+    keys, stack = [], [(b"", 0)]
+    while stack:
+        key, index = stack.pop()
+        if charsmap.units[index] >> 8 & 1:
+            keys.append(key.decode())
+        stack += [(key + byte, child) for byte, child in children[charsmap.bases[index]]]
+    rules = {key: charsmap.longest(key, 0) for key in keys}
+    assert all(end == len(key) for key, (end, _) in rules.items())
+    return {key: new for key, (_, new) in rules.items()}
 
 
 @pytest.fixture
@@ -128,7 +159,7 @@ def random_texts(data, count):
     """Texts of rules, characters of rules, pieces, hard bits and any characters, in any order."""
     pieces, _, _, rules = read_model(data)
     pick = random.Random(0)
-    keys = list(rules) or ["a"]
+    keys = list(rules_of(rules)) or ["a"]
     sources = [keys, [char for key in keys for char in key], [text for text, _, _ in pieces], HARD[:500],
                [" ", "\u2581", "\t", "\u3000", "  "], [chr(code) for code in range(0x3000)],
                [chr(code) for code in range(0xE000, 0x110000, 97)]]
@@ -312,18 +343,19 @@ def test_speed(read):
 def test_charsmap_holds_the_rules_it_was_made_of():
     """Oracle: the table that make_spm.py gave to SentencePiece's trainer, which leaves out a rule only where
     others do the same."""
-    rules = read_model(SMALL.read_bytes())[3]
+    charsmap = read_model(SMALL.read_bytes())[3]
+    rules = rules_of(charsmap)
     assert rules.items() <= RULES.items() and len(rules) >= len(RULES) - 3
-    normalizer = SpmNormalizer(rules, add_dummy_prefix=False, remove_extra_whitespaces=False)
+    normalizer = SpmNormalizer(charsmap, add_dummy_prefix=False, remove_extra_whitespaces=False)
     for text, replacement in RULES.items():
         assert normalizer.apply(text) == replacement.replace(" ", "\u2581"), ascii(text)
 
 
 def test_the_precompiled_normaliser_of_tokenizers_would_not_do():
     """Oracle: the rules. Longest match needs the custom normaliser; when this fails, Precompiled may do."""
-    pieces, _, normalizer, rules = read_model(SMALL.read_bytes())
+    _, _, normalizer, charsmap = read_model(SMALL.read_bytes())
     precompiled = normalizers.Precompiled(normalizer["precompiled_charsmap"])
-    exact = SpmNormalizer(rules, add_dummy_prefix=False)
+    exact = SpmNormalizer(charsmap, add_dummy_prefix=False)
     assert exact.apply("a\u0302\u0301") == "\u1ea5" and exact.apply("\u304b\u3099") == "\u304c"
     assert precompiled.normalize_str("a\u0302\u0301") != "\u1ea5"
     assert precompiled.normalize_str("\u304b\u3099") != "\u304c"
@@ -353,7 +385,7 @@ def test_normaliser_is_longest_match_for_any_rules():
         rules = {some(3): pick.choice(["", " ", "x", " y", "z ", "\u2581"]) for _ in range(pick.randrange(5))}
         symbols = {some(3).replace(" ", "a") for _ in range(pick.randrange(3))}
         prefix, squeeze = pick.random() < 0.5, pick.random() < 0.5
-        normalizer = SpmNormalizer(rules, symbols, prefix, squeeze)
+        normalizer = SpmNormalizer(Charsmap(charsmap_of(rules)), symbols, prefix, squeeze)
         assert normalizer.apply("") == ""
         for text in (some(15) for _ in range(5)):
             assert normalizer.apply(text) == by_the_book(text, rules, symbols, prefix, squeeze), (text, rules)
@@ -361,8 +393,8 @@ def test_normaliser_is_longest_match_for_any_rules():
 
 def test_no_charsmap_no_rules():
     """Oracle: by hand."""
-    assert read_charsmap(b"") == {} == read_charsmap(charsmap({0: 0}))
-    assert read_charsmap(charsmap(KEY_A)) == {"a": "x"}
+    assert rules_of(Charsmap(b"")) == {} == rules_of(Charsmap(charsmap({0: 0})))
+    assert rules_of(Charsmap(charsmap(KEY_A))) == {"a": "x"}
 
 
 # ---- files that cannot be read -------------------------------------------------------------------
