@@ -14,15 +14,15 @@ need. A text becomes ids in SentencePiece's two steps (normalizer.cc, unigram_mo
 The ids are SentencePiece's (0.2.3) but for two corners, both pinned down in tests/test_spm.py:
   * It adds scores in float32, `tokenizers` in float64: where two segmentations score the same up to
     float32 rounding ("9" + "99" and "99" + "9"), the two may choose differently.
-  * In a model with byte_fallback in which "<", "x" or another character of "<0x41>" is no piece
-    (DeBERTaV3's has them all), text that spells a byte may get its piece.
+  * In a model with byte_fallback in which a character of "<0x41>" is no piece (in DeBERTaV3's all
+    are), text that spells a byte may get its piece.
 """
 import math
 import re
 import struct
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 # Schema of a message: field number -> (name, wire type, kind); a dict is an inner message's.
 PIECE = {1: ("piece", 2, str), 2: ("score", 5, float), 3: ("type", 0, int)}
@@ -35,7 +35,6 @@ MODEL = {1: ("pieces", 2, PIECE), 2: ("trainer_spec", 2, TRAINER),
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)   # a piece's type
 MODEL_TYPES = {1: "UNIGRAM", 2: "BPE", 3: "WORD", 4: "CHAR"}
 SPACE = "▁"                                  # U+2581 is a space inside pieces
-PLAIN = range(ord(" "), ord("~") + 1)        # ASCII that prints
 
 
 def read_varint(data, at, end):
@@ -58,26 +57,20 @@ def read_fields(data, at, end, schema):
     while at < end:
         start = at
         key, at = read_varint(data, at, end)
+        number = key >> 3
         wire_type = key & 7
+        if number == 0 or wire_type not in (0, 1, 2, 5):
+            raise ValueError(f"no field at byte {start}")
         value = 0
         if wire_type in (0, 2):
             value, at = read_varint(data, at, end)
         begin = at
-        if wire_type == 2:
-            at += value
-        elif wire_type == 5:
-            at += 4
-        elif wire_type == 1:
-            at += 8
-        elif wire_type != 0:
-            raise ValueError(f"no field at byte {start}")
+        at += {0: 0, 1: 8, 2: value, 5: 4}[wire_type]
         if at > end:
             raise ValueError(f"truncated at byte {end}")
-        if key < 8:
-            raise ValueError(f"no field at byte {start}")
-        if key >> 3 not in schema:
+        if number not in schema:
             continue
-        name, expected, kind = schema[key >> 3]
+        name, expected, kind = schema[number]
         if wire_type != expected:
             raise ValueError(f"{name} with wire type {wire_type} at byte {start}")
         if kind is str:
@@ -117,97 +110,70 @@ def read_model(data):
     all_bytes = [f"<0x{byte:02X}>" for byte in range(256)] if trainer.get("byte_fallback") else []
     if {text for text, _, kind in pieces if kind == BYTE} != set(all_bytes):
         raise ValueError("pieces of wrong type")
-    return pieces, trainer, normalizer, Charsmap(normalizer.get("precompiled_charsmap", b""))
+    return pieces, trainer, normalizer, read_charsmap(normalizer.get("precompiled_charsmap", b""))
 
 
-class Charsmap:
-    """A precompiled_charsmap: rules {text: its replacement}; of those that match the longest counts.
+def read_charsmap(blob):
+    """precompiled_charsmap -> (units, their bases, replacements): a trie of rules
 
     The blob: uint32 n; n bytes of a trie over UTF-8 bytes; the replacements, a NUL after each. The
     trie is a double array (darts-clone): uint32 units, unit 0 the root, each with base = its own
     index ^ its offset. Its child along byte c is unit base ^ c, if that one's label is c. Bits:
         bit 31 clear: 0-7 label, 8 "has a leaf", 10-30 offset (bit 9: times 256)
         bit 31 set:   the leaf, at its parent's base; 0-30 position of the replacement
-    An empty blob has no rules. ValueError: it is damaged.
     """
-
-    def __init__(self, blob):
-        size = int.from_bytes(blob[:4], "little")
-        if blob and (size % 1024 or not 0 < size < len(blob) - 4 or blob[-1] != 0):
-            raise ValueError("charsmap of wrong size")
-        self.units = struct.unpack(f"<{size // 4}I", blob[4:4 + size]) or (0,) * 256
-        self.replacements = blob[4 + size:]
-        self.replacements.decode()           # a UnicodeDecodeError is a ValueError
-        self.bases = []
-        for index, unit in enumerate(self.units):
-            offset = unit >> 10 << (8 if unit >> 9 & 1 else 0)
-            self.bases.append(index ^ offset)
-        for unit, base in zip(self.units, self.bases):
-            if unit >> 31:
-                is_wrong = unit & 0x7FFFFFFF >= len(self.replacements)
-            else:
-                is_wrong = base >= len(self.units) or unit >> 8 & 1 and not self.units[base] >> 31
-            if is_wrong:
-                raise ValueError("charsmap that points outside itself")
-        if self.units[0] >> 31:
-            raise ValueError("charsmap whose root is a leaf")
-
-    def longest(self, text, at):
-        """-> (the end of the longest key that begins at text[at], its replacement), or (at, "")"""
-        end = at
-        new = ""
-        base = self.bases[0]
-        for place in range(at, min(len(text), at + 255)):
-            for byte in text[place].encode():
-                index = base ^ byte
-                if self.units[index] & 0x800000FF != byte:
-                    return end, new
-                base = self.bases[index]
-            if self.units[index] >> 8 & 1:
-                begin = self.units[base] & 0x7FFFFFFF
-                new = self.replacements[begin:self.replacements.index(0, begin)].decode()
-                end = place + 1
-        return end, new
-
-    def spares_plain_text(self):
-        """Whether printable ASCII is in no key but as the first of several characters."""
-        parents = set(self.bases)            # units that belong to no key have no parent there
-        for index, unit in enumerate(self.units):
-            label = unit & 0x800000FF
-            if label in PLAIN and index ^ label in parents:
-                if index ^ label != self.bases[0] or unit >> 8 & 1:
-                    return False
-        return True
+    size = int.from_bytes(blob[:4], "little")
+    if blob and (size % 1024 or not 0 < size < len(blob) - 4 or blob[-1] != 0):
+        raise ValueError("charsmap of wrong size")
+    units = struct.unpack(f"<{size // 4}I", blob[4:4 + size]) or (0,) * 256
+    replacements = blob[4 + size:]
+    replacements.decode()                    # a UnicodeDecodeError is a ValueError
+    bases = []
+    for index, unit in enumerate(units):
+        offset = unit >> 10 << (8 if unit >> 9 & 1 else 0)
+        bases.append(index ^ offset)
+        furthest, size = bases[index], len(units)
+        if unit >> 31:
+            furthest, size = unit & 0x7FFFFFFF, len(replacements)
+        if furthest >= size or units[0] >> 31:
+            raise ValueError("charsmap that points outside itself")
+    return units, bases, replacements
 
 
 class SpmNormalizer:
-    """SentencePiece's normalizer.cc as a custom normaliser for `tokenizers`: equal for any text.
+    """SentencePiece's normalizer.cc: equal for any text.
 
     `tokenizers` has its own for charsmaps, Precompiled, but that goes grapheme by grapheme and
     takes the shortest match: "ệ" written as e and two accents loses one, decomposed kana stay so.
-    charsmap: a Charsmap. symbols: user-defined pieces, which no rule changes.
+    charsmap: of read_charsmap(). symbols: user-defined pieces, which no rule changes.
     """
 
     def __init__(self, charsmap, symbols=(), add_dummy_prefix=True, remove_extra_whitespaces=True):
+        self.units, self.bases, self.replacements = charsmap
         self.add_dummy_prefix = add_dummy_prefix
         self.remove_extra_whitespaces = remove_extra_whitespaces
-        self.charsmap = charsmap
         in_order = map(re.escape, sorted(symbols, key=len, reverse=True))
         self.symbols = re.compile("|".join(in_order) or "(?!)")      # the longest; none: no match
-        # Where a key can be. "[ -~]" is PLAIN.
-        nearly = not symbols and charsmap.spares_plain_text()
-        self.places = re.compile("[ -~]?[^ -~]+" if nearly else "(?s:.+)")
-        self.whole = Regex(r"(?m:.++)")
+        self.keeps_plain = not symbols and self.keeps_plain_text()
+        # Where a key can be: "[ -~]" is plain text.
+        self.places = re.compile("[ -~]?[^ -~]+" if self.keeps_plain else "(?s:.+)")
 
-    def normalize(self, normalized):
-        """Called by `tokenizers` with its NormalizedString; it would swallow an exception here."""
-        normalized.replace(self.whole, self.apply(normalized.normalized))
+    def keeps_plain_text(self):
+        """Whether " " to "~" are in no key but as the first of several characters."""
+        bases = set(self.bases)              # a unit at none of these is not in use
+        for index, unit in enumerate(self.units):
+            label = unit & 0x800000FF
+            base = index ^ label
+            if 32 <= label < 127 and base in bases and (base != self.bases[0] or unit >> 8 & 1):
+                return False
+        return True
 
     def apply(self, text):
         """Raw text -> the text that the model sees, e.g. " ﬁne  day" -> "▁fine▁day"."""
         if not text:
             return ""
-        text = self.places.sub(self.replace, text)
+        if not (self.keeps_plain and text.isascii() and text.isprintable()):
+            text = self.places.sub(self.replace, text)
         if self.remove_extra_whitespaces:    # U+0020 alone: rules have made it of tabs and the like
             text = re.sub("  +", " ", text).strip(" ")
         text = text.replace(" ", SPACE)
@@ -221,15 +187,29 @@ class SpmNormalizer:
         done = []
         at = 0
         while at < len(text):
-            symbol = self.symbols.match(text, at)
-            end, new = self.charsmap.longest(text, at)
-            if symbol:                       # symbols come before rules
-                end, new = symbol.end(), symbol[0]
-            elif end == at:
-                end, new = at + 1, text[at]
+            at, new = self.longest(text, at)
             done.append(new)
-            at = end
         return "".join(done)
+
+    def longest(self, text, at):
+        """-> (end, replacement) of the symbol, else longest key, else character at text[at]"""
+        symbol = self.symbols.match(text, at)
+        if symbol:
+            return symbol.end(), symbol[0]
+        end = at + 1
+        new = text[at]
+        base = self.bases[0]
+        for place in range(at, min(len(text), at + 255)):
+            for byte in text[place].encode():
+                index = base ^ byte
+                if self.units[index] & 0x800000FF != byte:
+                    return end, new
+                base = self.bases[index]
+            if self.units[index] >> 8 & 1 and self.units[base] >> 31:
+                begin = self.units[base] & 0x7FFFFFFF
+                new = self.replacements[begin:self.replacements.index(0, begin)].decode()
+                end = place + 1
+        return end, new
 
 
 def read_spm(path):
@@ -268,8 +248,7 @@ def reasons_against(pieces, trainer, normalizer, charsmap):
     missing = {"[PAD]", "[CLS]", "[SEP]"} - {text for text, _, _ in pieces}
     if missing:
         reasons.append(f"it has no {' '.join(sorted(missing))}")
-    squeeze = normalizer.get("remove_extra_whitespaces", True)
-    if squeeze and b"  " in charsmap.replacements:
+    if b"  " in charsmap[2] and normalizer.get("remove_extra_whitespaces", True):
         reasons.append("a replacement has two spaces in a row")
     return reasons
 
@@ -298,13 +277,38 @@ def build_tokenizer(pieces, byte_fallback, normalizer):
     tokenizer.add_special_tokens(list(special))
     unk_id = [kind for _, _, kind in pieces].index(UNKNOWN)
     tokenizer.model = models.Unigram(vocab, unk_id, byte_fallback)
+    if hasattr(tokenizer.model, "_resize_cache"):            # of 10,000 entries; tokenizers >= 0.21
+        tokenizer.model._resize_cache(100_000)
     tokenizer.encode_special_tokens = True   # that is, as text
-    tokenizer.normalizer = normalizers.Normalizer.custom(normalizer)
     texts = [text for text, _, kind in pieces if kind in (NORMAL, USER_DEFINED)]
     if SPACE in texts and not any(SPACE in text[1:] for text in texts):
-        # No piece goes on beyond a word: word by word the library has many in its cache.
+        # No piece goes on beyond a word: word by word the library finds most in its cache.
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="never")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[("[CLS]", special["[CLS]"]), ("[SEP]", special["[SEP]"])])
+    normalize_first(tokenizer, normalizer.apply)
     return tokenizer
+
+
+def normalize_first(tokenizer, apply):
+    """Have a tokenizer pass every text through `apply` before it encodes it.
+
+    A custom normaliser would be called from threads that Python did not start: it settles in them
+    anew for each text, which takes longer than all of `apply`.
+    """
+    def prepare(given):
+        if isinstance(given, str):
+            return apply(given)
+        if isinstance(given, (list, tuple)):           # a pair, a batch, words
+            return type(given)(map(prepare, given))
+        return given
+
+    def wrap(method):
+        def encode(*given, **named):
+            return method(*prepare(given), **dict(zip(named, prepare([*named.values()]))))
+        return encode
+
+    for name in dir(tokenizer):
+        if "encode" in name and callable(getattr(tokenizer, name)):
+            setattr(tokenizer, name, wrap(getattr(tokenizer, name)))
