@@ -24,13 +24,14 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-# Schema of a message: field number -> (name, wire type, kind); a dict is an inner message's.
+# Schema of a message: field number -> (name, wire type, kind). A kind that is a dict is the schema
+# of an inner message; in a list: of many.
 PIECE = {1: ("piece", 2, str), 2: ("score", 5, float), 3: ("type", 0, int)}
 TRAINER = {3: ("model_type", 0, int), 24: ("treat_whitespace_as_suffix", 0, bool),
            35: ("byte_fallback", 0, bool)}
 NORMALIZER = {2: ("precompiled_charsmap", 2, bytes), 3: ("add_dummy_prefix", 0, bool),
               4: ("remove_extra_whitespaces", 0, bool), 5: ("escape_whitespaces", 0, bool)}
-MODEL = {1: ("pieces", 2, PIECE), 2: ("trainer_spec", 2, TRAINER),
+MODEL = {1: ("pieces", 2, [PIECE]), 2: ("trainer_spec", 2, TRAINER),
          3: ("normalizer_spec", 2, NORMALIZER)}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)   # a piece's type
 MODEL_TYPES = {1: "UNIGRAM", 2: "BPE", 3: "WORD", 4: "CHAR"}
@@ -52,8 +53,9 @@ def read_varint(data, at, end):
     raise ValueError(f"truncated at byte {end}")
 
 
-def read_fields(data, at, end, schema):
-    """Yields (name, value) of the fields in data[at:end] that the schema names, in file order."""
+def read_message(data, at, end, schema):
+    """The message in data[at:end] -> {name: value} of the fields that the schema names."""
+    found = {}
     while at < end:
         start = at
         key, at = read_varint(data, at, end)
@@ -61,11 +63,12 @@ def read_fields(data, at, end, schema):
         wire_type = key & 7
         if number == 0 or wire_type not in (0, 1, 2, 5):
             raise ValueError(f"no field at byte {start}")
-        value = 0
+        value = 4 if wire_type == 5 else 8   # how many bytes follow
         if wire_type in (0, 2):
             value, at = read_varint(data, at, end)
         begin = at
-        at += {0: 0, 1: 8, 2: value, 5: 4}[wire_type]
+        if wire_type != 0:
+            at += value
         if at > end:
             raise ValueError(f"truncated at byte {end}")
         if number not in schema:
@@ -79,9 +82,13 @@ def read_fields(data, at, end, schema):
             (value,) = struct.unpack_from("<f", data, begin)
         elif kind is bytes:
             value = data[begin:at]
-        elif wire_type == 2:                 # of a field that comes twice the last one counts
-            value = dict(read_fields(data, begin, at, kind))
-        yield name, value
+        elif isinstance(kind, list):
+            found.setdefault(name, []).append(read_message(data, begin, at, kind[0]))
+            continue
+        elif isinstance(kind, dict):
+            value = read_message(data, begin, at, kind)
+        found[name] = value                  # of a field that comes twice the last one counts
+    return found
 
 
 def read_model(data):
@@ -89,16 +96,13 @@ def read_model(data):
 
     ValueError where the SentencePiece library refuses the file too, and where a spec is missing.
     """
-    pieces = []
-    specs = {}
-    for name, value in read_fields(data, 0, len(data), MODEL):
-        if name == "pieces":
-            text = value.get("piece", "")
-            pieces.append((text, value.get("score", 0.0), value.get("type", NORMAL)))
-        else:
-            specs[name] = value
-    if not pieces or "trainer_spec" not in specs or "normalizer_spec" not in specs:
+    specs = read_message(data, 0, len(data), MODEL)
+    if not {"pieces", "trainer_spec", "normalizer_spec"}.issubset(specs):
         raise ValueError(f"truncated at byte {len(data)}")
+    pieces = []
+    for piece in specs["pieces"]:
+        values = piece.get("piece", ""), piece.get("score", 0.0), piece.get("type", NORMAL)
+        pieces.append(values)
     trainer = specs["trainer_spec"]
     normalizer = specs["normalizer_spec"]
     texts, scores, types = zip(*pieces)

@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 from experiments import bench
-from experiments.speed import counts, growth, peers, steps, table
+from experiments.speed import counts, growth, peers, steps, table, texts
 from formats import glue, toy
 from running import progress
 
@@ -266,6 +267,20 @@ def test_a_tiny_run_measures_and_writes(tmp_path, capsys, monkeypatch):
         assert not expected or 0 <= row["result"]["min"] <= row["result"]["value"] <= row["result"]["max"]
     assert str(tmp_path) not in json.dumps(result) and "FAIL" not in out and "pass |" not in out
     assert {"device", "threads", "versions", "date", "dropout", "dtype", "B", "T"} <= result.keys()
+
+
+@needs_peers
+def test_texts_are_timed_side_by_side(tmp_path, monkeypatch, capsys):
+    """Oracle: by hand: a time for the file and one for the texts of each, a round; never of other ids."""
+    pytest.importorskip("sentencepiece")
+    shutil.copy(ROOT / "tests" / "data" / "spm_small.model", tmp_path / "spm.model")
+    times = texts.measure(tmp_path, ["A man is playing a guitar."] * 20, 2)
+    assert times.keys() == {"SentencePiece", "transformers", "own"}
+    assert all(len(pairs) == 2 and min(map(min, pairs)) > 0 for pairs in times.values())
+    monkeypatch.setitem(texts.READERS, "own", lambda folder: lambda rows: [[1, 3, 2]] * len(rows))
+    with pytest.raises(ValueError, match="20 of 20 texts have other ids"):
+        texts.measure(tmp_path, ["A man is playing a guitar."] * 20, 2)
+    assert bench.main(["--texts"]) == 2 and "row 13 needs --spm" in capsys.readouterr().err
 
 
 def test_profile_of_one_product():

@@ -1,4 +1,4 @@
-"""Row 13 of bench.py: DeBERTaV3's spm.model, read and used by SentencePiece, transformers and us."""
+"""Row 13 of bench.py: DeBERTaV3's spm.model with SentencePiece, with transformers and with us."""
 import random
 import time
 from pathlib import Path
