@@ -233,7 +233,7 @@ def test_every_option_that_is_named_exists():
     """Oracle: the option table of train.py; other programs' options are listed here."""
     known = {f"--{name}" for group in options.OPTIONS.values() for name, *_ in group}
     foreign = {"--no-deps", "--help", "--nproc", "--preset", "--dry-run",
-               "--quick", "--epoch-rows", "--growth", "--runs"}   # pip's, argparse's and so on
+               "--quick", "--epoch-rows", "--growth", "--texts", "--spm", "--runs"}   # pip's, argparse's and so on
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ALL)) <= known | foreign
 
 
