@@ -22,7 +22,7 @@ import re
 import struct
 from pathlib import Path
 
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 # Schema of a message: field number -> (name, wire type, kind). A kind that is a dict is the schema
 # of an inner message; in a list: of many.
@@ -101,8 +101,8 @@ def read_model(data):
         raise ValueError(f"truncated at byte {len(data)}")
     pieces = []
     for piece in specs["pieces"]:
-        values = piece.get("piece", ""), piece.get("score", 0.0), piece.get("type", NORMAL)
-        pieces.append(values)
+        text = piece.get("piece", "")
+        pieces.append((text, piece.get("score", 0.0), piece.get("type", NORMAL)))
     trainer = specs["trainer_spec"]
     normalizer = specs["normalizer_spec"]
     texts, scores, types = zip(*pieces)
@@ -215,6 +215,10 @@ class SpmNormalizer:
                 end = place + 1
         return end, new
 
+    def decode_chain(self, tokens):
+        """Called by `tokenizers` to make a text of tokens again."""
+        return ["".join(tokens).replace(SPACE, " ").strip(" ")]
+
 
 def read_spm(path):
     """The `spm.model` at path -> tokenizers.Tokenizer with SentencePiece's ids, without padding.
@@ -291,6 +295,8 @@ def build_tokenizer(pieces, byte_fallback, normalizer):
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[("[CLS]", special["[CLS]"]), ("[SEP]", special["[SEP]"])])
+    # A custom decoder makes saving and copying an error: what they give would not normalise.
+    tokenizer.decoder = decoders.Decoder.custom(normalizer)
     normalize_first(tokenizer, normalizer.apply)
     return tokenizer
 
@@ -304,9 +310,8 @@ def normalize_first(tokenizer, apply):
     def prepare(given):
         if isinstance(given, str):
             return apply(given)
-        if isinstance(given, (list, tuple)):           # a pair, a batch, words
-            return type(given)(map(prepare, given))
-        return given
+        is_several = isinstance(given, (list, tuple))            # a pair, a batch, words
+        return type(given)(map(prepare, given)) if is_several else given
 
     def wrap(method):
         def encode(*given, **named):

@@ -1,6 +1,8 @@
 """spm.py against the SentencePiece library, against ids it gave (make_spm.py), and on damaged files."""
 import asyncio
+import copy
 import json
+import pickle
 import random
 import re
 import struct
@@ -8,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tokenizers
 from tokenizers import normalizers
 
 import data as tasks
@@ -363,6 +366,17 @@ def test_every_way_to_encode_normalises():
         assert given.ids == ids
     with pytest.raises(TypeError):
         tokenizer.encode(7)
+
+
+def test_no_copy_that_would_not_normalise(tmp_path):
+    """Oracle: the docstring of read_spm(): it cannot be saved or pickled."""
+    tokenizer = read_spm(SMALL)
+    for copy_of in (copy.copy, copy.deepcopy, pickle.dumps, tokenizers.Tokenizer.to_str,
+                    lambda one: one.save(str(tmp_path / "tokenizer.json"))):
+        with pytest.raises(Exception, match="cannot be serialized"):
+            copy_of(tokenizer)
+    assert not list(tmp_path.iterdir())
+    assert tokenizer.decode(tokenizer.encode(" The \ufb01rst  language model").ids) == "The first language model"
 
 
 async def in_the_background(tokenizer, texts):
