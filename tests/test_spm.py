@@ -428,12 +428,12 @@ def test_special_tokens_of_the_real_file(real):
 
 @pytest.mark.slow
 def test_speed(real):
-    """As many pairs as MNLI has, of GLUE's sentences, are encoded in a minute."""
+    """As many pairs as MNLI has, of GLUE's sentences, are encoded in a minute of two cores."""
     texts = [text for text in glue_texts()[1] if 20 < len(text) < 200]
     pairs = [(texts[n % len(texts)], texts[n * 7 % len(texts)][:60]) for n in range(392702)]
-    start = time.perf_counter()
+    start = time.process_time()  # of all threads: what else runs there does not count
     tasks.encode(real[1], glue.Split(pairs, None), 128)
-    assert time.perf_counter() - start < 60
+    assert time.process_time() - start < 2 * 60
 
 
 # ---- the charsmap --------------------------------------------------------------------------------
