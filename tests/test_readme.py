@@ -329,7 +329,7 @@ def test_commands_that_need_the_hub_or_a_gpu_are_accepted():
     """Oracle: the parsers of train.py, reproduce.py and bench.py, which check every option."""
     marked = [command for command, comment in commands() if comment.startswith("needs ")]
     marked += [f"python {name}" for name in table(RESULTS, "command")]
-    assert len(marked) == 13 + 8
+    assert len(marked) == 14 + 8
     for command in marked:
         program, _, words = command.partition(".py")
         if program.endswith("reproduce"):
