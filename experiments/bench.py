@@ -3,6 +3,7 @@
     python experiments/bench.py --model all-MiniLM-L6-v2 --data-dir glue   # all there is to measure
     python experiments/bench.py --quick     # two layers, a few rows: does it work? no verdicts
     python experiments/bench.py --counts    # rows 5, 6, 7, 9 alone: nothing is timed
+    python experiments/bench.py --texts --spm deberta-v3-base --data-dir glue   # row 13 alone
     python experiments/bench.py --growth    # cost against T, B, k, depth and data instead
 
 A ratio of times is taken within a round, in which all variants run one after the other, each time
@@ -10,7 +11,7 @@ in another order; shown are the median over the rounds, the least and the greate
 exact. Before anything is timed, own and peer have to compute the same logits and gradients. Ours
 are the public functions of this project, the peers are transformers and peft in train mode with
 dropout (speed/peers.py). Without them, without a GPU, without --model (a folder; for rows 9 and 12)
-the rows concerned are "not run".
+or --spm (a folder; for row 13) the rows concerned are "not run".
 """
 import argparse
 import contextlib
@@ -32,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data
 import train
-from experiments.speed import counts, growth, peers, steps, table
+from experiments.speed import counts, growth, peers, steps, table, texts
 from formats import glue
 from lora2 import lora2_layers, merge_lora2
 from running import machine, options
@@ -292,13 +293,29 @@ def time_epochs(job):
             "own_seconds": ours, "peer_seconds": theirs, "rows": job.epoch_rows or "all"}
 
 
+def time_texts(job):
+    """Row 13: texts to ids with DeBERTaV3's spm.model, and the time to read that file."""
+    some = texts.of_tasks(TASKS, job.data_dir)
+    times = texts.measure(job.spm, some, job.rounds)
+    read, used = {}, {}
+    for name, pairs in times.items():
+        read[name], used[name] = zip(*pairs)
+        job.details[f"texts, {name}"] = {
+            "texts a second": table.summary(len(some) / seconds for seconds in used[name]),
+            "seconds to read": table.summary(read[name])}
+    job.results["13"] = table.paired(used["transformers"], used["own"])
+    job.results["13 library"] = table.paired(used["SentencePiece"], used["own"])
+    job.results["13 read"] = table.summary(read["own"])
+    job.results["13 peer"] = table.summary(read["transformers"])
+
+
 # --- the whole -------------------------------------------------------------------------------
 
 def circumstances(job, words):
     """What has to stand beside every number. Folders are given by their last part alone."""
     shown = ["python experiments/bench.py"]
     for before, word in zip(["", *words], words):
-        is_folder = before in ("--model", "--data-dir", "--out")
+        is_folder = before in ("--model", "--spm", "--data-dir", "--out")
         shown.append(Path(word).name if is_folder else word)
     versions = {}
     for name in ("torch", "tokenizers", "transformers", "peft"):
@@ -338,10 +355,12 @@ def parse(argv):
     add("--quick", action="store_true", help="two layers, few rows, no verdicts: in under 90 s")
     add("--counts", action="store_true",
         help="rows 5 (two layers), 6, 7, 9 alone; nothing timed or written")
+    add("--texts", action="store_true", help="row 13 alone; nothing written")
     add("--growth", action="store_true", help="how the cost grows, instead of the table")
     add("--shape", choices=list(steps.SHAPES), default="deberta-v3-base")
     add("--compile", action="store_true", help="torch.compile our model, as train.py --compile")
     add("--model", help="folder of all-MiniLM-L6-v2, for rows 9 and 12")
+    add("--spm", help="folder of DeBERTaV3's spm.model, for row 13")
     add("--data-dir", default="glue", help="folder that holds CoLA/, MRPC/, RTE/, STS-B/ (glue)")
     add("--tasks", default=",".join(TASKS), help="those of row 12")
     add("--epoch-rows", type=int, default=256,
@@ -364,9 +383,11 @@ def prepare(job):
     job.peers = peers.available()
     folders = [Path(job.data_dir) / data.TASKS[task].folder for task in TASKS]
     missing = [str(folder) for folder in folders if not folder.is_dir()]
-    if job.model and missing and not job.growth:
-        raise ValueError(f"rows 9 and 12 need {', '.join(missing)}: give --data-dir, or leave out "
-                         "--model")
+    if (job.model or job.spm) and missing and not job.growth:
+        raise ValueError(f"rows 9, 12 and 13 need {', '.join(missing)}: give --data-dir, or leave "
+                         "out --model and --spm")
+    if job.texts and not (job.spm and job.peers):
+        raise ValueError("row 13 needs --spm and requirements-dev.txt")
     job.results, job.details = {}, {}
 
 
@@ -377,6 +398,11 @@ def measure(job):
     def say(text):
         print(f"{time.perf_counter() - start:4.0f} s: {text}", file=sys.stderr, flush=True)
 
+    if job.spm and job.peers:
+        say("timing texts")
+        time_texts(job)
+    if job.texts:
+        return None
     job.folder = steps.write_checkpoint(job.work / "model", job.config)
     for T in (job.T, 2 * job.T) if job.peers else ():      # at 256 distances share buckets
         small = steps.make_batch(job.config, 2, T, job.device)
@@ -426,6 +452,12 @@ def main(argv=None):
         if job.growth:
             return growth.main(job, circumstances(job, words))
         taken = measure(job)
+    if job.texts:
+        of_texts = [row for row in table.ROWS if row.startswith("13")]
+        print(table.report(job.results, job.device, only=of_texts))
+        for name, measured in job.details.items():
+            print(name, measured)
+        return 0
     if job.counts:
         counted = [row for row in table.ROWS if row[0] in "5679" and row != "5 peak"]
         print(table.report(job.results, job.device, counted, counted))

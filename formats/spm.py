@@ -14,23 +14,24 @@ need. A text becomes ids in SentencePiece's two steps (normalizer.cc, unigram_mo
 The ids are SentencePiece's (0.2.3) but for two corners, both pinned down in tests/test_spm.py:
   * It adds scores in float32, `tokenizers` in float64: where two segmentations score the same up to
     float32 rounding ("9" + "99" and "99" + "9"), the two may choose differently.
-  * In a model with byte_fallback (not DeBERTaV3's), text that spells "<0x41>" may get its piece.
+  * In a model with byte_fallback in which a character of "<0x41>" is no piece (in DeBERTaV3's all
+    are), text that spells a byte may get its piece.
 """
 import math
 import re
 import struct
-from collections import defaultdict
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, models, normalizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-# Schema of a message: field number -> (name, wire type, kind); a dict is an inner message's.
+# Schema of a message: field number -> (name, wire type, kind). A kind that is a dict is the schema
+# of an inner message; in a list: of many.
 PIECE = {1: ("piece", 2, str), 2: ("score", 5, float), 3: ("type", 0, int)}
 TRAINER = {3: ("model_type", 0, int), 24: ("treat_whitespace_as_suffix", 0, bool),
            35: ("byte_fallback", 0, bool)}
 NORMALIZER = {2: ("precompiled_charsmap", 2, bytes), 3: ("add_dummy_prefix", 0, bool),
               4: ("remove_extra_whitespaces", 0, bool), 5: ("escape_whitespaces", 0, bool)}
-MODEL = {1: ("pieces", 2, PIECE), 2: ("trainer_spec", 2, TRAINER),
+MODEL = {1: ("pieces", 2, [PIECE]), 2: ("trainer_spec", 2, TRAINER),
          3: ("normalizer_spec", 2, NORMALIZER)}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)   # a piece's type
 MODEL_TYPES = {1: "UNIGRAM", 2: "BPE", 3: "WORD", 4: "CHAR"}
@@ -39,20 +40,22 @@ SPACE = "▁"                                  # U+2581 is a space inside pieces
 
 def read_varint(data, at, end):
     """-> (the varint at byte `at`, the position after it)"""
-    value = 0
-    for shift in range(0, 70, 7):
-        if at >= end:
-            raise ValueError(f"truncated at byte {end}")
+    value = shift = 0
+    while at < end:
         byte = data[at]
         at += 1
-        value |= (byte & 127) << shift
         if byte < 128:
-            return value, at
-    raise ValueError(f"endless varint at byte {at - 10}")
+            return value | byte << shift, at
+        value |= (byte & 127) << shift
+        shift += 7
+        if shift == 70:
+            raise ValueError(f"endless varint at byte {at - 10}")
+    raise ValueError(f"truncated at byte {end}")
 
 
-def read_fields(data, at, end, schema):
-    """Yields (name, value) of the fields in data[at:end] that the schema names, in file order."""
+def read_message(data, at, end, schema):
+    """The message in data[at:end] -> {name: value} of the fields that the schema names."""
+    found = {}
     while at < end:
         start = at
         key, at = read_varint(data, at, end)
@@ -60,11 +63,12 @@ def read_fields(data, at, end, schema):
         wire_type = key & 7
         if number == 0 or wire_type not in (0, 1, 2, 5):
             raise ValueError(f"no field at byte {start}")
-        value = 0
+        value = 4 if wire_type == 5 else 8   # how many bytes follow
         if wire_type in (0, 2):
             value, at = read_varint(data, at, end)
         begin = at
-        at += {0: 0, 1: 8, 2: value, 5: 4}[wire_type]
+        if wire_type != 0:
+            at += value
         if at > end:
             raise ValueError(f"truncated at byte {end}")
         if number not in schema:
@@ -72,32 +76,33 @@ def read_fields(data, at, end, schema):
         name, expected, kind = schema[number]
         if wire_type != expected:
             raise ValueError(f"{name} with wire type {wire_type} at byte {start}")
-        if kind is float:
-            (value,) = struct.unpack("<f", data[begin:at])
+        if kind is str:
+            value = data[begin:at].decode()
+        elif kind is float:
+            (value,) = struct.unpack_from("<f", data, begin)
         elif kind is bytes:
             value = data[begin:at]
-        elif kind is str:
-            value = data[begin:at].decode()
-        elif isinstance(kind, dict):         # of a field that comes twice the last one counts
-            value = dict(read_fields(data, begin, at, kind))
-        yield name, value
+        elif isinstance(kind, list):
+            found.setdefault(name, []).append(read_message(data, begin, at, kind[0]))
+            continue
+        elif isinstance(kind, dict):
+            value = read_message(data, begin, at, kind)
+        found[name] = value                  # of a field that comes twice the last one counts
+    return found
 
 
 def read_model(data):
-    """Bytes of a file -> (pieces [(text, score, type)], trainer_spec, normalizer_spec, rules)
+    """Bytes of a file -> (pieces [(text, score, type)], trainer_spec, normalizer_spec, charsmap)
 
     ValueError where the SentencePiece library refuses the file too, and where a spec is missing.
     """
-    pieces = []
-    specs = {}
-    for name, value in read_fields(data, 0, len(data), MODEL):
-        if name == "pieces":
-            text = value.get("piece", "")
-            pieces.append((text, value.get("score", 0.0), value.get("type", NORMAL)))
-        else:
-            specs[name] = value
-    if not pieces or "trainer_spec" not in specs or "normalizer_spec" not in specs:
+    specs = read_message(data, 0, len(data), MODEL)
+    if not {"pieces", "trainer_spec", "normalizer_spec"}.issubset(specs):
         raise ValueError(f"truncated at byte {len(data)}")
+    pieces = []
+    for piece in specs["pieces"]:
+        text = piece.get("piece", "")
+        pieces.append((text, piece.get("score", 0.0), piece.get("type", NORMAL)))
     trainer = specs["trainer_spec"]
     normalizer = specs["normalizer_spec"]
     texts, scores, types = zip(*pieces)
@@ -113,7 +118,7 @@ def read_model(data):
 
 
 def read_charsmap(blob):
-    """precompiled_charsmap -> {text: its replacement}; where several match, the longest counts.
+    """precompiled_charsmap -> (units, their bases, replacements): a trie of rules
 
     The blob: uint32 n; n bytes of a trie over UTF-8 bytes; the replacements, a NUL after each. The
     trie is a double array (darts-clone): uint32 units, unit 0 the root, each with base = its own
@@ -121,77 +126,58 @@ def read_charsmap(blob):
         bit 31 clear: 0-7 label, 8 "has a leaf", 10-30 offset (bit 9: times 256)
         bit 31 set:   the leaf, at its parent's base; 0-30 position of the replacement
     """
-    if not blob:
-        return {}
     size = int.from_bytes(blob[:4], "little")
-    if size % 4 or not 0 < size < len(blob) - 4 or blob[-1] != 0:
+    if blob and (size % 1024 or not 0 < size < len(blob) - 4 or blob[-1] != 0):
         raise ValueError("charsmap of wrong size")
-    units = struct.unpack(f"<{size // 4}I", blob[4:4 + size])
+    units = struct.unpack(f"<{size // 4}I", blob[4:4 + size]) or (0,) * 256
     replacements = blob[4 + size:]
-    bases, children = read_units(units, len(replacements))
-    rules = {}
-    stack = [(b"", 0)]                       # (the bytes that lead to a unit, its index)
-    steps = 0
-    while stack:
-        key, index = stack.pop()
-        steps += 1
-        if len(key) > 255 or steps > 32 * len(units):   # NFKC's needs 6 steps a unit
-            raise ValueError("charsmap with a loop")
-        base = bases[index]
-        if units[index] >> 8 & 1 and units[base] >> 31:
-            begin = units[base] & 0x7FFFFFFF
-            rules[key.decode()] = replacements[begin:replacements.index(0, begin)].decode()
-        stack += [(key + byte, child) for byte, child in children.get(base, [])]
-    return rules
-
-
-def read_units(units, size):
-    """-> (the base of each unit, {base: [(byte, index of a child)]}); size: of the replacements"""
+    replacements.decode()                    # a UnicodeDecodeError is a ValueError
     bases = []
-    children = defaultdict(list)
     for index, unit in enumerate(units):
         offset = unit >> 10 << (8 if unit >> 9 & 1 else 0)
         bases.append(index ^ offset)
-        is_leaf = unit >> 31
-        label = unit & 255
-        if is_leaf and (index == 0 or unit & 0x7FFFFFFF >= size):
+        furthest, size = bases[index], len(units)
+        if unit >> 31:
+            furthest, size = unit & 0x7FFFFFFF, len(replacements)
+        if furthest >= size or units[0] >> 31:
             raise ValueError("charsmap that points outside itself")
-        if not is_leaf and bases[index] >= len(units):
-            raise ValueError("charsmap that points outside itself")
-        if label and not is_leaf:
-            children[index ^ label].append((bytes([label]), index))
-    return bases, children
+    return units, bases, replacements
 
 
 class SpmNormalizer:
-    """SentencePiece's normalizer.cc as a custom normaliser for `tokenizers`: equal for any text.
+    """SentencePiece's normalizer.cc: equal for any text.
 
     `tokenizers` has its own for charsmaps, Precompiled, but that goes grapheme by grapheme and
     takes the shortest match: "ệ" written as e and two accents loses one, decomposed kana stay so.
-    rules: {text: replacement} of the charsmap. symbols: user-defined pieces, which no rule changes.
+    charsmap: of read_charsmap(). symbols: user-defined pieces, which no rule changes.
     """
 
-    def __init__(self, rules, symbols=(), add_dummy_prefix=True, remove_extra_whitespaces=True):
+    def __init__(self, charsmap, symbols=(), add_dummy_prefix=True, remove_extra_whitespaces=True):
+        self.units, self.bases, self.replacements = charsmap
         self.add_dummy_prefix = add_dummy_prefix
         self.remove_extra_whitespaces = remove_extra_whitespaces
-        self.symbols = set(symbols)
-        self.table = {**rules, **dict(zip(symbols, symbols))}
-        self.longest = max(map(len, self.table), default=0)
-        # A key can match only at a character that is one, or before one that continues a key.
-        single = regex_set(key for key in self.table if len(key) == 1)
-        inner = regex_set("".join(key[1:] for key in self.table))
-        self.places = re.compile(f".{inner}+|{single}", re.DOTALL)
-        self.whole = Regex(r"(?m:.++)")
+        in_order = map(re.escape, sorted(symbols, key=len, reverse=True))
+        self.symbols = re.compile("|".join(in_order) or "(?!)")      # the longest; none: no match
+        self.keeps_plain = not symbols and self.keeps_plain_text()
+        # Where a key can be: "[ -~]" is plain text.
+        self.places = re.compile("[ -~]?[^ -~]+" if self.keeps_plain else "(?s:.+)")
 
-    def normalize(self, normalized):
-        """Called by `tokenizers` with its NormalizedString; it would swallow an exception here."""
-        normalized.replace(self.whole, self.apply(normalized.normalized))
+    def keeps_plain_text(self):
+        """Whether " " to "~" are in no key but as the first of several characters."""
+        bases = set(self.bases)              # a unit at none of these is not in use
+        for index, unit in enumerate(self.units):
+            label = unit & 0x800000FF
+            base = index ^ label
+            if 32 <= label < 127 and base in bases and (base != self.bases[0] or unit >> 8 & 1):
+                return False
+        return True
 
     def apply(self, text):
         """Raw text -> the text that the model sees, e.g. " ﬁne  day" -> "▁fine▁day"."""
         if not text:
             return ""
-        text = self.places.sub(self.replace, text)
+        if not (self.keeps_plain and text.isascii() and text.isprintable()):
+            text = self.places.sub(self.replace, text)
         if self.remove_extra_whitespaces:    # U+0020 alone: rules have made it of tabs and the like
             text = re.sub("  +", " ", text).strip(" ")
         text = text.replace(" ", SPACE)
@@ -205,19 +191,33 @@ class SpmNormalizer:
         done = []
         at = 0
         while at < len(text):
-            ends = range(min(len(text), at + self.longest), at, -1)
-            keys = [text[at:end] for end in ends if text[at:end] in self.table]
-            symbols = [key for key in keys if key in self.symbols]
-            key = (symbols + keys + [text[at]])[0]      # the longest; symbols come before rules
-            done.append(self.table.get(key, key))
-            at += len(key)
+            at, new = self.longest(text, at)
+            done.append(new)
         return "".join(done)
 
+    def longest(self, text, at):
+        """-> (end, replacement) of the symbol, else longest key, else character at text[at]"""
+        symbol = self.symbols.match(text, at)
+        if symbol:
+            return symbol.end(), symbol[0]
+        end = at + 1
+        new = text[at]
+        base = self.bases[0]
+        for place in range(at, min(len(text), at + 255)):
+            for byte in text[place].encode():
+                index = base ^ byte
+                if self.units[index] & 0x800000FF != byte:
+                    return end, new
+                base = self.bases[index]
+            if self.units[index] >> 8 & 1 and self.units[base] >> 31:
+                begin = self.units[base] & 0x7FFFFFFF
+                new = self.replacements[begin:self.replacements.index(0, begin)].decode()
+                end = place + 1
+        return end, new
 
-def regex_set(chars):
-    """A set for a regular expression, with all above U+FFFF: `re` is slow in sets with many."""
-    chars = "".join(sorted(char for char in set(chars) if char <= "\uffff"))
-    return f"[{re.escape(chars)}\U00010000-\U0010ffff]"
+    def decode_chain(self, tokens):
+        """Called by `tokenizers` to make a text of tokens again."""
+        return ["".join(tokens).replace(SPACE, " ").strip(" ")]
 
 
 def read_spm(path):
@@ -229,21 +229,21 @@ def read_spm(path):
     the file. ValueError: the file is damaged, or of a kind that is not read here.
     """
     try:
-        pieces, trainer, normalizer, rules = read_model(Path(path).read_bytes())
+        pieces, trainer, normalizer, charsmap = read_model(Path(path).read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is not a readable SentencePiece model ({error}): download it "
                          "again") from None
-    reasons = reasons_against(pieces, trainer, normalizer, rules)
+    reasons = reasons_against(pieces, trainer, normalizer, charsmap)
     if reasons:
         raise ValueError(f"{path} is a SentencePiece model of another kind than DeBERTaV3's "
                          f"({', '.join(reasons)}): use a checkpoint that has a tokenizer.json")
     symbols = [text for text, _, kind in pieces if kind == USER_DEFINED]
-    made = SpmNormalizer(rules, symbols, normalizer.get("add_dummy_prefix", True),
+    made = SpmNormalizer(charsmap, symbols, normalizer.get("add_dummy_prefix", True),
                          normalizer.get("remove_extra_whitespaces", True))
     return build_tokenizer(pieces, bool(trainer.get("byte_fallback")), made)
 
 
-def reasons_against(pieces, trainer, normalizer, rules):
+def reasons_against(pieces, trainer, normalizer, charsmap):
     """What in a sound model would lead to other ids than SentencePiece's: a list of texts."""
     reasons = []
     model_type = trainer.get("model_type", 1)
@@ -256,8 +256,7 @@ def reasons_against(pieces, trainer, normalizer, rules):
     missing = {"[PAD]", "[CLS]", "[SEP]"} - {text for text, _, _ in pieces}
     if missing:
         reasons.append(f"it has no {' '.join(sorted(missing))}")
-    squeeze = normalizer.get("remove_extra_whitespaces", True)
-    if squeeze and any("  " in new for new in rules.values()):
+    if b"  " in charsmap[2] and normalizer.get("remove_extra_whitespaces", True):
         reasons.append("a replacement has two spaces in a row")
     return reasons
 
@@ -272,6 +271,8 @@ def build_tokenizer(pieces, byte_fallback, normalizer):
             special[text] = number
         if kind == USER_DEFINED:             # SentencePiece's bonus, above any log-probability
             score = 0.1 * (len(text.encode()) - 1)
+        elif kind == BYTE:                   # less than the pieces of text that spells "<0x41>"
+            score = 7 * (lowest - 10)
         elif kind != NORMAL:                 # not less: an unknown character costs lowest - 10
             score = lowest
         if kind in (UNKNOWN, CONTROL, UNUSED):
@@ -284,9 +285,39 @@ def build_tokenizer(pieces, byte_fallback, normalizer):
     tokenizer.add_special_tokens(list(special))
     unk_id = [kind for _, _, kind in pieces].index(UNKNOWN)
     tokenizer.model = models.Unigram(vocab, unk_id, byte_fallback)
+    if hasattr(tokenizer.model, "_resize_cache"):            # of 10,000 entries; tokenizers >= 0.21
+        tokenizer.model._resize_cache(100_000)
     tokenizer.encode_special_tokens = True   # that is, as text
-    tokenizer.normalizer = normalizers.Normalizer.custom(normalizer)
+    texts = [text for text, _, kind in pieces if kind in (NORMAL, USER_DEFINED)]
+    if SPACE in texts and not any(SPACE in text[1:] for text in texts):
+        # No piece goes on beyond a word: word by word the library finds most in its cache.
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="never")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[("[CLS]", special["[CLS]"]), ("[SEP]", special["[SEP]"])])
+    # A custom decoder makes saving and copying an error: what they give would not normalise.
+    tokenizer.decoder = decoders.Decoder.custom(normalizer)
+    normalize_first(tokenizer, normalizer.apply)
     return tokenizer
+
+
+def normalize_first(tokenizer, apply):
+    """Have a tokenizer pass every text through `apply` before it encodes it.
+
+    A custom normaliser would be called from threads that Python did not start: it settles in them
+    anew for each text, which takes longer than all of `apply`.
+    """
+    def prepare(given):
+        if isinstance(given, str):
+            return apply(given)
+        is_several = isinstance(given, (list, tuple))            # a pair, a batch, words
+        return type(given)(map(prepare, given)) if is_several else given
+
+    def wrap(method):
+        def encode(*given, **named):
+            return method(*prepare(given), **dict(zip(named, prepare([*named.values()]))))
+        return encode
+
+    for name in dir(tokenizer):
+        if "encode" in name and callable(getattr(tokenizer, name)):
+            setattr(tokenizer, name, wrap(getattr(tokenizer, name)))

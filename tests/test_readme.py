@@ -235,7 +235,7 @@ def test_every_option_that_is_named_exists():
     """Oracle: the option table of train.py; other programs' options are listed here."""
     known = {f"--{name}" for group in options.OPTIONS.values() for name, *_ in group}
     foreign = {"--no-deps", "--help", "--nproc", "--preset", "--dry-run",
-               "--quick", "--epoch-rows", "--growth", "--runs",
+               "--quick", "--epoch-rows", "--growth", "--texts", "--spm", "--runs",
                "--workers", "--seconds"}   # pip's, argparse's and so on
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ALL)) <= known | foreign
 
@@ -332,7 +332,7 @@ def test_commands_that_need_the_hub_or_a_gpu_are_accepted():
     """Oracle: the parsers of train.py, reproduce.py and bench.py, which check every option."""
     marked = [command for command, comment in commands() if comment.startswith("needs ")]
     marked += [f"python {name}" for name in table(RESULTS, "command")]
-    assert len(marked) == 15 + 8
+    assert len(marked) == 16 + 8
     for command in marked:
         program, _, words = command.partition(".py")
         if program.endswith("reproduce"):
