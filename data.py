@@ -5,6 +5,7 @@
 
 N is the number of rows, B those of a batch, T its padded length. A user's mistake is a ValueError.
 """
+import math
 from array import array
 from typing import NamedTuple, Optional
 
@@ -29,6 +30,8 @@ class Task(NamedTuple):
     metrics: tuple = ("accuracy",)  # names in METRICS; the first one selects the best
     header: tuple = ()              # column names where *labelled* files have no header line
     score_range: tuple = ()         # of a regression: lowest and highest score
+    unit: tuple = (0.0, 1.0)        # of a regression: what of a score is taken away, what it is
+                                    # divided by before the model sees it; GLUE's STS-B: nothing
     damaged: bool = False           # official files have bad rows: up to 0.1 % may be skipped
     downloads: dict = {}            # address → name to keep it under, "" for a zip of TSV files
     submissions: dict = {}          # test split → file name that gluebenchmark.com asks for
@@ -125,10 +128,44 @@ def is_missing(task, data_dir, train=True):
 
 
 def load_own(train_file, dev_file):
-    """({"train": Split, "dev": Split}, Task) of a user's files; train_file's columns define it."""
+    """({"train": Split, "dev": Split}, Task) of a user's files; train_file's columns define it.
+
+    Scores may have any unit: with the training scores' mean and deviation as the task's `unit`,
+    the model learns (score - mean) / deviation, which is as hard at 0 to 5 as at 0 to 5,000.
+    """
     task = Task("", {}, **glue.read_columns(train_file))
     train = glue.read_split(train_file, task)
-    return {"train": train, "dev": glue.read_split(dev_file, task)}, task
+    if not task.labels:
+        task = task._replace(unit=unit_of(train.labels, train_file))
+    dev = glue.read_split(dev_file, task)
+    return {"train": in_unit(train, task, train_file), "dev": in_unit(dev, task, dev_file)}, task
+
+
+def unit_of(scores, path):
+    """(mean, standard deviation) of the scores of a file; a deviation of 0 becomes 1."""
+    scores = torch.tensor(scores, dtype=torch.float64)
+    deviation = float(scores.std(correction=0))
+    if not math.isfinite(deviation):
+        raise ValueError(f"{path}: the scores are too far apart to compute with: give them in "
+                         "another unit")
+    if scores.min() == scores.max():
+        deviation = 1.0
+    return float(scores.mean()), deviation
+
+
+def in_unit(split, task, path):
+    """A file's Split as the model sees it: scores in the task's unit, class ids as they are.
+
+    ValueError for scores that are nowhere near those of training. glue.answers() is the inverse.
+    """
+    if task.labels:
+        return split
+    mean, deviation = task.unit
+    labels = [(score - mean) / deviation for score in split.labels]
+    if max(map(abs, labels)) > 1e30:                # float32 ends at 3e38
+        raise ValueError(f"{path}: a score is {max(map(abs, labels)):.0e} deviations away from "
+                         "the mean of the training scores: give both files in one unit")
+    return split._replace(labels=labels)
 
 
 def load_dev(dev_file, task, columns):
@@ -140,7 +177,7 @@ def load_dev(dev_file, task, columns):
         task = Task("", {}, **columns)
     else:
         task = get_task(task)._replace(header=())  # a file given by itself has a header line
-    return {"dev": glue.read_split(dev_file, task)}, task
+    return {"dev": in_unit(glue.read_split(dev_file, task), task, dev_file)}, task
 
 
 # ---- tokens ------------------------------------------------------------------------------------
@@ -150,7 +187,7 @@ class Examples(NamedTuple):
     ids: torch.Tensor               # (tokens,) int32
     types: torch.Tensor             # (tokens,) uint8, 1 at the tokens of a pair's second text
     starts: torch.Tensor            # (N + 1,) int64
-    labels: Optional[torch.Tensor]  # (N,) int64 class ids or float32 scores
+    labels: Optional[torch.Tensor]  # (N,) int64 class ids or float32 scores, in_unit()
     max_len: int
     truncated: int                  # how many rows were cut to max_len
 

@@ -261,30 +261,56 @@ def table_names(task):
     return [f"{split}.tsv" for split in task.rows]
 
 
-def write_predictions(path, task, values):
-    """Write predictions (N,) with columns index and prediction; class ids become label names."""
-    if task.labels:
-        values = [task.labels[value] for value in values]
-    rows = [f"{i}\t{value}\n" for i, value in enumerate(values)]
-    write_file(path, "index\tprediction\n", *rows)
+def answers(task, predictions):
+    """What predictions (N,) say to a user: names of labels, or scores in the training file's unit.
 
-
-def write_submission(folder, task, predictions, name="test"):
-    """Write a test split's predictions (N,) as gluebenchmark.com wants them; returns the path.
-
-    Scores are clipped to the task's range. A split without an official file gets a name of ours.
+    predictions: class ids, or outputs of a regression. The inverse of data.in_unit().
     """
     values = torch.as_tensor(predictions).tolist()
+    if task.labels:
+        return [task.labels[value] for value in values]
+    mean, deviation = task.unit
+    return [value * deviation + mean for value in values]
+
+
+def write_predictions(path, task, predictions):
+    """Write predictions (N,) as columns index and prediction."""
+    write_answers(path, answers(task, predictions))
+
+
+def write_answers(path, values, names=(), columns=None):
+    """Write values (N,) as columns index and prediction; `columns` (N, len(names)) beside them."""
+    rows = ["\t".join(["index", "prediction", *names]) + "\n"]
+    for i, value in enumerate(values):
+        beside = "" if columns is None else "".join(f"\t{number:.6f}" for number in columns[i])
+        rows.append(f"{i}\t{value}{beside}\n")
+    write_file(path, *rows)
+
+
+def place_of_predictions(folder, task, name):
+    """Where write_submission() writes: a split without an official file gets a name of ours."""
+    return Path(folder) / task.submissions.get(name, f"{name}_predictions.tsv")
+
+
+def write_submission(folder, task, predictions, name="test", probabilities=None):
+    """Write a test split's predictions (N,) as gluebenchmark.com wants them; returns the path.
+
+    Scores are clipped to the task's range. probabilities: (N, classes), for a column each, or None.
+    """
+    values = answers(task, predictions)
     official = task.rows.get(name, len(values))
     if len(values) != official:
         warn(f"{len(values)} predictions where the official split {name} has {official} rows")
     if task.score_range:
         low, high = task.score_range
         values = [f"{min(max(value, low), high):.3f}" for value in values]
-    path = Path(folder) / task.submissions.get(name, f"{name}_predictions.tsv")
+    path = place_of_predictions(folder, task, name)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    write_predictions(path, task, values)
+    if probabilities is None:
+        write_answers(path, values)
+    else:
+        write_answers(path, values, task.labels, probabilities.tolist())
     return path
 
 

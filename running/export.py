@@ -1,6 +1,9 @@
 """What a finished run hands out: predictions, a merged model, a LoRA for peft."""
 from pathlib import Path
 
+import torch
+from torch import nn
+
 import model as models
 from formats import glue, hub
 from formats.disk import writing
@@ -15,6 +18,8 @@ def hand_out(o, folder, task, net, predicted):
     if predicted is not None:
         path = glue.write_submission(folder, task, predicted, Path(o.predict).stem)
         print(f"predictions for {o.predict} are in {path}")
+    if o.export_peft or o.merge:
+        fold_unit(net, task)
     if o.export_peft:
         with writing(o.export_peft):
             as_peft(net, o.export_peft, o.model)
@@ -24,6 +29,18 @@ def hand_out(o, folder, task, net, predicted):
         with writing(o.merge):
             models.save_pretrained(merge_lora2(net), o.merge)
         print(f"the merged model is in {o.merge}")
+
+
+@torch.no_grad()
+def fold_unit(net, task):
+    """Let a regression's last layer give scores in the training file's unit, for other programs.
+
+    W x + b, times the deviation, plus the mean. Where the task has no unit of its own: as it was.
+    """
+    mean, deviation = task.unit
+    last = net.classifier if isinstance(net.classifier, nn.Linear) else net.classifier.out_proj
+    last.weight.mul_(deviation)
+    last.bias.mul_(deviation).add_(mean)
 
 
 def as_peft(net, folder, base_name):

@@ -94,6 +94,8 @@ def identity_of(o, here, task, net, tokenizer):
     """
     columns = {"texts": task.texts, "label": task.label, "labels": task.labels,
                "metrics": task.metrics}
+    if task.unit != (0.0, 1.0):                            # of a user's own scores
+        columns["unit"] = task.unit
     return {"settings": vars(o) | {"dtype": here.dtype, "resume": None},
             "base": fingerprint(net, tokenizer), "columns": columns}
 
@@ -300,7 +302,7 @@ class RunFolder:
         state.best = evaluation
         if self.here.speaks:                               # the adapter last: never ahead of these
             for name, values in predictions.items():
-                glue.write_predictions(self.path / f"predictions_{name}.tsv", task, values.tolist())
+                glue.write_predictions(self.path / f"predictions_{name}.tsv", task, values)
             tensors = lora2_state_dict(self.net)
             facts = json.dumps(self.facts(state.best), sort_keys=True)
             disk.write_tensors(self.path / "adapter.safetensors", tensors,

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -413,6 +414,75 @@ def test_own_data(cli, tiny, kind):
     assert "--dev-file" in cli("--eval run/adapter.safetensors --model", tiny["bert"]).errors[0]
     dev = Path("run/predictions_dev.tsv").read_text().splitlines()
     assert len(dev) == 33 and (kind == "score" or {line.split("\t")[1] for line in dev[1:]} <= {"nay", "yea"})
+
+
+def column(path):
+    """The numbers in the column `prediction` of a file, as a tensor (N,)."""
+    rows = [line.split("\t") for line in Path(path).read_text().splitlines()]
+    assert rows[0] == ["index", "prediction"]
+    return torch.tensor([float(row[1]) for row in rows[1:]], dtype=torch.float64)
+
+
+def write_scores(a, b):
+    """train.tsv, dev.tsv and new.tsv: the demo's words with scores 0 to 5, times a, plus b."""
+    for name, seed, n in (("train", 0, 64), ("dev", 1, 32), ("new", 2, 10)):
+        rows = [f"{text}\t{(label * 3 + i % 21 / 10) * a + b!r}" for i, (text, label) in enumerate(sentences(n, seed))]
+        Path(f"{name}.tsv").write_text("\n".join(["sentence\tscore", *rows]) + "\n")
+
+
+OWN = "--train-file train.tsv --dev-file dev.tsv --max-len 32 --batch-size 16 --max-steps 12"
+
+
+@pytest.mark.parametrize("a, b", [(20, 0), (0.002, 0), (1000, 0), (1, 2000), (3e4, 1.7e9), (1e-12, 0)])
+@pytest.mark.parametrize("model", ["roberta", "bert"])
+def test_scores_may_have_any_unit(cli, model, a, b):
+    """Oracle: the run on scores from 0 to 5, whose predictions are p: here they are a p + b, of the run, of
+    its adapter and of the merged model; and the two correlations are the same."""
+    seen = []
+    for factor, shift in ((1, 0), (a, b)):
+        write_scores(factor, shift)
+        words = f"{OWN} --lr 0.005 --overwrite --out run --model {cli.models[model]} --predict new.tsv"
+        assert cli(words).status == 0
+        again = cli(f"--eval run/adapter.safetensors --dev-file dev.tsv --model {cli.models[model]} --merge merged")
+        assert again.status == 0 and f"pearson {result()['best']['score']:.4f}" in again.out
+        merged = opened(eval="run/adapter.safetensors", model=str(cli.models[model]), dev_file="dev.tsv")
+        merged.net = models.from_pretrained("merged", 1)
+        shutil.rmtree("merged")
+        outputs = [logits(merged).squeeze(1).double(), column("run/predictions_dev.tsv"),
+                   column("run/new_predictions.tsv")]
+        seen.append((outputs, result()["best"]["scores"]["dev"]))
+    (right, scores), (found, others) = seen
+    deviation = 1.62 * abs(a)
+    for p, q in zip(right, found):
+        assert (q - (a * p + b)).abs().max() < 0.005 * deviation + abs(b) * 1e-6
+    assert (found[0] - found[1]).abs().max() < 1e-5 * deviation + abs(b) * 1e-6
+    assert others["spearman"] == pytest.approx(scores["spearman"], abs=0.01)
+    assert others["pearson"] == pytest.approx(scores["pearson"], abs=1e-3)
+
+
+def test_the_unit_of_glue_is_left_as_it_is(cli, tiny):
+    """Oracle: STS-B's own scores, on which the paper's tables were trained, and the trained head's weights."""
+    paths = write_task("stsb")
+    words = f"--task stsb --max-len 32 --batch-size 16 --model {tiny['bert']} --max-steps 2 --merge merged"
+    assert cli(words, "--out run").status == 0
+    labels = data.load_task("stsb")["train"].labels
+    assert data.TASKS["stsb"].unit == (0, 1) and max(labels) == 5 and min(labels) == 0
+    assert "unit" not in folder.load_adapter("run/adapter.safetensors")[1]["columns"]
+    head = models.from_pretrained("merged", 1).classifier
+    assert torch.equal(head.weight, tensors()["classifier.weight"])
+    assert data.load_dev(paths["dev"], "stsb", {})[0] == data.load_task("stsb", train=False)
+
+
+@pytest.mark.parametrize("values, says", [("1e308 -1e308", "train.tsv: the scores are too far apart"),
+                                          ("1 2", "dev.tsv: a score is 2e+300 deviations away")])
+def test_scores_that_nothing_can_be_computed_with(cli, values, says):
+    """Oracle: by hand: the largest float64 is 1.8e308, the largest float32 3.4e38."""
+    for name, scores in (("train", values.split()), ("dev", ["1", "1e300"])):
+        Path(f"{name}.tsv").write_text("sentence\tscore\n" + "".join(f"cue0 filler1\t{s}\n" for s in scores))
+    refused(cli(OWN, "--model", cli.models["bert"]), says)
+    Path("dev.tsv").write_text("sentence\tscore\ncue0 filler1\t1\n")
+    Path("train.tsv").write_text("sentence\tscore\n" + "cue0 filler1\t7\n" * 3)
+    assert cli(OWN, "--out one --model", cli.models["bert"]).status == 0   # all alike: a deviation of 0
 
 
 @pytest.mark.parametrize("task", ["cola", "mrpc", "stsb", "rte"])
