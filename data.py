@@ -22,13 +22,13 @@ class Task(NamedTuple):
 
     No code asks for a task's name: whatever sets one apart is an entry of its row in TASKS.
     """
-    folder: str                     # below the data folder, as in the official archives
+    folder: str                     # below the data folder, as in official archives; "": a user's own
     rows: dict                      # split → official number of rows; split "dev" is dev.tsv
     texts: tuple                    # header names of the one or two text columns
     label: str                      # header name of the label column
     labels: tuple = ()              # names of the classes, in order of their ids; (): a regression
     metrics: tuple = ("accuracy",)  # names in METRICS; the first one selects the best
-    header: tuple = ()              # column names where *labelled* files have no header line
+    header: tuple = ()              # column names where files have no header line
     score_range: tuple = ()         # of a regression: lowest and highest score
     unit: tuple = (0.0, 1.0)        # of a regression: what of a score is taken away, what it is
                                     # divided by before the model sees it; GLUE's STS-B: nothing
@@ -176,7 +176,7 @@ def load_dev(dev_file, task, columns):
     if task == "own":
         task = Task("", {}, **columns)
     else:
-        task = get_task(task)._replace(header=())  # a file given by itself has a header line
+        task = get_task(task)
     return {"dev": in_unit(glue.read_split(dev_file, task), task, dev_file)}, task
 
 
