@@ -5,7 +5,6 @@
 
 N is the number of rows, B those of a batch, T its padded length. A user's mistake is a ValueError.
 """
-import math
 from array import array
 from typing import NamedTuple, Optional
 
@@ -22,7 +21,7 @@ class Task(NamedTuple):
 
     No code asks for a task's name: whatever sets one apart is an entry of its row in TASKS.
     """
-    folder: str                     # below the data folder, as in official archives; "": a user's own
+    folder: str                     # below the data folder; "": a user's own files
     rows: dict                      # split → official number of rows; split "dev" is dev.tsv
     texts: tuple                    # header names of the one or two text columns
     label: str                      # header name of the label column
@@ -30,8 +29,7 @@ class Task(NamedTuple):
     metrics: tuple = ("accuracy",)  # names in METRICS; the first one selects the best
     header: tuple = ()              # column names where files have no header line
     score_range: tuple = ()         # of a regression: lowest and highest score
-    unit: tuple = (0.0, 1.0)        # of a regression: what of a score is taken away, what it is
-                                    # divided by before the model sees it; GLUE's STS-B: nothing
+    unit: tuple = (0.0, 1.0)        # of a user's scores: mean and deviation. STS-B stays as it is
     damaged: bool = False           # official files have bad rows: up to 0.1 % may be skipped
     downloads: dict = {}            # address → name to keep it under, "" for a zip of TSV files
     submissions: dict = {}          # test split → file name that gluebenchmark.com asks for
@@ -130,42 +128,31 @@ def is_missing(task, data_dir, train=True):
 def load_own(train_file, dev_file):
     """({"train": Split, "dev": Split}, Task) of a user's files; train_file's columns define it.
 
-    Scores may have any unit: with the training scores' mean and deviation as the task's `unit`,
-    the model learns (score - mean) / deviation, which is as hard at 0 to 5 as at 0 to 5,000.
+    Scores may have any unit: the model learns (score - mean) / deviation, of the training scores.
     """
     task = Task("", {}, **glue.read_columns(train_file))
     train = glue.read_split(train_file, task)
     if not task.labels:
-        task = task._replace(unit=unit_of(train.labels, train_file))
+        scores = torch.tensor(train.labels, dtype=torch.float64)
+        deviation = float(scores.std(correction=0)) or 1.0     # 0: all are alike
+        task = task._replace(unit=(float(scores.mean()), deviation))
     dev = glue.read_split(dev_file, task)
     return {"train": in_unit(train, task, train_file), "dev": in_unit(dev, task, dev_file)}, task
-
-
-def unit_of(scores, path):
-    """(mean, standard deviation) of the scores of a file; a deviation of 0 becomes 1."""
-    scores = torch.tensor(scores, dtype=torch.float64)
-    deviation = float(scores.std(correction=0))
-    if not math.isfinite(deviation):
-        raise ValueError(f"{path}: the scores are too far apart to compute with: give them in "
-                         "another unit")
-    if scores.min() == scores.max():
-        deviation = 1.0
-    return float(scores.mean()), deviation
 
 
 def in_unit(split, task, path):
     """A file's Split as the model sees it: scores in the task's unit, class ids as they are.
 
-    ValueError for scores that are nowhere near those of training. glue.answers() is the inverse.
+    glue.answers() is the inverse. ValueError for scores that float32 cannot hold.
     """
     if task.labels:
         return split
     mean, deviation = task.unit
-    labels = [(score - mean) / deviation for score in split.labels]
-    if max(map(abs, labels)) > 1e30:                # float32 ends at 3e38
-        raise ValueError(f"{path}: a score is {max(map(abs, labels)):.0e} deviations away from "
-                         "the mean of the training scores: give both files in one unit")
-    return split._replace(labels=labels)
+    scores = (torch.tensor(split.labels, dtype=torch.float64) - mean) / deviation
+    if deviation > 1e300 or not scores.abs().max() < 1e30:
+        raise ValueError(f"{path}: the scores are too far apart, or too far from those of "
+                         "training, to compute with: give both files in one unit")
+    return split._replace(labels=scores.tolist())
 
 
 def load_dev(dev_file, task, columns):
@@ -175,8 +162,7 @@ def load_dev(dev_file, task, columns):
     """
     if task == "own":
         task = Task("", {}, **columns)
-    else:
-        task = get_task(task)
+    task = get_task(task)
     return {"dev": in_unit(glue.read_split(dev_file, task), task, dev_file)}, task
 
 

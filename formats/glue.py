@@ -160,7 +160,7 @@ def read_split(path, task, labelled=True, ids=None, listed=True):
     else:                                    # all rows have to stay: a submission counts them
         read_table(path, names, take, task)
     if quoted:
-        warn(f"{path}: {quoted} fields stand in quotes, which are read as part of them: if a "
+        warn(f"{path}: the quotes around {quoted} of its fields are read as part of them: if a "
              "program put them there, save the file without")
     if not split.texts:
         raise ValueError(f"{path}: no row is left after the choice by {DEV_IDS}: the two files do "
@@ -318,9 +318,9 @@ def table_names(task):
 
 
 def answers(task, predictions):
-    """What predictions (N,) say to a user: names of labels, or scores in the training file's unit.
+    """What predictions (N,) say: names of labels, or scores in the unit of the training file.
 
-    predictions: class ids, or outputs of a regression. The inverse of data.in_unit().
+    predictions: class ids, or outputs of a regression, which data.in_unit() prepared.
     """
     values = torch.as_tensor(predictions).tolist()
     if task.labels:
@@ -329,18 +329,22 @@ def answers(task, predictions):
     return [value * deviation + mean for value in values]
 
 
-def write_predictions(path, task, predictions):
-    """Write predictions (N,) as columns index and prediction."""
-    write_answers(path, answers(task, predictions))
+def write_predictions(path, task, predictions, probabilities=None, clip=False):
+    """Write predictions (N,) as columns index and prediction.
 
-
-def write_answers(path, values, names=(), columns=None):
-    """Write values (N,) as columns index and prediction; `columns` (N, len(names)) beside them."""
-    rows = ["\t".join(["index", "prediction", *names]) + "\n"]
-    for i, value in enumerate(values):
-        beside = "" if columns is None else "".join(f"\t{number:.6f}" for number in columns[i])
-        rows.append(f"{i}\t{value}{beside}\n")
-    write_file(path, *rows)
+    probabilities: (N, classes), for a column each beside them. clip: to the task's range of scores.
+    """
+    columns = ["index", "prediction"]
+    values = answers(task, predictions)
+    if clip and task.score_range:
+        low, high = task.score_range
+        values = [f"{min(max(value, low), high):.3f}" for value in values]
+    rows = [[str(i), str(value)] for i, value in enumerate(values)]
+    if probabilities is not None:
+        columns.extend(task.labels)
+        for row, numbers in zip(rows, probabilities.tolist()):
+            row.extend(f"{number:.6g}" for number in numbers)
+    write_file(path, *("\t".join(row) + "\n" for row in [columns, *rows]))
 
 
 def place_of_predictions(folder, task, name):
@@ -349,24 +353,14 @@ def place_of_predictions(folder, task, name):
 
 
 def write_submission(folder, task, predictions, name="test", probabilities=None):
-    """Write a test split's predictions (N,) as gluebenchmark.com wants them; returns the path.
-
-    Scores are clipped to the task's range. probabilities: (N, classes), for a column each, or None.
-    """
-    values = answers(task, predictions)
-    official = task.rows.get(name, len(values))
-    if len(values) != official:
-        warn(f"{len(values)} predictions where the official split {name} has {official} rows")
-    if task.score_range:
-        low, high = task.score_range
-        values = [f"{min(max(value, low), high):.3f}" for value in values]
+    """Write a test split's predictions (N,) as gluebenchmark.com wants them; returns the path."""
+    official = task.rows.get(name, len(predictions))
+    if len(predictions) != official:
+        warn(f"{len(predictions)} predictions where the official split {name} has {official} rows")
     path = place_of_predictions(folder, task, name)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    if probabilities is None:
-        write_answers(path, values)
-    else:
-        write_answers(path, values, task.labels, probabilities.tolist())
+    write_predictions(path, task, predictions, probabilities, clip=True)
     return path
 
 

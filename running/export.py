@@ -10,13 +10,14 @@ from formats.disk import writing
 from lora2 import lora2_layers, merge_lora2
 
 
-def hand_out(o, folder, task, net, predicted):
+def hand_out(o, folder, task, net, predicted, probabilities=None):
     """--predict, --export-peft and --merge, in this order, of the adapters the model now holds.
 
-    folder: where predictions go. predicted: for the file of --predict, (N,), or None.
+    folder: where predictions go. predicted: for the file of --predict, (N,), or None; with their
+    probabilities, (N, classes), if these are asked for.
     """
     if predicted is not None:
-        path = glue.write_submission(folder, task, predicted, Path(o.predict).stem)
+        path = glue.write_submission(folder, task, predicted, Path(o.predict).stem, probabilities)
         print(f"predictions for {o.predict} are in {path}")
     if o.export_peft or o.merge:
         fold_unit(net, task)
@@ -33,10 +34,7 @@ def hand_out(o, folder, task, net, predicted):
 
 @torch.no_grad()
 def fold_unit(net, task):
-    """Let a regression's last layer give scores in the training file's unit, for other programs.
-
-    W x + b, times the deviation, plus the mean. Where the task has no unit of its own: as it was.
-    """
+    """Let a regression's last layer give scores in the training file's unit, for other programs."""
     mean, deviation = task.unit
     last = net.classifier if isinstance(net.classifier, nn.Linear) else net.classifier.out_proj
     last.weight.mul_(deviation)

@@ -122,6 +122,8 @@ class State:
 def check_destinations(o):
     """OSError or ValueError unless all that will be written has a free place of its own."""
     named = {"out": o.out, "merge": o.merge, "export_peft": o.export_peft}
+    if o.eval and not o.predict:
+        del named["out"]                                   # nothing is written there
     folders = {name: Path(place) for name, place in named.items() if place}
     for name, folder in folders.items():
         nearest = folder.absolute()
@@ -135,7 +137,7 @@ def check_destinations(o):
         if name != "out":
             raise ValueError(f"{flag(name)} {folder}: this folder is not empty: give a new or an "
                              "empty one")
-        if not (o.resume or o.overwrite):
+        if not (o.resume or o.overwrite or o.eval):
             way = ""
             if (folder / "last.pt").exists():
                 way = f"go on with its run by --resume {folder}, "
@@ -145,6 +147,19 @@ def check_destinations(o):
             files_to_replace(folder)                       # refuses a folder of somebody else
     if len({folder.resolve() for folder in folders.values()}) < len(folders):
         raise ValueError(f"{', '.join(map(flag, folders))} need a folder each")
+
+
+def check_predictions(o, task):
+    """ValueError if --predict would write over a file that is no part of a run to be replaced."""
+    if o.predict is None:
+        return
+    path = glue.place_of_predictions(o.out, task, Path(o.predict).stem)
+    is_new = not (o.resume or o.eval)
+    if path.exists() and not (is_new and path in files_to_replace(path.parent)):
+        raise ValueError(f"the predictions for {o.predict} would replace {path}: move that away, "
+                         "or give another --out, beside --eval if the run has ended")
+    if o.predict_scores and not task.labels:
+        raise ValueError("--predict-scores: here a score is all that is predicted: leave it out")
 
 
 def files_to_replace(folder):
@@ -160,7 +175,7 @@ def files_to_replace(folder):
         raise ValueError(f"{there[0]} is not of a run of this program, --overwrite leaves it "
                          "alone: give another --out")
     tables = [path for path in sorted(folder.glob("*.tsv"))
-              if first_line(path) == "index\tprediction"]
+              if first_line(path).startswith("index\tprediction")]
     return there[:-1] + tables + there[-1:]
 
 
