@@ -182,6 +182,13 @@ def test_bad_files(content, line, says, tmp_path):
     assert message.startswith(f"{path}:{line}: ") and says in message
 
 
+def test_mnlis_rows_without_a_label(tmp_path):
+    """Oracle: the raw MNLI: gold_label is "-" where the annotators disagreed; no class of ours."""
+    rows = [["x"] * 11 + [label] for label in ("neutral", "-")]
+    path = write(tmp_path / "train.tsv", [HEADERS["mnli"].split(), *rows])
+    assert refusal(ValueError, glue.read_split, path, TASKS["mnli"]).startswith(f"{path}:3: the label is '-' where")
+
+
 @pytest.mark.parametrize("score", ["", "five", "nan", "inf", "-0.1", "5.001", "4,5", "1_0", "0_1.5",
                                    "\u0664", "\uff14.2", "0x1p0", "1e400", "\u00bd"])
 def test_bad_scores(score, tmp_path):

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.cli import refused, sentences, write_task
-from tests.conftest import SMALL, frozen, opened, outcome
+from tests.cli import child, refused, sentences, write_task
+from tests.conftest import SMALL, frozen, opened, outcome, write_checkpoint
 
 import data
 import model as models
 import train
 from running import export, folder, machine, options, progress
+from running.errors import Stopped
 from lora2 import RankPruner, add_lora2, load_lora2_state_dict, lora2_layers, orthogonality_loss
 
 ROOT = Path(__file__).parents[1]
@@ -510,6 +511,75 @@ settings  task=own""")
     assert cli(words, "bad --out other").out.splitlines()[1:4:2] == [
         "  scores 2000 to 2003; the model learns (score - 2001.5) / 1.5",
         "  scores 1999.5 to 1999.5; the model learns (score - 2001.5) / 1.5"]
+
+
+# --- everyday cases that held at the first try ---------------------------------------------------------------
+
+def write_everyday(folder):
+    """A checkpoint with more rows of embeddings than words and 1,024 positions; train, dev and new files with
+    three classes. All names have blanks and letters that ASCII has not."""
+    write_checkpoint(folder / "ein Modell ✓", "bert", vocab_size=999, max_position_embeddings=1024)
+    labels = ["ja, gewiss", "niño ✗", "日本"]
+    for name, n in (("train", 7), ("dev é", 1), ("new", 2)):
+        rows = [f"{text}\t{labels[i % 3]}\n" for i, (text, _) in enumerate(sentences(n, 0))]
+        Path(folder, f"{name}.tsv").write_text("sentence\tlabel\n" + "".join(rows), encoding="utf-8")
+    (folder / "train.tsv").open("a", encoding="utf-8").write("cue0 " * 700 + "\t日本\n")
+    return labels
+
+
+EVERYDAY = ["--model", "ein Modell ✓", "--train-file", "train.tsv", "--dev-file", "dev é.tsv", "--out", "läuft hier",
+            "--max-steps", "3", "--max-len", "600", "--predict", "new.tsv", "--predict-scores"]
+
+
+@pytest.mark.parametrize("sizes", ["--k 9 --r 2 --target-rank 1", "--k 1 --r 8"])
+def test_everyday_names_and_sizes(cli, tmp_path, sizes):
+    """Oracle: the promise: a batch beyond the data, one row to evaluate on, a row beyond --max-len, k and r
+    either way, words in any script; the labels come back as they were written."""
+    labels = write_everyday(tmp_path)
+    done = cli(*map(Path, EVERYDAY), sizes)
+    assert done.status == 0 and "8 rows of" in done.out and "; 1 are cut to 600" in done.out, done.err
+    lines = Path("läuft hier/new_predictions.tsv").read_text(encoding="utf-8").splitlines()
+    assert lines[0].split("\t")[2:] == sorted(labels) and {line.split("\t")[1] for line in lines[1:]} <= set(labels)
+
+
+@pytest.mark.ci
+def test_a_console_of_no_language(tmp_path):
+    """Oracle: status 0 in a process of its own under LANG=C, whose console has no letter of these names."""
+    labels = write_everyday(tmp_path)
+    environment = os.environ | {"LANG": "C", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *EVERYDAY], cwd=tmp_path, env=environment,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "läuft hier/new_predictions.tsv").read_text(encoding="utf-8")
+    assert text.splitlines()[0].split("\t")[2:] == sorted(labels)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_two_seeds_at_once(cli):
+    """Oracle: the same two runs, one after the other: byte for byte."""
+    words = f"--task demo --model {cli.models['deberta']} {SMALL} --seed "
+    children = [child(f"{words}{seed} --out both{seed}", f"{seed}.out", f"{seed}.err") for seed in (1, 2)]
+    assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0]
+    for seed in (1, 2):
+        assert cli(words + f"{seed} --out alone{seed}").status == 0
+        assert outcome(f"both{seed}") == outcome(f"alone{seed}")
+
+
+def test_threads_may_change_on_the_way(cli):
+    """Oracle: the unbroken run on one thread, within float error."""
+    def stop(signals, step):
+        if step == 4:
+            raise Stopped(2)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine.Signals, "check", stop)
+        torch.set_num_threads(2)
+        assert cli.tiny().status == 130
+    torch.set_num_threads(1)
+    assert cli("--resume run").status == 0
+    losses = [[line["loss"] for line in content["log.jsonl"] if "loss" in line]
+              for content in (outcome("run"), cli.whole())]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 # --- predictions --------------------------------------------------------------------------------------------
