@@ -137,22 +137,9 @@ def load_own(train_file, dev_file):
         deviation = float(scores.std(correction=0)) or 1.0     # 0: all are alike
         task = task._replace(unit=(float(scores.mean()), deviation))
     dev = glue.read_split(dev_file, task)
-    return {"train": in_unit(train, task, train_file), "dev": in_unit(dev, task, dev_file)}, task
-
-
-def in_unit(split, task, path):
-    """A file's Split as the model sees it: scores in the task's unit, class ids as they are.
-
-    glue.answers() is the inverse. ValueError for scores that float32 cannot hold.
-    """
-    if task.labels:
-        return split
-    mean, deviation = task.unit
-    scores = (torch.tensor(split.labels, dtype=torch.float64) - mean) / deviation
-    if deviation > 1e300 or not scores.abs().max() < 1e30:
-        raise ValueError(f"{path}: the scores are too far apart, or too far from those of "
-                         "training, to compute with: give both files in one unit")
-    return split._replace(labels=scores.tolist())
+    splits = {"train": glue.in_unit(train, task, train_file),
+              "dev": glue.in_unit(dev, task, dev_file)}
+    return splits, task
 
 
 def load_dev(dev_file, task, columns):
@@ -163,7 +150,8 @@ def load_dev(dev_file, task, columns):
     if task == "own":
         task = Task("", {}, **columns)
     task = get_task(task)
-    return {"dev": in_unit(glue.read_split(dev_file, task), task, dev_file)}, task
+    dev = glue.read_split(dev_file, task)
+    return {"dev": glue.in_unit(dev, task, dev_file)}, task
 
 
 # ---- tokens ------------------------------------------------------------------------------------
@@ -173,7 +161,7 @@ class Examples(NamedTuple):
     ids: torch.Tensor               # (tokens,) int32
     types: torch.Tensor             # (tokens,) uint8, 1 at the tokens of a pair's second text
     starts: torch.Tensor            # (N + 1,) int64
-    labels: Optional[torch.Tensor]  # (N,) int64 class ids or float32 scores, in_unit()
+    labels: Optional[torch.Tensor]  # (N,) int64 class ids or float32 scores in the task's unit
     max_len: int
     truncated: int                  # how many rows were cut to max_len
 

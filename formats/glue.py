@@ -317,10 +317,25 @@ def table_names(task):
     return [f"{split}.tsv" for split in task.rows]
 
 
+def in_unit(split, task, path):
+    """A file's Split as the model sees it: scores in the task's unit, class ids as they are.
+
+    answers() is the inverse. ValueError for scores that float32 cannot hold.
+    """
+    if task.labels:
+        return split
+    mean, deviation = task.unit
+    scores = (torch.tensor(split.labels, dtype=torch.float64) - mean) / deviation
+    if deviation > 1e300 or not scores.abs().max() < 1e30:
+        raise ValueError(f"{path}: the scores are too far apart, or too far from those of "
+                         "training, to compute with: give both files in one unit")
+    return split._replace(labels=scores.tolist())
+
+
 def answers(task, predictions):
     """What predictions (N,) say: names of labels, or scores in the unit of the training file.
 
-    predictions: class ids, or outputs of a regression, which data.in_unit() prepared.
+    predictions: class ids, or outputs of a regression, which in_unit() prepared.
     """
     values = torch.as_tensor(predictions).tolist()
     if task.labels:

@@ -84,8 +84,8 @@ def check_environment(world):
     names = ("RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if not os.environ.get(name)]
     if missing or number_from("RANK", 0) >= world or not number_from("MASTER_PORT", 0):
-        raise ValueError(f"the environment says WORLD_SIZE={world}, but not well what "
-                         f"{', '.join(missing or names)} are: unset it, or start with torchrun")
+        raise ValueError(f"the environment says WORLD_SIZE={world}, without a "
+                         f"fitting {', '.join(missing or names)}: unset it, or start with torchrun")
 
 
 def find_device(name, local, world):

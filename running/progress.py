@@ -79,7 +79,8 @@ def labels_text(labels, task):
     counts = labels.bincount(minlength=len(task.labels))   # (classes,)
     order = counts.argsort(descending=True, stable=True).tolist()
     texts = [f"{counts[i]:,} {task.labels[i][:60]!r}" for i in order[:20]]
-    return ", ".join(texts) + (f" and {len(order) - 20} other classes" if order[20:] else "")
+    more = f" and {len(order) - 20} other classes" if len(order) > 20 else ""
+    return ", ".join(texts) + more
 
 
 def shown(value):
