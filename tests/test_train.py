@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.cli import child, refused, sentences, write_task
 from tests.conftest import SMALL, frozen, opened, outcome, write_checkpoint
 
@@ -438,17 +439,23 @@ OWN = "--train-file train.tsv --dev-file dev.tsv --max-len 32 --batch-size 16 --
 @pytest.mark.parametrize("model", ["roberta", "bert"])
 def test_scores_may_have_any_unit(cli, model, a, b):
     """Oracle: the run on scores from 0 to 5, whose predictions are p: here they are a p + b, of the run, of
-    its adapter and of the merged model; and the two correlations are the same."""
+    its adapter and of the merged model, whose head peft's export has too; and the correlations are the same."""
     seen = []
     for factor, shift in ((1, 0), (a, b)):
         write_scores(factor, shift)
         words = f"{OWN} --lr 0.005 --overwrite --out run --model {cli.models[model]} --predict new.tsv"
         assert cli(words).status == 0
-        again = cli(f"--eval run/adapter.safetensors --dev-file dev.tsv --model {cli.models[model]} --merge merged")
+        evaluation = f"--eval run/adapter.safetensors --dev-file dev.tsv --model {cli.models[model]}"
+        again = cli(evaluation, "--merge merged")
         assert again.status == 0 and f"pearson {result()['best']['score']:.4f}" in again.out
+        assert cli(evaluation, "--export-peft peft").status == 0
+        theirs = load_file("peft/adapter_model.safetensors")
+        for name, tensor in load_file("merged/model.safetensors").items():
+            assert not name.startswith("classifier") or torch.equal(theirs[f"base_model.model.{name}"], tensor)
         merged = opened(eval="run/adapter.safetensors", model=str(cli.models[model]), dev_file="dev.tsv")
         merged.net = models.from_pretrained("merged", 1)
         shutil.rmtree("merged")
+        shutil.rmtree("peft")
         outputs = [logits(merged).squeeze(1).double(), column("run/predictions_dev.tsv"),
                    column("run/new_predictions.tsv")]
         seen.append((outputs, result()["best"]["scores"]["dev"]))
