@@ -362,13 +362,18 @@ def test_mistakes(cli, words, says):
     assert list(Path().iterdir()) == []
 
 
-def test_mistakes_in_the_demo(cli):
+def test_mistakes_in_the_demo(cli, monkeypatch):
     """Oracle: the promise; the demo never writes over a folder that it did not make."""
     refused(cli("--task demo --k 8"), "--out and --seed", "--model runs/demo/base")
     Path("mine").mkdir()
     Path("mine/base").write_text("x")
     refused(cli("--task demo --out mine"), "mine is not empty")
     assert [path.name for path in Path().iterdir()] == ["mine"]
+    for world in ("", "1"):                                # as in a shell whose variable is not set
+        monkeypatch.setenv("WORLD_SIZE", world)
+        assert demo.place_and_seed({"task": "demo", "out": "new"}) == (Path("new"), 0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(cli("--task demo --out new"), "the demo is one process")
 
 
 def test_mistakes_in_checkpoints(cli):
