@@ -234,8 +234,8 @@ def read_labels(path, texts):
     """The different values of the column `label`, in numerical order if all are whole numbers.
 
     Else in alphabetical order. ValueError with file:line for an empty label, and for one that a row
-    before spells in another way: "1", " 1" and "01" are 1, "no" and "no " are "no". Warns of what
-    may be no label at all, and of classes with hardly a row.
+    before spells in another way: "1", " 1", "01" and "1.0" are 1, "no" and "no " are "no". Warns of
+    what may be no label at all, and of classes with hardly a row.
     """
     spelt = {}                               # what a label means → its spelling
     counts = Counter()                       # spelling → rows
@@ -246,20 +246,21 @@ def read_labels(path, texts):
         meaning = label.strip().strip('"').strip()
         if not meaning:
             raise ValueError("the label is empty")
-        if re.fullmatch("[+-]?[0-9]{1,18}", meaning):
-            meaning = int(meaning)
+        if whole := re.fullmatch("([+-]?[0-9]{1,18})([.]0*)?", meaning):
+            meaning = int(whole[1])
         before = spelt.setdefault(meaning, label)
         if before != label:
             raise ValueError(f"the label is {label[:60]!r} where a row before has {before[:60]!r}: "
                              "spell each label in one way")
 
     read_table(path, (*texts, "label"), take)
+    total = counts.total()
     doubtful = [label for label in counts if label.strip().lower() in NO_LABEL]
-    rare = [label for label in counts if counts[label] < 0.01 * counts.total()]
+    rare = [label for label in counts if counts[label] < 0.01 * total]
     if doubtful:
         warn(f"{path}: {short(doubtful)} is taken for a label: leave out rows that have none")
     if rare:
-        warn(f"{path}: fewer than 1 % of the {counts.total()} rows have the label {short(rare)}")
+        warn(f"{path}: fewer than 1 % of the {total} rows have the label {short(rare)}")
     if all(isinstance(number, int) for number in spelt):
         return tuple(spelt[number] for number in sorted(spelt))
     return tuple(sorted(spelt.values()))

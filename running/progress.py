@@ -62,7 +62,8 @@ def first_look(examples, task, tokenizer):
         if split.labels is not None:
             lines.append("  " + labels_text(split.labels, task))
     train = examples["train"]
-    tokens = [tokenizer.id_to_token(number) for number in train.ids[:train.starts[1]].tolist()]
+    ids = train.ids[:train.starts[1]].tolist()
+    tokens = [tokenizer.id_to_token(number) or "?" for number in ids]  # ?: check_ids() refuses it
     more = " ..." if len(tokens) > 60 else ""
     [first] = glue.answers(task, train.labels[:1])
     lines.append(f"first row of train: {' '.join(tokens[:60])}{more} → {shown(first)}")

@@ -93,7 +93,8 @@ def quotes(rng, content):
     for row in rows:
         at = rng.randrange(len(row))
         if rng.random() < 0.2:
-            row[at] = rng.choice([b'"' + row[at].replace(b'"', b'""') + b'"', b'"' + row[at], b'"a ""' + row[at] + b'"""'])
+            as_csv = b'"' + row[at].replace(b'"', b'""') + b'"'
+            row[at] = rng.choice([as_csv, b'"' + row[at], b'"a ""' + row[at] + b'"""'])
     return b"\n".join(b"\t".join(row) for row in rows)
 
 
@@ -200,7 +201,9 @@ def own_split_of(content, labelled, task):
     table = reading(content)
     if not labelled:
         texts = table and columns_of(table, task.texts)
-        return None if texts is None or any(is_quoted(text) for row in texts for text in row) else (texts, None)
+        if texts is None or any(is_quoted(text) for row in texts for text in row):
+            return None
+        return texts, None
     if table is None or ("label" in table[0]) == ("score" in table[0]):
         return None
     pair = {"sentence1", "sentence2"} <= set(table[0])
@@ -216,7 +219,7 @@ def own_split_of(content, labelled, task):
         return None if None in scores else (texts, scores)
     different = set(labels)
     stripped = {label.strip().strip('"').strip() for label in different} - {""}
-    whole = [int(label) for label in stripped if re.fullmatch(r"[+-]?[0-9]+", label)]
+    whole = [float(label) for label in stripped if re.fullmatch(r"[+-]?[0-9]+(\.0*)?", label)]
     if len(stripped) < len(different) or len(set(whole)) < len(whole):
         return None
     return (texts, labels) if 2 <= len(different) <= 1000 else None
@@ -230,8 +233,10 @@ def read(path, name, task, labelled):
     task = data.Task("", {}, **glue.read_columns(path))
     split = glue.read_split(path, task)
     if task.labels:
-        whole = all(re.fullmatch(r"\s*[+-]?[0-9]+\s*", label) for label in task.labels)
-        assert task.labels == tuple(sorted(task.labels, key=int if whole else str))
+        bare = [label.strip().strip('"').strip() for label in task.labels]
+        whole = all(re.fullmatch(r"[+-]?[0-9]+(\.0*)?", label) for label in bare)
+        numbers = {label: float(text) for label, text in zip(task.labels, bare) if whole}
+        assert task.labels == tuple(sorted(task.labels, key=lambda label: numbers.get(label, label)))
     return split.texts, [task.labels[i] for i in split.labels] if task.labels else split.labels
 
 

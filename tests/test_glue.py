@@ -186,7 +186,8 @@ def test_mnlis_rows_without_a_label(tmp_path):
     """Oracle: the raw MNLI: gold_label is "-" where the annotators disagreed; no class of ours."""
     rows = [["x"] * 11 + [label] for label in ("neutral", "-")]
     path = write(tmp_path / "train.tsv", [HEADERS["mnli"].split(), *rows])
-    assert refusal(ValueError, glue.read_split, path, TASKS["mnli"]).startswith(f"{path}:3: the label is '-' where")
+    message = refusal(ValueError, glue.read_split, path, TASKS["mnli"])
+    assert message.startswith(f"{path}:3: the label is '-' where")
 
 
 @pytest.mark.parametrize("score", ["", "five", "nan", "inf", "-0.1", "5.001", "4,5", "1_0", "0_1.5",
@@ -290,7 +291,8 @@ def test_own_files(tmp_path):
     (["1", "0", " 1"], 4, [" 1", "1"]), (["1 ", "0", "1"], 4, ["1", "1 "]),
     (["a", "b", "a\u00a0"], 4, ["a\u00a0", "a"]), (["1", "01", "2"], 3, ["01", "1"]),
     (["-0", "1", "0"], 4, ["0", "-0"]), (["+7", "8", " 007"], 4, [" 007", "+7"]),
-    (["no", "yes", "yes", "no "], 5, ["no ", "no"])])
+    (["no", "yes", "yes", "no "], 5, ["no ", "no"]), (["1", "0", "1.0"], 4, ["1.0", "1"]),
+    (["2.", "0", "2.00"], 4, ["2.00", "2."]), (["yes", "no", '"yes"'], 4, ['"yes"', "yes"])])
 def test_one_label_in_two_spellings_is_refused(labels, line, spellings, tmp_path):
     """Oracle: by hand: the line that spells a label in another way than one before, and both spellings.
     They would be two classes."""
@@ -378,12 +380,14 @@ def test_colas_files_with_and_without_a_header(tmp_path, end):
     rows = [("gj04", "1", "", "label"), ("gj04", "0", "*", "sentence"), ("bc01", "1", "", "A b.")]
     right = [("label",), ("sentence",), ("A b.",)]
     header = ("source", "label", "mark", "sentence")
-    for table in (rows, [header, *rows], [("sentence", "x", "label"), *((row[3], "y", row[1]) for row in rows)]):
+    other = [("sentence", "x", "label"), *((row[3], "y", row[1]) for row in rows)]
+    for table in (rows, [header, *rows], other):
         path = write(tmp_path / "CoLA" / "dev.tsv", table, end)
         assert glue.read_split(path, TASKS["cola"]) == Split(right, [1, 0, 1])
         assert glue.read_split(path, TASKS["cola"], labelled=False) == Split(right, None)
         assert data.load_dev(path, "cola", {})[0] == {"dev": Split(right, [1, 0, 1])}
-    test = write(tmp_path / "test.tsv", [("index", "sentence"), *((str(i), row[3]) for i, row in enumerate(rows))])
+    numbered = [(str(i), row[3]) for i, row in enumerate(rows)]
+    test = write(tmp_path / "test.tsv", [("index", "sentence"), *numbered])
     assert glue.read_split(test, TASKS["cola"], labelled=False) == Split(right, None)
     for bad in (("gj04", "2", "", "x"), ("gj04", "1", "x")):
         message = refusal(ValueError, glue.read_split, write(path, [bad, *rows]), TASKS["cola"])

@@ -133,7 +133,8 @@ def test_an_empty_environment_is_none(monkeypatch, text, world):
 
 @pytest.mark.parametrize("words, says", [
     ("", "RANK, MASTER_ADDR, MASTER_PORT"), ("RANK=0 MASTER_PORT=9", "MASTER_ADDR"),
-    ("RANK= MASTER_ADDR=here MASTER_PORT=9", "fitting RANK:"), ("RANK=2 MASTER_ADDR=here MASTER_PORT=9", "RANK, "),
+    ("RANK= MASTER_ADDR=here MASTER_PORT=9", "fitting RANK:"),
+    ("RANK=2 MASTER_ADDR=here MASTER_PORT=9", "fitting RANK, "),
     ("RANK=x MASTER_ADDR=here MASTER_PORT=9", "RANK=x, which is no number"),
     ("RANK=0 MASTER_ADDR=here MASTER_PORT=nine", "MASTER_PORT=nine")])
 def test_half_an_environment_is_named(cli, monkeypatch, words, says):

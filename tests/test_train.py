@@ -428,8 +428,10 @@ def column(path):
 def write_scores(a, b):
     """train.tsv, dev.tsv and new.tsv: the demo's words with scores 0 to 5, times a, plus b."""
     for name, seed, n in (("train", 0, 64), ("dev", 1, 32), ("new", 2, 10)):
-        rows = [f"{text}\t{(label * 3 + i % 21 / 10) * a + b!r}" for i, (text, label) in enumerate(sentences(n, seed))]
-        Path(f"{name}.tsv").write_text("\n".join(["sentence\tscore", *rows]) + "\n")
+        lines = ["sentence\tscore"]
+        for i, (text, label) in enumerate(sentences(n, seed)):
+            lines.append(f"{text}\t{(label * 3 + i % 21 / 10) * a + b!r}")
+        Path(f"{name}.tsv").write_text("\n".join(lines) + "\n")
 
 
 OWN = "--train-file train.tsv --dev-file dev.tsv --max-len 32 --batch-size 16 --max-steps 12"
@@ -518,6 +520,13 @@ settings  task=own""")
     assert cli(words, "bad --out other").out.splitlines()[1:4:2] == [
         "  scores 2000 to 2003; the model learns (score - 2001.5) / 1.5",
         "  scores 1999.5 to 1999.5; the model learns (score - 2001.5) / 1.5"]
+    tokenizer = json.loads(Path("bad/tokenizer.json").read_text())
+    tokenizer["post_processor"]["special_tokens"]["[CLS]"]["ids"] = [9999]  # an id without a token
+    Path("bad/tokenizer.json").write_text(json.dumps(tokenizer))
+    shutil.copy(cli.models["bert"] / "model.safetensors", "bad")
+    done = cli(words, "bad --out other")
+    refused(done, "do not belong together")
+    assert "first row of train: ? cue0 [SEP] → 2000" in done.out
 
 
 # --- everyday cases that held at the first try ---------------------------------------------------------------
@@ -534,8 +543,8 @@ def write_everyday(folder):
     return labels
 
 
-EVERYDAY = ["--model", "ein Modell ✓", "--train-file", "train.tsv", "--dev-file", "dev é.tsv", "--out", "läuft hier",
-            "--max-steps", "3", "--max-len", "600", "--predict", "new.tsv", "--predict-scores"]
+EVERYDAY = ["--model", "ein Modell ✓", "--train-file", "train.tsv", "--dev-file", "dev é.tsv",
+            "--out", "läuft hier", "--max-steps", "3", "--max-len", "600", "--predict", "new.tsv", "--predict-scores"]
 
 
 @pytest.mark.parametrize("sizes", ["--k 9 --r 2 --target-rank 1", "--k 1 --r 8"])
@@ -546,7 +555,8 @@ def test_everyday_names_and_sizes(cli, tmp_path, sizes):
     done = cli(*map(Path, EVERYDAY), sizes)
     assert done.status == 0 and "8 rows of" in done.out and "; 1 are cut to 600" in done.out, done.err
     lines = Path("läuft hier/new_predictions.tsv").read_text(encoding="utf-8").splitlines()
-    assert lines[0].split("\t")[2:] == sorted(labels) and {line.split("\t")[1] for line in lines[1:]} <= set(labels)
+    assert lines[0].split("\t")[2:] == sorted(labels)
+    assert {line.split("\t")[1] for line in lines[1:]} <= set(labels)
 
 
 @pytest.mark.ci
@@ -598,7 +608,8 @@ def test_probabilities_on_request(cli, tiny, task):
     name = [split for split in paths if split.startswith("test")][-1]
     words = f"--max-len 32 --batch-size 16 --model {tiny['bert']} --predict {paths[name]}"
     assert cli(words, f"--task {task} --max-steps 5 --lr 0.02 --out run --predict-scores").status == 0
-    assert cli(f"--eval run/adapter.safetensors --model {tiny['bert']} --out plain --predict", paths[name]).status == 0
+    evaluation = f"--eval run/adapter.safetensors --model {tiny['bert']} --out plain --predict"
+    assert cli(evaluation, paths[name]).status == 0
     with_, without = [[line.split("\t") for line in Path(out, submission(task)).read_text().splitlines()]
                       for out in ("run", "plain")]
     labels = data.TASKS[task].labels
