@@ -21,14 +21,15 @@ class Task(NamedTuple):
 
     No code asks for a task's name: whatever sets one apart is an entry of its row in TASKS.
     """
-    folder: str                     # below the data folder, as in the official archives
+    folder: str                     # below the data folder; "": a user's own files
     rows: dict                      # split → official number of rows; split "dev" is dev.tsv
     texts: tuple                    # header names of the one or two text columns
     label: str                      # header name of the label column
     labels: tuple = ()              # names of the classes, in order of their ids; (): a regression
     metrics: tuple = ("accuracy",)  # names in METRICS; the first one selects the best
-    header: tuple = ()              # column names where *labelled* files have no header line
+    header: tuple = ()              # column names where files have no header line
     score_range: tuple = ()         # of a regression: lowest and highest score
+    unit: tuple = (0.0, 1.0)        # of a user's scores: mean and deviation. STS-B stays as it is
     damaged: bool = False           # official files have bad rows: up to 0.1 % may be skipped
     downloads: dict = {}            # address → name to keep it under, "" for a zip of TSV files
     submissions: dict = {}          # test split → file name that gluebenchmark.com asks for
@@ -125,10 +126,20 @@ def is_missing(task, data_dir, train=True):
 
 
 def load_own(train_file, dev_file):
-    """({"train": Split, "dev": Split}, Task) of a user's files; train_file's columns define it."""
+    """({"train": Split, "dev": Split}, Task) of a user's files; train_file's columns define it.
+
+    Scores may have any unit: the model learns (score - mean) / deviation, of the training scores.
+    """
     task = Task("", {}, **glue.read_columns(train_file))
     train = glue.read_split(train_file, task)
-    return {"train": train, "dev": glue.read_split(dev_file, task)}, task
+    if not task.labels:
+        scores = torch.tensor(train.labels, dtype=torch.float64)
+        deviation = float(scores.std(correction=0)) or 1.0     # 0: all are alike
+        task = task._replace(unit=(float(scores.mean()), deviation))
+    dev = glue.read_split(dev_file, task)
+    splits = {"train": glue.in_unit(train, task, train_file),
+              "dev": glue.in_unit(dev, task, dev_file)}
+    return splits, task
 
 
 def load_dev(dev_file, task, columns):
@@ -138,9 +149,9 @@ def load_dev(dev_file, task, columns):
     """
     if task == "own":
         task = Task("", {}, **columns)
-    else:
-        task = get_task(task)._replace(header=())  # a file given by itself has a header line
-    return {"dev": glue.read_split(dev_file, task)}, task
+    task = get_task(task)
+    dev = glue.read_split(dev_file, task)
+    return {"dev": glue.in_unit(dev, task, dev_file)}, task
 
 
 # ---- tokens ------------------------------------------------------------------------------------
@@ -150,7 +161,7 @@ class Examples(NamedTuple):
     ids: torch.Tensor               # (tokens,) int32
     types: torch.Tensor             # (tokens,) uint8, 1 at the tokens of a pair's second text
     starts: torch.Tensor            # (N + 1,) int64
-    labels: Optional[torch.Tensor]  # (N,) int64 class ids or float32 scores
+    labels: Optional[torch.Tensor]  # (N,) int64 class ids or float32 scores in the task's unit
     max_len: int
     truncated: int                  # how many rows were cut to max_len
 

@@ -41,6 +41,12 @@ def prepare(o, here, stored=None):
     folder.check_destinations(o)
     splits, task = load_splits(o, here, stored)
     tokenizer = data.load_tokenizer(o.model)
+    if o.predict:
+        splits["to predict"] = glue.read_split(o.predict, task, labelled=False)
+    examples = {name: data.encode(tokenizer, split, o.max_len, name)
+                for name, split in splits.items()}
+    if o.task == "own" and here.speaks and not stored:
+        print(progress.first_look(examples, task, tokenizer), flush=True)
     torch.manual_seed(o.seed)                              # before head and adapters are drawn
     net = models.from_pretrained(o.model, max(1, len(task.labels)), o.head_dropout)
     if o.max_len > net.max_len:
@@ -50,10 +56,6 @@ def prepare(o, here, stored=None):
     identity = folder.identity_of(o, here, task, net, tokenizer)
     if stored:
         folder.check_adapter(stored, identity, o.eval)
-    if o.predict:
-        splits["to predict"] = glue.read_split(o.predict, task, labelled=False)
-    examples = {name: data.encode(tokenizer, split, o.max_len, name)
-                for name, split in splits.items()}
     data.check_ids(examples, net.config, o.model)
     unseen = examples.pop("to predict", None)
     identity["rows"] = folder.hash_of_data(examples)
@@ -123,6 +125,7 @@ def train(o, saved=None):
     with refusing():                                       # around what a user can have wrong
         here = machine.join(o.device, o.dtype)
         task, examples, unseen, net, identity = prepare(o, here)
+        folder.check_predictions(o, task)
         plan = options.plan(o, rows=len(examples["train"].labels))
         pruner = baselines.make_pruner(o.method, net, o.target_rank, *plan.pruning(), o.importance,
                                        o.sora_threshold)   # LoRA²: RankPruner
@@ -263,9 +266,19 @@ def parts_of(batch, rank, world, accum):
 
 # --- evaluation ---------------------------------------------------------------------------
 
-@torch.no_grad()
 def predict(net, examples, task, batch_size, here, watch):
-    """Predictions for a split, (N,): class ids, or scores of a regression.
+    """Predictions for a split, (N,): class ids, or a regression's outputs in the task's unit."""
+    return chosen(outputs_of(net, examples, batch_size, here, watch), task)
+
+
+def chosen(outputs, task):
+    """Outputs (N, labels) → class ids (N,), or the only column of a regression."""
+    return outputs.argmax(1) if task.labels else outputs.squeeze(1)
+
+
+@torch.no_grad()
+def outputs_of(net, examples, batch_size, here, watch):
+    """The model's outputs for a split, (N, labels), on the CPU.
 
     Processes share the batches. watch(batches, how many) gives the batches on, and meanwhile
     looks at signals or shows a bar.
@@ -284,7 +297,7 @@ def predict(net, examples, task, batch_size, here, watch):
     if not outputs.isfinite().all():
         raise FloatingPointError("the model's outputs are not finite: try --dtype fp32 or a "
                                  "smaller --lr")
-    return (outputs.argmax(1) if task.labels else outputs.squeeze(1)).cpu()
+    return outputs.cpu()
 
 
 def evaluate(net, examples, task, batch_size, here, watch):
@@ -305,7 +318,7 @@ def train_and_hand_out(o, saved=None):
     if o.predict or o.merge or o.export_peft:
         tensors, _ = folder.load_adapter(Path(o.out) / "adapter.safetensors")
         load_lora2_state_dict(net, tensors)
-    hand_out(o, here, task, unseen, net, o.out)
+    hand_out(o, here, task, unseen, net)
 
 
 def evaluate_adapter(given):
@@ -315,22 +328,26 @@ def evaluate_adapter(given):
         o = options.evaluating(stored["settings"], given)
         here = machine.join(o.device, o.dtype)
         task, examples, unseen, net, _ = prepare(o, here, stored)
+        folder.check_predictions(o, task)
         load_lora2_state_dict(net, tensors)
     scores, predictions = evaluate(net, examples, task, o.batch_size, here, progress.bar_on(here))
     if here.speaks:
         progress.warn_if_equal(predictions)
         print(progress.rows(examples, task))
         print(progress.scores_text(scores))
-    hand_out(o, here, task, unseen, net, Path(o.eval).parent)
+    hand_out(o, here, task, unseen, net)
 
 
-def hand_out(o, here, task, unseen, net, out):
+def hand_out(o, here, task, unseen, net):
     """--predict, --merge and --export-peft, of the adapters that the model now holds."""
-    predictions = None
+    predictions, probabilities = None, None
     if unseen is not None:
-        predictions = predict(net, unseen, task, o.batch_size, here, progress.bar_on(here))
+        outputs = outputs_of(net, unseen, o.batch_size, here, progress.bar_on(here))
+        predictions = chosen(outputs, task)
+        if o.predict_scores:
+            probabilities = outputs.softmax(1)
     if here.speaks:
-        export.hand_out(o, out, task, net, predictions)
+        export.hand_out(o, o.out, task, net, predictions, probabilities)
 
 
 def act(argv):

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import urllib.request
 import zipfile
+from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, Optional
 
@@ -23,6 +24,7 @@ from formats.disk import one_line, reading, write_file, writing
 BASE_URL = "https://dl.fbaipublicfiles.com"  # the GLUE authors' downloads
 DEV_IDS = "dev_ids.tsv"                      # MRPC: the ids of the original file's dev rows
 ID_COLUMNS = ("#1 ID", "#2 ID")              # a line of DEV_IDS is such a pair
+NO_LABEL = ("-", "-1", "nan", "null", "n/a", "?")  # as SNLI, the Hub, pandas and others write it
 
 
 class Split(NamedTuple):
@@ -50,6 +52,8 @@ def read_lines(path):
     """The lines of a UTF-8 file. Only \\n and \\r\\n end one; str.splitlines cuts at U+2028 too."""
     with reading(path, "a tab-separated file is expected"):
         data = Path(path).read_bytes()
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError(f"{path}:1: this file is UTF-16, as of Excel or Notepad: save it as UTF-8")
     try:
         text = data.decode("utf-8-sig")      # MRPC's files start with a byte order mark
     except UnicodeDecodeError as error:
@@ -58,8 +62,11 @@ def read_lines(path):
                          "UTF-8") from None
     if "\0" in text:
         number = text.count("\n", 0, text.index("\0")) + 1
-        raise ValueError(f"{path}:{number}: this line holds a NUL byte: the file is damaged, get "
-                         "it again")
+        raise ValueError(f"{path}:{number}: this line holds a NUL byte: the file is damaged, or "
+                         "UTF-16: get it again, or save it as UTF-8")
+    if "\r" in text and "\n" not in text:
+        raise ValueError(f"{path}:1: its lines end as on old Macs, in \\r alone: save it with the "
+                         "line ends of Unix or Windows")
     lines = [line.removesuffix("\r") for line in text.split("\n")]
     while lines and not lines[-1]:           # the piece after the last line end, and empty lines
         lines.pop()
@@ -69,18 +76,31 @@ def read_lines(path):
     return lines
 
 
-def read_table(path, names, take, header=(), damaged=False):
+def is_row(fields, task):
+    """Whether a file's first line is a row already, as in CoLA's labelled files.
+
+    CoLA's test file has a header line, and copies of the others may have one: a row is known by its
+    number of columns and its label.
+    """
+    if len(fields) != len(task.header):
+        return False
+    return fields[task.header.index(task.label)] in task.labels
+
+
+def read_table(path, names, take, task=None, damaged=False):
     """Call take(fields) with the named columns' fields of every row of a TSV file.
 
     Only tabs separate: csv's quoting swallows rows of MRPC, STS-B and QNLI. A ValueError of take,
     and a row with another number of columns than the header, become a ValueError with file:line.
 
-    header: stands for the header line where the file has none.
+    task: says which columns there are where the file has no header line.
     damaged: the official file has bad rows: up to 0.1 % of them are skipped, and counted aloud.
     """
     lines = read_lines(path)
-    first = 0 if header else 1               # index of the first row
-    header = header or lines[0].split("\t")
+    header = lines[0].split("\t")
+    first = 1                                # index of the first row
+    if task and is_row(header, task):
+        header, first = task.header, 0
     for name in names:
         if header.count(name) != 1:
             problem = "more than one column" if name in header else "no column"
@@ -123,8 +143,12 @@ def read_split(path, task, labelled=True, ids=None, listed=True):
         names.append(task.label)
     if ids is not None:
         names.extend(ID_COLUMNS)
+    quoted = 0
 
     def take(fields):
+        nonlocal quoted
+        if not task.folder:                  # a user's own file, of whatever program
+            quoted += count_quoted(names, fields)
         if ids is not None and (tuple(fields[-2:]) in ids) != listed:
             return
         if labelled:
@@ -132,13 +156,32 @@ def read_split(path, task, labelled=True, ids=None, listed=True):
         split.texts.append(tuple(fields[:n]))
 
     if labelled:
-        read_table(path, names, take, task.header, task.damaged)
+        read_table(path, names, take, task, task.damaged)
     else:                                    # all rows have to stay: a submission counts them
-        read_table(path, names, take)
+        read_table(path, names, take, task)
+    if quoted:
+        warn(f"{path}: the quotes around {quoted} of its fields are read as part of them: if a "
+             "program put them there, save the file without")
     if not split.texts:
         raise ValueError(f"{path}: no row is left after the choice by {DEV_IDS}: the two files do "
                          "not fit")
     return split
+
+
+def count_quoted(names, fields):
+    """How many fields stand in quotes, which may be meant.
+
+    ValueError where quotes inside them are doubled, which is how csv says that a field has some.
+    """
+    count = 0
+    for name, field in zip(names, fields):
+        inside = field[1:-1]
+        if field == f'"{inside}"' and '"' not in inside.replace('""', ""):
+            count += 1
+            if '""' in inside:
+                raise ValueError(f"the column {name} is {field[:60]!r}, quoted as csv does: only "
+                                 "tabs separate here, save the file without quoting")
+    return count
 
 
 def parse_label(task, text):
@@ -169,10 +212,14 @@ def read_columns(path):
     header = read_lines(path)[0].split("\t")
     pair = ("sentence1", "sentence2")
     texts = pair if set(pair) <= set(header) else ("sentence",)
-    if ("score" in header) == ("label" in header):
+    if "score" in header and "label" in header:
+        raise ValueError(f"{path}:1: there are both a column label (classes) and a column score (a "
+                         "number to predict): give the one that is not meant another name")
+    if "score" not in header and "label" not in header:
+        hint = "" if len(header) > 1 else ", without a tab: CSV and JSON lines are not read"
         raise ValueError(f"{path}:1: one column named label (classes) or score (a number) is "
                          "expected beside sentence, or sentence1 and sentence2: the tab-separated "
-                         f"columns are {short(header)}")
+                         f"columns are {short(header)}{hint}")
     if "score" in header:
         return {"texts": texts, "label": "score", "metrics": ("pearson", "spearman")}
     labels = read_labels(path, texts)
@@ -187,23 +234,33 @@ def read_labels(path, texts):
     """The different values of the column `label`, in numerical order if all are whole numbers.
 
     Else in alphabetical order. ValueError with file:line for an empty label, and for one that a row
-    before spells in another way: "1", " 1" and "01" are 1, "no" and "no " are "no".
+    before spells in another way: "1", " 1", "01" and "1.0" are 1, "no" and "no " are "no". Warns of
+    what may be no label at all, and of classes with hardly a row.
     """
     spelt = {}                               # what a label means → its spelling
+    counts = Counter()                       # spelling → rows
 
     def take(fields):
         label = fields[-1]
-        meaning = label.strip()
+        counts[label] += 1
+        meaning = label.strip().strip('"').strip()
         if not meaning:
             raise ValueError("the label is empty")
-        if re.fullmatch("[+-]?[0-9]{1,18}", meaning):
-            meaning = int(meaning)
+        if whole := re.fullmatch("([+-]?[0-9]{1,18})([.]0*)?", meaning):
+            meaning = int(whole[1])
         before = spelt.setdefault(meaning, label)
         if before != label:
             raise ValueError(f"the label is {label[:60]!r} where a row before has {before[:60]!r}: "
                              "spell each label in one way")
 
     read_table(path, (*texts, "label"), take)
+    total = counts.total()
+    doubtful = [label for label in counts if label.strip().lower() in NO_LABEL]
+    rare = [label for label in counts if counts[label] < 0.01 * total]
+    if doubtful:
+        warn(f"{path}: {short(doubtful)} is taken for a label: leave out rows that have none")
+    if rare:
+        warn(f"{path}: fewer than 1 % of the {total} rows have the label {short(rare)}")
     if all(isinstance(number, int) for number in spelt):
         return tuple(spelt[number] for number in sorted(spelt))
     return tuple(sorted(spelt.values()))
@@ -261,30 +318,65 @@ def table_names(task):
     return [f"{split}.tsv" for split in task.rows]
 
 
-def write_predictions(path, task, values):
-    """Write predictions (N,) with columns index and prediction; class ids become label names."""
+def in_unit(split, task, path):
+    """A file's Split as the model sees it: scores in the task's unit, class ids as they are.
+
+    answers() is the inverse. ValueError for scores that float32 cannot hold.
+    """
     if task.labels:
-        values = [task.labels[value] for value in values]
-    rows = [f"{i}\t{value}\n" for i, value in enumerate(values)]
-    write_file(path, "index\tprediction\n", *rows)
+        return split
+    mean, deviation = task.unit
+    scores = (torch.tensor(split.labels, dtype=torch.float64) - mean) / deviation
+    if deviation > 1e300 or not scores.abs().max() < 1e30:
+        raise ValueError(f"{path}: the scores are too far apart, or too far from those of "
+                         "training, to compute with: give both files in one unit")
+    return split._replace(labels=scores.tolist())
 
 
-def write_submission(folder, task, predictions, name="test"):
-    """Write a test split's predictions (N,) as gluebenchmark.com wants them; returns the path.
+def answers(task, predictions):
+    """What predictions (N,) say: names of labels, or scores in the unit of the training file.
 
-    Scores are clipped to the task's range. A split without an official file gets a name of ours.
+    predictions: class ids, or outputs of a regression, which in_unit() prepared.
     """
     values = torch.as_tensor(predictions).tolist()
-    official = task.rows.get(name, len(values))
-    if len(values) != official:
-        warn(f"{len(values)} predictions where the official split {name} has {official} rows")
-    if task.score_range:
+    if task.labels:
+        return [task.labels[value] for value in values]
+    mean, deviation = task.unit
+    return [value * deviation + mean for value in values]
+
+
+def write_predictions(path, task, predictions, probabilities=None, clip=False):
+    """Write predictions (N,) as columns index and prediction.
+
+    probabilities: (N, classes), for a column each beside them. clip: to the task's range of scores.
+    """
+    columns = ["index", "prediction"]
+    values = answers(task, predictions)
+    if clip and task.score_range:
         low, high = task.score_range
         values = [f"{min(max(value, low), high):.3f}" for value in values]
-    path = Path(folder) / task.submissions.get(name, f"{name}_predictions.tsv")
+    rows = [[str(i), str(value)] for i, value in enumerate(values)]
+    if probabilities is not None:
+        columns.extend(task.labels)
+        for row, numbers in zip(rows, probabilities.tolist()):
+            row.extend(f"{number:.6g}" for number in numbers)
+    write_file(path, *("\t".join(row) + "\n" for row in [columns, *rows]))
+
+
+def place_of_predictions(folder, task, name):
+    """Where write_submission() writes: a split without an official file gets a name of ours."""
+    return Path(folder) / task.submissions.get(name, f"{name}_predictions.tsv")
+
+
+def write_submission(folder, task, predictions, name="test", probabilities=None):
+    """Write a test split's predictions (N,) as gluebenchmark.com wants them; returns the path."""
+    official = task.rows.get(name, len(predictions))
+    if len(predictions) != official:
+        warn(f"{len(predictions)} predictions where the official split {name} has {official} rows")
+    path = place_of_predictions(folder, task, name)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    write_predictions(path, task, values)
+    write_predictions(path, task, predictions, probabilities, clip=True)
     return path
 
 

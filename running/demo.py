@@ -6,7 +6,6 @@ new head alone gets a half to three quarters right, LoRA² at k = 1 all: attenti
 rank-1 change. Each part is a run of train.py like any other, and what is printed at the end comes
 from the result.json files.
 """
-import os
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ import data
 import model as models
 from formats import disk, hub, toy
 from formats.config import check_config
-from running import folder, options
+from running import folder, machine, options
 from running.errors import refusing
 
 # A feed-forward layer this narrow cannot hold what all six roles say and choose between them later.
@@ -101,7 +100,7 @@ def place_and_seed(given):
     strange = given.keys() - {"task", "out", "seed", "overwrite"}
     o = options.resolve({"out": "runs/demo", "overwrite": "out" not in given} | given)
     out = Path(o.out)
-    if strange or os.environ.get("WORLD_SIZE", "1") != "1":
+    if strange or machine.number_from("WORLD_SIZE", 1) > 1:
         raise ValueError("the demo is one process and takes --out and --seed alone: for more, run "
                          f"it first, then give its model as --model {out / 'base'}")
     folder.check_destinations(o)

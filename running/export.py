@@ -1,20 +1,26 @@
 """What a finished run hands out: predictions, a merged model, a LoRA for peft."""
 from pathlib import Path
 
+import torch
+from torch import nn
+
 import model as models
 from formats import glue, hub
 from formats.disk import writing
 from lora2 import lora2_layers, merge_lora2
 
 
-def hand_out(o, folder, task, net, predicted):
+def hand_out(o, folder, task, net, predicted, probabilities=None):
     """--predict, --export-peft and --merge, in this order, of the adapters the model now holds.
 
-    folder: where predictions go. predicted: for the file of --predict, (N,), or None.
+    folder: where predictions go. predicted: for the file of --predict, (N,), or None; with their
+    probabilities, (N, classes), if these are asked for.
     """
     if predicted is not None:
-        path = glue.write_submission(folder, task, predicted, Path(o.predict).stem)
+        path = glue.write_submission(folder, task, predicted, Path(o.predict).stem, probabilities)
         print(f"predictions for {o.predict} are in {path}")
+    if o.export_peft or o.merge:
+        fold_unit(net, task)
     if o.export_peft:
         with writing(o.export_peft):
             as_peft(net, o.export_peft, o.model)
@@ -24,6 +30,15 @@ def hand_out(o, folder, task, net, predicted):
         with writing(o.merge):
             models.save_pretrained(merge_lora2(net), o.merge)
         print(f"the merged model is in {o.merge}")
+
+
+@torch.no_grad()
+def fold_unit(net, task):
+    """Let a regression's last layer give scores in the training file's unit, for other programs."""
+    mean, deviation = task.unit
+    last = net.classifier if isinstance(net.classifier, nn.Linear) else net.classifier.out_proj
+    last.weight.mul_(deviation)
+    last.bias.mul_(deviation).add_(mean)
 
 
 def as_peft(net, folder, base_name):

@@ -94,6 +94,8 @@ def identity_of(o, here, task, net, tokenizer):
     """
     columns = {"texts": task.texts, "label": task.label, "labels": task.labels,
                "metrics": task.metrics}
+    if task.unit != (0.0, 1.0):                            # of a user's own scores
+        columns["unit"] = task.unit
     return {"settings": vars(o) | {"dtype": here.dtype, "resume": None},
             "base": fingerprint(net, tokenizer), "columns": columns}
 
@@ -120,6 +122,8 @@ class State:
 def check_destinations(o):
     """OSError or ValueError unless all that will be written has a free place of its own."""
     named = {"out": o.out, "merge": o.merge, "export_peft": o.export_peft}
+    if o.eval and not o.predict:
+        del named["out"]                                   # nothing is written there
     folders = {name: Path(place) for name, place in named.items() if place}
     for name, folder in folders.items():
         nearest = folder.absolute()
@@ -133,7 +137,7 @@ def check_destinations(o):
         if name != "out":
             raise ValueError(f"{flag(name)} {folder}: this folder is not empty: give a new or an "
                              "empty one")
-        if not (o.resume or o.overwrite):
+        if not (o.resume or o.overwrite or o.eval):
             way = ""
             if (folder / "last.pt").exists():
                 way = f"go on with its run by --resume {folder}, "
@@ -143,6 +147,19 @@ def check_destinations(o):
             files_to_replace(folder)                       # refuses a folder of somebody else
     if len({folder.resolve() for folder in folders.values()}) < len(folders):
         raise ValueError(f"{', '.join(map(flag, folders))} need a folder each")
+
+
+def check_predictions(o, task):
+    """ValueError if --predict would write over a file that is no part of a run to be replaced."""
+    if o.predict is None:
+        return
+    path = glue.place_of_predictions(o.out, task, Path(o.predict).stem)
+    is_new = not (o.resume or o.eval)
+    if path.exists() and not (is_new and path in files_to_replace(path.parent)):
+        raise ValueError(f"the predictions for {o.predict} would replace {path}: move that away, "
+                         "or give another --out, beside --eval if the run has ended")
+    if o.predict_scores and not task.labels:
+        raise ValueError("--predict-scores: here a score is all that is predicted: leave it out")
 
 
 def files_to_replace(folder):
@@ -158,7 +175,7 @@ def files_to_replace(folder):
         raise ValueError(f"{there[0]} is not of a run of this program, --overwrite leaves it "
                          "alone: give another --out")
     tables = [path for path in sorted(folder.glob("*.tsv"))
-              if first_line(path) == "index\tprediction"]
+              if first_line(path).startswith("index\tprediction")]
     return there[:-1] + tables + there[-1:]
 
 
@@ -300,7 +317,7 @@ class RunFolder:
         state.best = evaluation
         if self.here.speaks:                               # the adapter last: never ahead of these
             for name, values in predictions.items():
-                glue.write_predictions(self.path / f"predictions_{name}.tsv", task, values.tolist())
+                glue.write_predictions(self.path / f"predictions_{name}.tsv", task, values)
             tensors = lora2_state_dict(self.net)
             facts = json.dumps(self.facts(state.best), sort_keys=True)
             disk.write_tensors(self.path / "adapter.safetensors", tensors,

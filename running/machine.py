@@ -61,6 +61,7 @@ def join(name=None, dtype=None):
     if device.type == "cpu":
         keep_freed_memory()
     if world > 1 and not dist.is_initialized():
+        check_environment(world)
         patience = timedelta(hours=6)                      # the others wait while one downloads
         if device.type == "cuda":
             dist.init_process_group("nccl", device_id=device, timeout=patience)
@@ -83,6 +84,15 @@ def number_from(variable, default):
         raise ValueError(f"the environment says {variable}={text}, which is no number: unset it, "
                          "or start with torchrun")
     return int(text)
+
+
+def check_environment(world):
+    """ValueError unless that is set by which several processes find each other."""
+    names = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if not os.environ.get(name)]
+    if missing or number_from("RANK", 0) >= world or not number_from("MASTER_PORT", 0):
+        raise ValueError(f"the environment says WORLD_SIZE={world}, without a "
+                         f"fitting {', '.join(missing or names)}: unset it, or start with torchrun")
 
 
 def find_device(name, local, world):

@@ -134,7 +134,8 @@ OPTIONS = {
         Option("eager", bool, False, "launch each operation by itself: on a GPU steps are "
                "otherwise recorded once for each shape of a batch, and replayed", beside=BOTH)),
     "files": (
-        Option("out", "path", None, "run folder; by default runs/TASK-MODEL-METHOD-sSEED"),
+        Option("out", "path", None, "run folder; by default runs/TASK-MODEL-METHOD-sSEED. Beside "
+               "--eval: where --predict writes", beside=EVAL),
         Option("overwrite", bool, False, "replace the run in that folder"),
         Option("save-steps", int, None, "write last.pt every N steps too, besides each evaluation",
                COUNT, beside=RESUME),
@@ -143,6 +144,8 @@ OPTIONS = {
                "training", beside=EVAL),
         Option("predict", "path", None, "write predictions for this TSV of the task, labels not "
                "needed", beside=BOTH),
+        Option("predict-scores", bool, False, "there, beside each label, a column for the "
+               "probability of every class", beside=BOTH),
         Option("merge", "path", None, "write the best model to this folder as a plain checkpoint",
                beside=BOTH),
         Option("export-peft", "path", None, "write the best adapter to this folder as peft's LoRA",
@@ -216,7 +219,10 @@ def parse(argv, description=None):
             else:
                 kind, metavar = TYPES[option.kind]
                 group.add_argument(f"--{option.name}", type=kind, metavar=metavar, help=text)
-    return vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv))
+    if "predict_scores" in given and "predict" not in given:
+        raise ValueError("--predict-scores says what --predict writes: give both")
+    return given
 
 
 def epilog():
@@ -309,6 +315,8 @@ def evaluating(stored, given):
     """The settings with which to evaluate an adapter that stores its own."""
     same_options(given["eval"], STORED, stored)
     free = {name for name, option in TABLE.items() if "eval" in option.beside}
+    if "predict" not in given:
+        free.remove("out")
     settings = {name: option.default for name, option in TABLE.items()} | stored
     settings |= agreed(stored, given, free, "--eval")
     if settings["model"] is None:
@@ -317,6 +325,8 @@ def evaluating(stored, given):
     if settings["task"] == "own" and settings["dev_file"] is None:
         raise ValueError(f"{given['eval']} was trained on a file of your own: give one to evaluate "
                          "it on as --dev-file")
+    if settings["out"] is None:
+        settings["out"] = str(Path(given["eval"]).parent)
     return checked(settings)
 
 
@@ -365,6 +375,9 @@ def checked(settings):
     if settings["stop_at"] is not None and method in PRUNING:
         raise ValueError(f"--stop-at could end --method {method} before its pruning: give "
                          "--max-steps")
+    for name in ("model", "data_dir", "train_file", "dev_file"):
+        if settings[name] and os.path.exists(settings[name]):  # or a name on the Hub
+            settings[name] = os.path.abspath(settings[name])   # --resume may be elsewhere
     return Namespace(**settings)
 
 

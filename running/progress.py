@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import model as models
-from formats import disk
+from formats import disk, glue
 from lora2 import lora2_layers
 from methods import baselines
 from running import options
@@ -51,6 +51,39 @@ def announce(o, here, plan, task, examples, net):
           f"on {dev}; {here.device}, {here.dtype}, {here.world} process(es)", flush=True)
 
 
+def first_look(examples, task, tokenizer):
+    """What a user's own data turn out to be, for {split: Examples}: text."""
+    lines = []
+    for name, split in examples.items():
+        length = split.starts.diff()                       # (N,)
+        lines.append(f"{name}: {len(length):,} rows of {length.min()} to {length.max()} tokens, "
+                     f"half of them up to {length.median()}; {split.truncated:,} are cut to "
+                     f"{split.max_len}")
+        if split.labels is not None:
+            lines.append("  " + labels_text(split.labels, task))
+    train = examples["train"]
+    ids = train.ids[:train.starts[1]].tolist()
+    tokens = [tokenizer.id_to_token(number) or "?" for number in ids]  # ?: check_ids() refuses it
+    more = " ..." if len(tokens) > 60 else ""
+    [first] = glue.answers(task, train.labels[:1])
+    lines.append(f"first row of train: {' '.join(tokens[:60])}{more} → {shown(first)}")
+    return "\n".join(lines)
+
+
+def labels_text(labels, task):
+    """How many rows there are of each class, the most frequent first; or what scores: text."""
+    if not task.labels:
+        scores = glue.answers(task, labels)
+        mean, deviation = task.unit
+        return (f"scores {min(scores):g} to {max(scores):g}; the model learns "
+                f"(score - {mean:g}) / {deviation:g}")
+    counts = labels.bincount(minlength=len(task.labels))   # (classes,)
+    order = counts.argsort(descending=True, stable=True).tolist()
+    texts = [f"{counts[i]:,} {task.labels[i][:60]!r}" for i in order[:20]]
+    more = f" and {len(order) - 20} other classes" if len(order) > 20 else ""
+    return ", ".join(texts) + more
+
+
 def shown(value):
     """The value of an option as text."""
     if isinstance(value, float):
@@ -62,7 +95,10 @@ def rows(examples, task):
     """How much data there is, and which labels: text."""
     sizes = ", ".join(f"{len(split.starts) - 1:,} rows of {name}"
                       for name, split in examples.items())
-    return sizes + (f"; labels {', '.join(map(repr, task.labels))}" if task.labels else "; a score")
+    if not task.labels:
+        return f"{sizes}; a score"
+    positive = f"; f1 is of {task.labels[1]!r}" if "f1" in task.metrics else ""
+    return f"{sizes}; labels {', '.join(map(repr, task.labels))}{positive}"
 
 
 def counts(net):

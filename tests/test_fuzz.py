@@ -1,4 +1,5 @@
 """Spoilt files of every kind, made at random: each is used rightly or refused with a sentence, none hangs."""
+import csv
 import json
 import random
 import re
@@ -86,6 +87,17 @@ def respell(rng, content):
     return content.replace(old, b"\t" + more + old[1:], rng.randint(1, 3))
 
 
+def quotes(rng, content):
+    """Quotes as csv writes them around some fields, and others."""
+    rows = [row.split(b"\t") for row in content.split(b"\n")]
+    for row in rows:
+        at = rng.randrange(len(row))
+        if rng.random() < 0.2:
+            as_csv = b'"' + row[at].replace(b'"', b'""') + b'"'
+            row[at] = rng.choice([as_csv, b'"' + row[at], b'"a ""' + row[at] + b'"""'])
+    return b"\n".join(b"\t".join(row) for row in rows)
+
+
 def line_ends(rng, content):
     return content.replace(b"\n", rng.choice([b"\r\n", b"\r", b"\n\n", b"\x85", b"\xe2\x80\xa9"]))
 
@@ -116,18 +128,24 @@ def value(rng, content):
 
 # --- 3,000 task files ---------------------------------------------------------------------------------------
 
-def reading(content, header=()):
+def reading(content, task=None):
     """(header, rows) of a file, read in the plainest way, or None where it is not in order."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
+        return None
+    if "\r" in text and "\n" not in text:
         return None
     lines = [line[:-1] if line.endswith("\r") else line for line in text.split("\n")]
     while lines and lines[-1] == "":
         lines.pop()
     if "\0" in text or not lines:
         return None
-    header = list(header) or lines.pop(0).split("\t")
+    header = lines[0].split("\t")
+    if task and task.header and len(header) == 4 and header[1] in ("0", "1"):  # CoLA: already a row
+        header = list(task.header)
+    else:
+        lines.pop(0)
     rows = [line.split("\t") for line in lines]
     if not rows or any(len(row) != len(header) for row in rows):
         return None
@@ -153,7 +171,7 @@ def number(text):
 
 def split_of(content, task, labelled):
     """What a file of this task says: a Split's two lists, or None."""
-    table = reading(content, task.header if labelled else ())
+    table = reading(content, task)
     texts = table and columns_of(table, task.texts)
     if texts is None or not labelled:
         return texts and (texts, None)
@@ -168,9 +186,24 @@ def split_of(content, task, labelled):
     return None if None in labels else (texts, labels)
 
 
-def own_split_of(content):
-    """What a user's own training file says: (texts, names of labels or scores), or None."""
+def is_quoted(field):
+    """Whether csv, where it is strict, reads a field in quotes as one with quotes in it."""
+    try:
+        [[value]] = csv.reader([field], delimiter="\t", strict=True)
+    except (csv.Error, ValueError):
+        return False
+    return field[0] == '"' and '"' in value
+
+
+def own_split_of(content, labelled, task):
+    """What a user's own file says: (texts, names of labels or scores), or None; without labels by the columns
+    of a task that was trained."""
     table = reading(content)
+    if not labelled:
+        texts = table and columns_of(table, task.texts)
+        if texts is None or any(is_quoted(text) for row in texts for text in row):
+            return None
+        return texts, None
     if table is None or ("label" in table[0]) == ("score" in table[0]):
         return None
     pair = {"sentence1", "sentence2"} <= set(table[0])
@@ -179,12 +212,14 @@ def own_split_of(content):
     if texts is None or fields is None:
         return None
     labels = [field for field, in fields]
+    if any(is_quoted(field) for row in [*texts, *fields] for field in row):
+        return None
     if "score" in table[0]:
         scores = [number(label) for label in labels]
         return None if None in scores else (texts, scores)
     different = set(labels)
-    stripped = {label.strip() for label in different} - {""}
-    whole = [int(label) for label in stripped if re.fullmatch(r"[+-]?[0-9]+", label)]
+    stripped = {label.strip().strip('"').strip() for label in different} - {""}
+    whole = [float(label) for label in stripped if re.fullmatch(r"[+-]?[0-9]+(\.0*)?", label)]
     if len(stripped) < len(different) or len(set(whole)) < len(whole):
         return None
     return (texts, labels) if 2 <= len(different) <= 1000 else None
@@ -192,14 +227,16 @@ def own_split_of(content):
 
 def read(path, name, task, labelled):
     """The same by data.py and glue.py."""
-    if name not in OWN_FILES:
+    if name not in OWN_FILES or not labelled:
         split = glue.read_split(path, task, labelled)
         return split.texts, split.labels
     task = data.Task("", {}, **glue.read_columns(path))
     split = glue.read_split(path, task)
     if task.labels:
-        whole = all(re.fullmatch(r"\s*[+-]?[0-9]+\s*", label) for label in task.labels)
-        assert task.labels == tuple(sorted(task.labels, key=int if whole else str))
+        bare = [label.strip().strip('"').strip() for label in task.labels]
+        whole = all(re.fullmatch(r"[+-]?[0-9]+(\.0*)?", label) for label in bare)
+        numbers = {label: float(text) for label, text in zip(task.labels, bare) if whole}
+        assert task.labels == tuple(sorted(task.labels, key=lambda label: numbers.get(label, label)))
     return split.texts, [task.labels[i] for i in split.labels] if task.labels else split.labels
 
 
@@ -212,10 +249,14 @@ OWN_FILES = {
 def test_spoilt_task_files(tmp_path):
     """Oracle: an independent reading of the same bytes. Equal to it, or a ValueError with the file's name."""
     rng, path, outcomes = random.Random(1), tmp_path / "train.tsv", Counter()
-    spoil = [insert, flip, cut, move, columns, relabel, respell, line_ends, encoding]
+    spoil = [insert, flip, cut, move, columns, relabel, respell, quotes, line_ends, encoding]
     names = [name for name in TASKS if name != "demo"]
     whole = {name: write_task(name, tmp_path / "glue", n=12)["train"].read_bytes() for name in names}
     whole |= {name: "\n".join(lines).encode() + b"\n" for name, lines in OWN_FILES.items()}
+    tasks = {}                                             # of whole files, trained on before
+    for name in OWN_FILES:
+        path.write_bytes(whole[name])
+        tasks[name] = data.Task("", {}, **glue.read_columns(path))
     with soon("reading", 60):
         for _ in range(3000):
             name = rng.choice(list(whole))
@@ -224,9 +265,11 @@ def test_spoilt_task_files(tmp_path):
                 content = rng.choice(spoil)(rng, content or b"\n")
             path.write_bytes(content)
             other = name if rng.random() < 0.9 or name in OWN_FILES else rng.choice(names)
-            task, labelled = TASKS.get(other), rng.random() < 0.8
-            expected = own_split_of(content) if name in OWN_FILES else split_of(content, task, labelled)
-            kind = name[:3] if name in OWN_FILES else "labelled" if labelled else "unlabelled"
+            labelled = rng.random() < 0.8
+            task = tasks.get(name) or TASKS[other]
+            split = own_split_of if name in OWN_FILES else split_of
+            expected = split(content, labelled=labelled, task=task)
+            kind = ("own " if name in OWN_FILES else "") + ("labelled" if labelled else "unlabelled")
             try:
                 assert read(path, name, task, labelled) == expected, content
                 outcomes[kind, "read"] += 1
@@ -234,7 +277,7 @@ def test_spoilt_task_files(tmp_path):
                 assert expected is None, (error, content)
                 assert str(error).startswith(str(path)) and "\n" not in str(error) and len(str(error)) < 900
                 outcomes[kind, "refused"] += 1
-    assert len(outcomes) == 6 and min(outcomes.values()) > 80, outcomes
+    assert len(outcomes) == 8 and min(outcomes.values()) > 40, outcomes
 
 
 # --- 700 checkpoints, tokenizers, adapters, states ----------------------------------------------------------
@@ -335,6 +378,34 @@ def test_spoilt_states(finished):
                 assert str(path) in str(error) and "\n" not in str(error)
                 outcomes["refused"] += 1
     assert outcomes["refused"] > 60, outcomes
+
+
+# --- 90 files to predict ------------------------------------------------------------------------------------
+
+def test_spoilt_files_to_predict(finished):
+    """Oracle: an independent reading of the same bytes, of which each row is answered by one of the two labels;
+    or one line with the file's name, and no file of predictions."""
+    rng, outcomes, written = random.Random(6), Counter(), Path("predicted/new_predictions.tsv")
+    rows = [f"{i}\t{text}\n" for i, (text, _) in enumerate(sentences(12, 7))]
+    Path("new.tsv").write_text("n\tsentence\n" + "".join(rows))
+    ways = [insert, flip, cut, move, columns, quotes, line_ends, encoding]
+    with soon("predicting", 60):
+        for kind in KINDS:
+            words = f"--eval run-{kind}/adapter.safetensors --dev-file dev.tsv --model {kind} --predict new.tsv"
+            _, stored = folder.load_adapter(f"run-{kind}/adapter.safetensors")
+            for path in spoilt(rng, Path("new.tsv"), ways, 30):
+                expected = own_split_of(path.read_bytes(), False, data.Task("", {}, **stored["columns"]))
+                done = finished(words, "--out predicted", rng.choice(["", "--predict-scores"]))
+                outcomes[done.status] += 1
+                if done.status == 0:
+                    answers = [line.split("\t") for line in written.read_text().splitlines()[1:]]
+                    assert [row[0] for row in answers] == [str(i) for i in range(len(expected[0]))]
+                    assert {row[1] for row in answers} <= {"0", "1"}
+                    written.unlink()
+                else:
+                    assert done.status == 2 and len(done.errors) == 1 and not written.exists(), done.err
+                    assert "new.tsv" in done.err or expected is not None  # read, but of no known word
+    assert min(outcomes.values()) > 20, outcomes
 
 
 # --- 40 through the command line ----------------------------------------------------------------------------

@@ -182,6 +182,14 @@ def test_bad_files(content, line, says, tmp_path):
     assert message.startswith(f"{path}:{line}: ") and says in message
 
 
+def test_mnlis_rows_without_a_label(tmp_path):
+    """Oracle: the raw MNLI: gold_label is "-" where the annotators disagreed; no class of ours."""
+    rows = [["x"] * 11 + [label] for label in ("neutral", "-")]
+    path = write(tmp_path / "train.tsv", [HEADERS["mnli"].split(), *rows])
+    message = refusal(ValueError, glue.read_split, path, TASKS["mnli"])
+    assert message.startswith(f"{path}:3: the label is '-' where")
+
+
 @pytest.mark.parametrize("score", ["", "five", "nan", "inf", "-0.1", "5.001", "4,5", "1_0", "0_1.5",
                                    "\u0664", "\uff14.2", "0x1p0", "1e400", "\u00bd"])
 def test_bad_scores(score, tmp_path):
@@ -283,7 +291,8 @@ def test_own_files(tmp_path):
     (["1", "0", " 1"], 4, [" 1", "1"]), (["1 ", "0", "1"], 4, ["1", "1 "]),
     (["a", "b", "a\u00a0"], 4, ["a\u00a0", "a"]), (["1", "01", "2"], 3, ["01", "1"]),
     (["-0", "1", "0"], 4, ["0", "-0"]), (["+7", "8", " 007"], 4, [" 007", "+7"]),
-    (["no", "yes", "yes", "no "], 5, ["no ", "no"])])
+    (["no", "yes", "yes", "no "], 5, ["no ", "no"]), (["1", "0", "1.0"], 4, ["1.0", "1"]),
+    (["2.", "0", "2.00"], 4, ["2.00", "2."]), (["yes", "no", '"yes"'], 4, ['"yes"', "yes"])])
 def test_one_label_in_two_spellings_is_refused(labels, line, spellings, tmp_path):
     """Oracle: by hand: the line that spells a label in another way than one before, and both spellings.
     They would be two classes."""
@@ -303,6 +312,86 @@ def test_labels_that_are_near_to_each_other_are_classes(tmp_path):
         rows = [(f"text {i}", label) for i, label in enumerate(labels)]
         path = write(tmp_path / "own.tsv", [("sentence", "label"), *rows])
         assert own_task(path).labels == expected
+
+
+@pytest.mark.parametrize("labels, says", [
+    (["a", "-", "b"], "'-' is taken"), (["-1", "1", "0"], "'-1' is taken"), (["1", "NaN"], "'NaN' is taken"),
+    (["a"] * 200 + ["b"] * 200 + ["c"] * 3 + ["d"], "1 % of the 404 rows have the label 'c', 'd'"),
+    (["a", "b", "none"], ""), (["a"] * 99 + ["b"], "")])
+def test_doubtful_labels_are_told(labels, says, tmp_path, capsys):
+    """Oracle: by hand: what SNLI, the Hub and pandas write for no label; classes of less than one row in 100."""
+    path = write(tmp_path / "own.tsv", [("sentence", "label"), *((f"x {i}", x) for i, x in enumerate(labels))])
+    assert set(own_task(path).labels) == set(labels)
+    told = capsys.readouterr().err
+    assert told.count("warning") == bool(says) and says in told and (not says or f"{path}: " in told)
+
+
+def as_csv(rows, **options):
+    """Rows as Python's csv writes them, with tabs or as told."""
+    text = io.StringIO()
+    csv.writer(text, **{"delimiter": "\t", "lineterminator": "\n"} | options).writerows(rows)
+    return text.getvalue()
+
+
+HEAD = ("sentence", "label")
+QUOTED = [HEAD, ("plain", "a"), ('He said "no"', "b"), ('"', "a")]
+
+
+@pytest.mark.parametrize("content, line, says", [
+    (as_csv(QUOTED), 3, "the column sentence is '\"He said \"\"no\"\"\"', quoted as csv does"),
+    (as_csv([HEAD, ("x", "a"), ("y", 'b "c"')]), 3, "the column label is '\"b \"\"c\"\"\"', quoted"),
+    (as_csv([HEAD, ("one\ttab", "a")]), 2, "3 tab-separated columns where 2"),
+    (as_csv([HEAD, ("x", "a"), ("two\nlines", "b")]), 3, "1 tab-separated columns where 2"),
+    (as_csv(QUOTED, quoting=csv.QUOTE_ALL), 1, "'\"sentence\"', '\"label\"'"),
+    (as_csv(QUOTED, delimiter=","), 1, "'sentence,label', without a tab: CSV"),
+    (as_csv(QUOTED, delimiter=";"), 1, "without a tab"),
+    ('{"sentence": "x", "label": "a"}\n' * 3, 1, "without a tab: CSV and JSON lines"),
+    ("sentence\tlabel\rx\ta\ry\tb\r", 1, "old Macs"),
+    ("sentence\tlabel\nx\t1\ny\t\"1\"\n", 3, "spell each label in one way"),
+    ("sentence\tlabel\tscore\nx\ta\t1\n", 1, "both a column label (classes) and a column score"),
+    *[("sentence\tlabel\nx\ta\n".encode(kind), 1, says) for kind, says in
+      (("utf-16", "is UTF-16"), ("utf-16-le", "or UTF-16"), ("utf-16-be", "or UTF-16"))],
+    ("\ufeffsentence\tlabel\nx\ta\n".encode("utf-16-be"), 1, "is UTF-16")])
+def test_what_other_programs_make_of_own_files(content, line, says, tmp_path):
+    """Oracle: Python's csv as the writer; the cause, the column and the line by hand. Nothing is read wrongly."""
+    path = tmp_path / "own.tsv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    message = refusal(ValueError, lambda: glue.read_split(path, own_task(path)))
+    assert message.startswith(f"{path}:{line}: ") and says in message
+
+
+def test_quotes_that_may_be_meant_are_text_and_told(tmp_path, capsys):
+    """Oracle: by hand: a quotation is a text; a spreadsheet would put such quotes around a comma, too."""
+    texts = ['"Hello, world"', 'a "b" c', '"', '""', '"a" and "b"', '"a ""b" c']
+    path = write(tmp_path / "own.tsv", [HEAD, *((text, "ab"[i % 2]) for i, text in enumerate(texts))], "\r\n")
+    split = glue.read_split(path, own_task(path))
+    assert [text for text, in split.texts] == texts
+    assert capsys.readouterr().err.startswith(f"warning: {path}: the quotes around 2 of its fields are read")
+    task = TASKS["sst2"]                                   # an official file: csv's quoting is not looked for
+    rows = [("sentence", "label"), ('"He said ""no"""', "1")]
+    assert glue.read_split(write(path, rows), task).texts == [('"He said ""no"""',)]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_colas_files_with_and_without_a_header(tmp_path, end):
+    """Oracle: the rows that were written: the official files, labelled without a header line and the test file
+    with one, and copies of the other kind; to train on, to evaluate and to predict."""
+    rows = [("gj04", "1", "", "label"), ("gj04", "0", "*", "sentence"), ("bc01", "1", "", "A b.")]
+    right = [("label",), ("sentence",), ("A b.",)]
+    header = ("source", "label", "mark", "sentence")
+    other = [("sentence", "x", "label"), *((row[3], "y", row[1]) for row in rows)]
+    for table in (rows, [header, *rows], other):
+        path = write(tmp_path / "CoLA" / "dev.tsv", table, end)
+        assert glue.read_split(path, TASKS["cola"]) == Split(right, [1, 0, 1])
+        assert glue.read_split(path, TASKS["cola"], labelled=False) == Split(right, None)
+        assert data.load_dev(path, "cola", {})[0] == {"dev": Split(right, [1, 0, 1])}
+    numbered = [(str(i), row[3]) for i, row in enumerate(rows)]
+    test = write(tmp_path / "test.tsv", [("index", "sentence"), *numbered])
+    assert glue.read_split(test, TASKS["cola"], labelled=False) == Split(right, None)
+    for bad in (("gj04", "2", "", "x"), ("gj04", "1", "x")):
+        message = refusal(ValueError, glue.read_split, write(path, [bad, *rows]), TASKS["cola"])
+        assert message.startswith(f"{path}:1: ")
 
 
 # ---- fetching ----------------------------------------------------------------------------------------------

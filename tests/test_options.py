@@ -131,6 +131,40 @@ def test_an_empty_environment_is_none(monkeypatch, text, world):
         machine.join("cpu")
 
 
+@pytest.mark.parametrize("words, says", [
+    ("", "RANK, MASTER_ADDR, MASTER_PORT"), ("RANK=0 MASTER_PORT=9", "MASTER_ADDR"),
+    ("RANK= MASTER_ADDR=here MASTER_PORT=9", "fitting RANK:"),
+    ("RANK=2 MASTER_ADDR=here MASTER_PORT=9", "fitting RANK, "),
+    ("RANK=x MASTER_ADDR=here MASTER_PORT=9", "RANK=x, which is no number"),
+    ("RANK=0 MASTER_ADDR=here MASTER_PORT=nine", "MASTER_PORT=nine")])
+def test_half_an_environment_is_named(cli, monkeypatch, words, says):
+    """Oracle: by hand: what torchrun would set and is not there, at once and not after a wait for others."""
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for word in words.split():
+        monkeypatch.setenv(*word.split("="))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(cli.tiny(), says, "torchrun")
+
+
+def test_paths_survive_a_change_of_folder(cli, tmp_path, monkeypatch):
+    """Oracle: the run that is resumed where it began. Of models on the Hub the name stays a name."""
+    shutil.copytree(cli.models["bert"], "base")
+    Path("own.tsv").write_text("sentence\tlabel\n" + "cue0 filler1\ta\ncue0 filler2\tb\n" * 20)
+    words = "--train-file own.tsv --dev-file own.tsv --model base --max-len 16 --max-steps 4 --save-steps 2 --out "
+    assert cli(words + "whole").status == 0 and cli(words + "run --export-peft peft").status == 0
+    shutil.copytree("run", "again")
+    Path("again/result.json").unlink()                     # as if it had been stopped at its end
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert cli("--resume ../again").status == 0
+    for name in ("adapter.safetensors", "predictions_dev.tsv"):
+        assert Path("../again", name).read_bytes() == Path("../whole", name).read_bytes()
+    config = json.loads(Path("../peft/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "base")
+    assert options.resolve({"task": "rte", "model": "someone/base"}).model == "someone/base"
+
+
 def test_torchrun_on_a_mac_takes_the_cpu(monkeypatch):
     """Oracle: torch.distributed's table of backends: none of them knows mps."""
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
@@ -329,13 +363,18 @@ def test_mistakes(cli, words, says):
     assert list(Path().iterdir()) == []
 
 
-def test_mistakes_in_the_demo(cli):
+def test_mistakes_in_the_demo(cli, monkeypatch):
     """Oracle: the promise; the demo never writes over a folder that it did not make."""
     refused(cli("--task demo --k 8"), "--out and --seed", "--model runs/demo/base")
     Path("mine").mkdir()
     Path("mine/base").write_text("x")
     refused(cli("--task demo --out mine"), "mine is not empty")
     assert [path.name for path in Path().iterdir()] == ["mine"]
+    for world in ("", "1"):                                # as in a shell whose variable is not set
+        monkeypatch.setenv("WORLD_SIZE", world)
+        assert demo.place_and_seed({"task": "demo", "out": "new"}) == (Path("new"), 0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(cli("--task demo --out new"), "the demo is one process")
 
 
 def test_mistakes_in_checkpoints(cli):

@@ -3,19 +3,22 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tests.cli import refused, sentences, write_task
-from tests.conftest import SMALL, frozen, opened, outcome
+from safetensors.torch import load_file
+from tests.cli import child, refused, sentences, write_task
+from tests.conftest import SMALL, frozen, opened, outcome, write_checkpoint
 
 import data
 import model as models
 import train
 from running import export, folder, machine, options, progress
+from running.errors import Stopped
 from lora2 import RankPruner, add_lora2, load_lora2_state_dict, lora2_layers, orthogonality_loss
 
 ROOT = Path(__file__).parents[1]
@@ -413,6 +416,252 @@ def test_own_data(cli, tiny, kind):
     assert "--dev-file" in cli("--eval run/adapter.safetensors --model", tiny["bert"]).errors[0]
     dev = Path("run/predictions_dev.tsv").read_text().splitlines()
     assert len(dev) == 33 and (kind == "score" or {line.split("\t")[1] for line in dev[1:]} <= {"nay", "yea"})
+
+
+def column(path):
+    """The numbers in the column `prediction` of a file, as a tensor (N,)."""
+    rows = [line.split("\t") for line in Path(path).read_text().splitlines()]
+    assert rows[0] == ["index", "prediction"]
+    return torch.tensor([float(row[1]) for row in rows[1:]], dtype=torch.float64)
+
+
+def write_scores(a, b):
+    """train.tsv, dev.tsv and new.tsv: the demo's words with scores 0 to 5, times a, plus b."""
+    for name, seed, n in (("train", 0, 64), ("dev", 1, 32), ("new", 2, 10)):
+        lines = ["sentence\tscore"]
+        for i, (text, label) in enumerate(sentences(n, seed)):
+            lines.append(f"{text}\t{(label * 3 + i % 21 / 10) * a + b!r}")
+        Path(f"{name}.tsv").write_text("\n".join(lines) + "\n")
+
+
+OWN = "--train-file train.tsv --dev-file dev.tsv --max-len 32 --batch-size 16 --max-steps 12"
+
+
+@pytest.mark.parametrize("a, b", [(20, 0), (0.002, 0), (1000, 0), (1, 2000), (3e4, 1.7e9), (1e-12, 0)])
+@pytest.mark.parametrize("model", ["roberta", "bert"])
+def test_scores_may_have_any_unit(cli, model, a, b):
+    """Oracle: the run on scores from 0 to 5, whose predictions are p: here they are a p + b, of the run, of
+    its adapter and of the merged model, whose head peft's export has too; and the correlations are the same."""
+    seen = []
+    for factor, shift in ((1, 0), (a, b)):
+        write_scores(factor, shift)
+        words = f"{OWN} --lr 0.005 --overwrite --out run --model {cli.models[model]} --predict new.tsv"
+        assert cli(words).status == 0
+        evaluation = f"--eval run/adapter.safetensors --dev-file dev.tsv --model {cli.models[model]}"
+        again = cli(evaluation, "--merge merged")
+        assert again.status == 0 and f"pearson {result()['best']['score']:.4f}" in again.out
+        assert cli(evaluation, "--export-peft peft").status == 0
+        theirs = load_file("peft/adapter_model.safetensors")
+        for name, tensor in load_file("merged/model.safetensors").items():
+            assert not name.startswith("classifier") or torch.equal(theirs[f"base_model.model.{name}"], tensor)
+        merged = opened(eval="run/adapter.safetensors", model=str(cli.models[model]), dev_file="dev.tsv")
+        merged.net = models.from_pretrained("merged", 1)
+        shutil.rmtree("merged")
+        shutil.rmtree("peft")
+        outputs = [logits(merged).squeeze(1).double(), column("run/predictions_dev.tsv"),
+                   column("run/new_predictions.tsv")]
+        seen.append((outputs, result()["best"]["scores"]["dev"]))
+    (right, scores), (found, others) = seen
+    deviation = 1.62 * abs(a)
+    for p, q in zip(right, found):
+        assert (q - (a * p + b)).abs().max() < 0.005 * deviation + abs(b) * 1e-6
+    assert (found[0] - found[1]).abs().max() < 1e-5 * deviation + abs(b) * 1e-6
+    assert others["spearman"] == pytest.approx(scores["spearman"], abs=0.01)
+    assert others["pearson"] == pytest.approx(scores["pearson"], abs=1e-3)
+
+
+def test_the_unit_of_glue_is_left_as_it_is(cli, tiny):
+    """Oracle: STS-B's own scores, on which the paper's tables were trained, and the trained head's weights."""
+    paths = write_task("stsb")
+    words = f"--task stsb --max-len 32 --batch-size 16 --model {tiny['bert']} --max-steps 2 --merge merged"
+    assert cli(words, "--out run").status == 0
+    labels = data.load_task("stsb")["train"].labels
+    assert data.TASKS["stsb"].unit == (0, 1) and max(labels) == 5 and min(labels) == 0
+    assert "unit" not in folder.load_adapter("run/adapter.safetensors")[1]["columns"]
+    head = models.from_pretrained("merged", 1).classifier
+    assert torch.equal(head.weight, tensors()["classifier.weight"])
+    assert data.load_dev(paths["dev"], "stsb", {})[0] == data.load_task("stsb", train=False)
+
+
+@pytest.mark.parametrize("values, says", [("1e308 -1e308", "train.tsv: the scores are too far apart"),
+                                          ("1 2", "dev.tsv: the scores are too far apart")])
+def test_scores_that_nothing_can_be_computed_with(cli, values, says):
+    """Oracle: by hand: the largest float64 is 1.8e308, the largest float32 3.4e38."""
+    for name, scores in (("train", values.split()), ("dev", ["1", "1e300"])):
+        Path(f"{name}.tsv").write_text("sentence\tscore\n" + "".join(f"cue0 filler1\t{s}\n" for s in scores))
+    refused(cli(OWN, "--model", cli.models["bert"]), says)
+    Path("dev.tsv").write_text("sentence\tscore\ncue0 filler1\t1\n")
+    Path("train.tsv").write_text("sentence\tscore\n" + "cue0 filler1\t7\n" * 3)
+    assert cli(OWN, "--out one --model", cli.models["bert"]).status == 0   # all alike: a deviation of 0
+
+
+def test_a_first_look_at_own_data(cli):
+    """Oracle: by hand, of words that are a token each: rows, lengths, cuts, classes, the first row; before the
+    model is read, so that it comes in the first second. The class of F1 is named."""
+    Path("train.tsv").write_text("sentence\tlabel\n" + "cue0 filler1\tyes\ncue0 filler1 filler2 filler3\tno\n"
+                                 + "cue1 filler4\tyes\n" * 3)
+    Path("dev.tsv").write_text("sentence\tlabel\ncue1\tno\n")
+    Path("new.tsv").write_text("sentence\ncue1 cue2 cue3 cue4 cue5\n")
+    words = "--train-file train.tsv --dev-file dev.tsv --predict new.tsv --max-len 5 --max-steps 2 --model"
+    done = cli(words, cli.models["bert"], "--out run")
+    assert done.status == 0 and done.out.startswith("""\
+train: 5 rows of 4 to 5 tokens, half of them up to 4; 1 are cut to 5
+  4 'yes', 1 'no'
+dev: 1 rows of 3 to 3 tokens, half of them up to 3; 0 are cut to 5
+  1 'no', 0 'yes'
+to predict: 1 rows of 5 to 5 tokens, half of them up to 5; 1 are cut to 5
+first row of train: [CLS] cue0 filler1 [SEP] → yes
+settings  task=own""")
+    assert "; labels 'no', 'yes'; f1 is of 'yes'\n" in done.out
+    Path("train.tsv").write_text("sentence\tscore\ncue0\t2000\ncue1\t2003\n")
+    Path("dev.tsv").write_text("sentence\tscore\ncue0\t1999.5\n")
+    shutil.copytree(cli.models["bert"], "bad")
+    Path("bad/model.safetensors").write_bytes(b"")
+    assert cli(words, "bad --out other").out.splitlines()[1:4:2] == [
+        "  scores 2000 to 2003; the model learns (score - 2001.5) / 1.5",
+        "  scores 1999.5 to 1999.5; the model learns (score - 2001.5) / 1.5"]
+    tokenizer = json.loads(Path("bad/tokenizer.json").read_text())
+    tokenizer["post_processor"]["special_tokens"]["[CLS]"]["ids"] = [9999]  # an id without a token
+    Path("bad/tokenizer.json").write_text(json.dumps(tokenizer))
+    shutil.copy(cli.models["bert"] / "model.safetensors", "bad")
+    done = cli(words, "bad --out other")
+    refused(done, "do not belong together")
+    assert "first row of train: ? cue0 [SEP] → 2000" in done.out
+
+
+# --- everyday cases that held at the first try ---------------------------------------------------------------
+
+def write_everyday(folder):
+    """A checkpoint with more rows of embeddings than words and 1,024 positions; train, dev and new files with
+    three classes. All names have blanks and letters that ASCII has not."""
+    write_checkpoint(folder / "ein Modell ✓", "bert", vocab_size=999, max_position_embeddings=1024)
+    labels = ["ja, gewiss", "niño ✗", "日本"]
+    for name, n in (("train", 7), ("dev é", 1), ("new", 2)):
+        rows = [f"{text}\t{labels[i % 3]}\n" for i, (text, _) in enumerate(sentences(n, 0))]
+        Path(folder, f"{name}.tsv").write_text("sentence\tlabel\n" + "".join(rows), encoding="utf-8")
+    (folder / "train.tsv").open("a", encoding="utf-8").write("cue0 " * 700 + "\t日本\n")
+    return labels
+
+
+EVERYDAY = ["--model", "ein Modell ✓", "--train-file", "train.tsv", "--dev-file", "dev é.tsv",
+            "--out", "läuft hier", "--max-steps", "3", "--max-len", "600", "--predict", "new.tsv", "--predict-scores"]
+
+
+@pytest.mark.parametrize("sizes", ["--k 9 --r 2 --target-rank 1", "--k 1 --r 8"])
+def test_everyday_names_and_sizes(cli, tmp_path, sizes):
+    """Oracle: the promise: a batch beyond the data, one row to evaluate on, a row beyond --max-len, k and r
+    either way, words in any script; the labels come back as they were written."""
+    labels = write_everyday(tmp_path)
+    done = cli(*map(Path, EVERYDAY), sizes)
+    assert done.status == 0 and "8 rows of" in done.out and "; 1 are cut to 600" in done.out, done.err
+    lines = Path("läuft hier/new_predictions.tsv").read_text(encoding="utf-8").splitlines()
+    assert lines[0].split("\t")[2:] == sorted(labels)
+    assert {line.split("\t")[1] for line in lines[1:]} <= set(labels)
+
+
+@pytest.mark.ci
+def test_a_console_of_no_language(tmp_path):
+    """Oracle: status 0 in a process of its own under LANG=C, whose console has no letter of these names."""
+    labels = write_everyday(tmp_path)
+    environment = os.environ | {"LANG": "C", "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *EVERYDAY], cwd=tmp_path, env=environment,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "läuft hier/new_predictions.tsv").read_text(encoding="utf-8")
+    assert text.splitlines()[0].split("\t")[2:] == sorted(labels)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_two_seeds_at_once(cli):
+    """Oracle: the same two runs, one after the other: byte for byte."""
+    words = f"--task demo --model {cli.models['deberta']} {SMALL} --seed "
+    children = [child(f"{words}{seed} --out both{seed}", f"{seed}.out", f"{seed}.err") for seed in (1, 2)]
+    assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0]
+    for seed in (1, 2):
+        assert cli(words + f"{seed} --out alone{seed}").status == 0
+        assert outcome(f"both{seed}") == outcome(f"alone{seed}")
+
+
+def test_threads_may_change_on_the_way(cli):
+    """Oracle: the unbroken run on one thread, within float error."""
+    def stop(signals, step):
+        if step == 4:
+            raise Stopped(2)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine.Signals, "check", stop)
+        torch.set_num_threads(2)
+        assert cli.tiny().status == 130
+    torch.set_num_threads(1)
+    assert cli("--resume run").status == 0
+    losses = [[line["loss"] for line in content["log.jsonl"] if "loss" in line]
+              for content in (outcome("run"), cli.whole())]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+# --- predictions --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("task", ["rte", "mnli"])
+def test_probabilities_on_request(cli, tiny, task):
+    """Oracle: the softmax of the logits, a column for each class under its name; the same labels as without."""
+    paths = write_task(task)
+    name = [split for split in paths if split.startswith("test")][-1]
+    words = f"--max-len 32 --batch-size 16 --model {tiny['bert']} --predict {paths[name]}"
+    assert cli(words, f"--task {task} --max-steps 5 --lr 0.02 --out run --predict-scores").status == 0
+    evaluation = f"--eval run/adapter.safetensors --model {tiny['bert']} --out plain --predict"
+    assert cli(evaluation, paths[name]).status == 0
+    with_, without = [[line.split("\t") for line in Path(out, submission(task)).read_text().splitlines()]
+                      for out in ("run", "plain")]
+    labels = data.TASKS[task].labels
+    assert with_[0] == ["index", "prediction", *labels] and [row[:2] for row in with_] == without
+    run = opened(eval="run/adapter.safetensors", model=str(tiny["bert"]), predict=str(paths[name]), out="x")
+    right = train.outputs_of(run.net, run.unseen, 16, run.here, progress.bar_on(run.here)).softmax(1)
+    found = torch.tensor([[float(number) for number in row[2:]] for row in with_[1:]])
+    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-6)
+    assert [row[1] for row in with_[1:]] == [labels[i] for i in right.argmax(1)]
+
+
+def test_predictions_replace_nothing(cli, monkeypatch):
+    """Oracle: the bytes of what was there, and no batch that was computed before the refusal; a place of one's
+    own, also where the run cannot be written to; two files of one name."""
+    assert cli.tiny("--max-steps 2").status == 0
+    Path("a").mkdir()
+    for name in ("new.tsv", "a/new.tsv"):
+        Path(name).write_text("sentence\n" + "cue0 filler1\n" * (3 if name == "new.tsv" else 5))
+    evaluation = f"--eval run/adapter.safetensors --model {cli.models['deberta']}"
+    first = cli(evaluation, "--predict new.tsv")
+    assert first.status == 0 and "are in run/new_predictions.tsv" in first.out
+    before = Path("run/new_predictions.tsv").read_bytes()
+    file = Path("file")
+    file.write_text("x")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "predict_batch", lambda *_: pytest.fail("computed before it was refused"))
+        for words in (evaluation, "--resume run"):
+            refused(cli(words, "--predict a/new.tsv"), "would replace run/new_predictions.tsv", "--out")
+        refused(cli(evaluation, "--predict new.tsv --out file"), "--out file", "no folder")
+        refused(cli(evaluation, "--predict new.tsv --out file/x"), "--out file/x")
+        refused(cli(evaluation, "--predict new.tsv --out x --merge x"), "a folder each")
+        refused(cli(evaluation, "--out x"), "no --out")    # for nothing
+        refused(cli(evaluation, "--predict-scores"), "--predict", "give both")
+        refused(cli("--resume run --predict-scores"), "--predict", "give both")
+    second = cli(evaluation, "--predict a/new.tsv --out a --merge merged")
+    assert second.status == 0 and len(Path("a/new_predictions.tsv").read_text().splitlines()) == 6
+    assert Path("run/new_predictions.tsv").read_bytes() == before
+    Path("run/gold_predictions.tsv").write_text("index\tlabel\n0\tyes\n")
+    new = "--overwrite --max-steps 2 --predict"
+    refused(cli.tiny(new, Path("a/gold.tsv")), "a/gold.tsv")                  # is not there
+    Path("a/gold.tsv").write_text("sentence\ncue0 filler1\n")
+    refused(cli.tiny(new, Path("a/gold.tsv")), "would replace run/gold_predictions.tsv")
+    assert Path("run/new_predictions.tsv").read_bytes() == before
+    assert cli.tiny(new, "new.tsv --predict-scores").status == 0              # of the run that it replaces
+    assert cli.tiny(new, "new.tsv").status == 0
+    assert Path("run/new_predictions.tsv").read_text().startswith("index\tprediction\n")
+
+
+def test_probabilities_of_a_score_are_refused(cli):
+    """Oracle: by hand: there are none."""
+    write_scores(1, 0)
+    refused(cli(OWN, "--predict new.tsv --predict-scores --model", cli.models["bert"]), "--predict-scores")
 
 
 @pytest.mark.parametrize("task", ["cola", "mrpc", "stsb", "rte"])
