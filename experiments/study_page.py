@@ -149,12 +149,17 @@ def page(content):
     for run in content["runs"]:
         if run["part"] == "tune" or run["row"] in content["rows"]:
             runs.append(run)
-    content = content | {"runs": runs}
+    begun = {run["row"] for run in runs}
+    waiting = [label for row, label in content["rows"].items() if row not in begun]
+    rows = {row: label for row, label in content["rows"].items() if row in begun}
+    content = content | {"runs": runs, "rows": rows}
     reported = content | {"runs": finished(content, "reported")}
     lost = diverged(content, "reported")
     parts = [f"# {content['title']} ({content['model'].rpartition('/')[2]})\n",
              tables.score_table(reported), difference_table(reported), worst_table(reported),
              choice_table(reported, content), tables.parameter_table(reported | {"paper": {}})]
+    if waiting:
+        parts.append(f"Not run: {'; '.join(waiting)}.\n")
     if lost:
         names = ", ".join(map(tables.name_of, lost))
         parts.append(f"Diverged, and in no mean: {names}.\n")
