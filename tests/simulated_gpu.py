@@ -3,9 +3,9 @@
     python -m tests.simulated_gpu simulated_gpu.so    # then a run of train.py for each line of JSON, see serve()
 
 Its tensors say device cuda:0 and hold a tensor of the CPU, on which operations work. What a GPU would refuse is
-refused: to mix devices, gradients laid out unlike their parameters in fused AdamW, in a recording (a CUDA graph, here
-the list of the operations) whatever passes between host and GPU, or work on another stream. Its random numbers are
-its own. Not simulated: what kernels round otherwise, memory, time. Written for torch 2.13.
+refused: to mix devices; gradients laid out unlike their parameters in fused AdamW; in a recording (a CUDA graph, here
+a list of operations) whatever passes between host and GPU, and nodes of autograd from another stream. Its random
+numbers are its own. Not simulated: what kernels round otherwise, memory, time. Written for torch 2.13.
 """
 import contextlib
 import ctypes
@@ -29,7 +29,7 @@ from formats import toy
 ROOT = Path(__file__).resolve().parents[1]
 # The host waits until these have their result: their result is a number, or its size depends on numbers.
 READS = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2", "unique_dim",
-         "unique_consecutive"}
+         "unique_consecutive", "bincount", "repeat_interleave"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 
 
@@ -47,14 +47,18 @@ class Simulated(torch.Tensor):
         self.inner = inner
 
     @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, function, _, args=(), kwargs=None):
         return GPU.operate(function, args, kwargs or {})
 
     def __reduce_ex__(self, protocol):                     # what torch.save() writes
+        GPU.waits("torch.save")
         return self.inner.__reduce_ex__(protocol)
 
     def __repr__(self):
         return f"Simulated({self.inner})"
+
+    def storage(self):                                     # safetensors asks who shares memory
+        return self.inner.storage()
 
     def tolist(self):
         GPU.waits("tolist")
@@ -117,9 +121,9 @@ class Device:
         here = bool(ours)                                  # whether the result is on the GPU
         if name in ("_to_copy", "copy_"):
             here = self.copies(name, args, kwargs)
-        elif tensors:
+        elif ours:
             self.refuse_mixed(name, args, theirs)
-        elif kwargs.get("device") is not None:
+        if kwargs.get("device") is not None:
             here = torch.device(kwargs["device"]).type == "cuda"
         if name in READS:
             self.waits(name)
@@ -136,7 +140,7 @@ class Device:
         source = args[0] if name == "_to_copy" else args[1]
         begins = isinstance(source, Simulated)
         ends = isinstance(args[0], Simulated)
-        at_once = kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
+        at_once = kwargs.get("non_blocking") or args[2:] == (True,)
         if kwargs.get("device") is not None:
             ends = torch.device(kwargs["device"]).type == "cuda"
         if begins != ends and not (ends and at_once and hasattr(source, "is_pinned_here")):
@@ -146,11 +150,10 @@ class Device:
         return ends
 
     def refuse_mixed(self, name, args, theirs):
-        """As a GPU does: but for a single number, and an index, for which the host waits."""
-        if name in INDEXING:
-            indices = [index for index in args[1] if index is not None]
-            is_mask = [index.dtype in (torch.bool, torch.uint8) for index in indices]
-            if not isinstance(args[0], Simulated) or any(is_mask) or theirs:
+        """As a GPU does: the CPU may give a single number, or an index, for which the host waits."""
+        if name in INDEXING and isinstance(args[0], Simulated):
+            is_mask = [index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]]
+            if any(is_mask) or theirs:
                 self.waits(f"{name} by a mask or from the CPU")
         elif any(tensor.dim() or name.startswith("_fused") for tensor in theirs):
             raise RuntimeError(f"Expected all tensors to be on the same device, {name}")
@@ -227,7 +230,7 @@ def record(graph, **_):
 class Factories(TorchDispatchMode):
     """Inside it what has no tensor as an argument, as torch.zeros(), knows the GPU too."""
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function, _, args=(), kwargs=None):
         kwargs = kwargs or {}
         device = kwargs.get("device")
         asked = device is not None and torch.device(device).type == "cuda"
@@ -256,6 +259,10 @@ def seed_all(seed):
     GPU.random = torch.Generator().manual_seed(seed).get_state()
 
 
+def get_rng_state(device=None):
+    return GPU.random.clone()
+
+
 def set_rng_state(state, device=None):
     GPU.random = state.clone()
 
@@ -271,7 +278,7 @@ def pretend():
         setattr(cuda, name, always(value))
     cuda.amp.common.amp_definitely_not_available = always(False)
     cuda.manual_seed_all = seed_all
-    cuda.get_rng_state = lambda device=None: GPU.random.clone()
+    cuda.get_rng_state = get_rng_state
     cuda.set_rng_state = set_rng_state
     cuda.set_sync_debug_mode = set_sync_debug_mode
     cuda.CUDAGraph = Graph
