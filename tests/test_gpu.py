@@ -25,7 +25,8 @@ METHODS = {"lora2": "--k 2", "lora2, Eq. 8": "--importance full --init orthonorm
            "full": "--method full"}
 # Steps 3 to 5 log nothing: none may wait for the GPU. (The first ones make plans.)
 STRICT = (("batch = next(batches)",
-           "torch.cuda.set_sync_debug_mode('error' if state.step in (2, 3, 4) else 'default'); batch = next(batches)"),
+           "torch.cuda.set_sync_debug_mode('error' if state.step in (2, 3, 4) else 'default')\n"
+           "            batch = next(batches)"),
           ("kept, optimizer)", "kept, optimizer); torch.cuda.set_sync_debug_mode('default')"))
 STOP_AT_3 = ("signals.check(state.step)",
              "signals.number = 15 if state.step == 3 else 0; signals.check(state.step)")
@@ -159,8 +160,9 @@ REFUSED = {
         "synchronizing CUDA operation: a copy to the GPU"),
     "two devices": (PART, "part = data.Batch(*part)", "all tensors to be on the same device"),
     "a gradient in another layout": (
-        "    optimizer.step()", "    for p in parameters: p.grad = p.grad.mT.contiguous().mT if p.dim() == 2 else p.grad\n"
-        "    optimizer.step()", "must have same dtype, device, and layout")}
+        "    optimizer.step()",
+        "    for p in parameters: p.grad = p.grad if p.dim() == 1 else p.grad.mT.contiguous().mT\n    optimizer.step()",
+        "must have same dtype, device, and layout")}
 
 
 @pytest.mark.parametrize("what", REFUSED)
