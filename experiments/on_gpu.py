@@ -77,7 +77,8 @@ def run(job, name, *words, method="lora2", model=None, device=None, dtype="fp32"
     """A short run of train.py; its folder. AssertionError if it ends with another status."""
     out = job.work / name
     place = ["--device", device or job.device, "--dtype", dtype, "--out", out, "--overwrite"]
-    what = [*SHORT, "--method", method, *METHODS[method], "--model", model or small_model(job)]
+    short = [*SHORT, "--max-steps", "24"] if job.rehearse else SHORT
+    what = [*short, "--method", method, *METHODS[method], "--model", model or small_model(job)]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)                               # matrices this small are slower on more
     status, said = call([*what, *place, *words])
@@ -192,9 +193,7 @@ def outcome(job, config, k, batch, device, dtype="fp32"):
 
 def parity(job):
     """Logits, gradients and scores of three families, on the GPU against the CPU, in fp32."""
-    base = steps.SHAPES["deberta-v3-base"]
-    if job.rehearse:
-        base = base | {"num_hidden_layers": 2}
+    base = steps.SHAPES["tiny" if job.rehearse else "deberta-v3-base"]
     sizes = {name: base[name] for name in ("hidden_size", "num_attention_heads",
                                            "intermediate_size", "num_hidden_layers")}
     shapes = {"deberta": base, "roberta": steps.SHAPES["roberta-large"] | sizes}
