@@ -53,11 +53,15 @@ def reading(path, advice):
 
 def read_bytes(path, most=16 * MEGABYTE):
     """What a file holds; ValueError if that is more bytes than such a file honestly has."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > most:
-            raise ValueError(f"it has {size:,} bytes, where {most:,} are the most")
-        return file.read(size)
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > most:
+                raise ValueError(f"it has {size:,} bytes, where {most:,} are the most")
+            return file.read(size)
+    except OSError as e:
+        e.filename = str(path)                 # the error of a read does not name it
+        raise
 
 
 def read_json(path, advice):

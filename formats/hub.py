@@ -135,8 +135,6 @@ def read_json(path):
     """The object in a JSON file; ValueError that names the file if it is not one."""
     try:
         content = json.loads(read_bytes(path).decode())
-    except OSError as e:
-        raise OSError(f"{path} cannot be read ({one_line(e)}): get it again") from e
     except (ValueError, RecursionError) as e:      # no UTF-8, no JSON, a million digits, [[[[[...
         raise ValueError(f"{path} is not valid JSON ({one_line(e)}): download it again") from e
     if not isinstance(content, dict):

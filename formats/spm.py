@@ -20,9 +20,10 @@ import math
 import re
 import struct
 from collections import defaultdict
-from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, models, normalizers, processors
+
+from formats.disk import read_bytes
 
 # Schema of a message: field number -> (name, wire type, kind); a dict is an inner message's.
 PIECE = {1: ("piece", 2, str), 2: ("score", 5, float), 3: ("type", 0, int)}
@@ -34,6 +35,7 @@ MODEL = {1: ("pieces", 2, PIECE), 2: ("trainer_spec", 2, TRAINER),
          3: ("normalizer_spec", 2, NORMALIZER)}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)   # a piece's type
 MODEL_TYPES = {1: "UNIGRAM", 2: "BPE", 3: "WORD", 4: "CHAR"}
+LARGEST_CHARSMAP = 32_000_000                # NFKC's has 5 million; its longest rule 33 bytes
 SPACE = "▁"                                  # U+2581 is a space inside pieces
 
 
@@ -132,6 +134,7 @@ def read_charsmap(blob):
     rules = {}
     stack = [(b"", 0)]                       # (the bytes that lead to a unit, its index)
     steps = 0
+    held = 0                                 # about how many bytes the rules take
     while stack:
         key, index = stack.pop()
         steps += 1
@@ -140,7 +143,11 @@ def read_charsmap(blob):
         base = bases[index]
         if units[index] >> 8 & 1 and units[base] >> 31:
             begin = units[base] & 0x7FFFFFFF
-            rules[key.decode()] = replacements[begin:replacements.index(0, begin)].decode()
+            new = replacements[begin:begin + 256].partition(b"\0")
+            held += 16 + len(key) + len(new[0])
+            if not new[1] or held > LARGEST_CHARSMAP:
+                raise ValueError("charsmap with too many or too long replacements")
+            rules[key.decode()] = new[0].decode()
         stack += [(key + byte, child) for byte, child in children.get(base, [])]
     return rules
 
@@ -229,7 +236,7 @@ def read_spm(path):
     the file. ValueError: the file is damaged, or of a kind that is not read here.
     """
     try:
-        pieces, trainer, normalizer, rules = read_model(Path(path).read_bytes())
+        pieces, trainer, normalizer, rules = read_model(read_bytes(path))
     except ValueError as error:
         raise ValueError(f"{path} is not a readable SentencePiece model ({error}): download it "
                          "again") from None

@@ -507,7 +507,8 @@ def two_tasks(server):
     row = b"index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n"
     rte = {"train.tsv": row, "dev.tsv": row + row[-18:], "test.tsv": row}
     pages["/glue/data/RTE.zip"] = (200, zipped({f"RTE/{name}": rte[name] for name in rte}), None)
-    mrpc = {"msr_paraphrase_train.txt": b"one", "test.tsv": b"two", "dev_ids.tsv": b"three"}
+    table = b"Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t5\t6\ta\tb\n"
+    mrpc = {"msr_paraphrase_train.txt": table, "test.tsv": table + table[-10:], "dev_ids.tsv": b"5\t6\n"}
     for address_of_file, name in TASKS["mrpc"].downloads.items():
         pages[f"/{address_of_file}"] = (200, mrpc[name], None)
     return [(TASKS["rte"], rte), (TASKS["mrpc"], mrpc)], address
