@@ -75,7 +75,8 @@ def load_splits(o, here, stored):
     else:
         task = data.get_task(o.task)
         if task.downloads:
-            if here.speaks and data.is_missing(task, o.data_dir, train=not stored):
+            is_new = o.resume is None                      # else a file says where the data are
+            if here.speaks and is_new and data.is_missing(task, o.data_dir, train=not stored):
                 glue.fetch_task(task, o.data_dir)
             machine.wait_for_all()                         # whatever each finds there by now
         splits = data.load_task(task, o.data_dir, train=not stored)
@@ -107,7 +108,7 @@ def make_optimizer(net, lr, head_lr, weight_decay):
 # --- one run ------------------------------------------------------------------------------
 
 def train(o, saved=None):
-    """Train to the end, from the start or from the state that folder.load_state() gave.
+    """Train to the end, from the start or from the state that folder.load_run() gave.
 
     Returns (Machine, task, Examples of --predict or None, model)."""
     with refusing():                                       # around what a user can have wrong
@@ -306,11 +307,13 @@ def act(argv):
     elif "resume" not in given:
         train_and_hand_out(options.resolve(given))
     elif folder.is_finished(given["resume"]):
-        if wanted := progress.finished(given):             # more is asked of its adapter
+        with refusing():
+            result = folder.load_result(given["resume"])
+        if wanted := progress.finished(given, result):     # more is asked of its adapter
             evaluate_adapter(wanted)
     else:
         with refusing():
-            saved = folder.load_state(given["resume"])
+            saved = folder.load_run(given["resume"])
         train_and_hand_out(options.resumed(saved["settings"], given), saved)
     machine.leave()
 

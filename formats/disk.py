@@ -207,6 +207,11 @@ def replacing(*paths):
         raise OSError(one_line(e)) from e
 
 
+def unfollowed(path, flags):
+    """An opener for open(): OSError for a link, since what it leads to is somebody else's."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
 def write_file(path, *parts):
     """Write bytes or text so that `path` is either as before or complete."""
     with writing(path), replacing(path) as (beside,), open(beside, "wb") as file:

@@ -281,6 +281,17 @@ def write_checkpoint(folder, config, weights, tokenizer_of, prefix=""):
     Path(folder).mkdir(parents=True, exist_ok=True)
     with replacing(*(Path(folder, name) for name in names)) as (*copies, weights_file, config_file):
         save_file(weights, weights_file, metadata={"format": "pt", "digest": digest(weights)})
+        sort_metadata(weights_file)
         config_file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
         for path, copy in zip(tokenizer, copies):
             shutil.copyfile(path, copy)
+
+
+def sort_metadata(path):
+    """Put the metadata of a .safetensors, written in random order, in one: equal runs, equal bytes."""
+    with open(path, "rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":")).encode().ljust(size))
