@@ -285,6 +285,16 @@ def write_checkpoint(folder, config, weights, tokenizer_of, prefix=""):
         config_file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
         for path, copy in zip(tokenizer, copies):
             shutil.copyfile(path, copy)
+            if path.name == "tokenizer_config.json":
+                write_without(copy, ("auto_map", "name_or_path"))
+
+
+def write_without(path, names):
+    """Take these names out of a JSON object in a file: others' code, places on this machine."""
+    content = read_json(path)
+    if not content.keys().isdisjoint(names):
+        kept = {name: content[name] for name in content if name not in names}
+        path.write_text(json.dumps(kept, indent=2), encoding="utf-8")
 
 
 def sort_metadata(path):
@@ -294,4 +304,5 @@ def sort_metadata(path):
         header = json.loads(file.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         file.seek(8)
-        file.write(json.dumps(header, separators=(",", ":")).encode().ljust(size))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
+        file.write(text.encode().ljust(size))

@@ -240,7 +240,11 @@ class RunFolder:
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         if self.pruner:
             self.pruner.load_state_dict(saved["pruner"])
-        machine.set_random_state(self.here, saved["rng"][self.here.rank])
+        try:
+            machine.set_random_state(self.here, saved["rng"][self.here.rank])
+        except RuntimeError as e:
+            raise ValueError(f"{self.path / 'last.pt'} holds random numbers that no generator can "
+                             "have: begin again with --overwrite") from e
         log = self.path / "log.jsonl"
         if self.here.speaks and log.exists():              # the steps of later lines come again
             with open(log, "rb", opener=disk.unfollowed) as file:
