@@ -346,8 +346,8 @@ def from_pretrained(name_or_dir, num_labels, head_dropout=None):
         config[HEAD_DROPOUT[config["model_type"]]] = head_dropout
     weights = hub.read_weights(name_or_dir)
     check_size(config, weights, name_or_dir)
-    with torch.device("meta"):                              # shapes without numbers: those come from
-        model = SequenceClassifier(config, num_labels)      # the file, or draw_head() draws them
+    with torch.device("meta"):                              # no numbers: they come from the file
+        model = SequenceClassifier(config, num_labels)
     weights = hub.convert(weights, PREFIX[model.kind], model.keys, name_or_dir)
     model.source = str(name_or_dir)
     model.new_weights = draw_head(model, weights)

@@ -1,5 +1,6 @@
 """Files that are whole or absent, and what goes wrong with files as one sentence."""
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -71,26 +72,41 @@ def read_json(path, advice):
 
 
 def load_pickle(path):
-    """What torch.save() wrote, on the CPU; mapped into memory if it is a zip (since torch 1.6).
+    """What torch.save() wrote to a file, on the CPU.
 
     ValueError, before anything is made of it, if it holds more than tensors and plain values, or
     unpacks to more bytes than it has.
     """
-    is_zip = zipfile.is_zipfile(path)
+    left = os.path.getsize(path)
+    is_zip = zipfile.is_zipfile(path)                          # since torch 1.6
     with contextlib.ExitStack() as stack:
-        pickles = [stack.enter_context(open(path, "rb"))] * 5      # of old files: one after another
+        pickles = [stack.enter_context(open(path, "rb"))] * 5  # of old files: one after another
         if is_zip:
             zipped = stack.enter_context(zipfile.ZipFile(path))
-            if sum(info.file_size for info in zipped.infolist()) > os.path.getsize(path):
+            if sum(info.file_size for info in zipped.infolist()) > left:
                 raise ValueError("it unpacks to more bytes than it has")
             names = [name for name in zipped.namelist() if name.lower().endswith(".pkl")]
             pickles = [zipped.open(name) for name in names]
         for file in pickles:
-            for operation, argument, _ in pickletools.genops(file):
-                if "GLOBAL" in operation.name and not PICKLED.fullmatch(str(argument)):
-                    raise ValueError(f"it holds more than tensors ({argument}): such a file can "
-                                     "run code")
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            check_pickle(file)
+
+    def counted(storage, location):
+        nonlocal left
+        left -= storage.nbytes()
+        if left < 0:
+            raise ValueError("its tensors take more bytes than it has")
+        return storage
+
+    # A zip is mapped, which bounds each tensor, and copied: the file may be overwritten later.
+    content = torch.load(path, map_location=counted, weights_only=True, mmap=is_zip)
+    return copy.deepcopy(content) if is_zip else content
+
+
+def check_pickle(file):
+    """ValueError if a pickle names anything that a dict of tensors does not need."""
+    for operation, argument, _ in pickletools.genops(file):
+        if "GLOBAL" in operation.name and not PICKLED.fullmatch(str(argument)):
+            raise ValueError(f"it holds more than tensors ({argument}): such a file can run code")
 
 
 def digest(*parts):

@@ -228,17 +228,15 @@ def read_safetensors(path):
 
 
 def read_bin(path):
-    """{key: tensor} of a .bin, a pickle, copied.
+    """{key: tensor} of a .bin, a pickle.
 
-    ValueError for tensors that take more memory than the file: two of them may be the same.
+    ValueError for tensors that, each for itself, take far more memory than the file: views.
     """
     content = load_pickle(path)
-    tensors = {key: item for key, item in content.items() if isinstance(item, torch.Tensor)}
-    size = sum(tensor.nbytes for tensor in tensors.values())
+    tensors = [item for item in content.values() if isinstance(item, torch.Tensor)]
+    size = sum(tensor.nbytes for tensor in tensors)
     if size > 3 * os.path.getsize(path):
         raise ValueError(f"its tensors take {size:,} bytes, more than it has")
-    for key in tensors:
-        content[key] = tensors[key].clone()
     return content
 
 
@@ -298,7 +296,7 @@ def write_without(path, names):
 
 
 def sort_metadata(path):
-    """Put the metadata of a .safetensors, written in random order, in one: equal runs, equal bytes."""
+    """Put the metadata of a .safetensors in order, so that equal runs write equal bytes."""
     with open(path, "rb+") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))

@@ -12,7 +12,6 @@ kill the log may be ahead of last.pt, which knows how long it was; so may adapte
 which knows the best.
 """
 import contextlib
-import copy
 import hashlib
 import json
 import os
@@ -236,7 +235,7 @@ class RunFolder:
         self.restore_best(saved)
         load_lora2_state_dict(self.net, saved["weights"])
         groups = self.optimizer.state_dict()["param_groups"]
-        moments = copy.deepcopy(saved["optimizer"]["state"])       # else parts of the file
+        moments = saved["optimizer"]["state"]              # the rest is this run's own
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         if self.pruner:
             self.pruner.load_state_dict(saved["pruner"])

@@ -110,7 +110,7 @@ def test_states_that_this_run_cannot_have_written(stopped):
     """Oracle: the files before: each is refused with one sentence, although its hash fits; nothing is written."""
     whole = folder.load_state("run")
     for i, spoil in enumerate(SPOILT):
-        state = copy.deepcopy(whole)
+        state = copy.deepcopy(whole)                       # of which no part may be the file that changes
         spoil(state)
         torch.save(state, "spoilt.pt")                     # write_state() would put a format back
         hash_ = folder.hash_of_file(Path("spoilt.pt"))
