@@ -220,9 +220,8 @@ def parts_of(batch, rank, world, accum):
     Rows are dealt out in turn: of 5, process 0 of 2 gets rows 0, 2, 4 and process 1 rows 1, 3.
     """
     n = world * accum
-    for i in range(rank, n, world):
-        if i < len(batch.rows):
-            yield data.Batch(*(tensor[i::n] for tensor in batch))
+    for i in range(rank, min(n, len(batch.rows)), world):
+        yield data.Batch(*(tensor[i::n] for tensor in batch))
 
 
 # --- evaluation ---------------------------------------------------------------------------

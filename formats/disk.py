@@ -224,8 +224,10 @@ def replacing(*paths):
 
 
 def unfollowed(path, flags):
-    """An opener for open(): OSError for a link, since what it leads to is somebody else's."""
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    """An opener for open(): OSError for a link, or for a pipe to write to, which nobody reads."""
+    for name in ("O_NOFOLLOW", "O_NONBLOCK"):              # which Windows has not
+        flags |= getattr(os, name, 0)
+    return os.open(path, flags, 0o666)
 
 
 def write_file(path, *parts):

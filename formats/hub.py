@@ -153,7 +153,9 @@ def read_tokenizer(path):
         tokenizer.no_padding()                     # which may be to a billion tokens
         if tokenizer.num_special_tokens_to_add(True) > 100:
             raise ValueError("it adds more than 100 special tokens to a text")
-        tokenizer.encode("a", "b")                 # a template may name a token that is not there
+        # A template may name a token that is not there, or repeat the text.
+        if len(tokenizer.encode("a", "b").ids + tokenizer.encode("a").ids) > 100:
+            raise ValueError("it makes more than 100 tokens of three letters")
         return tokenizer
     except (KeyboardInterrupt, SystemExit):
         raise

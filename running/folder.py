@@ -436,8 +436,9 @@ def load_result(folder):
         result = json.loads(disk.read_bytes(path))
         if result.pop("hash", None) != digest(json.dumps(result, sort_keys=True)):
             raise ValueError("its hash does not fit, or it is of another version of this program")
+        hash_, _ = result["adapter"], result["settings"]["method"]
     adapter = Path(folder) / "adapter.safetensors"
-    if adapter.exists() and load_adapter(adapter)[1]["digest"] != result["adapter"]:
+    if adapter.exists() and load_adapter(adapter)[1]["digest"] != hash_:
         raise ValueError(f"{adapter} is not of this run: give back the one that was there")
     return result
 

@@ -23,6 +23,7 @@ import torch
 
 import data
 import model as models
+import train
 from data import TASKS
 from formats import disk, glue, hub, spm
 from formats.config import config_to_write
@@ -121,6 +122,13 @@ def test_states_that_this_run_cannot_have_written(stopped):
         assert contents("run") == before and "<" not in done.errors[0], i
     folder.write_state("run", whole)
     assert stopped("--resume run").status == 0 and outcome("run") == stopped.whole(BUSY)
+
+
+def test_a_billion_parts_of_a_batch_take_no_time():
+    """Oracle: the rows: a batch of 3 has 3 parts, whatever --accum a file gives."""
+    batch = data.Batch(*[torch.arange(3)] * 5)
+    with soon("parts_of"):
+        assert [part.rows.tolist() for part in train.parts_of(batch, 0, 1, 10**9)] == [[0], [1], [2]]
 
 
 def test_options_of_adamw_are_not_the_files(stopped):
@@ -244,6 +252,15 @@ def test_a_log_elsewhere_is_left_alone(stopped, link, there):
 
 
 @on_unix
+def test_a_pipe_in_place_of_the_log(stopped):
+    """Oracle: the promise: an error soon, where an ordinary open() would wait for ever for a reader."""
+    os.unlink("run/log.jsonl")
+    os.mkfifo("run/log.jsonl")
+    with soon("--resume"):
+        assert stopped("--resume run").status in (0, 1)
+
+
+@on_unix
 def test_what_a_tokenizer_links_to_is_not_copied(cli, tmp_path, monkeypatch):
     """Oracle: the outside file's content, which no merged folder may hold; links within the Hub's cache are its
     way of keeping files."""
@@ -331,6 +348,21 @@ def test_an_adapter_of_a_twin_is_not_taken(stopped):
     path = "run/adapter.safetensors"
     retold(path, put(0.99, "best", "score"))
     refused(stopped("--resume run"), f"{path} is not of this run")
+
+
+@pytest.mark.parametrize("change", [
+    without("settings"), without("adapter"), without("best"), put([], "settings"), put({}, "settings"), put(None, "best"),
+    put("x", "settings", "merge_to"), put(1, "settings", "model"), put(["x"], "task"), put("x", "adapter"),
+    put({}, "settings", "data_dir"), put("x", "seconds"), without("seconds")])
+def test_a_result_that_no_run_writes(cli, change):
+    """Oracle: one sentence that names folder or file, although its hash fits."""
+    assert cli.tiny("--max-steps 2").status == 0
+    result = json.loads(Path("run/result.json").read_text())
+    del result["hash"]
+    change(result)
+    disk.write_json("run/result.json", result | {"hash": disk.digest(json.dumps(result, sort_keys=True))})
+    refused(cli("--resume run --merge m"), "run")
+    assert not Path("m").exists()
 
 
 def test_any_flipped_bit_of_a_result_is_noticed(cli):
@@ -583,6 +615,8 @@ TOKENIZERS = [
     {"pre_tokenizer": steps(*[{"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                                "use_regex": False}] * 33)},
     {"normalizer": {"type": "Precompiled", "precompiled_charsmap": BLOB}},
+    {"post_processor": {"type": "TemplateProcessing", "special_tokens": {}, "single": [{"Sequence": {
+        "id": "A", "type_id": 0}}] * 5000, "pair": [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]}},
     {"post_processor": {"type": "TemplateProcessing", "pair": [], "single": [],
                         "special_tokens": {"x": {"id": "x", "ids": [0] * 5000, "tokens": ["x"] * 5000}}}}]
 
@@ -592,7 +626,7 @@ def test_tokenizers_that_swell(tiny, tmp_path, little_memory, i):
     """Oracle: the promise: refused by name before a letter becomes gigabytes."""
     whole = json.loads((tiny["bert"] / "tokenizer.json").read_text())
     changes = copy.deepcopy(TOKENIZERS[i])
-    if "post_processor" in changes:
+    if changes.get("post_processor", {}).get("special_tokens"):
         part = {"SpecialToken": {"id": "x", "type_id": 0}}
         changes["post_processor"]["pair"] = [part] * 5000
         changes["post_processor"]["single"] = [part]
