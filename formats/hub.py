@@ -2,7 +2,6 @@
 import base64
 import contextlib
 import json
-import math
 import os
 import re
 import shutil
@@ -20,6 +19,7 @@ from formats.disk import MEGABYTE, digest, load_pickle, one_line, read_bytes, re
 WAYS_OUT = ("download its files by hand and give --model FOLDER, or run once where the Hub can be "
             "reached (a proxy or HF_ENDPOINT may help); a complete cached copy works without it, "
             "also under HF_HUB_OFFLINE=1")
+LONGEST_PIECE = 1000         # letters; the library frees a tree of pieces by one call a letter
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "spm.model", "vocab.txt", "vocab.json", "merges.txt")
 
@@ -149,6 +149,9 @@ def read_tokenizer(path):
         parts = json.loads(content)
         if growth([parts.get("normalizer"), parts.get("pre_tokenizer")]) > 1000:
             raise ValueError("its replacements make a text more than 1000 times as long")
+        pieces = parts["model"]["vocab"]
+        if isinstance(pieces, list) and max(len(piece) for piece, _ in pieces) > LONGEST_PIECE:
+            raise ValueError(f"a piece is longer than {LONGEST_PIECE} letters")
         tokenizer = Tokenizer.from_buffer(content)
         tokenizer.no_padding()                     # which may be to a billion tokens
         if tokenizer.num_special_tokens_to_add(True) > 100:
@@ -165,12 +168,11 @@ def read_tokenizer(path):
 
 def growth(part):
     """How many times as long a part of tokenizer.json can make a text: each step multiplies."""
-    if isinstance(part, list):
-        return math.prod(map(growth, part))
-    if not isinstance(part, dict):
-        return 1
-    times = growth(list(part.values()))
-    kind = part.get("type")
+    times = 1
+    if isinstance(part, (list, dict)):
+        for item in part.values() if isinstance(part, dict) else part:
+            times = min(times * growth(item), 10**9)
+    kind = part.get("type") if isinstance(part, dict) else None
     if kind in ("Replace", "Prepend"):             # a pattern can match before each letter
         times *= 1 + len(str(part.get("content", part.get("prepend"))))
     if kind == "ByteLevel":                        # a letter for each byte

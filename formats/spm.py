@@ -35,6 +35,7 @@ MODEL = {1: ("pieces", 2, PIECE), 2: ("trainer_spec", 2, TRAINER),
          3: ("normalizer_spec", 2, NORMALIZER)}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)   # a piece's type
 MODEL_TYPES = {1: "UNIGRAM", 2: "BPE", 3: "WORD", 4: "CHAR"}
+LONGEST_PIECE = 1000                         # letters; `tokenizers` frees a tree by a call a letter
 LARGEST_CHARSMAP = 32_000_000                # NFKC's has 5 million; its longest rule 33 bytes
 SPACE = "▁"                                  # U+2581 is a space inside pieces
 
@@ -103,6 +104,8 @@ def read_model(data):
     trainer = specs["trainer_spec"]
     normalizer = specs["normalizer_spec"]
     texts, scores, types = zip(*pieces)
+    if max(map(len, texts)) > LONGEST_PIECE:
+        raise ValueError(f"a piece longer than {LONGEST_PIECE} letters")
     if not all(texts) or len(set(texts)) < len(texts) or not all(map(math.isfinite, scores)):
         raise ValueError("a piece without text, without score or twice")
     known = range(NORMAL, BYTE + 1)

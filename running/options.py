@@ -135,7 +135,8 @@ OPTIONS = {
         Option("overwrite", bool, False, "replace the run in that folder"),
         Option("save-steps", int, None, "write last.pt every N steps too, besides each evaluation",
                COUNT, beside=RESUME),
-        Option("resume", "path", None, "go on with the run in this folder; needs nothing else"),
+        Option("resume", "path", None, "go on with the run in this folder; needs nothing else, "
+               "but what to write elsewhere has to be said again"),
         Option("eval", "path", None, "load this adapter.safetensors and evaluate instead of "
                "training", beside=EVAL),
         Option("predict", "path", None, "write predictions for this TSV of the task, labels not "
@@ -314,6 +315,7 @@ def evaluating(stored, given):
     check_stored(given["eval"], STORED, stored)
     free = {name for name, option in TABLE.items() if "eval" in option.beside}
     settings = {name: option.default for name, option in TABLE.items()} | stored
+    settings["batch_size"] = min(settings["batch_size"], 256)      # no file chooses all memory
     settings |= agreed(stored, given, free, "--eval")
     if settings["model"] is None:
         raise ValueError(f"{given['eval']} belongs to a model in a folder: give that folder as "

@@ -137,6 +137,6 @@ def outcome(folder):
     for record in lines + [result, result["settings"]]:
         for name in volatile:
             record.pop(name, None)
-    files = {path.name: path.read_bytes() for path in folder.iterdir()
-             if path.name not in ("last.pt", "log.jsonl", "result.json")}
+    files = {path.name: path.read_bytes() for path in folder.iterdir()       # a kill may leave a folder
+             if path.is_file() and path.name not in ("last.pt", "log.jsonl", "result.json")}
     return files | {"log.jsonl": lines, "result.json": result}

@@ -27,7 +27,7 @@ import train
 from data import TASKS
 from formats import disk, glue, hub, spm
 from formats.config import config_to_write
-from running import folder
+from running import folder, options
 from tests.cli import child, refused, sentences, soon, write_task
 from tests.conftest import SMALL, outcome
 from tests.test_folder import BUSY, at_step, contents, ctrl_c
@@ -195,6 +195,15 @@ def test_an_adapter_chooses_no_place_and_no_size(cli, change):
     before = contents("run")
     refused(cli("--eval run/adapter.safetensors --model", cli.models["deberta"]))
     assert [path.name for path in Path().iterdir()] == ["run"] and contents("run") == before
+
+
+def test_an_adapter_does_not_choose_the_batch():
+    """Oracle: by hand: its own batch size up to 256 rows, more only if it is given."""
+    stored = vars(options.resolve({"task": "rte"}))
+    stored = {name: stored[name] for name in options.STORED}
+    for size, given, expected in ((32, {}, 32), (10**8, {}, 256), (10**8, {"batch_size": 999}, 999)):
+        o = options.evaluating(stored | {"batch_size": size}, {"eval": "x"} | given)
+        assert o.batch_size == expected
 
 
 def test_data_are_not_fetched_to_where_a_result_says(cli, monkeypatch):
@@ -632,6 +641,17 @@ def test_tokenizers_that_swell(tiny, tmp_path, little_memory, i):
         changes["post_processor"]["single"] = [part]
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole | changes))
     with soon("reading", 20), pytest.raises(ValueError, match="tokenizer.json is not a tokenizer file"):
+        data.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["spm.model", "tokenizer.json"])
+def test_a_piece_of_a_megabyte(tiny, tmp_path, kind):
+    """Oracle: this process, which lives: `tokenizers` frees the tree of a Unigram model by recursion."""
+    pieces = [("a" * 10**6, -1.0), ("[UNK]", -2.0)]
+    whole = json.loads((tiny["bert"] / "tokenizer.json").read_text())
+    unigram = json.dumps(whole | {"model": {"type": "Unigram", "vocab": pieces, "unk_id": 1}})
+    (tmp_path / kind).write_bytes(model(pieces[:1]) if kind == "spm.model" else unigram.encode())
+    with pytest.raises(ValueError, match=f"{kind} is not a .*piece (is )?longer than 1000"):
         data.load_tokenizer(tmp_path)
 
 

@@ -102,9 +102,9 @@ def lines_of(*names):
 SIZES = {"lora2.py": 420,           # 350
          "model.py": 400, "data.py": 353, "train.py": 350,
          "the four that are read": 1487,                                     # 1,450
-         "product": 5615,           # 4,300: all but tests/ and experiments/
+         "product": 5625,           # 4,300: all but tests/ and experiments/
          "experiments": 2669,       # 2,400
-         "tests": 11360}            # 9,500
+         "tests": 11410}            # 9,500
 
 
 def test_what_is_read_stays_small():
