@@ -496,6 +496,7 @@ def check_after_a_kill(task, data_dir, address, files):
     folder = data_dir / task.folder
     if data.is_missing(task, data_dir):
         glue.fetch_task(task, data_dir, address)
+        assert [path.name for path in data_dir.iterdir()] == [task.folder]     # nor is a private folder left
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
     assert not data.is_missing(task, data_dir)
 
