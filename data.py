@@ -12,7 +12,8 @@ import torch
 
 from formats import glue, hub, spm, toy
 
-PIECE = 4096  # rows that are encoded at once: the library's results are large
+PIECE = 4096  # rows that are encoded at once, of LETTERS at most: the library's results are large
+LETTERS = 2_000_000
 POOL = 80     # batches that are sorted by length together: more waste less padding, fewer mix more
 
 
@@ -188,14 +189,16 @@ def encode(tokenizer, split, max_len, name="the data"):
         raise ValueError(f"a maximum length of {max_len} leaves no room for text: the tokenizer "
                          f"adds {special} special tokens to a row, so give at least {special + 1}")
     rows = split.texts if is_pair else [text for (text,) in split.texts]
+    longest = max(sum(map(len, texts)) for texts in split.texts)
+    piece = max(1, min(PIECE, LETTERS // (longest + 1)))
     ids = array("i")
     types = array("B")
     starts = array("q", [0])
     truncated = 0
     tokenizer.enable_truncation(max_len, strategy="longest_first")
     try:
-        for first in range(0, len(rows), PIECE):
-            for encoding in tokenizer.encode_batch_fast(rows[first:first + PIECE]):
+        for first in range(0, len(rows), piece):
+            for encoding in tokenizer.encode_batch_fast(rows[first:first + piece]):
                 row = encoding.ids
                 if not row:
                     raise ValueError(f"row {len(starts)} of {name} has no tokens: give it a text")

@@ -346,13 +346,13 @@ def from_pretrained(name_or_dir, num_labels, head_dropout=None):
         config[HEAD_DROPOUT[config["model_type"]]] = head_dropout
     weights = hub.read_weights(name_or_dir)
     check_size(config, weights, name_or_dir)
-    with torch.random.fork_rng(devices=[]):                 # these numbers are replaced: the seed
-        model = SequenceClassifier(config, num_labels)      # is for what draw_head() draws
+    with torch.device("meta"):                              # no numbers: they come from the file
+        model = SequenceClassifier(config, num_labels)
     weights = hub.convert(weights, PREFIX[model.kind], model.keys, name_or_dir)
     model.source = str(name_or_dir)
     model.new_weights = draw_head(model, weights)
     try:
-        model.load_state_dict(weights, assign=True)         # no copy, if the file is in fp32
+        model.load_state_dict(weights, assign=True)
     except RuntimeError as e:                               # names all that does not fit
         raise ValueError(f"{name_or_dir} does not fit its config.json and {num_labels} label(s), "
                          f"give a checkpoint that does: {hub.one_line(e, 600)}") from e
@@ -364,12 +364,12 @@ def draw_head(model, weights):
     drawn = []
     for name, layer in model.named_modules():
         if in_head(name, model.head) and isinstance(layer, nn.Linear):
-            new = {f"{name}.weight": layer.weight.detach(), f"{name}.bias": layer.bias.detach()}
-            if new.keys().isdisjoint(weights):
-                nn.init.normal_(layer.weight, std=model.config["initializer_range"])
-                nn.init.zeros_(layer.bias)
-                weights.update(new)
-                drawn += new
+            weight, bias = f"{name}.weight", f"{name}.bias"
+            if weights.keys().isdisjoint((weight, bias)):
+                std = model.config["initializer_range"]
+                weights[weight] = torch.empty(layer.weight.shape).normal_(std=std)
+                weights[bias] = torch.zeros(layer.bias.shape)
+                drawn += [weight, bias]
     return drawn
 
 

@@ -80,7 +80,8 @@ def load_splits(o, here, stored):
     else:
         task = data.get_task(o.task)
         if task.downloads:
-            if here.speaks and data.is_missing(task, o.data_dir, train=not stored):
+            is_new = o.resume is None                      # else a file says where the data are
+            if here.speaks and is_new and data.is_missing(task, o.data_dir, train=not stored):
                 glue.fetch_task(task, o.data_dir)
             machine.wait_for_all()                         # whatever each finds there by now
         splits = data.load_task(task, o.data_dir, train=not stored)
@@ -259,9 +260,8 @@ def parts_of(batch, rank, world, accum):
     Rows are dealt out in turn: of 5, process 0 of 2 gets rows 0, 2, 4 and process 1 rows 1, 3.
     """
     n = world * accum
-    for i in range(rank, n, world):
-        if i < len(batch.rows):
-            yield data.Batch(*(tensor[i::n] for tensor in batch))
+    for i in range(rank, min(n, len(batch.rows)), world):
+        yield data.Batch(*(tensor[i::n] for tensor in batch))
 
 
 # --- evaluation ---------------------------------------------------------------------------
@@ -360,11 +360,13 @@ def act(argv):
     elif "resume" not in given:
         train_and_hand_out(options.resolve(given))
     elif folder.is_finished(given["resume"]):
-        if wanted := progress.finished(given):             # more is asked of its adapter
+        with refusing():
+            result = folder.load_result(given["resume"])
+        if wanted := progress.finished(given, result):     # more is asked of its adapter
             evaluate_adapter(wanted)
     else:
         with refusing():
-            saved = folder.load_state(given["resume"])
+            saved = folder.load_run(given["resume"])
         train_and_hand_out(options.resumed(saved["settings"], given), saved)
     machine.leave()
 

@@ -111,7 +111,8 @@ def check_size(config, weights, name):
 
 def config_to_write(config, num_labels, dtype):
     """The content of config.json for transformers; names of labels stay if they fit num_labels."""
-    config = {name: config[name] for name in config if name not in ("num_labels", "dtype")}
+    others = ("num_labels", "dtype", "auto_map", "custom_pipelines", "_name_or_path")
+    config = {name: config[name] for name in config if name not in others}   # no code, no places
     ids = [str(i) for i in range(num_labels)]
     labels = config.get("id2label")
     if not isinstance(labels, dict) or labels.keys() != set(ids):

@@ -1,7 +1,15 @@
 """Files that are whole or absent, and what goes wrong with files as one sentence."""
 import contextlib
+import copy
+import hashlib
 import json
 import os
+import pickletools
+import re
+import shutil
+import sys
+import tempfile
+import zipfile
 from pathlib import Path
 
 try:
@@ -10,11 +18,20 @@ except ImportError:                            # on Windows nothing is locked
     fcntl = None
 
 import safetensors.torch
+import torch
+
+LEFT = ".lora2-tmp"                            # how the names of folders end that we write in first
+MEGABYTE = 1 << 20
+# All that torch.save() names for dicts, lists, plain values and tensors. (torch.load() also makes
+# bytearrays of any size, and tensors whose memory is nowhere in the file.)
+PICKLED = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|"
+                     r"torch (?!Typed|Untyped)[A-Za-z0-9]+Storage")
 
 
 def one_line(error, length=200):
-    """What an exception says, on one line and cut to a length."""
+    """What an exception says, on one line, cut to a length, without passwords and tokens."""
     text = " ".join(str(error).split()) or type(error).__name__
+    text = re.sub(r"(?<=://)[^/\s@]+@|hf_\w{20,}", "", text)
     return text if len(text) <= length else text[:length] + " ..."
 
 
@@ -35,10 +52,76 @@ def reading(path, advice):
         raise ValueError(f"{path} is damaged or another kind of file ({cause}): {advice}") from e
 
 
+def read_bytes(path, most=16 * MEGABYTE):
+    """What a file holds; ValueError if that is more bytes than such a file honestly has."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > most:
+                raise ValueError(f"it has {size:,} bytes, where {most:,} are the most")
+            return file.read(size)
+    except OSError as e:
+        e.filename = str(path)                 # the error of a read does not name it
+        raise
+
+
 def read_json(path, advice):
     """The content of a JSON file; OSError or ValueError of a sentence that ends in the advice."""
     with reading(path, advice):
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(read_bytes(path))
+
+
+def load_pickle(path):
+    """What torch.save() wrote to a file, on the CPU.
+
+    ValueError, before anything is made of it, if it holds more than tensors and plain values, or
+    unpacks to more bytes than it has.
+    """
+    left = os.path.getsize(path)
+    is_zip = zipfile.is_zipfile(path)                          # since torch 1.6
+    with contextlib.ExitStack() as stack:
+        pickles = [stack.enter_context(open(path, "rb"))] * 5  # of old files: one after another
+        if is_zip:
+            zipped = stack.enter_context(zipfile.ZipFile(path))
+            if sum(info.file_size for info in zipped.infolist()) > left:
+                raise ValueError("it unpacks to more bytes than it has")
+            names = [name for name in zipped.namelist() if name.lower().endswith(".pkl")]
+            pickles = [zipped.open(name) for name in names]
+        for file in pickles:
+            check_pickle(file)
+
+    def counted(storage, location):
+        nonlocal left
+        left -= storage.nbytes()
+        if left < 0:
+            raise ValueError("its tensors take more bytes than it has")
+        return storage
+
+    # A zip is mapped, which bounds each tensor, and copied: the file may be overwritten later.
+    content = torch.load(path, map_location=counted, weights_only=True, mmap=is_zip)
+    return copy.deepcopy(content) if is_zip else content
+
+
+def check_pickle(file):
+    """ValueError if a pickle names anything that a dict of tensors does not need."""
+    for operation, argument, _ in pickletools.genops(file):
+        if "GLOBAL" in operation.name and not PICKLED.fullmatch(str(argument)):
+            raise ValueError(f"it holds more than tensors ({argument}): such a file can run code")
+
+
+def digest(*parts):
+    """Hash of texts, bytes, tensors and dicts of them; no bit changes unnoticed."""
+    hasher = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        if isinstance(part, torch.Tensor):
+            hasher.update(f"{part.dtype} {tuple(part.shape)} ".encode())
+            part = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        elif isinstance(part, dict):
+            part = digest(*(item for name in sorted(part) for item in (name, part[name])))
+        part = part.encode() if isinstance(part, str) else part
+        hasher.update(f"{len(part)} ".encode())
+        hasher.update(part)
+    return hasher.hexdigest()
 
 
 @contextlib.contextmanager
@@ -51,50 +134,100 @@ def writing(path):
                       "make room or give another folder") from e
 
 
+def lock(folder):
+    """A descriptor that holds a folder until it is closed; None where there are no locks.
+
+    BlockingIOError if another process holds it. The end of a process, however it ends, frees it.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return descriptor
+    except OSError as e:
+        os.close(descriptor)
+        if isinstance(e, BlockingIOError):
+            raise
+        return None
+
+
 @contextlib.contextmanager
 def alone(folder, program, option="--out"):
     """Hold a folder, made if need be, for this process: ValueError if another `program` does."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another {program} is running in {folder}: wait for it, or give "
-                             f"another {option}") from None
-        except OSError:                        # a file system without locks
-            pass
+        descriptor = lock(folder)
+    except BlockingIOError:
+        raise ValueError(f"another {program} is running in {folder}: wait for it, or give "
+                         f"another {option}") from None
+    if descriptor is None:
+        print(f"warning: {folder} cannot be locked here: see to it that no other {program} runs "
+              "in it", file=sys.stderr)
+    try:
         yield
     finally:
-        os.close(descriptor)                   # as the end of the process does, however it ends
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def private_folder(place):
+    """A new folder inside another one, of a name that nobody can foresee; gone afterwards.
+
+    Those that killed processes left behind are removed: nobody holds them any more.
+    """
+    for left in Path(place).glob(f".*{LEFT}"):
+        with contextlib.suppress(OSError):     # BlockingIOError: it is in use
+            descriptor = lock(left)
+            if descriptor is not None:
+                shutil.rmtree(left, ignore_errors=True)            # follows no link
+                os.close(descriptor)
+    made, descriptor = make_held(place)
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def make_held(place):
+    """A new folder inside another one, and the descriptor that holds it (or None)."""
+    while True:                                # until no other process takes it for left behind
+        made = Path(tempfile.mkdtemp(LEFT, ".", place))
+        with contextlib.suppress(FileNotFoundError, BlockingIOError):
+            descriptor = lock(made)
+            if made.exists():
+                return made, descriptor
 
 
 @contextlib.contextmanager
 def replacing(*paths):
-    """Gives a path beside each of these to write to; they are renamed when all are on the disk.
+    """Gives a path for each of these, of one folder, to write to; renamed when all are on the disk.
 
     So a file with its final name is complete, also if the power fails. After an error while they
-    are written all are as before.
+    are written all are as before. A link that bears such a name is replaced, never followed.
     """
     paths = [Path(path) for path in paths]
-    beside = [path.with_name(f".{path.name}.tmp") for path in paths]
     try:
-        yield beside
-        for path in beside:
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
-        for new, path in zip(beside, paths):
-            os.replace(new, path)
-    except Exception as e:
-        for path in beside:
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
-        if isinstance(e, safetensors.SafetensorError):   # its word for a full disk
-            raise OSError(one_line(e)) from e
-        raise
+        with private_folder(paths[0].parent) as folder:
+            beside = [folder / path.name for path in paths]
+            yield beside
+            for path in beside:
+                with open(path, "rb+") as file:
+                    os.fsync(file.fileno())
+            for new, path in zip(beside, paths):
+                os.replace(new, path)
+    except safetensors.SafetensorError as e:   # its word for a full disk
+        raise OSError(one_line(e)) from e
+
+
+def unfollowed(path, flags):
+    """An opener for open(): OSError for a link, or for a pipe to write to, which nobody reads."""
+    for name in ("O_NOFOLLOW", "O_NONBLOCK"):              # which Windows has not
+        flags |= getattr(os, name, 0)
+    return os.open(path, flags, 0o666)
 
 
 def write_file(path, *parts):

@@ -3,13 +3,15 @@
 A `task` is a row of the table in data.py: no code below asks which one it is. What a user can have
 wrong raises ValueError or OSError with one finished sentence.
 """
+import contextlib
 import http.client
 import math
 import os
 import re
 import shutil
 import sys
-import tempfile
+import time
+import urllib.parse
 import urllib.request
 import zipfile
 from collections import Counter
@@ -19,12 +21,15 @@ from typing import NamedTuple, Optional
 import torch
 from tqdm import tqdm
 
-from formats.disk import one_line, reading, write_file, writing
+from formats.disk import one_line, private_folder, reading, write_file, writing
 
 BASE_URL = "https://dl.fbaipublicfiles.com"  # the GLUE authors' downloads
 DEV_IDS = "dev_ids.tsv"                      # MRPC: the ids of the original file's dev rows
 ID_COLUMNS = ("#1 ID", "#2 ID")              # a line of DEV_IDS is such a pair
 NO_LABEL = ("-", "-1", "nan", "null", "n/a", "?")  # as SNLI, the Hub, pandas and others write it
+LONGEST = 1_000_000                          # bytes of a line; a tokenizer takes 150 times as much
+ROW_BYTES = 4096                             # of an official row at most, on average; MNLI's: 900
+HOURS = 2                                    # for a download at most
 
 
 class Split(NamedTuple):
@@ -50,25 +55,30 @@ def short(values):
 
 def read_lines(path):
     """The lines of a UTF-8 file. Only \\n and \\r\\n end one; str.splitlines cuts at U+2028 too."""
-    with reading(path, "a tab-separated file is expected"):
-        data = Path(path).read_bytes()
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+    lines = []
+    with reading(path, "a tab-separated file is expected"), open(path, "rb") as file:
+        while (line := file.readline(LONGEST + 1)) and len(line) <= LONGEST:
+            lines.append(line)
+    first = (lines + [line])[0]
+    if first.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError(f"{path}:1: this file is UTF-16, as of Excel or Notepad: save it as UTF-8")
-    try:
-        text = data.decode("utf-8-sig")      # MRPC's files start with a byte order mark
-    except UnicodeDecodeError as error:
-        number = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}:{number}: this line is not UTF-8 text: save the file as "
-                         "UTF-8") from None
-    if "\0" in text:
-        number = text.count("\n", 0, text.index("\0")) + 1
-        raise ValueError(f"{path}:{number}: this line holds a NUL byte: the file is damaged, or "
-                         "UTF-16: get it again, or save it as UTF-8")
-    if "\r" in text and "\n" not in text:
+    if b"\r" in first and b"\n" not in first:
         raise ValueError(f"{path}:1: its lines end as on old Macs, in \\r alone: save it with the "
                          "line ends of Unix or Windows")
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
-    while lines and not lines[-1]:           # the piece after the last line end, and empty lines
+    if line:
+        raise ValueError(f"{path}:{len(lines) + 1}: this line is longer than {LONGEST:,} bytes: "
+                         "shorten its text")
+    for number, line in enumerate(lines, start=1):
+        try:                                 # MRPC's files start with a byte order mark
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}:{number}: this line is not UTF-8 text: save the file as "
+                             "UTF-8") from None
+        if "\0" in text:
+            raise ValueError(f"{path}:{number}: this line holds a NUL byte: the file is damaged, or "
+                             "UTF-16: get it again, or save it as UTF-8")
+        lines[number - 1] = text.removesuffix("\n").removesuffix("\r")
+    while lines and not lines[-1]:           # empty lines at the end
         lines.pop()
     if not lines:
         raise ValueError(f"{path}:1: the file is empty: a tab-separated file with one example a "
@@ -385,31 +395,44 @@ def write_submission(folder, task, predictions, name="test", probabilities=None)
 def fetch_task(task, data_dir="glue", base_url=BASE_URL):
     """Fetch a task's files into <data_dir>/<folder>, with a progress bar; what is there stays.
 
-    All is written to a temporary folder beside and moved when complete: a cut download leaves
+    All is written to a private folder beside and moved when complete: a cut download leaves
     nothing. Raises OSError or ValueError that names the address and says what to do instead.
     """
     folder = Path(data_dir) / task.folder
     advice = f"try again, or {by_hand(task, folder)}"
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent,
-                                                ignore_cleanup_errors=True)
-    except OSError as error:
-        raise OSError(f"cannot write to the folder {folder.parent} ({error.strerror}): give "
-                      "another one") from None
-    with temporary:
-        beside = Path(temporary.name) / folder.name
-        beside.mkdir()
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            beside = stack.enter_context(private_folder(folder.parent)) / folder.name
+            beside.mkdir()
+        except OSError as error:
+            raise OSError(f"cannot write to the folder {folder.parent} ({error.strerror}): give "
+                          "another one") from None
+        most = ROW_BYTES * sum(task.rows.values())         # bytes, packed and unpacked
         for address, name in task.downloads.items():
             url = f"{base_url}/{address}"
             if name and not (folder / name).exists():
-                download(url, beside / name, advice)
+                download(url, beside / name, advice, most)
+                check_table(url, beside / name, task, advice)
             if not name:
-                download(url, beside / "archive", advice)
-                extract(url, beside / "archive", table_names(task), advice)
+                download(url, beside / "archive", advice, most)
+                extract(url, beside / "archive", table_names(task), advice, most)
                 (beside / "archive").unlink()
         with writing(folder):
             move_files(beside, folder)
+
+
+def check_table(url, path, task, advice):
+    """ValueError for a fetched file that is no whole table of the task: a login page, say."""
+    try:
+        if path.name == DEV_IDS:
+            is_whole = all(re.fullmatch("[0-9]+\t[0-9]+", line) for line in read_lines(path))
+        else:
+            is_whole = bool(read_split(path, task, labelled=False).texts)
+    except ValueError:
+        is_whole = False
+    if not is_whole:
+        raise ValueError(f"{url} gives something else than {path.name}: {advice}")
 
 
 def move_files(beside, folder):
@@ -430,24 +453,48 @@ def move_files(beside, folder):
             os.replace(path, folder / path.name)
 
 
-def download(url, path, advice, timeout=60):
-    """Fetch one address into a file."""
+class HttpsAlone(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to https; on this machine itself, as in tests, to http too."""
+
+    def redirect_request(self, request, file, code, message, headers, url):
+        check_address(url, request.full_url)
+        return super().redirect_request(request, file, code, message, headers, url)
+
+
+def check_address(url, before):
+    """ValueError for an address that is not https, nor, as the one before it, of this machine."""
+    hosts = ("127.0.0.1", "localhost")
+    parts = [urllib.parse.urlsplit(address) for address in (url, before)]
+    is_local = all(part.scheme == "http" and part.hostname in hosts for part in parts)
+    if parts[0].scheme != "https" and not is_local:
+        raise ValueError(f"{url} is not https")
+
+
+def download(url, path, advice, most, timeout=60):
+    """Fetch one address into a file, of at most so many bytes."""
+    end = time.monotonic() + HOURS * 3600
     try:
-        with urllib.request.urlopen(url, timeout=timeout) as response, open(path, "wb") as file:
+        check_address(url, url)
+        opener = urllib.request.build_opener(HttpsAlone)
+        with opener.open(url, timeout=timeout) as response, open(path, "wb") as file:
             length = int(response.headers.get("Content-Length") or 0)
             # disable=None: silent where stderr is no terminal
             with tqdm(total=length or None, unit="B", unit_scale=True, disable=None,
                       desc=url.rsplit("/", 1)[-1]) as bar:
-                while chunk := response.read(1 << 16):
+                while max(length, file.tell()) <= most and (chunk := response.read1(1 << 16)):
                     bar.update(file.write(chunk))
+                    if time.monotonic() > end:
+                        raise OSError(f"it takes more than {HOURS} hours")
+            if max(length, file.tell()) > most:
+                raise OSError(f"it is larger than the {most:,} bytes that the task can need")
             if length and file.tell() != length:
                 raise OSError(f"the connection ended after {file.tell()} of {length} bytes")
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise OSError(f"could not fetch {url} ({one_line(error)}): {advice}") from None
 
 
-def extract(url, archive, names, advice):
-    """Write the TSV files of these names beside the archive."""
+def extract(url, archive, names, advice, most):
+    """Write the TSV files of these names beside the archive, of at most so many bytes."""
     try:
         with zipfile.ZipFile(archive) as zipped:
             members = find_members(zipped, names)
@@ -455,6 +502,9 @@ def extract(url, archive, names, advice):
             missing = [name for name in needed if name not in members]
             if missing:
                 raise ValueError(f"it does not hold {', '.join(missing)}")
+            if sum(member.file_size for member in members.values()) > most:
+                raise ValueError(f"it unpacks to more than the {most:,} bytes that the task can "
+                                 "need")
             for name, member in members.items():
                 with zipped.open(member) as source, open(archive.parent / name, "wb") as target:
                     shutil.copyfileobj(source, target)
@@ -473,5 +523,7 @@ def find_members(zipped, names):
         if parts[-1] in names and len(parts) < 3:    # QQP-clean.zip has QQP/original/train.tsv too
             if parts[-1] in members:
                 raise ValueError(f"it holds more than one {parts[-1]}")
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(f"{parts[-1]} is packed in a way that can take any memory")
             members[parts[-1]] = info
     return members

@@ -1,24 +1,25 @@
 """The files of a checkpoint: from a folder, the cache or the Hugging Face Hub, in that order."""
+import base64
 import contextlib
 import json
 import os
-import pickle
 import re
 import shutil
-import zipfile
 from pathlib import Path
 
 import torch
 from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub import try_to_load_from_cache
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from formats.disk import one_line, replacing
+from formats.disk import MEGABYTE, digest, load_pickle, one_line, read_bytes, replacing
 
 WAYS_OUT = ("download its files by hand and give --model FOLDER, or run once where the Hub can be "
             "reached (a proxy or HF_ENDPOINT may help); a complete cached copy works without it, "
             "also under HF_HUB_OFFLINE=1")
+LONGEST_PIECE = 1000         # letters; the library frees a tree of pieces by one call a letter
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "spm.model", "vocab.txt", "vocab.json", "merges.txt")
 
@@ -58,7 +59,7 @@ def find(name_or_dir, filename, network=True):
     except Exception as e:                         # no network, a server error, a full disk ...
         cause = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else one_line(e)
         raise OSError(f"{name}/{filename} is not in the cache and did not arrive from "
-                      f"{constants.ENDPOINT} ({cause}): {WAYS_OUT}") from e
+                      f"{one_line(constants.ENDPOINT)} ({cause}): {WAYS_OUT}") from e
 
 
 def download(repository, filename):
@@ -102,19 +103,38 @@ def find_tokenizer(name_or_dir):
         path = find_first(name_or_dir, names)
     if path is None:
         raise ValueError(f"{name_or_dir} has neither {' nor '.join(names)}: put one of them there")
+    tokenizer_files(name_or_dir)                   # may refuse one of those that a merge copies
     return path
 
 
 def tokenizer_files(name_or_dir):
-    """Paths of the tokenizer's files that are at hand; the network is not asked."""
-    paths = [find(name_or_dir, name, network=False) for name in TOKENIZER_FILES]
-    return [path for path in paths if path is not None]
+    """Paths of the tokenizer's files that are at hand; the network is not asked.
+
+    ValueError for a link out of the checkpoint: what it leads to would be copied into others.
+    """
+    found = []
+    for name in TOKENIZER_FILES:
+        path = find(name_or_dir, name, network=False)
+        if path is not None:
+            check_link(path)
+            found.append(path)
+    return found
+
+
+def check_link(path):
+    """ValueError if a file is a link out of its folder, but in the Hub's cache, which is links."""
+    home, target = path.parent.resolve(), path.resolve()
+    homes = [home, Path(constants.HF_HUB_CACHE).resolve()]
+    if home.parent.name == "snapshots":            # of a cache that was copied to another place
+        homes.append(home.parent.parent / "blobs")
+    if not any(target.is_relative_to(home) for home in homes):
+        raise ValueError(f"{path} is a link out of its folder: put the file itself there")
 
 
 def read_json(path):
     """The object in a JSON file; ValueError that names the file if it is not one."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(read_bytes(path).decode())
     except (ValueError, RecursionError) as e:      # no UTF-8, no JSON, a million digits, [[[[[...
         raise ValueError(f"{path} is not valid JSON ({one_line(e)}): download it again") from e
     if not isinstance(content, dict):
@@ -125,13 +145,43 @@ def read_json(path):
 def read_tokenizer(path):
     """tokenizer.json as a tokenizers.Tokenizer; ValueError that names the file if it is not one."""
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-        tokenizer.encode("a", "b")                 # a template may name a token that is not there
+        content = read_bytes(path, 64 * MEGABYTE)
+        parts = json.loads(content)
+        if growth([parts.get("normalizer"), parts.get("pre_tokenizer")]) > 1000:
+            raise ValueError("its replacements make a text more than 1000 times as long")
+        pieces = parts["model"]["vocab"]
+        if isinstance(pieces, list) and max(len(piece) for piece, _ in pieces) > LONGEST_PIECE:
+            raise ValueError(f"a piece is longer than {LONGEST_PIECE} letters")
+        tokenizer = Tokenizer.from_buffer(content)
+        tokenizer.no_padding()                     # which may be to a billion tokens
+        if tokenizer.num_special_tokens_to_add(True) > 100:
+            raise ValueError("it adds more than 100 special tokens to a text")
+        # A template may name a token that is not there, or repeat the text.
+        if len(tokenizer.encode("a", "b").ids + tokenizer.encode("a").ids) > 100:
+            raise ValueError("it makes more than 100 tokens of three letters")
         return tokenizer
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as e:                     # Rust's PanicException, which is no Exception
         raise ValueError(f"{path} is not a tokenizer file ({one_line(e)}): get it again") from None
+
+
+def growth(part):
+    """How many times as long a part of tokenizer.json can make a text: each step multiplies."""
+    times = 1
+    if isinstance(part, (list, dict)):
+        for item in part.values() if isinstance(part, dict) else part:
+            times = min(times * growth(item), 10**9)
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind in ("Replace", "Prepend"):             # a pattern can match before each letter
+        times *= 1 + len(str(part.get("content", part.get("prepend"))))
+    if kind == "ByteLevel":                        # a letter for each byte
+        times *= 2
+    if kind == "Precompiled":                      # as in spm.model
+        blob = base64.b64decode(part.get("precompiled_charsmap") or "")
+        trie = int.from_bytes(blob[:4], "little")
+        times *= max(map(len, blob[4 + trie:].split(b"\0"))) or 1
+    return times
 
 
 def read_weights(name_or_dir):
@@ -143,7 +193,7 @@ def read_weights(name_or_dir):
     if path is None:
         raise ValueError(f"{name_or_dir} has no model.safetensors and no pytorch_model.bin: give a "
                          "checkpoint with its weights")
-    read = load_file if path.name.startswith("model.safetensors") else read_bin
+    read = read_safetensors if path.name.startswith("model.safetensors") else read_bin
     weights = {}
     for file in find_shards(name_or_dir, path) if path.suffix == ".json" else [path]:
         try:
@@ -165,14 +215,33 @@ def find_shards(name_or_dir, index):
     return paths
 
 
+def read_safetensors(path):
+    """{key: tensor} of a .safetensors, copied: what becomes of the file later cannot matter.
+
+    ValueError if it holds a hash, as those that we write do, that does not fit.
+    """
+    with safe_open(path, "pt") as file:
+        names, metadata = list(file.keys()), file.metadata() or {}
+    tensors = {}
+    for name in names:
+        with safe_open(path, "pt") as file:        # anew: memory is mapped for one tensor at a time
+            tensors[name] = file.get_tensor(name).clone()
+    if "digest" in metadata and metadata["digest"] != digest(tensors):
+        raise ValueError("its hash does not fit")
+    return tensors
+
+
 def read_bin(path):
-    """The tensors of a .bin, a pickle, mapped into memory if it is a zip (since torch 1.6)."""
-    mmap = zipfile.is_zipfile(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as e:            # torch's own text tells how to load it anyway
-        raise ValueError("it is damaged, or holds more than tensors: such a file can run "
-                         "code") from e
+    """{key: tensor} of a .bin, a pickle.
+
+    ValueError for tensors that, each for itself, take far more memory than the file: views.
+    """
+    content = load_pickle(path)
+    tensors = [item for item in content.values() if isinstance(item, torch.Tensor)]
+    size = sum(tensor.nbytes for tensor in tensors)
+    if size > 3 * os.path.getsize(path):
+        raise ValueError(f"its tensors take {size:,} bytes, more than it has")
+    return content
 
 
 # Weights of the pretraining task and of unused parts that real files carry: they may be left over.
@@ -209,11 +278,33 @@ def convert(weights, prefix, keys, source):
 def write_checkpoint(folder, config, weights, tokenizer_of, prefix=""):
     """Write (prefix)model.safetensors, (prefix)config.json and another one's tokenizer files."""
     tokenizer = tokenizer_files(tokenizer_of) if tokenizer_of else []
-    paths = [Path(folder, f"{prefix}{name}") for name in ("model.safetensors", "config.json")]
-    paths += [Path(folder, path.name) for path in tokenizer]
+    names = [path.name for path in tokenizer]
+    names += [f"{prefix}model.safetensors", f"{prefix}config.json"]   # last: nothing opens half
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with replacing(*paths) as (weights_file, config_file, *copies):
-        save_file(weights, weights_file, metadata={"format": "pt"})
+    with replacing(*(Path(folder, name) for name in names)) as (*copies, weights_file, config_file):
+        save_file(weights, weights_file, metadata={"format": "pt", "digest": digest(weights)})
+        sort_metadata(weights_file)
         config_file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
         for path, copy in zip(tokenizer, copies):
             shutil.copyfile(path, copy)
+            if path.name == "tokenizer_config.json":
+                write_without(copy, ("auto_map", "name_or_path"))
+
+
+def write_without(path, names):
+    """Take these names out of a JSON object in a file: others' code, places on this machine."""
+    content = read_json(path)
+    if not content.keys().isdisjoint(names):
+        kept = {name: content[name] for name in content if name not in names}
+        path.write_text(json.dumps(kept, indent=2), encoding="utf-8")
+
+
+def sort_metadata(path):
+    """Put the metadata of a .safetensors in order, so that equal runs write equal bytes."""
+    with open(path, "rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
+        file.write(text.encode().ljust(size))

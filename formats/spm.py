@@ -20,9 +20,10 @@ The ids are SentencePiece's (0.2.3) but for two corners, both pinned down in tes
 import math
 import re
 import struct
-from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+from formats.disk import read_bytes
 
 # Schema of a message: field number -> (name, wire type, kind). A kind that is a dict is the schema
 # of an inner message; in a list: of many.
@@ -35,6 +36,8 @@ MODEL = {1: ("pieces", 2, [PIECE]), 2: ("trainer_spec", 2, TRAINER),
          3: ("normalizer_spec", 2, NORMALIZER)}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)   # a piece's type
 MODEL_TYPES = {1: "UNIGRAM", 2: "BPE", 3: "WORD", 4: "CHAR"}
+LONGEST_PIECE = 1000                         # letters; `tokenizers` frees a tree by a call a letter
+LONGEST_RULE = 255                           # bytes of a replacement; NFKC's longest has 33
 SPACE = "▁"                                  # U+2581 is a space inside pieces
 
 
@@ -106,6 +109,8 @@ def read_model(data):
     trainer = specs["trainer_spec"]
     normalizer = specs["normalizer_spec"]
     texts, scores, types = zip(*pieces)
+    if max(map(len, texts)) > LONGEST_PIECE:
+        raise ValueError(f"a piece longer than {LONGEST_PIECE} letters")
     if not all(texts) or len(set(texts)) < len(texts) or not all(map(math.isfinite, scores)):
         raise ValueError("a piece without text, without score or twice")
     known = range(NORMAL, BYTE + 1)
@@ -132,6 +137,8 @@ def read_charsmap(blob):
     units = struct.unpack(f"<{size // 4}I", blob[4:4 + size]) or (0,) * 256
     replacements = blob[4 + size:]
     replacements.decode()                    # a UnicodeDecodeError is a ValueError
+    if max(map(len, replacements.split(b"\0"))) > LONGEST_RULE:
+        raise ValueError("charsmap with too long replacements")
     bases = []
     for index, unit in enumerate(units):
         offset = unit >> 10 << (8 if unit >> 9 & 1 else 0)
@@ -229,7 +236,7 @@ def read_spm(path):
     the file. ValueError: the file is damaged, or of a kind that is not read here.
     """
     try:
-        pieces, trainer, normalizer, charsmap = read_model(Path(path).read_bytes())
+        pieces, trainer, normalizer, charsmap = read_model(read_bytes(path))
     except ValueError as error:
         raise ValueError(f"{path} is not a readable SentencePiece model ({error}): download it "
                          "again") from None

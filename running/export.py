@@ -44,7 +44,8 @@ def fold_unit(net, task):
 def as_peft(net, folder, base_name):
     """Write a folder that peft opens: each update as its LoRA (exact), head and tokenizer.
 
-    base_name: the checkpoint that the adapter belongs to, for peft to find it.
+    base_name: the checkpoint that the adapter belongs to. A name on the Hub is written, for peft to
+    find it; a folder is not: it is a place on this machine.
     """
     layers = lora2_layers(net)
     tensors = {name: p for name, p in net.named_parameters() if models.in_head(name, net.head)}
@@ -55,7 +56,8 @@ def as_peft(net, folder, base_name):
     tensors = {f"base_model.model.{name}": t.detach().contiguous() for name, t in tensors.items()}
     rank = layers[0][1].k                                  # of a plain LoRA its own rank
     config = {
-        "peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": base_name,
+        "peft_type": "LORA", "task_type": "SEQ_CLS",
+        "base_model_name_or_path": None if Path(base_name).is_dir() else base_name,
         "r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
         "target_modules": [name for name, _ in layers], "modules_to_save": net.head}
     hub.write_checkpoint(folder, config, tensors, tokenizer_of=net.source, prefix="adapter_")

@@ -24,16 +24,23 @@ from typing import Optional
 import safetensors
 import torch
 
-from formats import config, disk, glue
+from data import METRICS, TASKS
+from formats import config, disk, glue, hub
+from formats.disk import digest
 from lora2 import load_lora2_state_dict, lora2_layers, lora2_state_dict
 from methods.baselines import surviving_parameters
 from running import machine, progress
 from running.errors import Stopped, refusing
 from running.options import STORED, flag
 
-FORMAT = 2                                                 # of last.pt and adapter.safetensors
+FORMAT = 3                                                 # of last.pt and adapter.safetensors
 HASH = 32                                                  # digits of the hash behind last.pt
 FILES = ("result.json", "adapter.safetensors", "log.jsonl", "ranks.json", "last.pt")
+# What last.pt holds, and what of it is of which type.
+STATE = {"format": int, "settings": dict, "base": str, "rows": str, "adapter": str, "step": int,
+         "tokens": int, "seconds": float, "evaluations": list, "rng": list, "log_bytes": int,
+         "weights": dict, "optimizer": dict, "pruner": dict}
+FACTS = {"format": int, "settings": dict, "columns": dict, "base": str, "best": dict}
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -52,31 +59,16 @@ CODE = hash_of_code()
 
 # --- hashes -------------------------------------------------------------------------------
 
-def digest(*parts):
-    """Hash of texts, bytes, tensors and dicts of them; no bit changes unnoticed."""
-    hasher = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        if isinstance(part, torch.Tensor):
-            hasher.update(f"{part.dtype} {tuple(part.shape)} ".encode())
-            part = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        elif isinstance(part, dict):
-            part = digest(*(item for name in sorted(part) for item in (name, part[name])))
-        part = part.encode() if isinstance(part, str) else part
-        hasher.update(f"{len(part)} ".encode())
-        hasher.update(part)
-    return hasher.hexdigest()
-
-
 def fingerprint(net, tokenizer):
     """Hash of all that makes a base model compute what it does; a new head is not part of it."""
     weights = {name: tensor for name, tensor in net.state_dict().items()
                if name not in net.new_weights}
     meaning = [(name, net.config[name]) for name in config.OPTIONS[net.config["model_type"]]]
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    words = [word for word, _ in vocabulary][::len(vocabulary) // 100 + 1]
-    words += [word.swapcase() for word in words]           # how text is cut and cased
-    probe = tokenizer.encode(" ".join(words), "It's a Naïve TEST № ½ (3.5 %).")
-    return digest(weights, str(meaning), str(vocabulary), str(probe.ids), str(probe.type_ids))
+    try:
+        rules = tokenizer.to_str()
+    except Exception:                                      # spm.model's has a part in Python
+        rules = disk.read_bytes(hub.find_tokenizer(net.source))
+    return digest(weights, str(meaning), rules)
 
 
 def hash_of_data(examples):
@@ -110,6 +102,7 @@ class State:
     seconds: float = 0.0             # that the run took before this process
     evaluations: list = field(default_factory=list)  # [{"step", "scores", "score", perhaps "kept"}]
     best: Optional[dict] = None      # one of them; of equals the last, which is pruned more
+    adapter: str = ""                # the hash of its adapter.safetensors
     started: float = field(default_factory=time.monotonic)
 
     def elapsed(self):
@@ -132,8 +125,10 @@ def check_destinations(o):
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise OSError(f"{flag(name)} {folder}: {nearest} is no folder to write to: give "
                           "another")
-        if not folder.exists() or all(path.suffix == ".tmp" for path in folder.iterdir()):
-            continue                                       # .tmp: a write that was cut off
+        names = os.listdir(folder) if folder.exists() else []
+        cut_off = [file for file in names if file.endswith(disk.LEFT)]         # by a kill
+        if len(names) == len(cut_off) or cut_off and name != "out":
+            continue
         if name != "out":
             raise ValueError(f"{flag(name)} {folder}: this folder is not empty: give a new or an "
                              "empty one")
@@ -174,15 +169,11 @@ def files_to_replace(folder):
     if not is_run(folder):
         raise ValueError(f"{there[0]} is not of a run of this program, --overwrite leaves it "
                          "alone: give another --out")
+    splits = [name for task in TASKS.values() for name in task.rows if name.startswith("dev")]
+    names = {f"predictions_{name}.tsv" for name in splits}
     tables = [path for path in sorted(folder.glob("*.tsv"))
-              if first_line(path).startswith("index\tprediction")]
+              if path.name in names and first_line(path).startswith("index\tprediction")]
     return there[:-1] + tables + there[-1:]
-
-
-def first_line(path):
-    """The first line of a text file, which may be anybody's."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return file.readline(100).rstrip("\n")
 
 
 def is_run(folder):
@@ -241,6 +232,8 @@ class RunFolder:
             check_destinations(o)                          # again: another run may just have ended
             for path in files_to_replace(self.path):
                 path.unlink()
+            for path in sorted(self.path.glob("*.tsv")):   # of --predict, or somebody's
+                glue.warn(f"{path} stays, it is not of this run")
         self.save()
         return self.state
 
@@ -250,26 +243,44 @@ class RunFolder:
 
         saved: from load_state(). ValueError if base model, data or number of processes are others.
         """
+        if saved.pop("hash") != last_bytes(self.path / "last.pt"):
+            raise ValueError(f"another train.py has gone on with {self.path} meanwhile: --resume "
+                             "again")
         self.check(saved)
         state = self.state
         state.step, state.tokens = saved["step"], saved["tokens"]
         state.seconds, state.evaluations = saved["seconds"], saved["evaluations"]
-        adapter = self.path / "adapter.safetensors"
-        if state.evaluations or adapter.exists():
-            stored = load_adapter(adapter)[1]
-            state.best = stored["best"]
-            if comparable(stored) != comparable(self.facts(None)):
-                raise ValueError(f"{adapter} is not of this run: give back the one that was there")
+        self.restore_best(saved)
         load_lora2_state_dict(self.net, saved["weights"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        groups = self.optimizer.state_dict()["param_groups"]
+        moments = saved["optimizer"]["state"]              # the rest is this run's own
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         if self.pruner:
             self.pruner.load_state_dict(saved["pruner"])
-        machine.set_random_state(self.here, saved["rng"][self.here.rank])
+        try:
+            machine.set_random_state(self.here, saved["rng"][self.here.rank])
+        except RuntimeError as e:
+            raise ValueError(f"{self.path / 'last.pt'} holds random numbers that no generator can "
+                             "have: begin again with --overwrite") from e
         log = self.path / "log.jsonl"
-        if self.here.speaks and log.exists() and log.stat().st_size > saved["log_bytes"]:
-            os.truncate(log, saved["log_bytes"])           # the steps of these lines come again
+        if self.here.speaks and log.exists():              # the steps of later lines come again
+            with open(log, "rb", opener=disk.unfollowed) as file:
+                lines = file.read(min(saved["log_bytes"], log.stat().st_size))
+            disk.write_file(log, lines)
         saved.clear()                                      # its tensors are copied: free them
         return state
+
+    def restore_best(self, saved):
+        """The best evaluation and the hash of its adapter, from the adapter, which may be ahead."""
+        adapter = self.path / "adapter.safetensors"
+        if not self.state.evaluations and not adapter.exists():
+            return
+        stored = load_adapter(adapter)[1]
+        is_ahead = stored["best"]["step"] > saved["step"]  # a kill came before the next last.pt
+        is_that_one = is_ahead or stored["digest"] == saved["adapter"]
+        if not is_that_one or comparable(stored) != comparable(self.facts(None)):
+            raise ValueError(f"{adapter} is not of this run: give back the one that was there")
+        self.state.best, self.state.adapter = stored["best"], stored["digest"]
 
     def check(self, saved):
         """ValueError unless a saved state is of this base model, these data, as many processes."""
@@ -282,6 +293,40 @@ class RunFolder:
         if len(saved["rng"]) != self.here.world:
             raise ValueError(f"{len(saved['rng'])} process(es) began this run: resume it with as "
                              "many")
+        for name, fits in self.fitting(saved):
+            if not fits:
+                raise ValueError(f"{self.path / 'last.pt'} holds {name} that cannot be of this "
+                                 "run: begin again with --overwrite")
+
+    def fitting(self, saved):
+        """Yields (what of a saved state, whether this run can have written it).
+
+        Keys, shapes, strides and dtypes have to be this run's: fused AdamW would write elsewhere.
+        """
+        yield "a step", 0 <= saved["step"] <= self.plan.steps
+        counts = min(saved["tokens"], saved["log_bytes"], saved["seconds"])
+        yield "counts", counts >= 0 and saved["seconds"] < float("inf")
+        metrics = self.identity["columns"]["metrics"]
+        yield "evaluations", all(is_evaluation(each, metrics) for each in saved["evaluations"])
+        yield "weights", form_of(saved["weights"]) == form_of(lora2_state_dict(self.net))
+
+        moments = {}
+        stored = saved["optimizer"].get("state")
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for i, p in enumerate(parameters):
+            if isinstance(stored, dict) and i in stored:   # before the first step there are none
+                like_p = torch.empty_like(p, device="meta")
+                moments[i] = {"step": torch.zeros(()), "exp_avg": like_p, "exp_avg_sq": like_p}
+        yield "moments of AdamW", form_of(stored) == form_of(moments)
+
+        pruner = self.pruner.state_dict() if self.pruner else {}
+        yield "a pruner", form_of(saved["pruner"]) == form_of(pruner)
+        if "_extra_state" in pruner:
+            yield "a pruner's step", int(saved["pruner"]["_extra_state"][0]) == saved["step"]
+        rng, mine = saved["rng"][self.here.rank], machine.random_state(self.here)
+        yield "random numbers", isinstance(rng, dict) and "cpu" in rng
+        for name in mine.keys() & rng.keys():              # from another device: without this one's
+            yield "random numbers", form_of(rng[name]) == form_of(mine[name])
 
     def save(self):
         """Write last.pt: everything on which the rest of the run depends."""
@@ -293,12 +338,13 @@ class RunFolder:
         log = self.path / "log.jsonl"
         write_state(self.path, {
             "settings": self.identity["settings"], "base": self.identity["base"],
-            "rows": self.identity["rows"], "step": state.step, "tokens": state.tokens,
+            "rows": self.identity["rows"], "adapter": state.adapter,
+            "step": state.step, "tokens": state.tokens,
             "seconds": state.elapsed(),
             "evaluations": state.evaluations, "rng": rng,
             "log_bytes": log.stat().st_size if log.exists() else 0,
             "weights": lora2_state_dict(self.net), "optimizer": self.optimizer.state_dict(),
-            "pruner": self.pruner.state_dict() if self.pruner else {}})
+            "pruner": dict(self.pruner.state_dict()) if self.pruner else {}})
 
     def keep_best(self, task, scores, predictions):
         """Note an evaluation; write its predictions and adapter.safetensors if none was better.
@@ -320,8 +366,9 @@ class RunFolder:
                 glue.write_predictions(self.path / f"predictions_{name}.tsv", task, values)
             tensors = lora2_state_dict(self.net)
             facts = json.dumps(self.facts(state.best), sort_keys=True)
+            state.adapter = digest(tensors, facts)
             disk.write_tensors(self.path / "adapter.safetensors", tensors,
-                               {"lora2": json.dumps([facts, digest(tensors, facts)])})
+                               {"lora2": json.dumps([facts, state.adapter])})
 
     def facts(self, best):
         """What an adapter says of itself: no paths, times, devices; equal runs give equal bytes."""
@@ -354,20 +401,64 @@ class RunFolder:
             "processes": self.here.world, "threads": torch.get_num_threads(),
             "torch": torch.__version__, "python": platform.python_version(),
             "date": time.strftime("%Y-%m-%d"), "code": CODE,
-            "base": self.identity["base"], "rows": self.identity["rows"], **numbers,
+            "base": self.identity["base"], "rows": self.identity["rows"],
+            "adapter": state.adapter, **numbers,
             "surviving_parameters": surviving_parameters(self.net, kept,
                                                          numbers["adapter_parameters"])}
         assert self.budget is None or result["kept"] == self.budget, kept
         if self.here.speaks:
             if kept:
                 disk.write_json(self.path / "ranks.json", kept)
-            disk.write_json(self.path / "result.json", result)
+            hash_ = digest(json.dumps(result, sort_keys=True))
+            disk.write_json(self.path / "result.json", result | {"hash": hash_})
             progress.show_result(result, kept, self.path)
 
 
 def comparable(facts):
     """An adapter's facts without what may differ in one run: its best, the base model's place."""
-    return facts | {"best": None, "settings": facts["settings"] | {"model": None}}
+    return facts | {"best": None, "digest": None, "settings": facts["settings"] | {"model": None}}
+
+
+def form_of(value):
+    """What of a value has to be as in another state: keys, types, of tensors shape and layout."""
+    if isinstance(value, dict):
+        return {key: form_of(item) for key, item in value.items()}
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.layout, tuple(value.shape), value.stride()
+    return type(value)
+
+
+def is_evaluation(record, metrics):
+    """Whether a file's record is one of State.evaluations, of these metrics."""
+    if not isinstance(record, dict) or not isinstance(record.get("scores"), dict):
+        return False
+    values = dict.fromkeys(metrics, 0.0)
+    splits = dict.fromkeys(record["scores"] or ["dev"], values)
+    expected = {"step": 0, "score": 0.0, "scores": splits}
+    if "kept" in record:
+        expected["kept"] = 0
+    return form_of(record) == form_of(expected)
+
+
+def is_of(kinds, content):
+    """Whether content is a dict with these keys, and values of these types."""
+    if not isinstance(content, dict):
+        return False
+    return {name: type(value) for name, value in content.items()} == kinds
+
+
+def load_result(folder):
+    """What result.json of a finished run holds; it and the adapter beside it have to be whole."""
+    path = Path(folder) / "result.json"
+    with disk.reading(path, f"remove it, and --resume {folder} makes it anew"):
+        result = json.loads(disk.read_bytes(path))
+        if result.pop("hash", None) != digest(json.dumps(result, sort_keys=True)):
+            raise ValueError("its hash does not fit, or it is of another version of this program")
+        hash_, _ = result["adapter"], result["settings"]["method"]
+    adapter = Path(folder) / "adapter.safetensors"
+    if adapter.exists() and load_adapter(adapter)[1]["digest"] != hash_:
+        raise ValueError(f"{adapter} is not of this run: give back the one that was there")
+    return result
 
 
 # --- last.pt ------------------------------------------------------------------------------
@@ -393,7 +484,18 @@ def load_state(folder):
     with disk.reading(path, advice):
         if hash_of_file(path, behind=HASH) != last_bytes(path):
             raise ValueError("its hash does not fit, or it is of another version of this program")
-        return of_this_version(torch.load(path, map_location="cpu", weights_only=True))
+        return of_this_version(disk.load_pickle(path))
+
+
+def load_run(folder):
+    """load_state(), and its "hash", of a run to go on with: nothing lacks in it or is too much."""
+    path = Path(folder) / "last.pt"
+    hash_ = last_bytes(path) if path.exists() else b""     # before: it may be replaced meanwhile
+    saved = load_state(folder)
+    if not is_of(STATE, saved):
+        raise ValueError(f"{path} is of another version of this program, or damaged: begin again "
+                         "with --overwrite")
+    return saved | {"hash": hash_}
 
 
 def hash_of_file(path, behind=0):
@@ -433,7 +535,17 @@ def load_adapter(path):
         stored = of_this_version(json.loads(stored))
         stored["columns"] = {name: tuple(value) if isinstance(value, list) else value
                              for name, value in stored["columns"].items()}
-        return tensors, stored
+        if not (is_of(FACTS, stored) and are_columns(**stored["columns"])
+                and is_evaluation(stored["best"], stored["columns"]["metrics"])):
+            raise ValueError("what it says of itself is not what this program writes")
+        return tensors, stored | {"digest": hash_}
+
+
+def are_columns(texts, label, labels, metrics):
+    """Whether these can be the columns of a task, as identity_of() has them."""
+    are_names = all(isinstance(name, str) for name in [*texts, label, *labels])
+    are_metrics = len(metrics) > 0 and METRICS.keys() >= set(metrics)
+    return are_names and are_metrics and len(texts) in (1, 2)
 
 
 def check_adapter(stored, identity, name):

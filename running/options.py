@@ -2,6 +2,7 @@
 import argparse
 import math
 import os
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -139,7 +140,8 @@ OPTIONS = {
         Option("overwrite", bool, False, "replace the run in that folder"),
         Option("save-steps", int, None, "write last.pt every N steps too, besides each evaluation",
                COUNT, beside=RESUME),
-        Option("resume", "path", None, "go on with the run in this folder; needs nothing else"),
+        Option("resume", "path", None, "go on with the run in this folder; needs nothing else, "
+               "but what to write elsewhere has to be said again"),
         Option("eval", "path", None, "load this adapter.safetensors and evaluate instead of "
                "training", beside=EVAL),
         Option("predict", "path", None, "write predictions for this TSV of the task, labels not "
@@ -284,8 +286,6 @@ def resolve(given):
         settings["alpha"] = preset["alpha"] / preset["r"] * given["r"]         # the preset's scale
     if "target_rank" not in given and method in PRUNING:
         settings["target_rank"] = min(settings["target_rank"], settings["r"])
-    if settings["head_lr"] is None:
-        settings["head_lr"] = settings["lr"]
     if settings["out"] is None:
         which = f"lora2-k{settings['k']}" if method == "lora2" else method
         model = Path(settings["model"]).resolve().name
@@ -295,10 +295,19 @@ def resolve(given):
 
 @refusing()
 def resumed(stored, given):
-    """The settings of an interrupted run, with what may differ taken from the command line."""
+    """The settings of an interrupted run, with what may differ taken from the command line.
+
+    Where to write is taken from there alone: no file chooses it.
+    """
     folder = given["resume"]
-    same_options(folder, TABLE.keys(), stored)
-    return checked(stored | beside_resume(stored, given) | {"out": folder, "resume": folder})
+    check_stored(folder, TABLE.keys(), stored)
+    for name in sorted(AFTERWARDS - given.keys()):
+        if stored[name] is not None:
+            print(f"warning: this run began with {flag(name)} {stored[name]}: --resume does that "
+                  "only if it is given again", file=sys.stderr)
+    places = dict.fromkeys(AFTERWARDS) | {"eval": None, "overwrite": False}
+    places |= beside_resume(stored, given) | {"out": folder, "resume": folder}
+    return checked(stored | places)
 
 
 def beside_resume(stored, given):
@@ -313,11 +322,12 @@ def beside_resume(stored, given):
 @refusing()
 def evaluating(stored, given):
     """The settings with which to evaluate an adapter that stores its own."""
-    same_options(given["eval"], STORED, stored)
+    check_stored(given["eval"], STORED, stored)
     free = {name for name, option in TABLE.items() if "eval" in option.beside}
     if "predict" not in given:
         free.remove("out")
     settings = {name: option.default for name, option in TABLE.items()} | stored
+    settings["batch_size"] = min(settings["batch_size"], 256)      # no file chooses all memory
     settings |= agreed(stored, given, free, "--eval")
     if settings["model"] is None:
         raise ValueError(f"{given['eval']} belongs to a model in a folder: give that folder as "
@@ -330,12 +340,29 @@ def evaluating(stored, given):
     return checked(settings)
 
 
-def same_options(path, known, stored):
-    """ValueError that names the options which a file of ours lacks or has too many."""
+def check_stored(path, known, stored):
+    """ValueError that names the options which a file of ours lacks, has too many, or spoilt."""
     differ = [f"{flag(name)} is new" for name in sorted(known - stored.keys())]
     differ += [f"{flag(name)} is unknown" for name in sorted(stored.keys() - known)]
     if differ:
         raise ValueError(f"{path} is of another version of this program: {', '.join(differ)}")
+    for name in sorted(known):
+        if not can_be(TABLE[name], stored[name], stored["method"]):
+            raise ValueError(f"{path} is damaged: {flag(name)} cannot be {stored[name]!r:.60}")
+
+
+def can_be(option, value, method):
+    """Whether parse() and resolve() can have given an option that value."""
+    kind = option.kind
+    if value is None:                                      # of an adapter: the model was a folder
+        return option.default is None or method not in option.methods or option.name == "model"
+    if isinstance(kind, tuple):
+        return value in kind
+    if kind is list:
+        return type(value) is list and set(map(type, value)) == {str}
+    if kind in ("steps", float):
+        return type(value) in (int, float) and (kind is float or 0 <= value < COUNT[1])
+    return type(value) is (str if kind == "path" else kind)
 
 
 def agreed(fixed, given, free, what):
@@ -358,6 +385,8 @@ def checked(settings):
     and the number of steps are known.
     """
     method = settings["method"]
+    if settings["head_lr"] is None:
+        settings["head_lr"] = settings["lr"]
     for name, option in TABLE.items():
         value = settings[name]
         if value is None:

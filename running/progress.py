@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+import data
 import model as models
 from formats import disk, glue
 from lora2 import lora2_layers
@@ -153,7 +154,7 @@ class Log:
     def write(self, record):
         """One line of log.jsonl."""
         try:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with open(self.path, "a", encoding="utf-8", opener=disk.unfollowed) as file:
                 file.write(json.dumps(record, sort_keys=True) + "\n")
         except OSError as e:
             raise OSError(f"{self.path} could not be written ({e.strerror or e}): make room, "
@@ -315,17 +316,21 @@ def evaluation_of(result, folder):
 
 
 @refusing()
-def finished(given):
-    """Show the finished run of --resume; the options for what more is asked of it, or {}."""
-    folder = given["resume"]
-    path = Path(folder) / "result.json"
-    with disk.reading(path, f"remove it, and --resume {folder} makes it anew"):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        text, again = summary(result, folder), evaluation_of(result, folder)
-        settings = result["settings"]
+def finished(given, result):
+    """Show the finished run of --resume; the options for what more is asked of it, or {}.
+
+    result: what its result.json holds.
+    """
+    folder, settings = given["resume"], result["settings"]
+    options.check_stored(folder, options.TABLE.keys(), settings)
     wanted = options.beside_resume(settings, given)
+    with disk.reading(f"{folder}/result.json", f"remove it, and --resume {folder} makes it anew"):
+        text = summary(result, folder)
     print(f"this run is finished:\n{text}")
     if not wanted.keys() & options.AFTERWARDS:
         return {}
+    place, task = settings["data_dir"], data.TASKS.get(settings["task"])
+    if "data_dir" not in given and task and data.is_missing(task, place, train=False):
+        raise ValueError(f"{place} does not hold {task.folder} any more: give a --data-dir")
     beside = {name: wanted[name] for name in wanted if "eval" in options.TABLE[name].beside}
-    return again | beside
+    return evaluation_of(result, folder) | beside

@@ -133,9 +133,10 @@ def outcome(folder):
     folder = Path(folder)
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     result = json.loads((folder / "result.json").read_text())
+    volatile = ("tokens_per_second", "tokens", "seconds", "date", "peak_memory_gb", "out", "save_steps", "hash")
     for record in lines + [result, result["settings"]]:
-        for name in ("tokens_per_second", "tokens", "seconds", "date", "peak_memory_gb", "out", "save_steps"):
+        for name in volatile:
             record.pop(name, None)
-    files = {path.name: path.read_bytes() for path in folder.iterdir()
-             if path.name not in ("last.pt", "log.jsonl", "result.json")}
+    files = {path.name: path.read_bytes() for path in folder.iterdir()       # a kill may leave a folder
+             if path.is_file() and path.name not in ("last.pt", "log.jsonl", "result.json")}
     return files | {"log.jsonl": lines, "result.json": result}

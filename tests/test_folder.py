@@ -367,9 +367,10 @@ def test_files_of_another_version(stopped, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(options, "STORED", names)
             refused(stopped(evaluation), told, says)
-    monkeypatch.setattr(folder, "FORMAT", 3)
-    refused(stopped("--resume run"), "run/last.pt", "format 2 is", told)
-    refused(stopped(evaluation), "run/adapter.safetensors", "format 2 is", told)
+    mine = f"format {folder.FORMAT} is"
+    monkeypatch.setattr(folder, "FORMAT", folder.FORMAT + 1)
+    refused(stopped("--resume run"), "run/last.pt", mine, told)
+    refused(stopped(evaluation), "run/adapter.safetensors", mine, told)
 
 
 def test_a_base_model_is_more_than_its_weights(cli, tmp_path):
@@ -463,20 +464,22 @@ def test_a_run_is_not_overwritten(cli):
 
 
 def test_overwrite_leaves_other_peoples_files_alone(cli):
-    """Oracle: their bytes. A folder that never was a run is refused where names would clash; in one that was,
-    tables that are not predictions of ours stay."""
+    """Oracle: their bytes. A folder that never was a run is refused where names would clash; in one that was, no
+    table goes but the dev predictions that a run itself makes, and what stays is named."""
     Path("mine").mkdir()
     for name in ("log.jsonl", "result.json", "last.pt", "adapter.safetensors"):
         Path("mine", name).write_text("{}")
         refused(cli.tiny("--overwrite", out="mine"), f"mine/{name}", "not of a run", "--out")
         assert contents("mine") == {name: b"{}"}
         Path("mine", name).unlink()
-    gold, old = Path("mine/gold_predictions.tsv"), Path("mine/old_predictions.tsv")
-    gold.write_text("index\tlabel\n0\tyes\n")
+    foreign = {"mine/gold.tsv": "index\tlabel\n0\tyes\n", "mine/RTE.tsv": "index\tprediction\n0\t1\n"}
+    for name, text in foreign.items():
+        Path(name).write_text(text)
     for _ in range(2):                                     # into a folder that was no run, then into the run
-        assert cli.tiny("--overwrite --max-steps 2", out="mine").status == 0
-        assert gold.read_text() == "index\tlabel\n0\tyes\n" and not old.exists()
-        old.write_text("index\tprediction\n0\t1\n")
+        done = cli.tiny("--overwrite --max-steps 2", out="mine")
+        assert done.status == 0 and all(f"{name} stays" in done.err for name in foreign)
+        assert {name: Path(name).read_text() for name in foreign} == foreign
+        assert "predictions_dev.tsv stays" not in done.err and Path("mine/predictions_dev.tsv").exists()
 
 
 def test_tokens_and_seconds_go_on(stopped):

@@ -585,6 +585,7 @@ def check_after_a_kill(task, data_dir, address, files):
     folder = data_dir / task.folder
     if data.is_missing(task, data_dir):
         glue.fetch_task(task, data_dir, address)
+        assert [path.name for path in data_dir.iterdir()] == [task.folder]     # nor is a private folder left
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
     assert not data.is_missing(task, data_dir)
 
@@ -596,7 +597,8 @@ def two_tasks(server):
     row = b"index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n"
     rte = {"train.tsv": row, "dev.tsv": row + row[-18:], "test.tsv": row}
     pages["/glue/data/RTE.zip"] = (200, zipped({f"RTE/{name}": rte[name] for name in rte}), None)
-    mrpc = {"msr_paraphrase_train.txt": b"one", "test.tsv": b"two", "dev_ids.tsv": b"three"}
+    table = b"Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t5\t6\ta\tb\n"
+    mrpc = {"msr_paraphrase_train.txt": table, "test.tsv": table + table[-10:], "dev_ids.tsv": b"5\t6\n"}
     for address_of_file, name in TASKS["mrpc"].downloads.items():
         pages[f"/{address_of_file}"] = (200, mrpc[name], None)
     return [(TASKS["rte"], rte), (TASKS["mrpc"], mrpc)], address

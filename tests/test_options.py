@@ -408,7 +408,7 @@ def test_mistakes_in_files(cli, monkeypatch):
     a file can have wrong: test_glue.py.)"""
     def no_network(*args, **kwargs):
         raise OSError("no network")
-    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    monkeypatch.setattr("urllib.request.OpenerDirector.open", no_network)
     Path("glue/RTE").mkdir(parents=True)
     words = f"--task rte --max-len 32 --max-steps 2 --out run --model {cli.models['bert']}"
     refused(cli(words), "no network", "dl.fbaipublicfiles.com", "glue/RTE holds train.tsv, dev.tsv")
