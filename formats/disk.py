@@ -2,6 +2,7 @@
 import contextlib
 import json
 import os
+import sys
 from pathlib import Path
 
 try:
@@ -16,6 +17,11 @@ def one_line(error, length=200):
     """What an exception says, on one line and cut to a length."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= length else text[:length] + " ..."
+
+
+def warn(text):
+    """Say on stderr what a user should know."""
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def cause_of(error):
@@ -39,6 +45,17 @@ def read_json(path, advice):
     """The content of a JSON file; OSError or ValueError of a sentence that ends in the advice."""
     with reading(path, advice):
         return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def read_object(path):
+    """The object in a JSON file; ValueError that names the file if it is not one."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:      # no UTF-8, no JSON, a million digits, [[[[[...
+        raise ValueError(f"{path} is not valid JSON ({one_line(e)}): download it again") from e
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold a JSON object: download it again")
+    return content
 
 
 @contextlib.contextmanager

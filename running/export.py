@@ -39,8 +39,12 @@ def as_peft(net, folder, base_name):
         tensors[f"{name}.lora_B.weight"] = B
     tensors = {f"base_model.model.{name}": t.detach().contiguous() for name, t in tensors.items()}
     rank = layers[0][1].k                                  # of a plain LoRA its own rank
+    base, revision = hub.split_revision(base_name)
+    if Path(base_name).is_dir():                           # peft may be called from elsewhere
+        base, revision = str(Path(base_name).resolve()), None
     config = {
-        "peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": base_name,
+        "peft_type": "LORA", "task_type": "SEQ_CLS",
+        "base_model_name_or_path": base, "revision": revision,
         "r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
         "target_modules": [name for name, _ in layers], "modules_to_save": net.head}
     hub.write_checkpoint(folder, config, tensors, tokenizer_of=net.source, prefix="adapter_")
