@@ -1,10 +1,14 @@
 """A checkpoint's tokenizer, with the ids that transformers gives for the same files.
 
 One file defines it, tokenizer.json, spm.model (DeBERTa), vocab.txt (BERT) or vocab.json with
-merges.txt (RoBERTa); tokenizer_config.json, special_tokens_map.json and added_tokens.json may change
-it. An option that changes ids is obeyed, or is an error that names the file and the option.
+merges.txt (RoBERTa). tokenizer_config.json, special_tokens_map.json and added_tokens.json may
+change it: an option that changes ids is obeyed, or is an error that names the file and the option.
+
+In this file: files, {file name: path} · path, of the defining file · options, {name: value} of the
+files beside it · where, {name: path} of the file that gives an option, else the defining one.
 """
 import json
+from collections import defaultdict
 from typing import NamedTuple
 
 from tokenizers import AddedToken, Tokenizer
@@ -68,150 +72,109 @@ ONLY = {  # of any class
     "fast_tokenizer_files": [None, [], ["tokenizer.json"]]}
 
 
-def refusal(path, option, value, why):
+def refusal(where, option, value, why):
     """The ValueError that names file, option and value."""
-    return ValueError(f"{path}: {option} = {value!r} {why}")
+    return ValueError(f"{where[option]}: {option} = {value!r} {why}")
 
 
 # --- reading ------------------------------------------------------------------------------------
 
 def read_tokenizer(files):
-    """{file name: path} of a checkpoint's files → tokenizers.Tokenizer without padding or truncation.
+    """A checkpoint's files → tokenizers.Tokenizer without padding or truncation.
 
     ValueError that names file and option for what is damaged, contradictory or not implemented.
     """
     path = next(files[name] for name in DEFINING if name in files)
-    options, where, added = read_options(files)
-    tokenizer = READERS[path.name](files)
+    options, where, added = read_options(files, path)
+    tokenizer = read_definition(files, path)
     tokenizer.no_padding()                         # either can be baked into a tokenizer.json
     tokenizer.no_truncation()
     kind = kind_of(tokenizer, options, where, path)
-    check_only(tokenizer, kind, options, where, path)
-    if kind:
-        obey(tokenizer, kind, options, where, path)
+    obey(tokenizer, kind, options, where)
+    check_model(tokenizer, options, where, path)
     new = add_tokens(tokenizer, kind, options, where, added, path)
     if new or "split_special_tokens" in options:   # else spm.model's, where their text stays text
         split = options.get("split_special_tokens", False)
         set_or_refuse(tokenizer, "encode_special_tokens", split, where, "split_special_tokens")
-    set_template(tokenizer, kind, options, path)
+    set_template(tokenizer, kind, options, where, path)
     return tokenizer
 
 
-def read_options(files):
-    """({option: value}, {option: path of its file}, {id: AddedToken}) of the files beside.
+def read_options(files, path):
+    """(options, where, {id: AddedToken}) of the files beside the one at path.
 
     As transformers: tokenizer_config.json alone if it lists the added tokens, else all three.
     """
     options = {}
-    where = {}
-
-    def take(name, content):
-        options.update(content)
-        where.update(dict.fromkeys(content, files.get(name, name)))
-
+    where = defaultdict(lambda: path)
     content = {name: read_object(files[name]) for name in BESIDE[1:] if name in files}
-    if model_class := content.get("config.json", {}).get("tokenizer_class"):
-        take("config.json", {"tokenizer_class": model_class})
+
+    def take(name, wanted):
+        options.update(wanted)
+        where.update(dict.fromkeys(wanted, files.get(name)))
+
+    config = content.get("config.json", {})
+    wanted = ("tokenizer_class", "vocab_size")
+    take("config.json", {name: config[name] for name in wanted if config.get(name)})
     take("tokenizer_config.json", content.get("tokenizer_config.json", {}))
-    added = {}
-    if "added_tokens_decoder" in options:
-        listed = options["added_tokens_decoder"]
-        path = where["added_tokens_decoder"]
-        pairs = listed.items() if isinstance(listed, dict) else [("", None)]
-    else:
+    listed = options.get("added_tokens_decoder")
+    if listed is None:
+        # Of this list transformers 5 forgets in this place that its tokens are special.
+        forgotten = {"additional_special_tokens": options.get("additional_special_tokens")}
         take("special_tokens_map.json", content.get("special_tokens_map.json", {}))
-        path = files.get("added_tokens.json")
-        stated = dict(options)                     # of that list transformers 5 forgets this here
-        if where.get("additional_special_tokens") == files.get("special_tokens_map.json"):
-            stated.pop("additional_special_tokens", None)
-        special = {token.content for token in named_tokens(None, stated, where)}
-        pairs = []
+        special = {token.content for token in named_tokens(None, options | forgotten, where)}
+        listed = {}
         for text, number in content.get("added_tokens.json", {}).items():
-            token = {"content": text, "special": text in special, "normalized": text not in special}
-            pairs.append((str(number), token))
-    for number, token in pairs:
-        if not number.isdecimal() or not isinstance(token, dict):
-            raise refusal(path, "an added token", {number: token}, "is not an id and a token")
-        added[int(number)] = as_token(token, path, number)
+            listed[str(number)] = {"content": text, "special": text in special,
+                                   "normalized": text not in special}
+        where["added_tokens_decoder"] = files.get("added_tokens.json")
+    if not isinstance(listed, dict) or not all(map(str.isdecimal, listed)):
+        raise refusal(where, "added_tokens_decoder", listed, "does not give ids and tokens")
+    added = {int(number): as_token(token, where, "added_tokens_decoder")
+             for number, token in listed.items()}
     return options, where, added
 
 
-def as_token(value, path, option):
+def as_token(value, where, option):
     """What JSON says of a token, its text or an object, as an AddedToken; a text is special."""
-    fields = {"content": value, "special": True} if isinstance(value, str) else value
-    fields = {name: fields[name] for name in fields if name != "__type"}
+    if isinstance(value, str):
+        return AddedToken(value, special=True)
+    fields = {"content", "lstrip", "rstrip", "single_word", "normalized", "special", "__type"}
     try:
-        return AddedToken(**fields)
-    except TypeError:
-        raise refusal(path, option, value, "does not describe a token") from None
+        if value.keys() <= fields:                 # "__type" is Python's, not the token's
+            flags = {name: value[name] for name in value if name not in ("content", "__type")}
+            return AddedToken(value["content"], **flags)
+    except (AttributeError, KeyError, TypeError):
+        pass
+    raise refusal(where, option, value, "does not describe a token")
 
 
-def read_json(files):
-    """tokenizer.json as a Tokenizer; ValueError that names the file if it is not one."""
-    path = files["tokenizer.json"]
+def read_definition(files, path):
+    """The Tokenizer of the defining file; of a vocabulary without a template."""
+    if path.name == "spm.model":
+        return spm.read_spm(path)
+    if path.name == "vocab.json" and "merges.txt" not in files:
+        raise ValueError(f"{path} has no merges.txt beside it: put it there")
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-        tokenizer.encode("a", "b")                 # a template may name a token that is not there
+        if path.name == "tokenizer.json":
+            tokenizer = Tokenizer.from_file(str(path))
+            tokenizer.encode("a", "b")             # a template may name a token that is not there
+        elif path.name == "vocab.txt":
+            tokenizer = Tokenizer(models.WordPiece.from_file(str(path), unk_token="[UNK]"))
+            tokenizer.normalizer = normalizers.BertNormalizer()
+            tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+            tokenizer.decoder = decoders.WordPiece()
+        else:
+            tokenizer = Tokenizer(models.BPE.from_file(str(path), str(files["merges.txt"])))
+            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            tokenizer.decoder = decoders.ByteLevel()
         return tokenizer
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as e:                     # Rust's PanicException, which is no Exception
-        raise ValueError(f"{path} is not a tokenizer file ({one_line(e)}): get it again") from None
-
-
-def read_spm(files):
-    """spm.model as a Tokenizer."""
-    return spm.read_spm(files["spm.model"])
-
-
-def read_wordpiece(files):
-    """BERT's vocab.txt, a word a line, as a Tokenizer without a template."""
-    path = files["vocab.txt"]
-    model = from_file(models.WordPiece, path, str(path), unk_token="[UNK]")
-    size = model_size(files)
-    if len(path.read_bytes().splitlines()) < size - 1024:        # a model's rows may be padded
-        raise ValueError(f"{path} has fewer than the {size} words of vocab_size in config.json: "
-                         "it is cut, or of another checkpoint: get it again")
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    return tokenizer
-
-
-def model_size(files):
-    """vocab_size of config.json, 0 if it does not say."""
-    size = read_object(files["config.json"]).get("vocab_size") if "config.json" in files else 0
-    return size if isinstance(size, int) else 0
-
-
-def read_bpe(files):
-    """RoBERTa's vocab.json and merges.txt as a Tokenizer without a template."""
-    path = files["vocab.json"]
-    if "merges.txt" not in files:
-        raise ValueError(f"{path} has no merges.txt beside it: put it there")
-    merges = files["merges.txt"]
-    tokenizer = Tokenizer(from_file(models.BPE, merges, str(path), str(merges)))
-    lines = merges.read_bytes().splitlines()
-    if len(lines) < tokenizer.get_vocab_size() - 256 - 128:      # bytes and special tokens have none
-        raise ValueError(f"{merges} has {len(lines)} lines for the {tokenizer.get_vocab_size()} "
-                         "entries of vocab.json: one of them is cut: get both again")
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def from_file(model, path, *arguments, **options):
-    """A model of the library from its files; ValueError that names one if they are damaged."""
-    try:
-        return model.from_file(*arguments, **options)
-    except Exception as e:                         # the library raises bare Exceptions
-        raise ValueError(f"{path} cannot be read as a vocabulary ({one_line(e)}): get it "
+        both = " (with merges.txt)" if path.name == "vocab.json" else ""
+        raise ValueError(f"{path}{both} is not a tokenizer file ({one_line(e)}): get it "
                          "again") from None
-
-
-READERS = {"tokenizer.json": read_json, "spm.model": read_spm, "vocab.txt": read_wordpiece,
-           "vocab.json": read_bpe}
 
 
 # --- options ------------------------------------------------------------------------------------
@@ -226,19 +189,30 @@ def kind_of(tokenizer, options, where, path):
     as_it_is = AS_IT_IS if path.name == "tokenizer.json" else []
     name = str(given).removesuffix("Fast")
     if name not in fitting and name not in as_it_is:
-        raise refusal(where["tokenizer_class"], "tokenizer_class", given, "is not implemented for "
-                      f"{path.name}, only {', '.join([*fitting, *as_it_is])}")
+        raise refusal(where, "tokenizer_class", given, f"is not implemented for {path.name}, only "
+                      f"{', '.join([*fitting, *as_it_is])}")
     return fitting.get(name)
 
 
-def check_only(tokenizer, kind, options, where, path):
-    """ValueError for the value of an option that is not implemented."""
+def obey(tokenizer, kind, options, where):
+    """Set what the options say; ValueError for what is not implemented, or only the file has."""
     for option, allowed in (ONLY | (kind.only if kind else {})).items():
         value = text_of(options.get(option, allowed[0]))
         if value not in allowed:
-            raise refusal(where[option], option, value, f"is not implemented, only {allowed[0]!r}")
-    if getattr(tokenizer.model, "dropout", None):
-        raise refusal(path, "dropout", tokenizer.model.dropout, "makes the ids random: remove it")
+            raise refusal(where, option, value, f"is not implemented, only {allowed[0]!r}")
+    for part, expected in (kind.parts if kind else {}).items():
+        found = type(getattr(tokenizer, part)).__name__
+        if found != expected:
+            raise refusal(where, part, found, f"where its tokenizer_class has {expected}: to have "
+                          "it as it is give PreTrainedTokenizerFast in tokenizer_config.json")
+    for option, (part, attribute, absent) in (kind.options if kind else {}).items():
+        there = getattr(getattr(tokenizer, part), attribute)
+        wanted = text_of(options.get(option, absent))
+        if there != wanted and option not in options:
+            raise refusal(where, attribute, there, f"without {option} in tokenizer_config.json, "
+                          f"which means {absent!r} there: write one or the other into it")
+        if there != wanted:
+            set_or_refuse(getattr(tokenizer, part), attribute, wanted, where, option)
 
 
 def text_of(value):
@@ -246,30 +220,32 @@ def text_of(value):
     return value["content"] if isinstance(value, dict) and "content" in value else value
 
 
-def obey(tokenizer, kind, options, where, path):
-    """Set what the options say; ValueError where the file has what no option says."""
-    for part, expected in kind.parts.items():
-        found = type(getattr(tokenizer, part)).__name__
-        if found != expected:
-            raise refusal(path, part, found, f"where its tokenizer_class has {expected}: to have it"
-                          " as it is give PreTrainedTokenizerFast in tokenizer_config.json")
-    for option, (part, attribute, absent) in kind.options.items():
-        there = getattr(getattr(tokenizer, part), attribute)
-        wanted = text_of(options.get(option, absent))
-        if there == wanted:
-            continue
-        if option not in options:
-            raise refusal(path, attribute, there, f"without {option} in tokenizer_config.json, "
-                          f"which means {absent!r} there: write one or the other into it")
-        set_or_refuse(getattr(tokenizer, part), attribute, wanted, where, option)
-
-
 def set_or_refuse(thing, attribute, value, where, option):
     """Set an attribute; ValueError that names the option if it does not take the value."""
     try:
         setattr(thing, attribute, value)
     except TypeError:
-        raise refusal(where[option], option, value, "is none of its values") from None
+        raise refusal(where, option, value, "is none of its values") from None
+
+
+def check_model(tokenizer, options, where, path):
+    """ValueError for a vocabulary that is cut, and for a model that gives no ids, or others."""
+    model = tokenizer.model
+    unknown = getattr(model, "unk_token", None)
+    if unknown is not None and model.token_to_id(unknown) is None:
+        raise refusal(where, "unk_token", unknown, "is not in the vocabulary: get it again")
+    if getattr(model, "dropout", None):
+        raise refusal(where, "dropout", model.dropout, "makes the ids random: remove it")
+    entries = tokenizer.get_vocab_size()
+    rows = options.get("vocab_size")
+    if path.name == "vocab.txt" and isinstance(rows, int) and entries < rows - 1024:   # padded rows
+        raise refusal(where, "vocab_size", rows, f"where {path} has {entries} words: one of them "
+                      "is cut or of another checkpoint: get both again")
+    if path.name == "vocab.json":
+        merges = len(path.with_name("merges.txt").read_bytes().splitlines())
+        if merges < entries - 256 - 128:           # bytes and special tokens are made by none
+            raise ValueError(f"{path} has {entries} entries and merges.txt {merges} lines: one of "
+                             "them is cut or of another checkpoint: get both again")
 
 
 def add_tokens(tokenizer, kind, options, where, added, path):
@@ -278,11 +254,10 @@ def add_tokens(tokenizer, kind, options, where, added, path):
     Text that spells one is that token. ValueError if one would not have the id that is listed.
     """
     before = tokenizer.get_added_tokens_decoder()
-    listing = where.get("added_tokens_decoder", path.with_name("added_tokens.json"))
     if kind and "added_tokens_decoder" in options:
         unlisted = [token.content for number, token in before.items() if number not in added]
         if unlisted:
-            raise refusal(listing, "added_tokens_decoder", sorted(added),
+            raise refusal(where, "added_tokens_decoder", sorted(added),
                           f"lacks {unlisted[0]!r} of {path.name}: complete it")
     named = {token.content: token for token in named_tokens(kind, options, where)}
     known = {token.content for token in before.values()}
@@ -298,45 +273,31 @@ def add_tokens(tokenizer, kind, options, where, added, path):
     for number, token in added.items():
         found = tokenizer.token_to_id(token.content)
         if found != number:
-            raise refusal(listing, token.content, number, f"is the token's id here, and {found} by "
-                          f"{path.name}: get the files again, or a checkpoint with tokenizer.json")
+            raise ValueError(f"{where['added_tokens_decoder']}: {token.content} = {number} is the "
+                             f"token's id here, and {found} by {path.name}: get the files again, "
+                             "or a checkpoint with tokenizer.json")
     return len(tokenizer.get_added_tokens_decoder()) - len(before)
 
 
 def named_tokens(kind, options, where):
     """The AddedTokens of options like cls_token, and of the lists of further ones."""
     options = (kind.tokens if kind else {}) | options
-    tokens = []
+    named = []
+    for option, value in options.items():
+        if option.endswith("_token") and isinstance(value, (str, dict)):
+            named.append(as_token(value, where, option))
+            named[-1].special = True
     for option in ("additional_special_tokens", "extra_special_tokens"):
         listed = options.get(option) or []
         if isinstance(listed, dict):
             listed = list(listed.values())
         if not isinstance(listed, list):
-            raise refusal(where[option], option, listed, "is no list of tokens")
-        tokens += [as_token(value, where[option], option) for value in listed]
-    named = []
-    for option, value in options.items():
-        if option.endswith("_token") and isinstance(value, (str, dict)):
-            token = as_token(value, where.get(option), option)
-            token.special = True
-            named.append(token)
-    return named + tokens
+            raise refusal(where, option, listed, "is no list of tokens")
+        named += [as_token(value, where, option) for value in listed]
+    return named
 
 
-# --- templates ----------------------------------------------------------------------------------
-
-def template_of(tokenizer, kind, options):
-    """The post-processor that puts a kind's special tokens around one text or two."""
-    texts = {}
-    for name in ("cls_token", "sep_token"):
-        texts[name] = str(text_of(options.get(name, kind.tokens[name])))
-    pieces = [f"{texts.get(what, f'${what}')}:{type_id}" for what, type_id in kind.pair]
-    return processors.TemplateProcessing(
-        single=pieces[:3], pair=pieces,
-        special_tokens=[(text, tokenizer.token_to_id(text)) for text in set(texts.values())])
-
-
-def set_template(tokenizer, kind, options, path):
+def set_template(tokenizer, kind, options, where, path):
     """ValueError unless a file puts special tokens around texts, in the way of its kind.
 
     A vocabulary alone does not say how: its kind does.
@@ -344,15 +305,23 @@ def set_template(tokenizer, kind, options, path):
     own = around(tokenizer)
     is_file = path.name == "tokenizer.json"
     if is_file and not all(map(tokenizer.num_special_tokens_to_add, (False, True))):
-        raise refusal(path, "post_processor", tokenizer.post_processor, "adds no special tokens, "
+        raise refusal(where, "post_processor", tokenizer.post_processor, "adds no special tokens, "
                       "and a classifier reads the first one: get a complete file")
-    if kind:
-        tokenizer.post_processor = template_of(tokenizer, kind, options)
-        if is_file and around(tokenizer) != own:
-            pair = tokenizer.encode("a", "b").tokens
-            raise refusal(path, "post_processor", own[1][0], "for two texts a and b is not what its "
-                          f"tokenizer_class makes of cls_token and sep_token, {pair} with type ids "
-                          f"{[type_id for _, type_id in kind.pair]}: correct one of them")
+    if kind is None:
+        return
+    texts = {}
+    for name in ("cls_token", "sep_token"):
+        texts[name] = str(text_of(options.get(name, kind.tokens[name])))
+        if path.name.startswith("vocab") and tokenizer.model.token_to_id(texts[name]) is None:
+            raise refusal(where, name, texts[name], "is not in the vocabulary: get it again")
+    pieces = [f"{texts.get(what, f'${what}')}:{type_id}" for what, type_id in kind.pair]
+    ids = [(text, tokenizer.token_to_id(text)) for text in set(texts.values())]
+    tokenizer.post_processor = processors.TemplateProcessing(pieces[:3], pieces, ids)
+    if is_file and around(tokenizer) != own:
+        pair = tokenizer.encode("a", "b").tokens
+        raise refusal(where, "post_processor", own[1][0], "for two texts a and b is not what its "
+                      f"tokenizer_class makes of cls_token and sep_token, {pair} with type ids "
+                      f"{[type_id for _, type_id in kind.pair]}: correct one of them")
 
 
 def around(tokenizer):
@@ -368,7 +337,7 @@ def to_write(files):
     if not files.keys() & set(DEFINING):
         return {}
     tokenizer = read_tokenizer(files)
-    options, _, _ = read_options(files)
+    options, _, _ = read_options(files, None)
     config = {"split_special_tokens": tokenizer.encode_special_tokens}
     if "model_max_length" in options:
         config["model_max_length"] = options["model_max_length"]
