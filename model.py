@@ -354,10 +354,12 @@ def from_pretrained(name_or_dir, num_labels, head_dropout=None, labels=None):
         model = SequenceClassifier(config, num_labels)      # is for what draw_head() draws
     weights = hub.convert(weights, PREFIX[model.kind], model.keys, name_or_dir)
     fit_head(weights, head_layers(model), config, labels, name_or_dir)
-    if labels:
-        config["id2label"] = {str(i): label for i, label in enumerate(labels)}
     model.source = str(name_or_dir)
     model.new_weights = draw_head(model, weights)
+    if labels:
+        config["id2label"] = {str(i): label for i, label in enumerate(labels)}
+    elif model.new_weights:
+        config.pop("id2label", None)                        # names of another head
     hub.check_weights(weights, model.state_dict(), name_or_dir)
     model.load_state_dict(weights, assign=True)             # no copy, if the file is in fp32
     return model.float()

@@ -115,7 +115,8 @@ def config_to_write(config, num_labels, dtype):
     The names of labels stay if they fit num_labels.
     """
     kind = config["model_type"]
-    known = {"model_type", "id2label", HEAD_DROPOUT[kind], *OPTIONS[kind], *rules_of_agreement(config)}
+    known = {"model_type", "id2label", HEAD_DROPOUT[kind]}
+    known |= OPTIONS[kind].keys() | rules_of_agreement(config).keys()
     config = {name: config[name] for name in config if name in known}
     ids = [str(i) for i in range(num_labels)]
     labels = config.get("id2label")

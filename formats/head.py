@@ -1,4 +1,4 @@
-"""The head that a checkpoint brings: taken, its classes put in the task's order, or left out aloud."""
+"""The head that a checkpoint brings: taken, with its classes in the task's order, or left out."""
 import re
 
 from formats.disk import warn
@@ -8,18 +8,17 @@ def fit_head(weights, layers, config, labels, source):
     """Make the head among the weights that of a task: in place; what is left out is drawn anew.
 
     weights: {key of the model: tensor}. layers: {name: nn.Linear} of the model's head, the output
-    last. config: a checked one, whose id2label names the file's classes; it loses the names of a
-    head that is left out. labels: names of the task's classes, in order;
-    None if the caller does not say. source: what messages call the file.
+    last. config: a checked one, whose id2label names the file's classes. labels: names of the
+    task's classes, in order; None if the caller does not say. source: what messages call the file.
     ValueError for names that contradict each other.
     """
     *inner, output = layers
     keys = [f"{output}.weight", f"{output}.bias"]
     if not weights.keys() >= set(keys):                # none, or half of one: loading refuses that
         return
-    n = len(weights[keys[0]])
+    n = weights[keys[1]].numel()
     wanted, d = layers[output].weight.shape
-    if weights[keys[0]].shape != (n, d) or weights[keys[1]].shape != (n,):
+    if weights[keys[0]].shape != (n, d) or weights[keys[1]].dim() != 1:
         return                                         # damaged: loading refuses it
     reason = of_other_kind(weights, inner, config)
     if not reason and n != wanted:
@@ -39,18 +38,14 @@ def fit_head(weights, layers, config, labels, source):
         warn(f"{source}: the last layer of its head is left out, {reason}; a new one is drawn")
         for key in keys:
             del weights[key]
-        for name in ("id2label", "label2id"):
-            config.pop(name, None)
 
 
 def of_other_kind(weights, inner, config):
-    """Why a head is not that of a classifier of sentences, "" if it is."""
+    """Why a head is not that of a classifier of texts, "" if it is."""
     if any(f"{name}.weight" not in weights and f"{name}.bias" not in weights for name in inner):
         return "it has no pooler and so is a head for tokens"
-    for architecture in config.get("architectures") or []:
-        if re.search("For(?!SequenceClassification)", str(architecture)):
-            return f"it is that of {architecture}"
-    return ""
+    other = re.search(r"\w+For(?!SequenceClassification)\w+", str(config.get("architectures")))
+    return f"it is that of {other[0]}" if other else ""
 
 
 def names_of(config, n, source):

@@ -79,8 +79,8 @@ def checked(path):
     """The path; ValueError if there is a Git LFS pointer in place of the file."""
     with open(path, "rb") as file:
         if file.read(len(POINTER)) == POINTER:
-            raise ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` "
-                             "in its repository, or download the file by hand")
+            raise ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs "
+                             "pull` in its repository, or download the file by hand")
     return path
 
 
@@ -136,8 +136,10 @@ def find_first(name_or_dir, names, network=True):
 
 
 def tokenizer_files(name_or_dir, network=True):
-    """{file name: path} of what defines a checkpoint's tokenizer: one of its kinds of file, and what
-    may stand beside it. Without network those at hand; else ValueError where there is none."""
+    """{file name: path} of the file that defines a checkpoint's tokenizer and those beside it.
+
+    Without network those at hand; else ValueError where there is none.
+    """
     path = find_first(name_or_dir, DEFINING, network=False)
     if path is None and network:
         path = find_first(name_or_dir, DEFINING)
@@ -233,12 +235,12 @@ def convert(weights, prefix, keys, source):
                              "checkpoint")
         converted[key] = tensor.contiguous()
     if other_head:
-        warn(f"{source}: {other_head[0]} belongs to a head for another kind of task and is left out")
+        warn(f"{source}: {other_head[0]} is of a head for another kind of task and is left out")
     return converted
 
 
 def unwrapped(weights, prefix, keys):
-    """Weights without what a wrapper has put before all their keys: module., _orig_mod. and such."""
+    """Weights without what a wrapper has put before all their keys, as module. or _orig_mod. is."""
     found = {str(name): tensor for name, tensor in weights.items()}
     while not any(name in keys or f"{prefix}.{name}" in keys for name in found):
         fronts = {name.partition(".")[0] for name in found}
@@ -249,7 +251,7 @@ def unwrapped(weights, prefix, keys):
 
 
 def check_weights(weights, model_weights, source):
-    """ValueError that tells which keys of a file do not fit the model's: how many, and the first."""
+    """ValueError that tells which keys of a file do not fit the model's: two, and how many."""
     both = weights.keys() & model_weights.keys()
     sizes = [f"{key}, {tuple(weights[key].shape)} in place of {tuple(model_weights[key].shape)}"
              for key in model_weights if key in both

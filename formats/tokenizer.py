@@ -333,7 +333,10 @@ def around(tokenizer):
 # --- writing ------------------------------------------------------------------------------------
 
 def to_write(files):
-    """{file name: bytes} with which transformers gives the ids of read_tokenizer(files); {} without files."""
+    """{file name: bytes} with which transformers gives the ids of read_tokenizer(files).
+
+    {} for a checkpoint without a tokenizer. spm.model has no form in JSON: it is copied.
+    """
     if not files.keys() & set(DEFINING):
         return {}
     tokenizer = read_tokenizer(files)
@@ -341,7 +344,7 @@ def to_write(files):
     config = {"split_special_tokens": tokenizer.encode_special_tokens}
     if "model_max_length" in options:
         config["model_max_length"] = options["model_max_length"]
-    if "tokenizer.json" not in files and "spm.model" in files:   # which has no form in JSON
+    if "tokenizer.json" not in files and "spm.model" in files:
         names = ("spm.model", "special_tokens_map.json", "added_tokens.json")
         written = {name: files[name].read_bytes() for name in names if name in files}
         config = options | config | {"tokenizer_class": "DebertaV2Tokenizer"}

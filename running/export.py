@@ -18,8 +18,9 @@ def hand_out(o, folder, task, net, predicted):
     if o.export_peft:
         with writing(o.export_peft):
             as_peft(net, o.export_peft, o.model)
+        other = ", ignore_mismatched_sizes=True" if net.new_weights else ""   # the base's own head
         print(f"the adapter as a LoRA for peft is in {o.export_peft}: there give num_labels="
-              f"{net.num_labels}")
+              f"{net.num_labels}{other}")
     if o.merge:
         with writing(o.merge):
             models.save_pretrained(merge_lora2(net), o.merge)

@@ -7,12 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from tests.cli import write_task
 from tests.conftest import write_checkpoint
 from tests.test_glue import GLUE, needs_glue
 from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer
 
 import data
 from formats import glue, hub, tokenizer
+import model as M
 
 SPM = Path(__file__).parent / "data" / "spm_small.model"
 PLAIN = ["a low rank adaptation of a large model", "Two texts, one label.", "don't I'm 12,345.67%", "Hello  world",
@@ -267,3 +270,30 @@ def test_a_pipeline_on_the_merged_folder_predicts_as_we_do(cli, sources, tmp_pat
         assert [row["score"] for row in found] == pytest.approx([float(value) for value in predicted], abs=1e-4)
     peft = transformers.AutoTokenizer.from_pretrained("peft")
     assert peft(texts)["input_ids"] == [e.ids for e in data.load_tokenizer(tmp_path / "tiny").encode_batch(texts)]
+
+
+def test_from_mnli_to_rte(cli, tmp_path):
+    """Oracle: transformers and peft on what is handed out: a base with three labels, a task with two."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    base = write_checkpoint(tmp_path / "mnli", "roberta")
+    net = M.from_pretrained(base, 3, labels=data.TASKS["mnli"].labels)
+    M.save_pretrained(net, tmp_path / "nli")
+    write_task("rte")
+    done = cli("--task rte --k 1 --batch-size 8 --max-steps 12 --lr 0.01 --max-len 39 --out run --merge merged "
+               "--export-peft peft --model", tmp_path / "nli")
+    assert done.status == 0, done.err
+    assert "head is left out, it has 3 label(s) where 2 are asked for; a new one is drawn" in done.err
+    assert "there give num_labels=2, ignore_mismatched_sizes=True" in done.out
+    made = transformers.AutoTokenizer.from_pretrained("merged")
+    texts = glue.load_split(data.TASKS["rte"], "glue", "dev").texts
+    batch = made([a for a, _ in texts], [b for _, b in texts], padding=True, return_tensors="pt")
+    whole = transformers.AutoModelForSequenceClassification.from_pretrained("merged")
+    adapted = peft.AutoPeftModelForSequenceClassification.from_pretrained("peft", num_labels=2,
+                                                                          ignore_mismatched_sizes=True)
+    predicted = [line.split("\t")[1] for line in Path("run/predictions_dev.tsv").read_text().splitlines()[1:]]
+    for model in (whole, adapted):
+        model.eval()
+        with torch.no_grad():
+            logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits
+        assert [data.TASKS["rte"].labels[i] for i in logits.argmax(1).tolist()] == predicted
+    assert whole.config.id2label == {0: "entailment", 1: "not_entailment"}
