@@ -230,12 +230,14 @@ def set_or_refuse(thing, attribute, value, where, option):
 
 def check_model(tokenizer, options, where, path):
     """ValueError for a vocabulary that is cut, and for a model that gives no ids, or others."""
-    model = tokenizer.model
-    unknown = getattr(model, "unk_token", None)
-    if unknown is not None and model.token_to_id(unknown) is None:
-        raise refusal(where, "unk_token", unknown, "is not in the vocabulary: get it again")
-    if getattr(model, "dropout", None):
-        raise refusal(where, "dropout", model.dropout, "makes the ids random: remove it")
+    unknown = getattr(tokenizer.model, "unk_token", None)
+    try:
+        tokenizer.encode("a \U00013000")             # a hieroglyph, which no vocabulary has
+    except Exception as e:                         # the library raises no other
+        raise refusal(where, "unk_token", unknown, f"is not in the vocabulary ({one_line(e)}): get "
+                      "it again") from None
+    if getattr(tokenizer.model, "dropout", None):
+        raise refusal(where, "dropout", tokenizer.model.dropout, "makes ids random: remove it")
     entries = tokenizer.get_vocab_size()
     rows = options.get("vocab_size")
     if path.name == "vocab.txt" and isinstance(rows, int) and entries < rows - 1024:   # padded rows

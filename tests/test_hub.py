@@ -197,7 +197,8 @@ def test_first_time_second_time_and_offline(server, tmp_path):
     for known in tmp_path.glob("hub/models--*/.no_exist"):
         shutil.rmtree(known)
     copied = user(tmp_path, GONE, *names, HF_HUB_OFFLINE="1")
-    for later in (gone, offline, copied):
+    alone = user(tmp_path, GONE, *names)                       # with a warning of what cannot be asked for
+    for later in (gone, offline, copied, alone):
         for told, before in zip(later, first):
             assert told.get("sum") == before.get("sum") and told.get("ids") == before.get("ids"), told
 
