@@ -147,7 +147,7 @@ def tokenizer_files(name_or_dir, network=True):
             raise ValueError(f"{name_or_dir} has no tokenizer, none of {', '.join(DEFINING)}: "
                              f"{advice(name_or_dir)}")
     files = {path.name: path} if path else {}
-    for name in BESIDE:
+    for name in (*BESIDE, "merges.txt") if "vocab.json" in files else BESIDE:
         try:
             path = find(name_or_dir, name, network)
         except OSError as e:                       # a cache need not say what the Hub has not

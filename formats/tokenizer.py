@@ -18,8 +18,7 @@ from formats import spm
 from formats.disk import one_line, read_object
 
 DEFINING = ("tokenizer.json", "spm.model", "vocab.txt", "vocab.json")   # the first one counts
-BESIDE = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-          "config.json")
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
 
 
 class Kind(NamedTuple):
@@ -107,7 +106,7 @@ def read_options(files, path):
     """
     options = {}
     where = defaultdict(lambda: path)
-    content = {name: read_object(files[name]) for name in BESIDE[1:] if name in files}
+    content = {name: read_object(files[name]) for name in BESIDE if name in files}
 
     def take(name, wanted):
         options.update(wanted)
@@ -265,11 +264,9 @@ def add_tokens(tokenizer, kind, options, where, added, path):
     known = {token.content for token in before.values()}
     tokens = []
     for number in sorted(added):
-        token = added[number]
-        token.special = token.special or token.content in named
         if path.name != "spm.model":               # whose own tokens are as they have to be
-            tokens.append(token)
-            known.add(token.content)
+            tokens.append(added[number])
+            known.add(added[number].content)
     tokens += [token for text, token in named.items() if text not in known]
     tokenizer.add_tokens(tokens)
     for number, token in added.items():
@@ -355,7 +352,7 @@ def to_write(files):
         written = {"tokenizer.json": tokenizer.to_str(pretty=True).encode()}
         config |= token_names(options, special)
         config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
-        if hasattr(tokenizer.pre_tokenizer, "add_prefix_space"):
+        if hasattr(tokenizer.pre_tokenizer, "add_prefix_space"):   # transformers 4 asks for it
             config["add_prefix_space"] = tokenizer.pre_tokenizer.add_prefix_space
     text = json.dumps(config, indent=2, sort_keys=True)
     return written | {"tokenizer_config.json": text.encode()}

@@ -47,7 +47,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer(self, with_body):
         found = re.fullmatch(rf"/(.+)/resolve/(?:main|{COMMIT}|refs%2Fpr%2F1)/([^/]+)", self.path)
-        repository, file = found.groups() if found else (self.path, "")
+        if not found:
+            return self.send(404, "RevisionNotFound", {})
+        repository, file = found.groups()
         self.server.requests.append((self.command, repository, file))
         refused = {"no/such": (401, "RepoNotFound"), "no/such-404": (404, "RepoNotFound"),
                    "gated/asked": (403, "GatedRepo"), "gated/anonymous": (401, "GatedRepo"),

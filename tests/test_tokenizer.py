@@ -109,7 +109,7 @@ def test_options_are_obeyed(sources, tmp_path, family, kind):
     """Oracle: AutoTokenizer on the same folder and on what --merge writes for it: the ids of all rows. (Of an
     spm.model plain rows: SentencePiece, which ours is held to, and transformers differ on rare characters.)"""
     is_spm = family == "deberta" and kind == "vocabulary"
-    rows = PLAIN if is_spm else PLAIN + HARD
+    rows = PLAIN + (["low wordy rank", "wordy"] if is_spm else HARD)
     size = data.load_tokenizer(beside(tmp_path / "plain", family, sources[family, kind])).get_vocab_size()
     for i, contents in enumerate(OBEYED + OF_BERT_AND_ROBERTA):
         contents = {name: {text: size if value is ... else value for text, value in content.items()}
@@ -150,6 +150,24 @@ def test_options_are_refused_by_name(sources, tmp_path, family, kind):
         folder = beside(tmp_path / name, family, sources[family, kind], **{name: content})
         with pytest.raises(ValueError, match=f"{name}.json: (<ent> = 7|tokenizer_class = 'XLNetTokenizer')"):
             data.load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_a_list_of_added_tokens(sources, tmp_path, family):
+    """Oracle: AutoTokenizer, which goes by the list in tokenizer_config.json alone, not by the other two files; a
+    list that lacks a token of tokenizer.json is refused, for transformers would lose it."""
+    listed = {}
+    for token in json.loads(sources[family, "json"][0].read_text())["added_tokens"]:
+        number = str(token.pop("id"))
+        listed[number] = token | {"special": False, "normalized": True}
+    others = {"special_tokens_map": {"additional_special_tokens": ["<ent>"]}, "added_tokens": {"<ent>": 7}}
+    folder = beside(tmp_path / "all", family, sources[family, "json"], **others,
+                    tokenizer_config={"added_tokens_decoder": listed, "split_special_tokens": True})
+    assert ours(folder, PLAIN + HARD) == theirs(folder, PLAIN + HARD)
+    listed.popitem()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": listed}))
+    with pytest.raises(ValueError, match="tokenizer_config.json: added_tokens_decoder = .* lacks .* of tokenizer.json"):
+        data.load_tokenizer(folder)
 
 
 def change(path, *keys, value):
