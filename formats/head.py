@@ -50,11 +50,12 @@ def of_other_kind(weights, inner, config):
 
 def names_of(config, n, source):
     """What config.json calls the n classes of a head."""
-    names = config.get("id2label", {str(i): f"LABEL_{i}" for i in range(n)})
+    ids = config.get("label2id") or {}
+    turned = {str(i): name for name, i in ids.items()} if isinstance(ids, dict) else {}
+    names = config.get("id2label") or turned or {str(i): f"LABEL_{i}" for i in range(n)}
     if not isinstance(names, dict) or names.keys() != set(map(str, range(n))):
         raise ValueError(f"{source}: id2label = {names!r} in its config.json does not name the {n} "
                          "labels of its head: correct it")
-    ids = config.get("label2id", {})
     names = [str(names[str(i)]) for i in range(n)]
     if not isinstance(ids, dict) or any(ids.get(name, i) != i for i, name in enumerate(names)):
         raise ValueError(f"{source}: label2id = {ids!r} in its config.json contradicts id2label, "

@@ -651,6 +651,9 @@ def test_names_that_say_nothing_or_contradict(tmp_path, capsys):
         loaded = M.from_pretrained(write(tmp_path, NARROW["bert"] | names, weights), 2, labels=["no", "yes"])
         assert torch.equal(loaded.classifier.weight, weights["classifier.weight"])
         assert "does not say what its labels mean, they are taken to be no, yes" in capsys.readouterr().err
+    loaded = M.from_pretrained(write(tmp_path, NARROW["bert"] | {"label2id": {"yes": 0, "no": 1}}, weights), 2,
+                               labels=["no", "yes"])
+    assert torch.equal(loaded.classifier.weight, weights["classifier.weight"].flip(0))
     for option, names in (("id2label", {"id2label": {"0": "a"}}), ("id2label", {"id2label": ["no", "yes"]}),
                           ("id2label", {"id2label": {"0": "no", "x": "yes"}}),
                           ("label2id", {"id2label": {"0": "no", "1": "yes"}, "label2id": {"no": 1, "yes": 0}}),
