@@ -10,7 +10,8 @@ from typing import NamedTuple, Optional
 
 import torch
 
-from formats import glue, hub, spm, toy
+from formats import glue, hub, toy
+from formats.tokenizer import read_tokenizer
 
 PIECE = 4096  # rows that are encoded at once, of LETTERS at most: the library's results are large
 LETTERS = 2_000_000
@@ -168,13 +169,8 @@ class Examples(NamedTuple):
 
 
 def load_tokenizer(name_or_dir):
-    """A checkpoint's tokenizers.Tokenizer, from tokenizer.json, else from spm.model."""
-    path = hub.find_tokenizer(name_or_dir)
-    read = spm.read_spm if path.name == "spm.model" else hub.read_tokenizer
-    tokenizer = read(path)
-    tokenizer.no_padding()                         # either can be baked into a tokenizer.json
-    tokenizer.no_truncation()
-    return tokenizer
+    """A checkpoint's tokenizers.Tokenizer, with the ids that transformers' would give."""
+    return read_tokenizer(hub.tokenizer_files(name_or_dir))
 
 
 def encode(tokenizer, split, max_len, name="the data"):

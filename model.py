@@ -18,6 +18,8 @@ from torch import nn
 
 from formats import hub
 from formats.config import HEAD_DROPOUT, check_config, check_size, config_to_write
+from formats.disk import read_object
+from formats.head import fit_head
 
 PREFIX = {"deberta-v2": "deberta", "roberta": "roberta", "bert": "bert"}
 # The six matrices of a layer: the paper's short names (Table 4) → their places in a layer.
@@ -328,20 +330,22 @@ def in_head(name, head):
 
 # --- loading and saving --------------------------------------------------------------------------
 
-def from_pretrained(name_or_dir, num_labels, head_dropout=None):
+def from_pretrained(name_or_dir, num_labels, head_dropout=None, labels=None):
     """The model that a checkpoint describes, with its weights, in fp32 and in train mode.
 
     Every weight of the backbone must be in the file, and every weight in the file must be used or
-    be a known leftover of pretraining. A layer of the head that is not there is drawn with torch's
-    global generator from N(0, initializer_range²), and `new_weights` of the model lists its keys.
+    be a known leftover of pretraining. A layer of the head that is not there, or is for other
+    labels, is drawn with torch's global generator from N(0, initializer_range²), and `new_weights`
+    of the model lists its keys.
 
     name_or_dir: a Hub name, or a folder with config.json and the weights; `source` of the model.
     num_labels: number of classes, or 1 for a score.
     head_dropout: rate of the dropout before the classifier, None for the checkpoint's.
+    labels: names of the classes, in their order, to find them in the checkpoint's head by name.
     OSError if files cannot be had, ValueError if they cannot be used.
     """
     path = hub.find_config(name_or_dir)
-    config = check_config(hub.read_json(path), path)
+    config = check_config(read_object(path), path)
     if head_dropout is not None:
         config[HEAD_DROPOUT[config["model_type"]]] = head_dropout
     weights = hub.read_weights(name_or_dir)
@@ -349,27 +353,34 @@ def from_pretrained(name_or_dir, num_labels, head_dropout=None):
     with torch.device("meta"):                              # no numbers: they come from the file
         model = SequenceClassifier(config, num_labels)
     weights = hub.convert(weights, PREFIX[model.kind], model.keys, name_or_dir)
+    fit_head(weights, head_layers(model), config, labels, name_or_dir)
     model.source = str(name_or_dir)
     model.new_weights = draw_head(model, weights)
-    try:
-        model.load_state_dict(weights, assign=True)
-    except RuntimeError as e:                               # names all that does not fit
-        raise ValueError(f"{name_or_dir} does not fit its config.json and {num_labels} label(s), "
-                         f"give a checkpoint that does: {hub.one_line(e, 600)}") from e
+    if labels:
+        config["id2label"] = {str(i): label for i, label in enumerate(labels)}
+    elif model.new_weights:
+        config.pop("id2label", None)                        # names of another head
+    hub.check_weights(weights, model.state_dict(), name_or_dir)
+    model.load_state_dict(weights, assign=True)             # no copy, if the file is in fp32
     return model.float()
+
+
+def head_layers(model):
+    """{name: nn.Linear} of the head, from the encoder to the output."""
+    return {name: layer for name, layer in model.named_modules()
+            if in_head(name, model.head) and isinstance(layer, nn.Linear)}
 
 
 def draw_head(model, weights):
     """Draw the layers of the head that `weights` lacks and add them to it; returns their keys."""
     drawn = []
-    for name, layer in model.named_modules():
-        if in_head(name, model.head) and isinstance(layer, nn.Linear):
-            weight, bias = f"{name}.weight", f"{name}.bias"
-            if weights.keys().isdisjoint((weight, bias)):
-                std = model.config["initializer_range"]
-                weights[weight] = torch.empty(layer.weight.shape).normal_(std=std)
-                weights[bias] = torch.zeros(layer.bias.shape)
-                drawn += [weight, bias]
+    for name, layer in head_layers(model).items():
+        weight, bias = f"{name}.weight", f"{name}.bias"
+        if weights.keys().isdisjoint((weight, bias)):
+            std = model.config["initializer_range"]
+            weights[weight] = torch.empty(layer.weight.shape).normal_(std=std)
+            weights[bias] = torch.zeros(layer.bias.shape)
+            drawn += [weight, bias]
     return drawn
 
 

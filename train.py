@@ -48,11 +48,9 @@ def prepare(o, here, stored=None):
     if o.task == "own" and here.speaks and not stored:
         print(progress.first_look(examples, task, tokenizer), flush=True)
     torch.manual_seed(o.seed)                              # before head and adapters are drawn
-    net = models.from_pretrained(o.model, max(1, len(task.labels)), o.head_dropout)
+    net = models.from_pretrained(o.model, max(1, len(task.labels)), o.head_dropout, task.labels)
     if o.max_len > net.max_len:
         raise ValueError(f"--max-len {o.max_len}: this model takes {net.max_len} tokens at most")
-    if task.labels:
-        net.config["id2label"] = {str(i): label for i, label in enumerate(task.labels)}
     identity = folder.identity_of(o, here, task, net, tokenizer)
     if stored:
         folder.check_adapter(stored, identity, o.eval)

@@ -110,16 +110,22 @@ def check_size(config, weights, name):
 
 
 def config_to_write(config, num_labels, dtype):
-    """The content of config.json for transformers; names of labels stay if they fit num_labels."""
-    others = ("num_labels", "dtype", "auto_map", "custom_pipelines", "_name_or_path")
-    config = {name: config[name] for name in config if name not in others}   # no code, no places
+    """The content of config.json for transformers: what this model is, nothing of another head.
+
+    The names of labels stay if they fit num_labels.
+    """
+    kind = config["model_type"]
+    known = {"model_type", "id2label", HEAD_DROPOUT[kind]}
+    known |= OPTIONS[kind].keys() | rules_of_agreement(config).keys()
+    config = {name: config[name] for name in config if name in known}
     ids = [str(i) for i in range(num_labels)]
     labels = config.get("id2label")
     if not isinstance(labels, dict) or labels.keys() != set(ids):
         labels = {i: f"LABEL_{i}" for i in ids}
     config["id2label"] = labels
     config["label2id"] = {str(label): int(i) for i, label in labels.items()}
-    family = {"deberta-v2": "DebertaV2", "roberta": "Roberta", "bert": "Bert"}[config["model_type"]]
+    config["problem_type"] = "regression" if num_labels == 1 else "single_label_classification"
+    family = {"deberta-v2": "DebertaV2", "roberta": "Roberta", "bert": "Bert"}[kind]
     config["architectures"] = [f"{family}ForSequenceClassification"]
     config["torch_dtype"] = str(dtype).removeprefix("torch.")
     return config

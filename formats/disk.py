@@ -35,6 +35,11 @@ def one_line(error, length=200):
     return text if len(text) <= length else text[:length] + " ..."
 
 
+def warn(text):
+    """Say on stderr what a user should know."""
+    print(f"warning: {text}", file=sys.stderr)
+
+
 def cause_of(error):
     """What the system says of an OSError."""
     return error.strerror or one_line(error)
@@ -122,6 +127,17 @@ def digest(*parts):
         hasher.update(f"{len(part)} ".encode())
         hasher.update(part)
     return hasher.hexdigest()
+
+
+def read_object(path):
+    """The object in a JSON file; ValueError that names the file if it is not one."""
+    try:
+        content = json.loads(read_bytes(path).decode())
+    except (ValueError, RecursionError) as e:      # no UTF-8, no JSON, a million digits, [[[[[...
+        raise ValueError(f"{path} is not valid JSON ({one_line(e)}): download it again") from e
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold a JSON object: download it again")
+    return content
 
 
 @contextlib.contextmanager

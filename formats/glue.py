@@ -9,7 +9,6 @@ import math
 import os
 import re
 import shutil
-import sys
 import time
 import urllib.parse
 import urllib.request
@@ -21,7 +20,7 @@ from typing import NamedTuple, Optional
 import torch
 from tqdm import tqdm
 
-from formats.disk import one_line, private_folder, reading, write_file, writing
+from formats.disk import one_line, private_folder, reading, warn, write_file, writing
 
 BASE_URL = "https://dl.fbaipublicfiles.com"  # the GLUE authors' downloads
 DEV_IDS = "dev_ids.tsv"                      # MRPC: the ids of the original file's dev rows
@@ -41,10 +40,6 @@ class Split(NamedTuple):
         """Rows start .. stop − 1; all from start on if stop is None."""
         labels = None if self.labels is None else self.labels[start:stop]
         return Split(self.texts[start:stop], labels)
-
-
-def warn(text):
-    print(f"warning: {text}", file=sys.stderr)
 
 
 def short(values):

@@ -1,10 +1,8 @@
 """The files of a checkpoint: from a folder, the cache or the Hugging Face Hub, in that order."""
-import base64
 import contextlib
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 
 import torch
@@ -12,40 +10,39 @@ from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_down
 from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
 
-from formats.disk import MEGABYTE, digest, load_pickle, one_line, read_bytes, replacing
+from formats.disk import digest, load_pickle, one_line, read_object, replacing, warn
+from formats.tokenizer import BESIDE, DEFINING, to_write
 
 WAYS_OUT = ("download its files by hand and give --model FOLDER, or run once where the Hub can be "
             "reached (a proxy or HF_ENDPOINT may help); a complete cached copy works without it, "
             "also under HF_HUB_OFFLINE=1")
-LONGEST_PIECE = 1000         # letters; the library frees a tree of pieces by one call a letter
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                   "added_tokens.json", "spm.model", "vocab.txt", "vocab.json", "merges.txt")
+POINTER = b"version https://git-lfs.github.com"     # what Git LFS has in place of a large file
 
 
 def find(name_or_dir, filename, network=True):
     """Path of `filename` in a folder or Hub repository; None if that exists but has no such file.
 
-    The cache is asked before the network, so a second run contacts nobody; network=False never
-    does. OSError with one sentence where folder, repository or network are not to be had.
+    A Hub name may end in @revision: a branch, a tag or a commit. The cache is asked before the
+    network, so a second run contacts nobody; network=False never does. OSError with one sentence
+    where folder, repository or network are not to be had; ValueError for a Git LFS pointer.
     """
     name = str(name_or_dir)
     folder = Path(os.path.expanduser(name_or_dir))
     if folder.is_dir():
         path = folder / filename
-        return path if path.is_file() else None
+        return checked(path) if path.is_file() else None
     if folder.exists():
         raise NotADirectoryError(f"{name} is a file: give the folder that holds config.json and "
                                  "the weights")
-    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+    repository, revision = split_revision(name)
+    if folder.is_absolute() or name.startswith((".", "~")) or repository.count("/") > 1:
         raise FileNotFoundError(f"there is no folder {name}: give a checkpoint folder or a Hub "
                                 "name like microsoft/deberta-v3-base")
     try:
-        cached = try_to_load_from_cache(name, filename)
+        cached = try_to_load_from_cache(repository, filename, revision=revision)
         if cached is None and network:
-            return download(name, filename)
-        return Path(cached) if isinstance(cached, str) else None   # or "known not to be there"
+            cached = download(repository, filename, revision)
     except errors.GatedRepoError as e:
         raise OSError(f"{name} is gated: accept its terms on the Hub and run `hf auth login`; or "
                       f"{WAYS_OUT}") from e
@@ -59,16 +56,40 @@ def find(name_or_dir, filename, network=True):
     except Exception as e:                         # no network, a server error, a full disk ...
         cause = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else one_line(e)
         raise OSError(f"{name}/{filename} is not in the cache and did not arrive from "
-                      f"{one_line(constants.ENDPOINT)} ({cause}): {WAYS_OUT}") from e
+                      f"{one_line(constants.ENDPOINT)} ({cause}): {cached_commits(repository)}"
+                      f"{WAYS_OUT}") from e
+    return checked(Path(cached)) if isinstance(cached, str) else None   # or "known not to be there"
 
 
-def download(repository, filename):
+def split_revision(name):
+    """owner/name@revision → (owner/name, revision), which is None where the name has none."""
+    repository, _, revision = name.partition("@")
+    return (repository, revision) if revision else (name, None)
+
+
+def cached_commits(repository):
+    """What to give as --model where the cache has a repository, but not its branch main."""
+    snapshots = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}/snapshots")
+    names = [f"{repository}@{path.name}" for path in sorted(snapshots.glob("*"))]
+    return f"give --model {' or '.join(names[:2])}, which is in {snapshots}; or " if names else ""
+
+
+def checked(path):
+    """The path; ValueError if there is a Git LFS pointer in place of the file."""
+    with open(path, "rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs "
+                             "pull` in its repository, or download the file by hand")
+    return path
+
+
+def download(repository, filename, revision=None):
     """Path of a file that is in the cache from now on; None, also from now on, if there is none."""
     # Asked once first: hf_hub_download repeats a question without an answer for 23 seconds.
     with contextlib.suppress(errors.EntryNotFoundError):
-        get_hf_file_metadata(hf_hub_url(repository, filename))
+        get_hf_file_metadata(hf_hub_url(repository, filename, revision=revision))
     try:
-        return Path(hf_hub_download(repository, filename))
+        return hf_hub_download(repository, filename, revision=revision)
     except errors.LocalEntryNotFoundError:         # an EntryNotFoundError that means no answer
         raise
     except errors.EntryNotFoundError:
@@ -79,9 +100,29 @@ def find_config(name_or_dir):
     """Path of config.json; ValueError if folder or repository has none."""
     path = find(name_or_dir, "config.json")
     if path is None:
-        raise ValueError(f"{name_or_dir} has no config.json: give a whole checkpoint, a folder or "
-                         "a Hub name")
+        raise ValueError(f"{name_or_dir} has no config.json: {advice(name_or_dir)}")
     return path
+
+
+def advice(name_or_dir):
+    """What to give instead of a folder or repository that is no whole checkpoint."""
+    folder = Path(os.path.expanduser(name_or_dir))
+    whole = "give a whole checkpoint, a folder or a Hub name"
+    if not folder.is_dir():
+        return whole
+    names = sorted(path.name for path in folder.iterdir())
+    inner = [name for name in names if (folder / name / "config.json").is_file()]
+    if {"adapter.safetensors", "last.pt"} & set(names):
+        return (f"it is the folder of a run: give --resume {folder}, or --eval "
+                f"{folder / 'adapter.safetensors'}, or as --model the one that the run began with")
+    if "adapter_config.json" in names:
+        return "it holds an adapter for peft: give the model that this belongs to"
+    if inner:
+        return f"{whole}, such as {folder / inner[-1]} in it"
+    there = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+    if names:
+        return f"{whole}; in this folder there is {there}"
+    return f"{whole}; this folder is empty, and while it is there the Hub is not asked"
 
 
 def find_first(name_or_dir, names, network=True):
@@ -93,32 +134,30 @@ def find_first(name_or_dir, names, network=True):
     return None
 
 
-def find_tokenizer(name_or_dir):
-    """Path of a checkpoint's tokenizer.json, else spm.model; ValueError if it has neither."""
-    names = ("tokenizer.json", "spm.model")
-    path = find_first(name_or_dir, names, network=False)
-    if path is None:
-        with contextlib.suppress(OSError):         # for a merged model: it may say that case counts
-            find(name_or_dir, "tokenizer_config.json")
-        path = find_first(name_or_dir, names)
-    if path is None:
-        raise ValueError(f"{name_or_dir} has neither {' nor '.join(names)}: put one of them there")
-    tokenizer_files(name_or_dir)                   # may refuse one of those that a merge copies
-    return path
+def tokenizer_files(name_or_dir, network=True):
+    """{file name: path} of the file that defines a checkpoint's tokenizer and those beside it.
 
-
-def tokenizer_files(name_or_dir):
-    """Paths of the tokenizer's files that are at hand; the network is not asked.
-
-    ValueError for a link out of the checkpoint: what it leads to would be copied into others.
+    Without network those at hand; else ValueError where there is none.
     """
-    found = []
-    for name in TOKENIZER_FILES:
-        path = find(name_or_dir, name, network=False)
+    path = find_first(name_or_dir, DEFINING, network=False)
+    if path is None and network:
+        path = find_first(name_or_dir, DEFINING)
+        if path is None:
+            raise ValueError(f"{name_or_dir} has no tokenizer, none of {', '.join(DEFINING)}: "
+                             f"{advice(name_or_dir)}")
+    files = {path.name: path} if path else {}
+    for name in (*BESIDE, "merges.txt") if "vocab.json" in files else BESIDE:
+        try:
+            path = find(name_or_dir, name, network)
+        except OSError as e:                       # a cache need not say what the Hub has not
+            path = None
+            if not constants.HF_HUB_OFFLINE:
+                warn(f"{one_line(e)}: going on without it")
         if path is not None:
-            check_link(path)
-            found.append(path)
-    return found
+            files[name] = path
+    for path in files.values():
+        check_link(path)
+    return files
 
 
 def check_link(path):
@@ -131,59 +170,6 @@ def check_link(path):
         raise ValueError(f"{path} is a link out of its folder: put the file itself there")
 
 
-def read_json(path):
-    """The object in a JSON file; ValueError that names the file if it is not one."""
-    try:
-        content = json.loads(read_bytes(path).decode())
-    except (ValueError, RecursionError) as e:      # no UTF-8, no JSON, a million digits, [[[[[...
-        raise ValueError(f"{path} is not valid JSON ({one_line(e)}): download it again") from e
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a JSON object: download it again")
-    return content
-
-
-def read_tokenizer(path):
-    """tokenizer.json as a tokenizers.Tokenizer; ValueError that names the file if it is not one."""
-    try:
-        content = read_bytes(path, 64 * MEGABYTE)
-        parts = json.loads(content)
-        if growth([parts.get("normalizer"), parts.get("pre_tokenizer")]) > 1000:
-            raise ValueError("its replacements make a text more than 1000 times as long")
-        pieces = parts["model"]["vocab"]
-        if isinstance(pieces, list) and max(len(piece) for piece, _ in pieces) > LONGEST_PIECE:
-            raise ValueError(f"a piece is longer than {LONGEST_PIECE} letters")
-        tokenizer = Tokenizer.from_buffer(content)
-        tokenizer.no_padding()                     # which may be to a billion tokens
-        if tokenizer.num_special_tokens_to_add(True) > 100:
-            raise ValueError("it adds more than 100 special tokens to a text")
-        # A template may name a token that is not there, or repeat the text.
-        if len(tokenizer.encode("a", "b").ids + tokenizer.encode("a").ids) > 100:
-            raise ValueError("it makes more than 100 tokens of three letters")
-        return tokenizer
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as e:                     # Rust's PanicException, which is no Exception
-        raise ValueError(f"{path} is not a tokenizer file ({one_line(e)}): get it again") from None
-
-
-def growth(part):
-    """How many times as long a part of tokenizer.json can make a text: each step multiplies."""
-    times = 1
-    if isinstance(part, (list, dict)):
-        for item in part.values() if isinstance(part, dict) else part:
-            times = min(times * growth(item), 10**9)
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind in ("Replace", "Prepend"):             # a pattern can match before each letter
-        times *= 1 + len(str(part.get("content", part.get("prepend"))))
-    if kind == "ByteLevel":                        # a letter for each byte
-        times *= 2
-    if kind == "Precompiled":                      # as in spm.model
-        blob = base64.b64decode(part.get("precompiled_charsmap") or "")
-        trie = int.from_bytes(blob[:4], "little")
-        times *= max(map(len, blob[4 + trie:].split(b"\0"))) or 1
-    return times
-
-
 def read_weights(name_or_dir):
     """{key: tensor} of a checkpoint's weights, whole or in shards; safetensors before .bin."""
     names = ("model.safetensors", "model.safetensors.index.json",
@@ -191,8 +177,8 @@ def read_weights(name_or_dir):
     # All in the cache first: one that was filled at once does not know which files the Hub has not.
     path = find_first(name_or_dir, names, network=False) or find_first(name_or_dir, names)
     if path is None:
-        raise ValueError(f"{name_or_dir} has no model.safetensors and no pytorch_model.bin: give a "
-                         "checkpoint with its weights")
+        raise ValueError(f"{name_or_dir} has no model.safetensors and no pytorch_model.bin: "
+                         f"{advice(name_or_dir)}")
     read = read_safetensors if path.name.startswith("model.safetensors") else read_bin
     weights = {}
     for file in find_shards(name_or_dir, path) if path.suffix == ".json" else [path]:
@@ -206,7 +192,7 @@ def read_weights(name_or_dir):
 
 def find_shards(name_or_dir, index):
     """Paths of the weight files that an index names."""
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     shards = weight_map.values() if isinstance(weight_map, dict) else []
     names = sorted(set(map(str, shards)))
     paths = [find(name_or_dir, name) for name in names if Path(name).name == name]   # none outside
@@ -250,6 +236,8 @@ LEFTOVERS = {
     "roberta": r"(lm_head|(roberta\.)?pooler)\.|(roberta\.)?embeddings\.position_ids",
     "bert": r"cls\.|(bert\.)?embeddings\.position_ids",
 }
+# Heads of other tasks, which are left out aloud: question answering; of tokens, of choices.
+OTHER_HEADS = r"(qa_outputs|classifier)\.(weight|bias)$"
 
 
 def convert(weights, prefix, keys, source):
@@ -259,12 +247,16 @@ def convert(weights, prefix, keys, source):
     keys: of the model. Other keys stay, for loading to refuse. source: what messages call the file.
     """
     converted = {}
-    for name, tensor in weights.items():
-        key = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", str(name))
+    other_head = []
+    for name, tensor in unwrapped(weights, prefix, keys).items():
+        key = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
         key = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", key)
         if f"{prefix}.{key}" in keys:
             key = f"{prefix}.{key}"
         if key not in keys and re.match(LEFTOVERS[prefix], key):
+            continue
+        if key not in keys and re.match(OTHER_HEADS, key):
+            other_head.append(key)
             continue
         if key in converted:
             raise ValueError(f"{key} of {source} is there twice: use a plain checkpoint")
@@ -272,31 +264,53 @@ def convert(weights, prefix, keys, source):
             raise ValueError(f"{key} of {source} is not a floating-point tensor: use a plain "
                              "checkpoint")
         converted[key] = tensor.contiguous()
+    if other_head:
+        warn(f"{source}: {other_head[0]} is of a head for another kind of task and is left out")
     return converted
 
 
+def unwrapped(weights, prefix, keys):
+    """Weights without what a wrapper has put before all their keys, as module. or _orig_mod. is."""
+    found = {str(name): tensor for name, tensor in weights.items()}
+    while not any(name in keys or f"{prefix}.{name}" in keys for name in found):
+        fronts = {name.partition(".")[0] for name in found}
+        if len(fronts) != 1 or not all("." in name for name in found):
+            return {str(name): tensor for name, tensor in weights.items()}
+        found = {name.partition(".")[2]: tensor for name, tensor in found.items()}
+    return found
+
+
+def check_weights(weights, model_weights, source):
+    """ValueError that tells which keys of a file do not fit the model's: two, and how many."""
+    both = weights.keys() & model_weights.keys()
+    sizes = [f"{key}, {tuple(weights[key].shape)} in place of {tuple(model_weights[key].shape)}"
+             for key in model_weights if key in both
+             and weights[key].shape != model_weights[key].shape]
+    missing = [f'"{key}"' for key in model_weights if key not in both]
+    strange = [f'"{key}"' for key in weights if key not in both]
+    problems = []
+    for what, those in (("Missing key", missing), ("Unexpected key", strange),
+                        ("size mismatch for", sizes)):
+        if those:
+            more = f" and {len(those) - 2} more" if len(those) > 2 else ""
+            problems.append(f"{what} {', '.join(those[:2])}{more}")
+    if problems:
+        raise ValueError(f"{source} does not fit its config.json, give a checkpoint that does: "
+                         f"{'; '.join(problems)}")
+
+
 def write_checkpoint(folder, config, weights, tokenizer_of, prefix=""):
-    """Write (prefix)model.safetensors, (prefix)config.json and another one's tokenizer files."""
-    tokenizer = tokenizer_files(tokenizer_of) if tokenizer_of else []
-    names = [path.name for path in tokenizer]
-    names += [f"{prefix}model.safetensors", f"{prefix}config.json"]   # last: nothing opens half
+    """Write another one's tokenizer, (prefix)model.safetensors and (prefix)config.json."""
+    files = tokenizer_files(tokenizer_of, network=False) if tokenizer_of else {}
+    beside = to_write(files)
+    names = [*beside, f"{prefix}model.safetensors", f"{prefix}config.json"]   # last: none opens half
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with replacing(*(Path(folder, name) for name in names)) as (*copies, weights_file, config_file):
+    with replacing(*(Path(folder, name) for name in names)) as (*others, weights_file, config_file):
         save_file(weights, weights_file, metadata={"format": "pt", "digest": digest(weights)})
         sort_metadata(weights_file)
         config_file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-        for path, copy in zip(tokenizer, copies):
-            shutil.copyfile(path, copy)
-            if path.name == "tokenizer_config.json":
-                write_without(copy, ("auto_map", "name_or_path"))
-
-
-def write_without(path, names):
-    """Take these names out of a JSON object in a file: others' code, places on this machine."""
-    content = read_json(path)
-    if not content.keys().isdisjoint(names):
-        kept = {name: content[name] for name in content if name not in names}
-        path.write_text(json.dumps(kept, indent=2), encoding="utf-8")
+        for content, other in zip(beside.values(), others):
+            other.write_bytes(content)
 
 
 def sort_metadata(path):

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 
-import data
 import model as models
-from formats import disk, hub, toy
+from formats import disk, toy
 from formats.config import check_config
 from running import folder, machine, options
 from running.errors import refusing
@@ -89,7 +88,7 @@ def main(given, train):
     for way, words in WAYS.items():
         print(f"\n{way}")
         run(train, out / "base", out / words[1], seed, "--task", "demo", *words)
-    results = {way: hub.read_json(out / words[1] / "result.json") for way, words in WAYS.items()}
+    results = {way: disk.read_object(out / words[1] / "result.json") for way, words in WAYS.items()}
     print_table(results)
     return results
 

@@ -24,8 +24,9 @@ def hand_out(o, folder, task, net, predicted, probabilities=None):
     if o.export_peft:
         with writing(o.export_peft):
             as_peft(net, o.export_peft, o.model)
+        other = ", ignore_mismatched_sizes=True" if net.new_weights else ""   # the base's own head
         print(f"the adapter as a LoRA for peft is in {o.export_peft}: there give num_labels="
-              f"{net.num_labels}")
+              f"{net.num_labels}{other}")
     if o.merge:
         with writing(o.merge):
             models.save_pretrained(merge_lora2(net), o.merge)
@@ -55,9 +56,12 @@ def as_peft(net, folder, base_name):
         tensors[f"{name}.lora_B.weight"] = B
     tensors = {f"base_model.model.{name}": t.detach().contiguous() for name, t in tensors.items()}
     rank = layers[0][1].k                                  # of a plain LoRA its own rank
+    base, revision = hub.split_revision(base_name)
+    if Path(base_name).is_dir():                           # a folder's name is not for others
+        base, revision = None, None
     config = {
         "peft_type": "LORA", "task_type": "SEQ_CLS",
-        "base_model_name_or_path": None if Path(base_name).is_dir() else base_name,
+        "base_model_name_or_path": base, "revision": revision,
         "r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
         "target_modules": [name for name, _ in layers], "modules_to_save": net.head}
     hub.write_checkpoint(folder, config, tensors, tokenizer_of=net.source, prefix="adapter_")

@@ -67,7 +67,8 @@ def fingerprint(net, tokenizer):
     try:
         rules = tokenizer.to_str()
     except Exception:                                      # spm.model's has a part in Python
-        rules = disk.read_bytes(hub.find_tokenizer(net.source))
+        file = hub.tokenizer_files(net.source, network=False)["spm.model"]
+        rules = f"{disk.read_bytes(file)} {tokenizer.get_added_tokens_decoder()}"
     return digest(weights, str(meaning), rules)
 
 

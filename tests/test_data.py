@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 import data
 from data import TASKS
-from formats import glue, toy
+from formats import glue, spm, toy
 from formats.glue import Split
 
 
@@ -67,7 +67,7 @@ def test_load_tokenizer(minilm, tmp_path, monkeypatch):
     message = refusal(ValueError, data.load_tokenizer, tmp_path)
     assert "tokenizer.json" in message and "spm.model" in message
     (tmp_path / "spm.model").write_bytes(b"model")
-    monkeypatch.setattr(data.spm, "read_spm", {tmp_path / "spm.model": baked}.get)
+    monkeypatch.setattr(spm, "read_spm", {tmp_path / "spm.model": baked}.get)
     assert data.load_tokenizer(tmp_path) is baked and baked.padding is None
     assert data.load_tokenizer(str(tmp_path)) is baked
     (tmp_path / "tokenizer.json").write_bytes((minilm / "tokenizer.json").read_bytes())

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from formats import disk
 from formats import hub
 from data import TASKS
-from formats import glue
+from formats import glue, toy
 
 
 def contents(folder):
@@ -71,7 +71,7 @@ def test_synced_before_renamed(tmp_path, monkeypatch, kind):
         replace(source, target)
 
     (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "vocab.txt").write_text("a b")
+    toy.tokenizer().save(str(tmp_path / "base" / "tokenizer.json"))
     monkeypatch.setattr(os, "fsync", syncing)
     monkeypatch.setattr(os, "replace", replacing)
     if kind == "file":
@@ -80,9 +80,10 @@ def test_synced_before_renamed(tmp_path, monkeypatch, kind):
         glue.write_submission(tmp_path / "out", TASKS["rte"], [0, 1], "mine")
     else:
         hub.write_checkpoint(tmp_path / "out", {"a": 1}, {"x": torch.zeros(9)}, tmp_path / "base")
-        assert sorted(contents(tmp_path / "out")) == ["config.json", "model.safetensors", "vocab.txt"]
+        assert sorted(contents(tmp_path / "out")) == ["config.json", "model.safetensors", "tokenizer.json",
+                                                      "tokenizer_config.json"]
     n = len(calls) // 2
-    assert n == (3 if kind == "checkpoint" else 1) and all(size > 0 for _, _, size in calls)
+    assert n == (4 if kind == "checkpoint" else 1) and all(size > 0 for _, _, size in calls)
     assert [call[0] for call in calls] == ["sync"] * n + ["replace"] * n
     assert [call[1:] for call in calls[:n]] == [call[1:] for call in calls[n:]]
 

@@ -807,7 +807,7 @@ def test_read_errors_name_the_file(tmp_path, monkeypatch):
             raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(disk, "open", Failing, raising=False)
-    for read, name in ((hub.read_json, "config.json"), (spm.read_spm, "spm.model"),
+    for read, name in ((disk.read_object, "config.json"), (spm.read_spm, "spm.model"),
                        (lambda path: disk.read_json(path, "advice"), "result.json")):
         with pytest.raises(OSError, match=name):
             read(tmp_path / name)

@@ -20,8 +20,10 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from formats import hub
-from tests.test_model import NARROW, build
+import data
+from formats import hub, toy
+from model import from_pretrained
+from tests.checkpoints import NARROW, build, write
 
 ROOT = Path(__file__).parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -44,8 +46,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def answer(self, with_body):
-        found = re.fullmatch(r"/(.+)/resolve/main/([^/]+)", self.path)
-        repository, file = found.groups() if found else (self.path, "")
+        found = re.fullmatch(rf"/(.+)/resolve/(?:main|{COMMIT}|refs%2Fpr%2F1)/([^/]+)", self.path)
+        if not found:
+            return self.send(404, "RevisionNotFound", {})
+        repository, file = found.groups()
         self.server.requests.append((self.command, repository, file))
         refused = {"no/such": (401, "RepoNotFound"), "no/such-404": (404, "RepoNotFound"),
                    "gated/asked": (403, "GatedRepo"), "gated/anonymous": (401, "GatedRepo"),
@@ -94,9 +98,14 @@ def server():
     names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     parts = [dict(list(bert.items())[i::2]) for i in range(2)]
     index = {"weight_map": {key: name for name, part in zip(names, parts) for key in part}}
+    template = [{"SpecialToken": {"id": "[CLS]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    processor = {"type": "TemplateProcessing", "single": template,
+                 "pair": template + [{"Sequence": {"id": "B", "type_id": 0}}],
+                 "special_tokens": {"[CLS]": {"id": "[CLS]", "ids": [2], "tokens": ["[CLS]"]}}}
     tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
-                 "normalizer": None, "pre_tokenizer": None, "post_processor": None, "decoder": None,
-                 "model": {"type": "WordLevel", "vocab": {"low": 0, "[UNK]": 1}, "unk_token": "[UNK]"}}
+                 "normalizer": None, "pre_tokenizer": None, "post_processor": processor, "decoder": None,
+                 "model": {"type": "WordLevel", "vocab": {"low": 0, "[UNK]": 1, "[CLS]": 2},
+                           "unk_token": "[UNK]"}}
     files = {
         (DEBERTA, "config.json"): NARROW["deberta"],
         (DEBERTA, "spm.model"): SPM.read_bytes(),
@@ -176,10 +185,11 @@ def test_first_time_second_time_and_offline(server, tmp_path):
                     if "embeddings" in key) for family in ("deberta", "bert", "bert", "bert")]
     for told, value in zip(first, expected):
         assert told["sum"] == pytest.approx(value, rel=1e-3), told
-    assert first[4]["ids"] == [0] and len(first[5]["ids"]) >= 3, first      # the latter is [CLS] low [SEP]
+    assert first[4]["ids"] == [2, 0] and len(first[5]["ids"]) >= 3, first      # the latter is [CLS] low [SEP]
     asked = [file for method, name, file in server.requests if name == DEBERTA]
     assert set(asked) == {"config.json", "model.safetensors", "model.safetensors.index.json",
-                          "pytorch_model.bin", "tokenizer.json", "spm.model", "tokenizer_config.json"}
+                          "pytorch_model.bin", "tokenizer.json", "spm.model", "tokenizer_config.json",
+                          "special_tokens_map.json", "added_tokens.json"}
     assert [file for method, name, file in server.requests if (method, name) == ("GET", DEBERTA)] == [
         "config.json", "pytorch_model.bin", "spm.model"]
     gone = user(tmp_path, GONE, *names)
@@ -189,7 +199,8 @@ def test_first_time_second_time_and_offline(server, tmp_path):
     for known in tmp_path.glob("hub/models--*/.no_exist"):
         shutil.rmtree(known)
     copied = user(tmp_path, GONE, *names, HF_HUB_OFFLINE="1")
-    for later in (gone, offline, copied):
+    alone = user(tmp_path, GONE, *names)                       # with a warning of what cannot be asked for
+    for later in (gone, offline, copied, alone):
         for told, before in zip(later, first):
             assert told.get("sum") == before.get("sum") and told.get("ids") == before.get("ids"), told
 
@@ -226,6 +237,23 @@ def test_failures_are_one_line_and_prompt(server, tmp_path):
     check_failure(tokenizer, f"{DEBERTA}/tokenizer.json is not in the cache")
 
 
+@pytest.mark.ci
+def test_revisions(server, tmp_path):
+    """Oracle: the same weights by branch, by reference and by commit. A cache filled by commit knows no branch:
+    it is used under owner/name@commit, and the plain name says so, with the cache's path."""
+    at_commit, at_reference = f"some/model@{COMMIT}", "some/model@refs/pr/1"
+    [plain] = user(tmp_path / "plain", address(server), "some/model")
+    first = user(tmp_path / "cache", address(server), at_commit, "tokenizer of " + at_commit)
+    later = user(tmp_path / "cache", GONE, at_commit, "tokenizer of " + at_commit, "some/model", HF_HUB_OFFLINE="1")
+    assert first[0]["sum"] == later[0]["sum"] == plain["sum"] and first[1]["ids"] == later[1]["ids"] == [2, 0]
+    place = tmp_path / "cache" / "hub" / "models--some--model" / "snapshots"
+    assert f"--model {at_commit}, which is in {place}" in later[2]["error"]
+    [told, wrong, empty] = user(tmp_path / "other", address(server), at_reference, "some/model@nowhere", "some/model@")
+    assert told["sum"] == plain["sum"]
+    assert "some/model@nowhere/config.json is not in the cache" in wrong["error"], wrong
+    assert "'some/model@' is neither a folder nor a Hub name" in empty["error"], empty
+
+
 # --- folders -----------------------------------------------------------------------------------------------
 
 def test_find_in_folders(tmp_path, monkeypatch):
@@ -250,8 +278,45 @@ def test_network_is_not_asked_for_extra_files(tmp_path, monkeypatch):
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(hub, "download", lambda *_: pytest.fail("the network was asked"))
     assert hub.find("some/model", "vocab.txt", network=False) is None
-    assert hub.tokenizer_files("some/model") == []
+    assert hub.tokenizer_files("some/model", network=False) == {}
     (tmp_path / "folder").mkdir()
     for name in ("vocab.txt", "tokenizer.json", "model.safetensors"):
         (tmp_path / "folder" / name).write_text("")
-    assert [path.name for path in hub.tokenizer_files(tmp_path / "folder")] == ["tokenizer.json", "vocab.txt"]
+    assert hub.tokenizer_files(tmp_path / "folder") == {"tokenizer.json": tmp_path / "folder/tokenizer.json"}
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json", "spm.model",
+                                  "tokenizer_config.json", "vocab.txt", "model.safetensors.index.json"])
+def test_a_git_lfs_pointer_is_named(tmp_path, file):
+    """Oracle: the file's name and what it is, in one line, whichever file a clone without Git LFS left so."""
+    folder = write(tmp_path / "model", NARROW["bert"], build(NARROW["bert"]).state_dict())
+    toy.tokenizer().save(str(folder / "tokenizer.json"))
+    if file.startswith(("pytorch_model", "model.safetensors.")):
+        (folder / "model.safetensors").unlink()
+    if file in ("spm.model", "vocab.txt"):
+        (folder / "tokenizer.json").unlink()
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614\nsize 438007537\n"
+    (folder / file).write_text(pointer)
+    with pytest.raises(ValueError, match=f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull`"):
+        data.load_tokenizer(folder)
+        from_pretrained(folder, 2)
+
+
+@pytest.mark.parametrize("files, says", [
+    ((), "this folder is empty, and while it is there the Hub is not asked"),
+    (("last.pt", "log.jsonl"), "is the folder of a run: give --resume base, or --eval base.adapter.safetensors"),
+    (("adapter.safetensors", "result.json"), "is the folder of a run: give --resume base"),
+    (("adapter_config.json", "adapter_model.safetensors"), "holds an adapter for peft: give the model"),
+    (("first/config.json", "second/config.json"), "such as base.second in it"),
+    (("train.tsv", "dev.tsv"), "in this folder there is dev.tsv, train.tsv")])
+def test_a_wrong_folder_gets_a_message_that_fits(tmp_path, monkeypatch, files, says):
+    """Oracle: the sentence: what the folder is, and what to give instead; model and tokenizer say the same."""
+    monkeypatch.chdir(tmp_path)
+    for file in ("base/", *(f"base/{file}" for file in files)):
+        path = Path(file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir() if file.endswith("/") else path.write_text("")
+    for load in (data.load_tokenizer, lambda name: from_pretrained(name, 2)):
+        with pytest.raises(ValueError, match=f"base has no (tokenizer|config.json).*{says}") as error:
+            load("base")
+        assert "\n" not in str(error.value) and "put one of them there" not in str(error.value)

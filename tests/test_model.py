@@ -552,7 +552,11 @@ def test_every_key_is_accounted_for(tmp_path, family):
                 f"{family}.cls.weight", "lm_headless.weight", "classifier.x"):
         refused(f'does not fit .*Unexpected key.*"{key}"', weights | {key: torch.ones(2)})
     head = "classifier.out_proj" if family == "roberta" else "classifier"
-    refused(f"3 label.s., .*size mismatch for {head}.weight", weights, labels=3)
+    for damaged in (torch.ones(2, 25), torch.ones(2)):             # another number of labels is no damage
+        refused(f"does not fit .*size mismatch for {head}.weight", weights | {f"{head}.weight": damaged}, labels=3)
+    many = {f"module.strange.{i}": torch.ones(2) for i in range(9)}
+    refused('Missing key.* and [0-9]+ more; Unexpected key "module.strange.0", "module.strange.1" and 7 more$',
+            dict(list(weights.items())[:5]) | many)
     vast = sized(config, 10**6, 1, 40)                            # a new head for it would take 4 TB
     refused("does not fit .*size mismatch", pretraining(family, weights), config=vast)
     twice = weights | {"embeddings.LayerNorm.bias": torch.ones(24)}
@@ -560,6 +564,121 @@ def test_every_key_is_accounted_for(tmp_path, family):
     for strange in (torch.ones(24, dtype=torch.int8), "text", None):
         content = weights | {f"{family}.embeddings.LayerNorm.bias": strange}
         refused("LayerNorm.bias of .* is not a floating-point tensor", content, file=BIN)
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "model.", "module._orig_mod.", "0.auto_model."])
+@FAMILIES
+def test_a_common_prefix_is_stripped(tmp_path, family, wrapper):
+    """Oracle: the weights without it, of a classifier and of an encoder alone."""
+    weights = build(NARROW[family]).state_dict()
+    for content in (weights, without_prefix(weights), old_names(weights)):
+        wrapped = {f"{wrapper}{key}": tensor for key, tensor in content.items()}
+        loaded = M.from_pretrained(write(tmp_path / "in", NARROW[family], wrapped), 2)
+        for key, tensor in loaded.state_dict().items():
+            assert key in loaded.new_weights or torch.equal(tensor, weights[key]), key
+        assert bool(loaded.new_weights) == (len(content) < len(weights))
+
+
+def head_of(family):
+    return "classifier.out_proj" if family == "roberta" else "classifier"
+
+
+NLI = ["entailment", "neutral", "contradiction"]
+
+
+@pytest.mark.parametrize("names", [
+    ["contradiction", "neutral", "entailment"], ["ENTAILMENT", "Contradiction", " neutral"], NLI])
+@FAMILIES
+def test_labels_are_found_by_name(tmp_path, family, names, capsys):
+    """Oracle: the head's rows, picked by hand: row i is of the label that the task calls i."""
+    weights = build(NARROW[family], 3).state_dict()
+    config = NARROW[family] | {"id2label": {str(i): name for i, name in enumerate(names)},
+                               "label2id": {name: i for i, name in enumerate(names)}}
+    loaded = M.from_pretrained(write(tmp_path, config, weights), 3, labels=NLI)
+    for kind in ("weight", "bias"):
+        key = f"{head_of(family)}.{kind}"
+        for i, label in enumerate(NLI):
+            there = [name.strip().lower() for name in names].index(label)
+            assert torch.equal(loaded.state_dict()[key][i], weights[key][there])
+    assert loaded.new_weights == [] and capsys.readouterr().err == ""
+    assert loaded.config["id2label"] == {"0": NLI[0], "1": NLI[1], "2": NLI[2]}
+
+
+@pytest.mark.parametrize("rows, names, labels, says", [
+    (3, NLI, ["entailment", "not_entailment"], "it has 3 label(s) where 2 are asked for"),
+    (1, None, ["0", "1"], "it has 1 label(s) where 2"), (2, None, (), "it has 2 label(s) where 1"),
+    (2, ["NEGATIVE", "POSITIVE"], ["entailment", "not_entailment"], "its labels are NEGATIVE, POSITIVE, and the"),
+    (2, ["O", "B"], ["0", "1"], "its labels are O, B")])
+@FAMILIES
+def test_a_head_that_does_not_fit_is_new(tmp_path, family, rows, names, labels, says, capsys):
+    """Oracle: what is drawn from the seed, and a warning that says why; the rest of the head stays."""
+    weights = build(NARROW[family], rows).state_dict()
+    config = NARROW[family] | ({"id2label": {str(i): name for i, name in enumerate(names)}} if names else {})
+    write(tmp_path, config, weights)
+    torch.manual_seed(5)
+    loaded = M.from_pretrained(tmp_path, max(1, len(labels)), labels=labels)
+    torch.manual_seed(5)
+    drawn = torch.zeros(max(1, len(labels)), 24).normal_(std=0.02)
+    head = head_of(family)
+    assert loaded.new_weights == [f"{head}.weight", f"{head}.bias"]
+    assert torch.equal(loaded.state_dict()[f"{head}.weight"], drawn)
+    inner = {"deberta": "pooler.dense", "bert": "bert.pooler.dense", "roberta": "classifier.dense"}[family]
+    assert torch.equal(loaded.state_dict()[f"{inner}.weight"], weights[f"{inner}.weight"])
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "the last layer of its head is left out" in err and says in err
+
+
+@pytest.mark.parametrize("kind", ["TokenClassification", "QuestionAnswering", "MultipleChoice"])
+@pytest.mark.parametrize("labels", [2, 1])
+@FAMILIES
+def test_bases_from_other_tasks(hf, tmp_path, family, kind, labels, capsys):
+    """Oracle: the encoder that transformers wrote under a head of another kind; the head is new, aloud."""
+    theirs = hf.AutoConfig.for_model(**NARROW[family], num_labels=labels)
+    theirs = getattr(hf, f"AutoModelFor{kind}").from_config(theirs)
+    fill(theirs).save_pretrained(tmp_path)
+    ours = M.from_pretrained(tmp_path, labels, labels=["no", "yes"][:labels] if labels > 1 else ())
+    assert f"{head_of(family)}.weight" in ours.new_weights
+    assert "left out" in capsys.readouterr().err
+    expected = theirs.state_dict()
+    for key, tensor in ours.state_dict().items():
+        assert key in ours.new_weights or torch.equal(tensor, expected[key]), key
+
+
+def test_names_that_say_nothing_or_contradict(tmp_path, capsys):
+    """Oracle: LABEL_0 is no name: the head is taken as it is, aloud. Contradictions are one error."""
+    weights = build(NARROW["bert"]).state_dict()
+    for names in ({}, {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, {"id2label": {"0": 0, "1": 1}}):
+        loaded = M.from_pretrained(write(tmp_path, NARROW["bert"] | names, weights), 2, labels=["no", "yes"])
+        assert torch.equal(loaded.classifier.weight, weights["classifier.weight"])
+        assert "does not say what its labels mean, they are taken to be no, yes" in capsys.readouterr().err
+    loaded = M.from_pretrained(write(tmp_path, NARROW["bert"] | {"label2id": {"yes": 0, "no": 1}}, weights), 2,
+                               labels=["no", "yes"])
+    assert torch.equal(loaded.classifier.weight, weights["classifier.weight"].flip(0))
+    for option, names in (("id2label", {"id2label": {"0": "a"}}), ("id2label", {"id2label": ["no", "yes"]}),
+                          ("id2label", {"id2label": {"0": "no", "x": "yes"}}),
+                          ("label2id", {"id2label": {"0": "no", "1": "yes"}, "label2id": {"no": 1, "yes": 0}}),
+                          ("label2id", {"id2label": {"0": "no", "1": "yes"}, "label2id": 7})):
+        write(tmp_path, NARROW["bert"] | names, weights)
+        with pytest.raises(ValueError, match=f"{option} = .* in its config.json"):
+            M.from_pretrained(tmp_path, 2, labels=["no", "yes"])
+
+
+@pytest.mark.parametrize("labels", [(), ("no", "yes"), ("a", "b", "c")])
+def test_config_describes_the_new_head_alone(tmp_path, labels):
+    """Oracle: by hand: nothing of another head, of other code, of another place; what the model computes stays."""
+    n = max(1, len(labels))
+    old = {"problem_type": "multi_label_classification", "id2label": {"0": "x"}, "label2id": {"x": 0}, "num_labels": 1,
+           "auto_map": {"AutoModel": "x.Y"}, "_name_or_path": "/gone", "function_to_apply": "sigmoid",
+           "sbert_ce_default_activation_function": "x", "finetuning_task": "sst2", "task_specific_params": {},
+           "architectures": ["BertForMaskedLM"], "quantization_config": {}, "tokenizer_class": "BertTokenizer"}
+    folder = write(tmp_path / "in", NARROW["bert"] | old | {"hidden_dropout_prob": 0.3},
+                   pretraining("bert", build(NARROW["bert"]).state_dict()))
+    M.save_pretrained(M.from_pretrained(folder, n, labels=labels), tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["problem_type"] == ("single_label_classification" if labels else "regression")
+    assert len(written["id2label"]) == n and [*written["id2label"].values()] == [*(labels or ("LABEL_0",))]
+    assert written["architectures"] == ["BertForSequenceClassification"] and written["hidden_dropout_prob"] == 0.3
+    assert not written.keys() & (old.keys() - {"problem_type", "id2label", "label2id", "architectures"})
 
 
 def test_new_head(tmp_path):
