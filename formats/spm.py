@@ -21,7 +21,8 @@ import math
 import re
 import struct
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from formats.disk import read_bytes
 
@@ -38,6 +39,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)   # a piece's
 MODEL_TYPES = {1: "UNIGRAM", 2: "BPE", 3: "WORD", 4: "CHAR"}
 LONGEST_PIECE = 1000                         # letters; `tokenizers` frees a tree by a call a letter
 LONGEST_RULE = 255                           # bytes of a replacement; NFKC's longest has 33
+WHOLE = Regex("(?m:.++)")                    # Oniguruma's m: "." is a line end too
 SPACE = "▁"                                  # U+2581 is a space inside pieces
 
 
@@ -222,6 +224,10 @@ class SpmNormalizer:
                 end = place + 1
         return end, new
 
+    def normalize(self, part):
+        """Called by `tokenizers`, after normalize_between(), for each text between added tokens."""
+        part.replace(WHOLE, self.apply(part.normalized))
+
     def decode_chain(self, tokens):
         """Called by `tokenizers` to make a text of tokens again."""
         return ["".join(tokens).replace(SPACE, " ").strip(" ")]
@@ -304,6 +310,7 @@ def build_tokenizer(pieces, byte_fallback, normalizer):
         special_tokens=[("[CLS]", special["[CLS]"]), ("[SEP]", special["[SEP]"])])
     # A custom decoder makes saving and copying an error: what they give would not normalise.
     tokenizer.decoder = decoders.Decoder.custom(normalizer)
+    tokenizer.rules = normalizer
     normalize_first(tokenizer, normalizer.apply)
     return tokenizer
 
@@ -315,6 +322,8 @@ def normalize_first(tokenizer, apply):
     anew for each text, which takes longer than all of `apply`.
     """
     def prepare(given):
+        if tokenizer.normalizer is not None:                     # see normalize_between()
+            return given
         if isinstance(given, str):
             return apply(given)
         is_several = isinstance(given, (list, tuple))            # a pair, a batch, words
@@ -328,3 +337,8 @@ def normalize_first(tokenizer, apply):
     for name in dir(tokenizer):
         if "encode" in name and callable(getattr(tokenizer, name)):
             setattr(tokenizer, name, wrap(getattr(tokenizer, name)))
+
+
+def normalize_between(tokenizer):
+    """For a tokenizer of read_spm() whose added tokens are found in texts: normalise between them."""
+    tokenizer.normalizer = normalizers.Normalizer.custom(tokenizer.rules)

@@ -97,6 +97,8 @@ def read_tokenizer(files):
     if new or "split_special_tokens" in options:   # else spm.model's, where their text stays text
         split = options.get("split_special_tokens", False)
         set_or_refuse(tokenizer, "encode_special_tokens", split, where, "split_special_tokens")
+        if path.name == "spm.model":
+            spm.normalize_between(tokenizer)
     set_template(tokenizer, kind, options, where, path)
     return tokenizer
 

@@ -14,6 +14,7 @@ which knows the best.
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import time
@@ -175,6 +176,12 @@ def files_to_replace(folder):
     tables = [path for path in sorted(folder.glob("*.tsv"))
               if path.name in names and first_line(path).startswith("index\tprediction")]
     return there[:-1] + tables + there[-1:]
+
+
+def first_line(path):
+    """The first line of a text file, which may be anybody's."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.readline(100).rstrip("\n")
 
 
 def is_run(folder):
@@ -542,11 +549,12 @@ def load_adapter(path):
         return tensors, stored | {"digest": hash_}
 
 
-def are_columns(texts, label, labels, metrics):
+def are_columns(texts, label, labels, metrics, unit=(0.0, 1.0)):
     """Whether these can be the columns of a task, as identity_of() has them."""
     are_names = all(isinstance(name, str) for name in [*texts, label, *labels])
     are_metrics = len(metrics) > 0 and METRICS.keys() >= set(metrics)
-    return are_names and are_metrics and len(texts) in (1, 2)
+    is_unit = len(unit) == 2 and all(map(math.isfinite, unit)) and unit[1] > 0
+    return are_names and are_metrics and is_unit and len(texts) in (1, 2)
 
 
 def check_adapter(stored, identity, name):

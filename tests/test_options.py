@@ -161,7 +161,7 @@ def test_paths_survive_a_change_of_folder(cli, tmp_path, monkeypatch):
     for name in ("adapter.safetensors", "predictions_dev.tsv"):
         assert Path("../again", name).read_bytes() == Path("../whole", name).read_bytes()
     config = json.loads(Path("../peft/adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(tmp_path / "base")
+    assert config["base_model_name_or_path"] is None       # a folder's name is not for others
     assert options.resolve({"task": "rte", "model": "someone/base"}).model == "someone/base"
 
 

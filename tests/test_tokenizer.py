@@ -308,8 +308,8 @@ def test_from_mnli_to_rte(cli, tmp_path):
     texts = glue.load_split(data.TASKS["rte"], "glue", "dev").texts
     batch = made([a for a, _ in texts], [b for _, b in texts], padding=True, return_tensors="pt")
     whole = transformers.AutoModelForSequenceClassification.from_pretrained("merged")
-    adapted = peft.AutoPeftModelForSequenceClassification.from_pretrained("peft", num_labels=2,
-                                                                          ignore_mismatched_sizes=True)
+    adapted = peft.PeftModel.from_pretrained(transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "nli", num_labels=2, ignore_mismatched_sizes=True), "peft")
     predicted = [line.split("\t")[1] for line in Path("run/predictions_dev.tsv").read_text().splitlines()[1:]]
     for model in (whole, adapted):
         model.eval()
