@@ -92,7 +92,8 @@ def command(settings):
         if isinstance(value, list):
             value = ",".join(value)
         if value != usual[name]:
-            words += [options.flag(name), str(value)]
+            text = f"{value:.15g}" if isinstance(value, float) else str(value)
+            words += [options.flag(name), text]
     return shlex.join(words)
 
 
