@@ -104,7 +104,7 @@ SIZES = {"lora2.py": 420,           # 350
          "the four that are read": 1482,                                     # 1,450
          "product": 5190,           # 4,300: all but tests/ and experiments/
          "experiments": 2669,       # 2,400
-         "tests": 10510}            # 9,500
+         "tests": 10600}            # 9,500
 
 
 def test_what_is_read_stays_small():
