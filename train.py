@@ -160,7 +160,7 @@ def train(o, saved=None):
             optimizer.zero_grad()
             # ------------------------------------------------------------------------------
             state.tokens += int(batch.attention_mask.sum())
-            log.training(state, loss, R, kept, optimizer)  # a line every ten steps
+            log.training(state, loss, R, kept, optimizer, pruner)  # a line every ten steps
         files.finish(task, progress.counts(net))
     return here, task, unseen, net
 

@@ -3,7 +3,8 @@
     python experiments/plot.py runs/cola-lora2-s6              # PNG and SVG files into that folder
     python experiments/plot.py runs/cola-lora2-s6 --out pictures
 
-Needs matplotlib. What a run does not have is not drawn, kept values without pruning for example.
+What moves is made by moving.py, the rest needs matplotlib. What a run does not have is not drawn,
+kept values without pruning for example.
 """
 import argparse
 import json
@@ -12,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments import summary, tables
+from experiments import moving, summary, tables
 from formats import disk
 
 PANELS = {"loss": "task loss", "R": "R above its floor", "kept": "kept singular values"}
@@ -97,8 +98,11 @@ def read_run(folder):
 def draw(folder, out):
     """Draw what a run folder holds; returns the paths of the pictures."""
     title, r, ranks, log = read_run(folder)
+    story = moving.read_story(Path(folder), log)
     out, paths = Path(out), []
     out.mkdir(parents=True, exist_ok=True)
+    if story is not None:
+        paths += moving.save(story, out / "pruning")
     if ranks is not None:
         figure, (axes,) = new_figure()
         figure.colorbar(heat_map(axes, ranks, r, title), ax=axes)

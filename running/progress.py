@@ -160,11 +160,12 @@ class Log:
             raise OSError(f"{self.path} could not be written ({e.strerror or e}): make room, "
                           "--resume") from e
 
-    def training(self, state, loss, R, kept, optimizer):
+    def training(self, state, loss, R, kept, optimizer, pruner):
         """A line about step state.step, if one is due.
 
         loss, R: scalars on the device; R is given as the distance from its floor. kept: how many
-        singular values the last selection kept, or None. Tokens and seconds are the whole run's.
+        singular values the last selection kept, or None; then the pruner is asked where, and
+        "ranks" lists it in the order of ranks.json. Tokens and seconds are the whole run's.
         """
         if not self.is_due(state.step):
             return
@@ -182,6 +183,7 @@ class Log:
             text += f"  R {record['R']:.3f}"
         if kept is not None:
             record["kept"] = kept
+            record["ranks"] = [count for _, count in sorted(pruner.kept().items())]
             text += f"  kept {kept}/{len(lora2_layers(self.net)) * self.o.r}"
         if state.evaluations:
             text += f"  {self.task.metrics[0]} {state.evaluations[-1]['score']:.4f}"

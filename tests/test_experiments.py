@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import xml.etree.ElementTree
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 
 from data import TASKS
 from experiments import grid as grids
-from experiments import plot, reproduce, summary, tables
+from experiments import moving, plot, reproduce, summary, tables
 from experiments.speed import table as bench_table
 import model as models
 from formats import disk, toy
@@ -935,6 +937,91 @@ def test_a_folder_without_the_files(spoil, says, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     spoil(run_folder(tmp_path / "run"))
     refused([str(tmp_path / "run")], capsys, says, main=plot.main)
+
+
+# --- the picture that moves ---------------------------------------------------------------------------------
+
+def read_picture(text):
+    """[({row: [count of each layer]}, its words)] of an SVG's frames. A dash and a gap are one value."""
+    svg, frames = "{http://www.w3.org/2000/svg}", []
+    root = xml.etree.ElementTree.fromstring(text)
+    columns = [float(word.get("x")) for word in root.iter(f"{svg}text")
+               if word.text.isdigit() and word.get("y") == str(moving.TOP - 16)]
+    for group in root.iter(f"{svg}g"):
+        lit, rows = group.find(f"{svg}path[@class='lit']"), {}
+        unit = sum(map(float, lit.get("stroke-dasharray").split()))
+        for x, y, length in re.findall(r"M([\d.]+) (\d+)h([\d.]+)", lit.get("d")):
+            row = (int(y) - moving.TOP) // moving.ROW
+            rows.setdefault(row, [0] * len(columns))[columns.index(float(x))] = round(float(length) / unit)
+        frames.append((rows, [word.text for word in group.iter(f"{svg}text")]))
+    last, = root.findall(f"{svg}g[@class='frame last']")
+    assert last is root.findall(f"{svg}g")[-1]
+    return frames
+
+
+def check_picture(story, text):
+    """That a picture has all frames of its story, each with its numbers, and where nothing moves the last."""
+    frames = read_picture(text)
+    for (rows, words), frame in zip(frames, story["frames"], strict=True):
+        ranks = dict(enumerate(frame["ranks"].values()))
+        assert rows == {row: counts for row, counts in ranks.items() if any(counts)}
+        assert sum(map(sum, ranks.values())) == frame["kept"]
+        assert words == [f"{frame['loss']:.3f}", f"{frame['kept']} of {story['singular_values']}",
+                         f"step {frame['step']} of {story['steps']}"]
+    light, dark = text.split("@media (prefers-color-scheme: dark)")
+    for name in ("room", "lit", "kept", "loss", "axis", "now", "note", "paper"):
+        assert f'class="{name}' in text and f".{name} {{" in light and f".{name} {{" in dark
+    still, moves = text.split("@media (prefers-reduced-motion: no-preference)")
+    assert "animation:" not in still and ".frame { visibility: hidden }" in still and "animation:" in moves
+    assert "<script" not in text and "http" not in text.partition(">")[2]
+
+
+def test_the_picture_that_moves_is_of_its_story():
+    """Oracle: pruning-stsb.json, read back out of the SVG by an XML parser; drawn anew, the same bytes."""
+    path = ROOT / "experiments" / "results" / "pruning-stsb.json"
+    story, text = json.loads(path.read_text(encoding="utf-8")), (ROOT / "docs" / "pruning.svg").read_bytes()
+    assert moving.picture(story).encode() == text and len(text) < 150_000
+    check_picture(story, text.decode())
+    assert [frame["step"] for frame in story["frames"]] == [1, *range(10, story["steps"] + 1, 10)]
+    assert story["frames"][-1]["kept"] == story["last"]["kept"] == story["budget"]
+    words = shlex.split(story["command"])[2:]
+    assert summary.comparable(vars(options.resolve(options.parse(words)))) == story["settings"]
+
+
+@pytest.mark.parametrize("method", ["lora2", "adalora", "sora", "lora"])
+def test_a_run_leaves_its_picture(method, cli):
+    """Oracle: ranks.json and the log of a run of twelve steps; SoRA and LoRA have no budget to show."""
+    pytest.importorskip("matplotlib")
+    assert cli.tiny("--method", method, "--max-steps 12").status == 0
+    lines = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
+    told = [line for line in lines if "ranks" in line]
+    assert plot.main(["run", "--out", "out"]) == 0
+    assert {path.name for path in Path("out").glob("pruning.*")} == (
+        {"pruning.json", "pruning.svg"} if told else set())
+    assert [line["step"] for line in told] == ([1, 10, 12] if method in ("lora2", "adalora") else [])
+    if told:
+        story = json.loads(Path("out/pruning.json").read_text(encoding="utf-8"))
+        ranks = json.loads(Path("run/ranks.json").read_text())
+        assert told[-1]["ranks"] == [ranks[name] for name in sorted(ranks)]
+        assert story["frames"][-1]["ranks"] == summary.by_place(ranks)
+        check_picture(story, Path("out/pruning.svg").read_text(encoding="utf-8"))
+
+
+def test_counts_of_other_matrices(cli, capsys):
+    """Oracle: status 2 and one line "error: ..."; the log has a count too many."""
+    assert cli.tiny("--max-steps 12").status == 0
+    log = Path("run/log.jsonl")
+    log.write_text(log.read_text().replace('"ranks": [', '"ranks": [1, ', 1))
+    refused(["run"], capsys, "log.jsonl is damaged", main=plot.main)
+
+
+def test_of_a_long_run_some_frames_are_left_out(monkeypatch):
+    """Oracle: by hand: of 7 frames every third, so that the last is among them."""
+    monkeypatch.setattr(moving, "FRAMES", 3)
+    frames = [{"step": i, "loss": 0.0, "kept": 8 - i, "ranks": {"q": [8 - i, 0]}} for i in range(1, 8)]
+    story = {"settings": {"r": 8, "task": "own", "model": '<"a&b">'}, "steps": 7, "singular_values": 16,
+             "last": {"scores": {"dev": {"accuracy": 0.5}}}, "frames": frames}
+    assert [rows for rows, _ in read_picture(moving.picture(story))] == [{0: [8 - i, 0]} for i in (1, 4, 7)]
 
 
 def test_figure3(tmp_path, ran):

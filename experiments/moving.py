@@ -1,0 +1,228 @@
+"""The picture that moves: which singular values a run kept, over its steps, as an animated SVG.
+
+It is made from a "story", a dict that plot.py writes beside it as pruning.json:
+
+    command, settings, FACTS    what was run, and where (FACTS: of summary.py)
+    best, last                  two of its evaluations
+    frames                      step, loss, kept, ranks {matrix: [count of each layer]}; one a line
+
+It is a flip book in CSS, without script, which pages that show an SVG as an image play. Where
+nothing moves, or the reader wants nothing to move, its last frame stands.
+"""
+import json
+import math
+import shlex
+from xml.sax.saxutils import escape, quoteattr
+
+from experiments import summary, tables
+from formats import disk
+from running import options, progress
+
+FRAMES = 100                                               # at most: then some are left out
+TIME, REST = 9, 4                                          # seconds of all; of the last, more
+LEFT, RIGHT = 150, 790                                     # of map and curves; 860 is all
+TOP, ROW, PANEL = 92, 28, 56                               # first row; heights of a row, a curve
+
+STYLE = """
+    text { font: 14px ui-sans-serif, system-ui, sans-serif; fill: #1f2328 }
+    path { fill: none; stroke-width: 1.5 }
+    .title { font-size: 16px; font-weight: 600 }
+    .note { font-size: 12px; fill: #59636e }
+    .end { text-anchor: end; font-variant-numeric: tabular-nums }
+    .paper { fill: #ffffff }
+    .room { stroke: #dde2e7; stroke-width: 16 }
+    .lit { stroke: #bc4c00; stroke-width: 16 }
+    .kept { stroke: #bc4c00 }
+    .loss { stroke: #0969da }
+    .axis { stroke: #afb8c1; stroke-width: 1 }
+    .now { stroke: #1f2328; stroke-width: 1 }
+    @media (prefers-color-scheme: dark) {
+      text { fill: #f0f6fc }
+      .note { fill: #9198a1 }
+      .paper { fill: #0d1117 }
+      .room { stroke: #262c36 }
+      .lit { stroke: #f0883e }
+      .kept { stroke: #f0883e }
+      .loss { stroke: #58a6ff }
+      .axis { stroke: #3d444d }
+      .now { stroke: #f0f6fc }
+    }
+    .frame { visibility: hidden }
+    .last { visibility: visible }
+    @media (prefers-reduced-motion: no-preference) {
+      .frame { animation: turn ROUND step-end infinite }
+      .last { animation-name: stay }
+    }
+    @keyframes turn { from { visibility: visible } TURN, to { visibility: hidden } }
+    @keyframes stay { from { visibility: visible } STAY, to { visibility: hidden } }
+"""
+
+
+# --- from a run to its story -----------------------------------------------------------------
+
+def read_story(folder, log):
+    """The story of a finished run, or None if its log does not say what was kept where.
+
+    log: its lines about steps. ValueError or OSError of one sentence for a damaged file.
+    """
+    lines = [line for line in log if "ranks" in line]
+    if not lines:
+        return None
+    advice = "run it again"
+    names = sorted(disk.read_json(folder / "ranks.json", advice))
+    frames = []
+    with disk.reading(folder / "log.jsonl", advice):
+        for line in lines:
+            ranks = summary.by_place(dict(zip(names, line["ranks"], strict=True)))
+            frames.append({"step": line["step"], "loss": round(line["loss"], 4),
+                           "kept": line["kept"], "ranks": ranks})
+    result = disk.read_json(folder / "result.json", advice)
+    with disk.reading(folder / "result.json", advice):
+        settings = summary.comparable(result["settings"])
+        facts = {name: result[name] for name in ("best", "last", *summary.FACTS)}
+        return {"command": command(settings), "settings": settings, **facts, "frames": frames}
+
+
+def command(settings):
+    """What runs with these settings again: train.py and the options that are not as usual."""
+    usual = {name: option.default for name, option in options.TABLE.items()}
+    usual |= options.preset_of(settings["task"], settings["method"])
+    words = ["python", "train.py"]
+    for name, value in settings.items():
+        if isinstance(value, list):
+            value = ",".join(value)
+        if value != usual[name]:
+            text = f"{value:.15g}" if isinstance(value, float) else str(value)
+            words += [options.flag(name), text]
+    return shlex.join(words)
+
+
+def save(story, stem):
+    """Write stem.json, the story, and stem.svg; returns their paths."""
+    paths = [stem.with_suffix(".json"), stem.with_suffix(".svg")]
+    for path, content in zip(paths, (summary.layout(story) + "\n", picture(story))):
+        disk.write_file(path, content)
+    return paths
+
+
+# --- from the story to the picture -----------------------------------------------------------
+
+def picture(story):
+    """The SVG of a story, text."""
+    frames = story["frames"]
+    every = math.ceil(len(frames) / FRAMES)
+    frames = frames[(len(frames) - 1) % every::every]      # with the last one
+    turn = round(TIME / len(frames), 3)                    # seconds of a frame
+    whole = turn * len(frames) + REST
+    loss = TOP + ROW * len(frames[0]["ranks"]) + 16        # where the curves begin
+    kept = loss + PANEL + 20
+    foot = kept + PANEL
+    size = f'width="860" height="{foot + 44}"'
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 860 {foot + 44}" '
+             f'role="img" aria-label={quoteattr(title_of(story))}>',
+             f"  <style>{style(turn, whole)}  </style>", f'  <rect class="paper" {size} rx="8"/>']
+    parts += words_around(story, foot)
+    parts += empty_map(frames[0]["ranks"], story["settings"]["r"])
+    parts += curve(story, frames, "loss", loss, "task loss, log scale")
+    parts += curve(story, frames, "kept", kept, "kept: the budget")
+    for i, frame in enumerate(frames):
+        kind = "frame last" if frame is frames[-1] else "frame"
+        delay = turn * (i - 0.5) - whole                   # all are under way: it is below 0
+        parts += [f'  <g class="{kind}" style="animation-delay: {delay:.4f}s">',
+                  squares("lit", frame["ranks"], story["settings"]["r"]),
+                  f'  <path class="now" d="M{x_of(frame["step"], story)} {loss}V{foot}"/>',
+                  label(loss + 34, f"{frame['loss']:.3f}"),
+                  label(kept + 34, f"{frame['kept']} of {story['singular_values']}"),
+                  label(foot + 26, f"step {frame['step']} of {story['steps']}"),
+                  "  </g>"]
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def style(turn, whole):
+    """The style sheet: of a round of `whole` seconds a frame has `turn`, the last one REST more."""
+    values = {"ROUND": f"{whole:.3f}s", "TURN": f"{100 * turn / whole:.5f}%",
+              "STAY": f"{100 * (turn + REST) / whole:.5f}%"}
+    sheet = STYLE
+    for name, value in values.items():
+        sheet = sheet.replace(name, value)
+    return sheet
+
+
+def text(x, y, words, kind):
+    """A line of text."""
+    return f'  <text class="{kind}" x="{x:g}" y="{y}">{escape(words)}</text>'
+
+
+def label(y, words, kind="end"):
+    """A line of text that ends left of the map and of the curves."""
+    return text(LEFT - 12, y, words, kind)
+
+
+def title_of(story):
+    """What the picture is of."""
+    settings = story["settings"]
+    task, *_ = tables.COLUMNS.get(settings["task"], [settings["task"]])
+    return f"Singular values that pruning keeps: {settings['model']} on {task}"
+
+
+def words_around(story, foot):
+    """The title, what the squares mean, and the scores."""
+    scores = progress.scores_text(story["last"]["scores"])
+    r = story["settings"]["r"]
+    meaning = f"Filled squares: how many of the {r} singular values of a matrix are kept."
+    return [text(16, 30, title_of(story), "title"), text(16, 50, meaning, "note"),
+            text(RIGHT, foot + 26, f"after the last step: {scores}", "note end")]
+
+
+def empty_map(ranks, r):
+    """The map with no square filled, and the names of its rows and columns."""
+    layers = len(next(iter(ranks.values())))
+    parts = [squares("room", {short: [r] * layers for short in ranks}, r)]
+    for i, short in enumerate(ranks):
+        parts.append(label(TOP + ROW * i + 5, tables.MATRICES[short]))
+    parts.append(label(TOP - 16, "layer", "note end"))
+    for layer in range(layers):
+        x = round(LEFT + (RIGHT - LEFT) * layer / layers, 1)
+        parts.append(text(x, TOP - 16, str(layer), "note"))
+    return parts
+
+
+def squares(kind, ranks, r):
+    """So many squares for each count of {matrix: [count of each layer]}: a path, dashed."""
+    layers = len(next(iter(ranks.values())))
+    cell = (RIGHT - LEFT) / layers
+    unit = round(0.92 * cell / r, 1)                       # a square and the gap behind it
+    lines = []
+    for i, counts in enumerate(ranks.values()):
+        for layer, count in enumerate(counts):
+            if count:
+                x = round(LEFT + cell * layer, 1)
+                lines.append(f"M{x:g} {TOP + ROW * i}h{count * unit:.1f}")
+    dashes = f"{0.8 * unit:.2f} {0.2 * unit:.2f}"
+    return f'  <path class="{kind}" stroke-dasharray="{dashes}" d="{"".join(lines)}"/>'
+
+
+def curve(story, frames, key, top, name):
+    """One number of all frames as a curve, with its name, its largest and its least value."""
+    values = [frame[key] for frame in frames]
+    scale = log_of if key == "loss" else float
+    least, most = scale(min(values)), scale(max(values))
+    points = []
+    for frame in frames:
+        height = (scale(frame[key]) - least) / (most - least or 1)
+        points.append(f"{x_of(frame['step'], story)} {top + PANEL * (1 - height):.1f}")
+    return [f'  <path class="axis" d="M{LEFT} {top}V{top + PANEL}H{RIGHT}"/>',
+            f'  <path class="{key}" d="M{"L".join(points)}"/>',
+            label(top + 14, name, "note end"),
+            text(RIGHT + 8, top + 8, f"{max(values):.4g}", "note"),
+            text(RIGHT + 8, top + PANEL, f"{min(values):.4g}", "note")]
+
+
+def log_of(loss):
+    """The logarithm of a loss; what is rounded to 0 counts as the least number that is not."""
+    return math.log(max(loss, 1e-4))
+
+
+def x_of(step, story):
+    """Where a step stands on the axis of the curves."""
+    return round(LEFT + (RIGHT - LEFT) * step / story["steps"], 1)
