@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora2 import LoRA2Linear, RankPruner, lora2_layers, require
+from lora2 import LoRA2Linear, RankPruner, is_quantised, lora2_layers, require
 
 
 class LinearWithUpdate(torch.autograd.Function):
@@ -62,13 +62,14 @@ def product_dtype(x):
 def is_plain(base, x):
     """Whether base(x) is all that an nn.Linear is asked for, so that nobody misses the call.
 
-    Hooks, or a forward() that was put in the place of its own, want to be called. Mixed dtypes are
-    for torch to refuse.
+    Hooks, or a forward() that was put in the place of its own, want to be called, and quantised
+    weights are no Parameter of torch. Mixed dtypes are for torch to refuse.
     """
+    plain = type(base.weight) is nn.Parameter and "forward" not in base.__dict__
     hooks = (base._forward_hooks or base._forward_pre_hooks
              or base._backward_hooks or base._backward_pre_hooks)
     mixed = base.weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)
-    return not hooks and not mixed and "forward" not in base.__dict__
+    return plain and not hooks and not mixed
 
 
 def linear_with_update(base, x, down, up, cast=None):
@@ -194,9 +195,12 @@ class FastRankPruner(RankPruner):
         for factor, join in self.joins.items():
             of_adapters = self.weights(factor)
             weights.append(join(of_adapters))
-            gradients.append(join([w.grad for w in of_adapters]))
+            gradients.append(join(self.gradients(factor)))
         I = (in_a_row(weights, self.dtype) * in_a_row(gradients, self.dtype)).abs_()
-        I = I.where(I.amax() < float("inf"), 0.0)  # also if amax is NaN
+        there = [p.grad for p in self.all_parameters if p.grad is not None]
+        require(there, "no gradients: call pruner.step() before zero_grad()", RuntimeError)
+        largest = torch.stack(torch._foreach_norm(there, float("inf"))).amax()
+        I = I.where(largest < float("inf"), 0.0)  # an overflow anywhere; also if it is NaN
         parts = I.split([w.numel() for w in weights])
         parts = [part.view_as(w) for part, w in zip(parts, weights)]
         self.to(self.dtype)  # if its model was cast
@@ -270,11 +274,11 @@ def cast_frozen(model, dtype):
     for _, layer in lora2_layers(model):
         base = layer.base
         bases.add(base)                                     # their copies go with the adapters
-        if not any(p.requires_grad for p in base.parameters()):
+        if not is_quantised(base) and not any(p.requires_grad for p in base.parameters()):
             layer.cast = {dtype: (base.weight.to(dtype), cast_if_frozen(base.bias, dtype))}
     for layer in model.modules():
         is_linear = type(layer) in (nn.Linear, FrozenLinear) and layer not in bases
-        if is_linear and not layer.weight.requires_grad:
+        if is_linear and not is_quantised(layer) and not layer.weight.requires_grad:
             layer.__class__ = FrozenLinear
             layer.cast = layer.weight.to(dtype), cast_if_frozen(layer.bias, dtype)
 
