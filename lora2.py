@@ -222,7 +222,7 @@ def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
     adapters = lora2_layers(model)
     require(adapters and terms and set(terms) <= {"uv", "UV", "PQ"},
             f"terms = {terms!r}: list some of 'uv', 'UV', 'PQ', on a model with LoRA² adapters")
-    R = 0
+    R = adapters[0][1].lam.new_zeros(())
     for _, layer in adapters:
         with torch.autocast(layer.u.device.type, enabled=False):
             # The paper has vvᵀ and uᵀu, the other sides. The gradient is the same, because
@@ -359,7 +359,7 @@ class RankPruner(nn.Module):
         for factor, join in self.joins.items():
             w = join(self.weights(factor)).to(self.dtype)
             I[factor] = (w * join(self.gradients(factor)).to(self.dtype)).abs()
-        there = [p.grad for p in self.all_parameters if p.grad is not None]
+        there = [p.grad for p in self.all_parameters if type(p.grad) is torch.Tensor]
         require(there, "no gradients: call pruner.step() before zero_grad()", RuntimeError)
         finite = torch.stack([gradient.isfinite().all() for gradient in there]).all()
         self.to(self.dtype)  # if a module that holds this one was cast

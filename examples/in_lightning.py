@@ -39,7 +39,7 @@ class Regression(lightning.LightningModule):
     def on_before_optimizer_step(self, optimizer):  # once per optimizer step, before clipping
         (0.1 * orthogonality_loss(self.net)).backward()
 
-    def optimizer_step(self, epoch, batch_index, optimizer, optimizer_closure):
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
         optimizer.step(closure=optimizer_closure)
         self.pruner.step()  # gradients are there until the next closure
 

@@ -70,7 +70,7 @@ def main(folder=None, resume=None, callbacks=()):
         save_steps=12, load_best_model_at_end=True, report_to=[], disable_tqdm=True,
         eval_delay=T - FINAL)  # the best of the pruned ones: earlier models have more Λ
     trainer = LoRA2Trainer(make_model(), arguments, train_dataset=rows(2000),
-                           eval_dataset=rows(200), callbacks=[Pruning, *callbacks])
+                           eval_dataset=rows(200), callbacks=[Pruning(), *callbacks])
     trainer.train(resume_from_checkpoint=resume)
     kept = trainer.model.pruner.kept()
     print(f"loss {trainer.evaluate()['eval_loss']:.3f}, kept {sum(kept.values())} of 24")
