@@ -389,10 +389,8 @@ class RankPruner(nn.Module):
         return scores
 
     def prune(self):
-        """Keep the kept_total best, exactly; of equal ones the first. Set the rest to 0.
-
-        In the last phase that is done in every step: AdamW's momentum moves a Λ_i off 0 again.
-        """
+        """Keep the kept_total best, exactly; of equal ones the first. Set the rest to 0, in the last
+        phase at every step: AdamW's momentum moves a Λ_i off 0 again."""
         ranking = self.scores().flatten().argsort(descending=True, stable=True)
         self.keep.zero_()
         self.keep.view(-1)[ranking[:self.kept_total]] = True
