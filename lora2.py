@@ -30,7 +30,6 @@ through k numbers, the second scale (Eq. 4, row vectors; here d = 768, k = 8, r 
 in k × k numbers: k = 1 gives exactly the updates of LoRA with r = 1, and no rank falls until all
 Λ_i of an adapter are gone. Pruning then shares out terms between the matrices of a model.
 """
-import contextlib
 import math
 import re
 import warnings
@@ -105,7 +104,7 @@ class LoRA2Linear(nn.Module):
         return self.base.bias
 
 
-def require(condition, message, error: type[Exception] = ValueError):
+def require(condition, message, error: type = ValueError):
     """Raise `error` unless `condition`. The message says what is wrong and what to do."""
     if not condition:
         raise error(message)
@@ -113,8 +112,8 @@ def require(condition, message, error: type[Exception] = ValueError):
 
 def is_quantised(base):
     """Whether W0 is held in few bits, by a linear layer of bitsandbytes or a tensor of torchao."""
-    holder = base.weight if type(base) is nn.Linear else base
-    library = type(holder).__module__.partition(".")[0]
+    holds = base.weight if type(base) is nn.Linear else base
+    library = type(holds).__module__.partition(".")[0]
     return isinstance(base, nn.Linear) and library in ("bitsandbytes", "torchao")
 
 
@@ -143,8 +142,8 @@ def find_targets(model, targets, trainable):
         hits = [target for target in targets if f".{name}".endswith(f".{target}")]
         if type(module) is nn.Linear or is_quantised(module):
             linears.add(re.sub(r"\b\d+\b", "*", name))  # "layer.*.query", for the message
-            if "all-linear" in targets and module is not head:
-                hits.append("all-linear")
+            if module is not head:
+                hits.extend(targets & {"all-linear"})
         if name and hits and trainable.isdisjoint(name.split(".")):
             modules[name] = module
             matched.update(hits)
@@ -165,8 +164,8 @@ def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
     """Freeze `model` and put a LoRA2Linear around its target layers. Returns their names, in order.
 
     targets: names of modules, or one. "query" is every module called so and all whose names end in
-        ".query", such as "encoder.layer.0.attention.self.query"; "all-linear" is every linear
-        layer but the output embeddings of a language model of transformers.
+        ".query", such as "encoder.layer.0.attention.self.query". "all-linear": every linear layer
+        but the output embeddings of a transformers model.
     k, r, alpha, init: as for LoRA2Linear.
     trainable: parts of dotted names, such as "classifier", of what trains in full, not adapted.
     layer: LoRA2Linear or a subclass.
@@ -195,19 +194,6 @@ def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
 def lora2_layers(model):
     """[(name, LoRA2Linear), ...] of a model, in the model's order."""
     return [(n, m) for n, m in model.named_modules() if isinstance(m, LoRA2Linear)]
-
-
-@contextlib.contextmanager
-def adapters_off(model):
-    """Within it every ΔW is 0: base against tuned, or DPO's reference. A trained head stays."""
-    scales = {layer: layer.scale for _, layer in lora2_layers(model)}
-    try:
-        for layer in scales:
-            layer.scale = 0.0
-        yield
-    finally:
-        for layer, scale in scales.items():
-            layer.scale = scale
 
 
 def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
@@ -250,7 +236,7 @@ def distance(X):
 def orthogonality_floor(k, r, terms=("uv", "UV", "PQ")):
     """The least value of R, 2|k − r| with all terms: P, Q, u and U have rank min(k, r) at most."""
     floors = {"uv": max(k - r, 0), "UV": max(k - r, 0), "PQ": 2 * max(r - k, 0)}
-    return sum([floors[term] for term in set(terms)])
+    return sum(map(floors.__getitem__, set(terms)))
 
 
 class RankPruner(nn.Module):
@@ -298,7 +284,7 @@ class RankPruner(nn.Module):
         self.warmup, self.final, self.interval = warmup, final, interval
         self.beta1, self.beta2 = beta1, beta2
         self.allow_unused = allow_unused
-        self.all_parameters = [p for p in model.parameters() if p.numel() > 0]
+        self.all_parameters = list(model.parameters())
         self.t, self.kept_total = 0, len(found) * self.r
         lam = torch.stack(self.weights("lam"))  # (n, r)
         self.register_buffer("keep", torch.ones_like(lam, dtype=torch.bool))
@@ -349,6 +335,12 @@ class RankPruner(nn.Module):
             found.append(torch.zeros_like(w) if w.grad is None else w.grad)
         return found
 
+    def all_gradients(self):
+        """Those there are in the whole model, but for shards. RuntimeError if there is none."""
+        found = [p.grad for p in self.all_parameters if type(p.grad) is torch.Tensor]
+        require(found, "no gradients: call pruner.step() before zero_grad()", RuntimeError)
+        return found
+
     def update_averages(self):
         """Ī and Ū of all that is scored. The paper has "??" for them: they are AdaLoRA's.
 
@@ -358,10 +350,11 @@ class RankPruner(nn.Module):
         I = {}
         for factor, join in self.joins.items():
             w = join(self.weights(factor)).to(self.dtype)
-            I[factor] = (w * join(self.gradients(factor)).to(self.dtype)).abs()
-        there = [p.grad for p in self.all_parameters if type(p.grad) is torch.Tensor]
-        require(there, "no gradients: call pruner.step() before zero_grad()", RuntimeError)
-        finite = torch.stack([gradient.isfinite().all() for gradient in there]).all()
+            dw = join(self.gradients(factor)).to(self.dtype)
+            I[factor] = (w * dw).abs()
+        finite = self.keep.new_ones(())
+        for gradient in self.all_gradients():
+            finite = finite & gradient.isfinite().all()
         self.to(self.dtype)  # if a module that holds this one was cast
         for factor, now in I.items():
             # Ours: I = 0 if fp16 overflowed anywhere, also in the head. A GradScaler then skips the
@@ -389,8 +382,8 @@ class RankPruner(nn.Module):
         return scores
 
     def prune(self):
-        """Keep the kept_total best, exactly; of equal ones the first. Set the rest to 0, in the last
-        phase at every step: AdamW's momentum moves a Λ_i off 0 again."""
+        """Keep the kept_total best, exactly; of equal ones the first. Set the rest to 0, in the
+        last phase at every step: AdamW's momentum moves a Λ_i off 0 again."""
         ranking = self.scores().flatten().argsort(descending=True, stable=True)
         self.keep.zero_()
         self.keep.view(-1)[ranking[:self.kept_total]] = True
@@ -401,10 +394,10 @@ class RankPruner(nn.Module):
     def mask(self, model):
         """Put the last choice on a model with the same adapters: averaged or loaded weights. Call
         it at the end of a run: it warns if the budget was not reached."""
-        layers = [layer for _, layer in lora2_layers(model)]
-        require([layer.r for layer in layers] == [self.r] * len(self.layers),
+        found = lora2_layers(model)
+        require([layer.r for _, layer in found] == [self.r] * len(self.layers),
                 "mask() needs a model with the adapters that the pruner has")
-        for layer, row in zip(layers, self.keep):
+        for (_, layer), row in zip(found, self.keep):
             layer.lam.mul_(row.to(layer.lam.device))
         if self.kept_total > self.budget(self.total_steps):
             warnings.warn(f"the run ended at step {self.t} of {self.total_steps}: {self.kept_total}"
@@ -413,8 +406,8 @@ class RankPruner(nn.Module):
     def kept(self):
         """{adapter: singular values that the last choice kept}, the data of Figure 3. RuntimeError
         if in the last phase the model's Λ are other ones, as after loading the best weights."""
-        pruned = torch.stack(self.weights("lam"))[~self.keep]
-        require(self.t < self.total_steps - self.final or not pruned.any(),
+        gone = torch.stack(self.weights("lam"))[~self.keep]
+        require(self.t < self.total_steps - self.final or not gone.any(),
                 "the model's Λ are not what the pruner left: call pruner.mask(model)", RuntimeError)
         return dict(zip(self.names, self.keep.sum(1).tolist()))
 
@@ -425,29 +418,30 @@ class RankPruner(nn.Module):
         self.t, self.kept_total = state.tolist()
 
 
+@torch.no_grad()
 def lora2_state_dict(model):
-    """{name: copy} of what is trained: all of state_dict() but frozen parameters, what quantised
-    layers add and a RankPruner. Beside them what tells alpha and base by: NAME.scale, and
-    NAME.base_sample, at most 16 numbers of W0, or NaN, which fits any, if that is quantised."""
-    adapters = dict(lora2_layers(model))
-    state = model.state_dict()
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, parameter in parameters.items():
-        if not parameter.requires_grad and name.rpartition(".")[0] not in adapters:
-            state.pop(name, None)
-    for name, module in model.named_modules():
-        if is_quantised(module) or isinstance(module, RankPruner):
-            for key in list(state):
-                if key.startswith(f"{name}.") and key not in parameters:
-                    del state[key]
-    for name, layer in adapters.items():
-        require(layer.scale > 0, f"{name} is switched off: leave adapters_off() first")
+    """{name: copy} of what may have changed: adapters, all else that is trained, buffers; not a
+    RankPruner. Beside it what tells alpha and base by: NAME.scale, and NAME.base_sample, at most
+    16 numbers of W0, or NaN, which fits any, if W0 is quantised."""
+    ours = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        for key, parameter in module.named_parameters(name, recurse=False):
+            if parameter.requires_grad or isinstance(module, LoRA2Linear):
+                ours.add(key)
+        if not isinstance(module, RankPruner):
+            ours.update(dict(module.named_buffers(name, recurse=False)))
+    state = {}
+    for key, tensor in model.state_dict().items():
+        if key in ours:
+            state[key] = tensor.clone()
+    for name, layer in lora2_layers(model):
         state[f"{name}.scale"] = torch.tensor(layer.scale)
-        W = torch.tensor(math.nan).expand(layer.out_features, layer.in_features)
+        sample = torch.full((16,), math.nan)
         if not is_quantised(layer.base):
-            W = layer.base.weight
-        state[f"{name}.base_sample"] = W.reshape(-1)[::math.ceil(W.numel() / 16)].float()
-    return {n: t.detach().clone() for n, t in state.items() if isinstance(t, torch.Tensor)}
+            W = layer.base.weight.flatten()
+            sample = W[::math.ceil(len(W) / 16)].float().clone()
+        state[f"{name}.base_sample"] = sample
+    return state
 
 
 def load_lora2_state_dict(model, state):
@@ -465,9 +459,10 @@ def load_lora2_state_dict(model, state):
     for name in sorted(dict(lora2_layers(model))):
         for key, tolerance in ((f"{name}.scale", 1e-6), (f"{name}.base_sample", 0.02)):
             mine, theirs = own[key], state[key].to(own[key])  # W0 may be in bf16 on one side
-            fits = torch.isclose(theirs, mine, tolerance, 1e-7) | mine.isnan() | theirs.isnan()
-            require(bool(fits.all()), f"{key} differs between file and model: use the file's "
-                    "alpha and base model")
+            close = torch.isclose(theirs, mine, tolerance, 1e-7)
+            unknown = mine.isnan() | theirs.isnan()
+            require((close | unknown).all(), f"{key} differs between file and model: "
+                    "use the file's alpha and base model")
     model.load_state_dict(state, strict=False)  # no frozen ones, but scale and base_sample
 
 
@@ -476,7 +471,6 @@ def merge_lora2(model):
     """Add every ΔW to its W0, in place, and put the nn.Linear back. Returns the model. TypeError,
     and no change, if a W0 is quantised: merge into the full-precision base, with the same file."""
     for name, layer in lora2_layers(model):
-        require(layer.scale > 0, f"{name} is switched off: leave adapters_off() first")
         require(not is_quantised(layer.base), f"{name} has a quantised W0: load the adapters' file "
                 "into the full-precision base and merge there", TypeError)
     for name, layer in lora2_layers(model):

@@ -11,8 +11,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a clone
 
-from lora2 import (RankPruner, adapters_off, add_lora2, load_lora2_state_dict, lora2_layers,
-                   lora2_state_dict, orthogonality_loss)
+from lora2 import (RankPruner, add_lora2, load_lora2_state_dict, lora2_layers, lora2_state_dict,
+                   orthogonality_loss)
+from methods.hosts import adapters_off
 
 T, ACCUMULATE = 120, 2  # optimizer steps, and micro-batches in each
 

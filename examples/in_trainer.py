@@ -50,7 +50,8 @@ def make_model():
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
     add_lora2(model, ["query", "key", "value"], k=4, r=4, init="orthonormal",
               trainable=["pooler", "classifier"])
-    model.pruner = RankPruner(model, target_rank=1, total_steps=T, warmup=6, final=FINAL, interval=5)
+    model.pruner = RankPruner(model, target_rank=1, total_steps=T, warmup=6, final=FINAL,
+                              interval=5)
     return model
 
 

@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a clone
 
-from lora2 import RankPruner, adapters_off, add_lora2, orthogonality_loss
+from lora2 import RankPruner, add_lora2, orthogonality_loss
+from methods.hosts import adapters_off
 
 
 def rows(n, step):

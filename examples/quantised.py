@@ -1,6 +1,11 @@
 """LoRA² on a base in 4 bits, as in QLoRA: train there, merge into the full-precision base.
 
     python examples/quantised.py                           # bitsandbytes runs on a CPU, too
+
+Layers of bitsandbytes in 4 or 8 bits and weights of torchao in nn.Linear are bases like others. The
+file cannot tell such a base from another (its sample is NaN), and nothing is merged into few bits.
+On a CPU evaluate after training, not in between: bitsandbytes 0.50 packs 4-bit weights anew in
+eval(), and they pass on no gradient then. The pruner says so: "has no gradient".
 """
 import copy
 import sys

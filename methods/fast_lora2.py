@@ -197,8 +197,7 @@ class FastRankPruner(RankPruner):
             weights.append(join(of_adapters))
             gradients.append(join(self.gradients(factor)))
         I = (in_a_row(weights, self.dtype) * in_a_row(gradients, self.dtype)).abs_()
-        there = [p.grad for p in self.all_parameters if type(p.grad) is torch.Tensor]
-        require(there, "no gradients: call pruner.step() before zero_grad()", RuntimeError)
+        there = [gradient for gradient in self.all_gradients() if gradient.numel() > 0]
         largest = torch.stack(torch._foreach_norm(there, float("inf"))).amax()
         I = I.where(largest < float("inf"), 0.0)  # an overflow anywhere; also if it is NaN
         parts = I.split([w.numel() for w in weights])

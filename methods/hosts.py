@@ -1,7 +1,27 @@
 """What other people's models need now and then beside lora2.py: copy what you use."""
+import contextlib
+
 from torch import nn
 
-from lora2 import LoRA2Linear, add_lora2, load_lora2_state_dict, require
+from lora2 import LoRA2Linear, add_lora2, load_lora2_state_dict, lora2_layers, require
+
+
+@contextlib.contextmanager
+def adapters_off(model):
+    """Within it every ΔW is 0: base against tuned, or DPO's reference model.
+
+    What else was trained, such as a head, stays. Within it save, export and merge nothing: there is
+    nothing. load_lora2_state_dict() would refuse such a file.
+    """
+    layers = [layer for _, layer in lora2_layers(model)]
+    scales = [layer.scale for layer in layers]
+    try:
+        for layer in layers:
+            layer.scale = 0.0
+        yield
+    finally:
+        for layer, scale in zip(layers, scales):
+            layer.scale = scale
 
 
 def rebuild(model, state, layer=LoRA2Linear):

@@ -6,10 +6,10 @@ import io
 import pytest
 import torch
 
-from lora2 import (LoRA2Linear, RankPruner, adapters_off, add_lora2, load_lora2_state_dict, lora2_layers,
-                   lora2_state_dict, merge_lora2, orthogonality_loss)
+from lora2 import (LoRA2Linear, RankPruner, add_lora2, load_lora2_state_dict, lora2_layers, lora2_state_dict,
+                   merge_lora2, orthogonality_loss)
 from methods.fast_lora2 import FastLoRA2Linear, cast_frozen
-from methods.hosts import conv1d_to_linear, rebuild
+from methods.hosts import adapters_off, conv1d_to_linear, rebuild
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [pytest.mark.usefixtures("one_thread"),
