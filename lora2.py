@@ -121,12 +121,12 @@ def check_base(name, base, k, r, alpha, init):
     """TypeError or ValueError unless `base` is an nn.Linear that k and r fit. No other subclass:
     it computes something else, or nobody calls it, as nn.MultiheadAttention's out_proj."""
     kind = type(base).__name__
-    require(type(base) is nn.Linear or is_quantised(base),
-            f"{name} is a {kind}, not an nn.Linear", TypeError)
+    require(type(base) is nn.Linear or is_quantised(base), f"{name} is a {kind}, not an "
+            "nn.Linear: leave it out, or put one in its place", TypeError)
     W = base.weight
     is_plain = type(W) is nn.Parameter and W.is_floating_point() and W.itemsize > 1
     require((is_plain or is_quantised(base)) and not W.is_meta, f"{name} has no plain weight of "
-            "its own: meta device, quantised or re-parametrised", TypeError)
+            "its own: meta device, quantised or re-parametrised. Leave it out", TypeError)
     most = min(base.in_features, base.out_features)
     require(type(k) is int and type(r) is int and 1 <= k <= most and 1 <= r <= most,
             f"k = {k!r} or r = {r!r} does not fit {name}: give integers from 1 to {most}")
@@ -181,7 +181,7 @@ def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
         check_base(name, base, k, r, alpha, init)
         uses = sum(1 for p in parameters if p is base.weight)
         require(uses == 1,
-                f"{name}, or its weight, is used in {uses} places: all of them would change")
+                f"{name}, or its weight, is used in {uses} places: leave it out")
     adapters = {name: layer(base, k, r, alpha, init) for name, base in modules.items()}
     model.requires_grad_(False)
     for parameter in to_train:

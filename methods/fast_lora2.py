@@ -12,6 +12,7 @@ The numbers are those of lora2.py but for rounding: it is the oracle of tests/te
 that is there already becomes fast by layer.__class__ = FastLoRA2Linear. fast.py makes a whole model
 of model.py fast, which is what train.py runs.
 """
+# pyright: basic, reportPrivateImportUsage=false, reportArgumentType=false
 import contextlib
 
 import torch
@@ -94,8 +95,8 @@ def linear_with_update(base, x, down, up, cast=None):
 class FastLoRA2Linear(LoRA2Linear):
     """LoRA2Linear with another order of the same products: down = v, up = C V."""
 
-    shared = None  # (down, up) while shared_updates() is active
-    cast = None  # what cast_frozen() made: gone with the adapter
+    shared: tuple[torch.Tensor, torch.Tensor] | None = None  # in shared_updates(): (down, up)
+    cast: dict | None = None  # what cast_frozen() made: gone with the adapter
 
     def forward(self, x):
         if self.shared is not None:
@@ -250,7 +251,7 @@ def add_gradients(loss, parameters):
 class FrozenLinear(nn.Linear):
     """nn.Linear with a copy of frozen weights in autocast's dtype: else each pass casts them."""
 
-    cast = None                                             # (W, b), what is trained as it is
+    cast: tuple | None = None                               # (W, b), what is trained as it is
 
     def forward(self, x):
         autocast = torch.is_autocast_enabled(x.device.type)
