@@ -198,8 +198,8 @@ class FastRankPruner(RankPruner):
             weights.append(join(of_adapters))
             gradients.append(join(self.gradients(factor)))
         I = (in_a_row(weights, self.dtype) * in_a_row(gradients, self.dtype)).abs_()
-        there = [gradient for gradient in self.all_gradients() if gradient.numel() > 0]
-        largest = torch.stack(torch._foreach_norm(there, float("inf"))).amax()
+        norms = torch._foreach_norm(self.all_gradients(), 2, self.dtype)
+        largest = torch.stack(norms).amax()
         I = I.where(largest < float("inf"), 0.0)  # an overflow anywhere; also if it is NaN
         parts = I.split([w.numel() for w in weights])
         parts = [part.view_as(w) for part, w in zip(parts, weights)]
