@@ -104,7 +104,7 @@ SIZES = {"lora2.py": 481,           # 350
          "the four that are read": 1543,                                     # 1,450
          "product": 6010,           # 4,300: all but tests/ and experiments/
          "experiments": 2669,       # 2,400
-         "tests": 11100}            # 9,500
+         "tests": 11101}            # 9,500
 
 
 def test_what_is_read_stays_small():
