@@ -32,6 +32,7 @@ in k × k numbers: k = 1 gives exactly the updates of LoRA with r = 1, and no ra
 """
 import math
 import re
+import warnings
 
 import torch
 from torch import nn
@@ -54,7 +55,7 @@ class LoRA2Linear(nn.Module):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.k, self.r, self.scale = k, r, alpha / r
         dtype = torch.promote_types(base.weight.dtype, torch.float32)
-        like = base.weight.new_zeros(0, dtype=dtype)
+        like = torch.zeros(0, dtype=dtype, device=base.weight.device)
         self.v = nn.Parameter(like.new_empty(base.in_features, k))
         self.u = nn.Parameter(like.new_empty(k, r))
         self.lam = nn.Parameter(like.new_zeros(r))  # ΔW = 0
@@ -94,6 +95,7 @@ class LoRA2Linear(nn.Module):
     @property
     def weight(self):
         """W0 + ΔW: to merge, and for parents that read it, as nn.TransformerEncoderLayer may."""
+        require(not is_quantised(self.base), "W0 is quantised: there is no W0 + ΔW", TypeError)
         return (self.base.weight + self.delta_weight()).to(self.base.weight.dtype)
 
     @property
@@ -102,21 +104,29 @@ class LoRA2Linear(nn.Module):
         return self.base.bias
 
 
-def require(condition, message, error=ValueError):
+def require(condition, message, error: type = ValueError):
     """Raise `error` unless `condition`. The message says what is wrong and what to do."""
     if not condition:
         raise error(message)
 
 
+def is_quantised(base):
+    """Whether W0 is held in few bits, by a linear layer of bitsandbytes or a tensor of torchao."""
+    holds = base.weight if type(base) is nn.Linear else base
+    library = type(holds).__module__.partition(".")[0]
+    return isinstance(base, nn.Linear) and library in ("bitsandbytes", "torchao")
+
+
 def check_base(name, base, k, r, alpha, init):
-    """TypeError or ValueError unless `base` is an nn.Linear that k and r fit. No subclass will do:
+    """TypeError or ValueError unless `base` is an nn.Linear that k and r fit. No other subclass:
     it computes something else, or nobody calls it, as nn.MultiheadAttention's out_proj."""
     kind = type(base).__name__
-    require(type(base) is nn.Linear, f"{name} is a {kind}, not an nn.Linear", TypeError)
+    require(type(base) is nn.Linear or is_quantised(base), f"{name} is a {kind}, not an "
+            "nn.Linear: leave it out, or put one in its place", TypeError)
     W = base.weight
     is_plain = type(W) is nn.Parameter and W.is_floating_point() and W.itemsize > 1
-    require(is_plain and not W.is_meta, f"{name} has no plain weight of its own: meta device, "
-            "quantised or re-parametrised", TypeError)
+    require((is_plain or is_quantised(base)) and not W.is_meta, f"{name} has no plain weight of "
+            "its own: meta device, quantised or re-parametrised. Leave it out", TypeError)
     most = min(base.in_features, base.out_features)
     require(type(k) is int and type(r) is int and 1 <= k <= most and 1 <= r <= most,
             f"k = {k!r} or r = {r!r} does not fit {name}: give integers from 1 to {most}")
@@ -127,13 +137,16 @@ def check_base(name, base, k, r, alpha, init):
 def find_targets(model, targets, trainable):
     """({name: module to adapt}, [parameters to train]). ValueError for a word without a match."""
     modules, parameters, linears, matched = {}, [], set(), set()
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     for name, module in model.named_modules(remove_duplicate=False):
         hits = [target for target in targets if f".{name}".endswith(f".{target}")]
+        if type(module) is nn.Linear or is_quantised(module):
+            linears.add(re.sub(r"\b\d+\b", "*", name))  # "layer.*.query", for the message
+            if module is not head:
+                hits.extend(targets & {"all-linear"})
         if name and hits and trainable.isdisjoint(name.split(".")):
             modules[name] = module
             matched.update(hits)
-        if type(module) is nn.Linear:
-            linears.add(re.sub(r"\b\d+\b", "*", name))  # "layer.*.query", for the message
     missing = sorted(targets - matched)
     matched.clear()
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -151,7 +164,8 @@ def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
     """Freeze `model` and put a LoRA2Linear around its target layers. Returns their names, in order.
 
     targets: names of modules, or one. "query" is every module called so and all whose names end in
-        ".query", such as "encoder.layer.0.attention.self.query".
+        ".query", such as "encoder.layer.0.attention.self.query". "all-linear": every linear layer
+        but the output embeddings of a transformers model.
     k, r, alpha, init: as for LoRA2Linear.
     trainable: parts of dotted names, such as "classifier", of what trains in full, not adapted.
     layer: LoRA2Linear or a subclass.
@@ -167,7 +181,7 @@ def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
         check_base(name, base, k, r, alpha, init)
         uses = sum(1 for p in parameters if p is base.weight)
         require(uses == 1,
-                f"{name}, or its weight, is used in {uses} places: all of them would change")
+                f"{name}, or its weight, is used in {uses} places: leave it out")
     adapters = {name: layer(base, k, r, alpha, init) for name, base in modules.items()}
     model.requires_grad_(False)
     for parameter in to_train:
@@ -194,7 +208,7 @@ def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
     adapters = lora2_layers(model)
     require(adapters and terms and set(terms) <= {"uv", "UV", "PQ"},
             f"terms = {terms!r}: list some of 'uv', 'UV', 'PQ', on a model with LoRA² adapters")
-    R = 0
+    R = adapters[0][1].lam.new_zeros(())
     for _, layer in adapters:
         with torch.autocast(layer.u.device.type, enabled=False):
             # The paper has vvᵀ and uᵀu, the other sides. The gradient is the same, because
@@ -222,7 +236,7 @@ def distance(X):
 def orthogonality_floor(k, r, terms=("uv", "UV", "PQ")):
     """The least value of R, 2|k − r| with all terms: P, Q, u and U have rank min(k, r) at most."""
     floors = {"uv": max(k - r, 0), "UV": max(k - r, 0), "PQ": 2 * max(r - k, 0)}
-    return sum(map(floors.get, set(terms)))
+    return sum(map(floors.__getitem__, set(terms)))
 
 
 class RankPruner(nn.Module):
@@ -235,17 +249,20 @@ class RankPruner(nn.Module):
     interval: ΔT, steps from choice to choice.
     beta1, beta2: of the averages Ī and Ū, at least 0 and below 1.
     importance: "reduced" (Eq. 9) or "full" (Eq. 8). ValueError for what does not fit.
+    allow_unused: a factor that a batch left out (LayerDrop, experts) has I = 0, not a RuntimeError.
 
     Call step() after optimizer.step() and before zero_grad(). As in AdaLoRA's loop, importance is
     the new weights times this step's gradients. These are of task + gamma · R, clipped if you clip:
     what R pulls at counts as important too, above all early. Where Λ_i is 0, u_·i and U_i· get a
     gradient from R alone. (It is a Module only for its state_dict(), which holds the averages.)
+    At the end, mask() puts the choice on the model that is kept: the best or an averaged one.
     """
 
+    keep: torch.Tensor  # (n, r), what the last choice kept
     joins = {"lam": torch.stack, "u": torch.stack, "U": torch.stack}  # what is scored, as stacks
 
     def __init__(self, model, target_rank, total_steps, warmup, final, interval,
-                 beta1=0.85, beta2=0.85, importance="reduced"):
+                 beta1=0.85, beta2=0.85, importance="reduced", allow_unused=False):
         super().__init__()
         found = lora2_layers(model)
         kinds = {(layer.k, layer.r, layer.lam.dtype, layer.lam.device) for _, layer in found}
@@ -266,6 +283,8 @@ class RankPruner(nn.Module):
         self.target_rank, self.total_steps = target_rank, total_steps
         self.warmup, self.final, self.interval = warmup, final, interval
         self.beta1, self.beta2 = beta1, beta2
+        self.allow_unused = allow_unused
+        self.all_parameters = list(model.parameters())
         self.t, self.kept_total = 0, len(found) * self.r
         lam = torch.stack(self.weights("lam"))  # (n, r)
         self.register_buffer("keep", torch.ones_like(lam, dtype=torch.bool))
@@ -291,7 +310,6 @@ class RankPruner(nn.Module):
                 f"step() came more than {self.total_steps} times", RuntimeError)
         t, last = self.t + 1, self.total_steps - self.final
         if t <= last:  # afterwards scores and choices stay
-            self.check_gradients()
             self.update_averages()
         self.t = t
         if t % self.interval == 0 or t >= last:
@@ -307,13 +325,21 @@ class RankPruner(nn.Module):
         """(Ī, Ū) of that factor of all adapters, in one tensor each."""
         return getattr(self, f"sensitivity_{factor}"), getattr(self, f"uncertainty_{factor}")
 
-    def check_gradients(self):
-        """RuntimeError if something that is scored has none."""
-        for factor in self.joins:
-            for name, w in zip(self.names, self.weights(factor)):
-                require(w.grad is not None, f"{name}.{factor} has no gradient (unused?): call "
-                        "pruner.step() after backward() and optimizer.step(), before zero_grad()",
-                        RuntimeError)
+    def gradients(self, factor):
+        """Its gradients in all adapters. RuntimeError for one that is missing and must not be."""
+        found = []
+        for name, w in zip(self.names, self.weights(factor)):
+            require(w.grad is not None or self.allow_unused, f"{name}.{factor} has no gradient "
+                    "(unused?): call pruner.step() after backward() and optimizer.step(), before "
+                    "zero_grad(). Do batches leave out adapters? allow_unused=True", RuntimeError)
+            found.append(torch.zeros_like(w) if w.grad is None else w.grad)
+        return found
+
+    def all_gradients(self):
+        """Those there are in the whole model, but for shards. RuntimeError if there is none."""
+        found = [p.grad for p in self.all_parameters if type(p.grad) is torch.Tensor]
+        require(found, "no gradients: call pruner.step() before zero_grad()", RuntimeError)
+        return found
 
     def update_averages(self):
         """Ī and Ū of all that is scored. The paper has "??" for them: they are AdaLoRA's.
@@ -322,15 +348,18 @@ class RankPruner(nn.Module):
         so Ī is its mean. Ū, its mean distance from Ī, keeps numbers still in doubt: a heuristic.
         """
         I = {}
-        overflow = False
         for factor, join in self.joins.items():
             w = join(self.weights(factor)).to(self.dtype)
-            gradient = join([w.grad for w in self.weights(factor)]).to(self.dtype)
-            I[factor] = (w * gradient).abs()
-            overflow = overflow | ~I[factor].isfinite().all()
+            dw = join(self.gradients(factor)).to(self.dtype)
+            I[factor] = (w * dw).abs()
+        finite = self.keep.new_ones(())
+        for gradient in self.all_gradients():
+            finite = finite & gradient.isfinite().all()
         self.to(self.dtype)  # if a module that holds this one was cast
         for factor, now in I.items():
-            now = torch.where(overflow, 0, now)  # ours: a step that overflowed in fp16 has I = 0
+            # Ours: I = 0 if fp16 overflowed anywhere, also in the head. A GradScaler then skips the
+            # step, and may leave the other gradients scaled.
+            now = torch.where(finite, now, 0)
             mean, doubt = self.averages(factor)
             mean.lerp_(now, 1 - self.beta1)  # Ī ← β1 Ī + (1 − β1) I
             doubt.lerp_((now - mean).abs(), 1 - self.beta2)  # Ū likewise, with the new Ī
@@ -353,18 +382,33 @@ class RankPruner(nn.Module):
         return scores
 
     def prune(self):
-        """Keep the kept_total best, exactly; of equal ones the first. Set the rest to 0.
-
-        In the last phase that is done in every step: AdamW's momentum moves a Λ_i off 0 again.
-        """
+        """Keep the kept_total best, exactly; of equal ones the first. Set the rest to 0, in the
+        last phase at every step: AdamW's momentum moves a Λ_i off 0 again."""
         ranking = self.scores().flatten().argsort(descending=True, stable=True)
         self.keep.zero_()
         self.keep.view(-1)[ranking[:self.kept_total]] = True
         for layer, row in zip(self.layers, self.keep):
             layer.lam.mul_(row)
 
+    @torch.no_grad()
+    def mask(self, model):
+        """Put the last choice on a model with the same adapters: averaged or loaded weights. Call
+        it at the end of a run: it warns if the budget was not reached."""
+        found = lora2_layers(model)
+        require([layer.r for _, layer in found] == [self.r] * len(self.layers),
+                "mask() needs a model with the adapters that the pruner has")
+        for (_, layer), row in zip(found, self.keep):
+            layer.lam.mul_(row.to(layer.lam.device))
+        if self.kept_total > self.budget(self.total_steps):
+            warnings.warn(f"the run ended at step {self.t} of {self.total_steps}: {self.kept_total}"
+                          " singular values are left, more than the budget", stacklevel=3)
+
     def kept(self):
-        """{adapter: singular values that the last choice kept}, the data of Figure 3."""
+        """{adapter: singular values that the last choice kept}, the data of Figure 3. RuntimeError
+        if in the last phase the model's Λ are other ones, as after loading the best weights."""
+        gone = torch.stack(self.weights("lam"))[~self.keep]
+        require(self.t < self.total_steps - self.final or not gone.any(),
+                "the model's Λ are not what the pruner left: call pruner.mask(model)", RuntimeError)
         return dict(zip(self.names, self.keep.sum(1).tolist()))
 
     def get_extra_state(self):
@@ -374,19 +418,30 @@ class RankPruner(nn.Module):
         self.t, self.kept_total = state.tolist()
 
 
+@torch.no_grad()
 def lora2_state_dict(model):
-    """{name: copy} of what is trained: all of state_dict() but the frozen parameters. Beside them
-    what tells alpha and base by: NAME.scale and NAME.base_sample, at most 16 numbers of W0."""
-    adapters = dict(lora2_layers(model))
-    state = model.state_dict()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if not parameter.requires_grad and name.rpartition(".")[0] not in adapters:
-            state.pop(name, None)
-    for name, layer in adapters.items():
+    """{name: copy} of what may have changed: adapters, all else that is trained, buffers; not a
+    RankPruner. Beside it what tells alpha and base by: NAME.scale, and NAME.base_sample, at most
+    16 numbers of W0, or NaN, which fits any, if W0 is quantised."""
+    ours = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        for key, parameter in module.named_parameters(name, recurse=False):
+            if parameter.requires_grad or isinstance(module, LoRA2Linear):
+                ours.add(key)
+        if not isinstance(module, RankPruner):
+            ours.update(dict(module.named_buffers(name, recurse=False)))
+    state = {}
+    for key, tensor in model.state_dict().items():
+        if key in ours:
+            state[key] = tensor.clone()
+    for name, layer in lora2_layers(model):
         state[f"{name}.scale"] = torch.tensor(layer.scale)
-        W = layer.base.weight.flatten()
-        state[f"{name}.base_sample"] = W[::math.ceil(len(W) / 16)].float()
-    return {n: t.detach().clone() for n, t in state.items() if isinstance(t, torch.Tensor)}
+        sample = torch.full((16,), math.nan)
+        if not is_quantised(layer.base):
+            W = layer.base.weight.flatten()
+            sample = W[::math.ceil(len(W) / 16)].float().clone()
+        state[f"{name}.base_sample"] = sample
+    return state
 
 
 def load_lora2_state_dict(model, state):
@@ -403,15 +458,21 @@ def load_lora2_state_dict(model, state):
                 "here: use the base model, k and r that the file was made with")
     for name in sorted(dict(lora2_layers(model))):
         for key, tolerance in ((f"{name}.scale", 1e-6), (f"{name}.base_sample", 0.02)):
-            theirs = state[key].to(own[key])  # W0 may be in bf16 on one side
-            require(torch.allclose(theirs, own[key], tolerance, 1e-7),
-                    f"{key} differs between file and model: use the file's alpha and base model")
+            mine, theirs = own[key], state[key].to(own[key])  # W0 may be in bf16 on one side
+            close = torch.isclose(theirs, mine, tolerance, 1e-7)
+            unknown = mine.isnan() | theirs.isnan()
+            require((close | unknown).all(), f"{key} differs between file and model: "
+                    "use the file's alpha and base model")
     model.load_state_dict(state, strict=False)  # no frozen ones, but scale and base_sample
 
 
 @torch.no_grad()
 def merge_lora2(model):
-    """Add every ΔW to its W0, in place, and put the nn.Linear back. Returns the model."""
+    """Add every ΔW to its W0, in place, and put the nn.Linear back. Returns the model. TypeError,
+    and no change, if a W0 is quantised: merge into the full-precision base, with the same file."""
+    for name, layer in lora2_layers(model):
+        require(not is_quantised(layer.base), f"{name} has a quantised W0: load the adapters' file "
+                "into the full-precision base and merge there", TypeError)
     for name, layer in lora2_layers(model):
         layer.base.weight.copy_(layer.weight)
         if not name:  # the model itself is an adapter

@@ -12,13 +12,14 @@ The numbers are those of lora2.py but for rounding: it is the oracle of tests/te
 that is there already becomes fast by layer.__class__ = FastLoRA2Linear. fast.py makes a whole model
 of model.py fast, which is what train.py runs.
 """
+# pyright: basic, reportPrivateImportUsage=false, reportArgumentType=false
 import contextlib
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora2 import LoRA2Linear, RankPruner, lora2_layers, require
+from lora2 import LoRA2Linear, RankPruner, is_quantised, lora2_layers, require
 
 
 class LinearWithUpdate(torch.autograd.Function):
@@ -62,13 +63,14 @@ def product_dtype(x):
 def is_plain(base, x):
     """Whether base(x) is all that an nn.Linear is asked for, so that nobody misses the call.
 
-    Hooks, or a forward() that was put in the place of its own, want to be called. Mixed dtypes are
-    for torch to refuse.
+    Hooks, or a forward() that was put in the place of its own, want to be called, and quantised
+    weights are no Parameter of torch. Mixed dtypes are for torch to refuse.
     """
+    plain = type(base.weight) is nn.Parameter and "forward" not in base.__dict__
     hooks = (base._forward_hooks or base._forward_pre_hooks
              or base._backward_hooks or base._backward_pre_hooks)
     mixed = base.weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)
-    return not hooks and not mixed and "forward" not in base.__dict__
+    return plain and not hooks and not mixed
 
 
 def linear_with_update(base, x, down, up, cast=None):
@@ -93,8 +95,8 @@ def linear_with_update(base, x, down, up, cast=None):
 class FastLoRA2Linear(LoRA2Linear):
     """LoRA2Linear with another order of the same products: down = v, up = C V."""
 
-    shared = None  # (down, up) while shared_updates() is active
-    cast = None  # what cast_frozen() made: gone with the adapter
+    shared: tuple[torch.Tensor, torch.Tensor] | None = None  # in shared_updates(): (down, up)
+    cast: dict | None = None  # what cast_frozen() made: gone with the adapter
 
     def forward(self, x):
         if self.shared is not None:
@@ -194,9 +196,11 @@ class FastRankPruner(RankPruner):
         for factor, join in self.joins.items():
             of_adapters = self.weights(factor)
             weights.append(join(of_adapters))
-            gradients.append(join([w.grad for w in of_adapters]))
+            gradients.append(join(self.gradients(factor)))
         I = (in_a_row(weights, self.dtype) * in_a_row(gradients, self.dtype)).abs_()
-        I = I.where(I.amax() < float("inf"), 0.0)  # also if amax is NaN
+        norms = torch._foreach_norm(self.all_gradients(), 2, self.dtype)
+        largest = torch.stack(norms).amax()
+        I = I.where(largest < float("inf"), 0.0)  # an overflow anywhere; also if it is NaN
         parts = I.split([w.numel() for w in weights])
         parts = [part.view_as(w) for part, w in zip(parts, weights)]
         self.to(self.dtype)  # if its model was cast
@@ -247,7 +251,7 @@ def add_gradients(loss, parameters):
 class FrozenLinear(nn.Linear):
     """nn.Linear with a copy of frozen weights in autocast's dtype: else each pass casts them."""
 
-    cast = None                                             # (W, b), what is trained as it is
+    cast: tuple | None = None                               # (W, b), what is trained as it is
 
     def forward(self, x):
         autocast = torch.is_autocast_enabled(x.device.type)
@@ -270,11 +274,11 @@ def cast_frozen(model, dtype):
     for _, layer in lora2_layers(model):
         base = layer.base
         bases.add(base)                                     # their copies go with the adapters
-        if not any(p.requires_grad for p in base.parameters()):
+        if not is_quantised(base) and not any(p.requires_grad for p in base.parameters()):
             layer.cast = {dtype: (base.weight.to(dtype), cast_if_frozen(base.bias, dtype))}
     for layer in model.modules():
         is_linear = type(layer) in (nn.Linear, FrozenLinear) and layer not in bases
-        if is_linear and not layer.weight.requires_grad:
+        if is_linear and not is_quantised(layer) and not layer.weight.requires_grad:
             layer.__class__ = FrozenLinear
             layer.cast = layer.weight.to(dtype), cast_if_frozen(layer.bias, dtype)
 

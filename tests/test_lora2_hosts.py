@@ -8,6 +8,8 @@ import torch
 
 from lora2 import (LoRA2Linear, RankPruner, add_lora2, load_lora2_state_dict, lora2_layers, lora2_state_dict,
                    merge_lora2, orthogonality_loss)
+from methods.fast_lora2 import FastLoRA2Linear, cast_frozen
+from methods.hosts import adapters_off, conv1d_to_linear, rebuild
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [pytest.mark.usefixtures("one_thread"),
@@ -26,8 +28,8 @@ def text():
     return {"input_ids": ids(3, 7), "labels": ids(3, 7)}
 
 
-def llama(tied=False):
-    config = transformers.LlamaConfig(**TEXT, num_key_value_heads=2, tie_word_embeddings=tied)
+def llama(tied=False, **changes):
+    config = transformers.LlamaConfig(**TEXT | changes, num_key_value_heads=2, tie_word_embeddings=tied)
     targets = ["q_proj", "v_proj", "o_proj", "down_proj"]
     return transformers.LlamaForCausalLM(config), targets, ["lm_head"], text()
 
@@ -180,6 +182,128 @@ def test_a_host_saves_a_pruner_that_is_a_part_of_it(tmp_path):
     pruner.load_state_dict({name.removeprefix("pruner."): tensor for name, tensor in state.items()
                             if name.startswith("pruner.")})
     assert pruner.t == 1 and torch.equal(pruner.scores(), model.pruner.scores()) and pruner.scores().any()
+
+
+def nf4(layer):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    few = bitsandbytes.nn.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None,
+                                     quant_type="nf4", compute_dtype=torch.float32)
+    few.load_state_dict(layer.state_dict())
+    return few.to("cpu")
+
+
+def llm_int8(layer):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    few = bitsandbytes.nn.Linear8bitLt(layer.in_features, layer.out_features, layer.bias is not None,
+                                       has_fp16_weights=False)
+    few.load_state_dict(layer.state_dict())
+    return few.to("cpu")
+
+
+def torchao_int8(layer):
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(layer, quantization.Int8WeightOnlyConfig())
+    return layer
+
+
+def in_training(model, batch):
+    """Logits without eval(): after it bitsandbytes packs nf4 anew on a CPU, inexactly and without gradients."""
+    with torch.no_grad():
+        return model.train()(**batch).logits
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("layer", [LoRA2Linear, FastLoRA2Linear])
+@pytest.mark.parametrize("quantise", [nf4, llm_int8, torchao_int8])
+def test_a_quantised_base(quantise, layer):
+    """Oracle: the model itself: no bit of it changes when adapters are added; trained, saved and loaded it gives
+    equal logits; rounded to bf16 by autocast it still calls its own layers. On the full-precision base the file
+    gives B A, which merging adds to 1e-5. Into few bits nothing can be merged, and nothing is touched."""
+    torch.manual_seed(0)
+    model, _, _, batch = llama(hidden_size=64, intermediate_size=64)       # nf4 has blocks of 64
+    exact = copy.deepcopy(model)
+    for name, module in list(model.model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and "gate" not in name:
+            model.model.set_submodule(name, quantise(module))
+    base = copy.deepcopy(model)
+    before = in_training(model, batch)
+    targets = ["q_proj", "v_proj", "gate_proj", "down_proj"]           # k_proj is in few bits and not adapted
+    names = add_lora2(model, targets, k=2, r=4, init="orthonormal", trainable=["norm"], layer=layer)
+    cast_frozen(model, torch.bfloat16)
+    assert len(names) == 8 and torch.equal(in_training(model, batch), before)
+    losses = train(model, batch)
+    assert losses[-1] < losses[0]
+    after, state = in_training(model, batch), lora2_state_dict(model)
+    assert not torch.allclose(after, before, atol=1e-2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(in_training(model, batch).float(), after, atol=0.1)
+    with adapters_off(model):
+        assert not torch.equal(in_training(model, batch), after)
+
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    rebuild(base, torch.load(file, weights_only=True), layer)
+    assert torch.equal(in_training(base, batch), after)
+    for refused in (lambda: merge_lora2(model), lambda: lora2_layers(model)[0][1].weight):
+        with pytest.raises(TypeError, match="quantised"):
+            refused()
+    assert torch.equal(in_training(model, batch), after) and len(lora2_layers(model)) == 8
+
+    rebuild(exact, state)
+    tuned = in_training(exact, batch)
+    torch.testing.assert_close(in_training(merge_lora2(exact), batch), tuned, rtol=1e-5, atol=1e-5)
+    assert (tuned - after).abs().max() < 0.3 * (after - before).abs().max()
+    A, B = lora2_layers(model)[0][1].to_lora()
+    torch.testing.assert_close(B @ A, lora2_layers(model)[0][1].delta_weight())
+
+
+@pytest.mark.parametrize("make", [llama, bert, vit, t5])
+def test_all_linear_layers_of_a_host(make):
+    """Oracle: peft's target "all-linear": the same names."""
+    peft = pytest.importorskip("peft")
+    model, _, trainable, _ = make()
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules="all-linear"))
+    expected = {name for name, m in theirs.base_model.model.named_modules() if hasattr(m, "lora_A")}
+    heads = {name for name in expected if not set(trainable).isdisjoint(name.split("."))}
+    names = add_lora2(model, "all-linear", k=2, r=4, trainable=[t for t in trainable if t != "lm_head"])
+    assert set(names) == expected - heads
+
+
+def test_a_model_is_rebuilt_from_the_file_alone():
+    """Oracle: the model that was trained: adapted names, k, r, scale, what trains, logits bit for bit; and the
+    sentence for a file that is of no such model, before anything is touched."""
+    torch.manual_seed(0)
+    model, targets, trainable, batch = bert()
+    base, other = copy.deepcopy(model), bert()[0]
+    names = add_lora2(model, targets, k=2, r=3, alpha=7, init="orthonormal", trainable=trainable)
+    train(model, batch)
+    state = lora2_state_dict(model)
+    assert set(rebuild(base, state)) == set(names)
+    assert torch.equal(logits(base, batch), logits(model, batch))
+    assert {n: p.requires_grad for n, p in base.named_parameters()} == {
+        n: p.requires_grad for n, p in model.named_parameters()}
+    assert [m.scale for _, m in lora2_layers(base)] == pytest.approx([7 / 3] * len(names))
+    for wrong in ({}, {"classifier.weight": torch.zeros(3, 32)}, {f"no.{key}": t for key, t in state.items()}):
+        with pytest.raises(ValueError, match="not in this model: .*, or no adapters in the file"):
+            rebuild(other, wrong)
+        assert not lora2_layers(other) and all(p.requires_grad for p in other.parameters())
+    with pytest.raises(ValueError, match="base_sample differs"):
+        rebuild(other, state)
+
+
+def test_conv1d_made_linear():
+    """Oracle: the GPT-2 that has Conv1D: the same logits and the same gradients, transposed."""
+    config = transformers.GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
+    gpt2 = transformers.GPT2LMHeadModel(config).eval()
+    linear = conv1d_to_linear(copy.deepcopy(gpt2))
+    for model in (gpt2, linear):
+        model(**text()).loss.backward()
+    torch.testing.assert_close(logits(linear, text()), logits(gpt2, text()), rtol=1e-5, atol=1e-6)
+    mine, theirs = linear.transformer.h[1].attn.c_attn, gpt2.transformer.h[1].attn.c_attn
+    assert type(mine) is torch.nn.Linear and mine.weight.shape == (96, 32)
+    torch.testing.assert_close(mine.weight.grad, theirs.weight.grad.T)
+    assert len(add_lora2(linear, "all-linear", k=2, r=4)) == 8
 
 
 def test_what_is_refused_by_name():
