@@ -74,8 +74,8 @@ def test_every_equation_leads_to_its_line():
 
 
 def test_the_pages_fit_a_terminal():
-    """Oracle: 100 columns, but for the tables of results in docs/; the README is at most 350 lines."""
-    assert len(README.splitlines()) <= 350
+    """Oracle: 100 columns, but for the tables of results in docs/; the README is at most 312 lines."""
+    assert len(README.splitlines()) <= 312
     for name, text in PAGES.items():
         if name != "README.md":
             text = readme.BLOCK.sub("", text)
@@ -138,7 +138,7 @@ def test_what_the_results_show():
         (part,) = tables.score_of(table1, row, "rte", "last")
         assert part["n"] == 3 and abs(part["mean"] - larger) < 4, row
     (difference,) = [tables.difference(table1, "lora2-k1", "lora-r1", "rte", "last")]
-    assert tables.near(difference) and "not distinguishable from it on CoLA and RTE" in README
+    assert tables.near(difference)
     for task in ("stsb", "cola"):
         found = tables.overlap(small("overlap"), task)
         mean = {measure: tables.summary(values)["mean"] for measure, values in found.items()}
@@ -156,6 +156,10 @@ def test_what_the_fair_comparison_shows():
         line = next(line for line in made if row in line)
         found = re.findall(r"≈?[−+][\d.]+ \[[^]]+\]", " ".join(point.split()))
         assert found and all(f"| {interval} (n = 5) |" in line for interval in found), point
+    first = " ".join(README.partition("## One command")[0].split())
+    assert "four points *below* LoRA with r = 1 on MRPC" in first and "[−5.67, −2.17]" in said    # −3.92
+    assert "cannot be told from LoRA on CoLA, MRPC or STS-B alone" in first and said.count("≈") >= 3
+    assert "two points behind over all three" in first and "−2.26 [−4.44, −0.08]" in said
     assert "8192 (of 14) unfinished" in next(line for line in made if line.startswith("| LoRA² k=1 | 0.003, 128"))
 
 
@@ -192,7 +196,7 @@ def test_what_is_said_of_performance():
     """Oracle: the committed bench of a CPU: its medians, its machine."""
     content = json.loads((FILES / "bench-cpu.json").read_text(encoding="utf-8"))
     rows = {key: row["result"]["value"] for key, row in content["rows"].items() if row["result"] != "not run"}
-    said = " ".join(README.partition("## Performance")[2].split())
+    said = " ".join(README.partition("**Performance.**")[2].split())
     more = [f"{100 * rows[f'1 k={k}'] - 100:.0f} % (k = {k})" for k in (1, 8)]
     assert f"{more[0]} or {more[1]} more" in said and f"{rows['3 T=128']:.1f} times as fast" in said
     assert content["device"].startswith("Intel(R) Xeon(R)") and content["threads"] == 2
@@ -231,7 +235,7 @@ def test_the_rooms_and_the_files_to_read_are_listed():
     """Oracle: the folder."""
     names = [path.name for path in ROOT.glob("*.py")]
     names += [f"{path.parent.name}/" for path in ROOT.glob("*/__init__.py")]
-    assert all(f"| [{name}]({name.rstrip('/')}) |" in README for name in names)
+    assert all(f"[{name}]({name.rstrip('/')})" in README for name in names)
 
 
 def test_every_test_that_is_named_exists():
@@ -296,7 +300,7 @@ def test_a_stale_page_is_made_new(tmp_path, monkeypatch, capsys):
 def test_what_it_costs_by_hand():
     """Oracle: closed forms. k (d + d) + 2kr + r numbers; 2N k (d + d + k) + 2 k² r FLOPs forward; both passes
     are twice the forward one where only the input has a gradient, three times where the factors have one."""
-    rows, d, r, N = table(README, "768 × 768, 128 tokens"), 768, 8, 128
+    rows, d, r, N = table(PERFORMANCE, "768 × 768, 128 tokens"), 768, 8, 128
     frozen = 2 * N * d * d
     assert rows["frozen layer"][2:] == [f"{frozen / 1e6:.1f}M", f"{2 * frozen / 1e6:.1f}M"]
     for k in (1, 8):
@@ -331,7 +335,7 @@ def test_what_it_costs_is_what_the_code_does(label, kind, k, r):
 
     frozen, layer = (torch.nn.Linear(768, 768).requires_grad_(False) for _ in range(2))
     layer = kind(layer, k, r)
-    numbers, _, *costs = table(README, "768 × 768, 128 tokens")[label]
+    numbers, _, *costs = table(PERFORMANCE, "768 × 768, 128 tokens")[label]
     assert numbers == f"{sum(p.numel() for p in layer.parameters() if p.requires_grad):,}"
     for cost, trained in zip(costs, (False, True), strict=True):
         more = flops(layer, trained) - flops(frozen, trained)
@@ -344,7 +348,7 @@ def test_commands_that_need_the_hub_or_a_gpu_are_accepted():
     """Oracle: the parsers of train.py, reproduce.py and bench.py, which check every option."""
     marked = [command for command, comment in commands() if comment.startswith("needs ")]
     marked += [f"python {name}" for name in table(RESULTS, "command")]
-    assert len(marked) == 16 + 8
+    assert len(marked) == 15 + 8
     for command in marked:
         program, _, words = command.partition(".py")
         if program.endswith("reproduce"):
@@ -448,20 +452,20 @@ def test_the_demo_prints_what_is_shown(tmp_path, monkeypatch, capsys, one_thread
 
 def test_the_example_for_your_own_model_runs(tmp_path, monkeypatch, capsys, one_thread):
     """Oracle: the comments in it that say what it prints, and the files it leaves."""
-    pytest.importorskip("transformers"), pytest.importorskip("peft")
+    pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
-    code, = [block for language, block in FENCES if language == "python"]
+    code = "".join(block for language, block in FENCES if language == "python")
     exec(code, {})
     said = [line.rpartition("# ")[2] for line in code.splitlines() if line.startswith("print(")]
-    assert len(said) == 4 and capsys.readouterr().out.splitlines() == said
-    for name in ("adapter.pt", "peft/adapter_config.json", "merged/config.json"):
+    assert len(said) == 3 and capsys.readouterr().out.splitlines() == said
+    for name in ("adapter.pt", "merged/config.json"):
         assert Path(name).exists()
 
 
 def test_programs_that_are_named_in_passing_are_there():
     """Oracle: the file system."""
     named = set(re.findall(r"`python ([\w/]+\.py)", ALL))
-    assert named == {"examples/planted.py", "train.py", "experiments/readme.py"}
+    assert named == {"train.py", "experiments/readme.py"}
     assert all((ROOT / name).exists() for name in named)
 
 
