@@ -337,7 +337,8 @@ class RankPruner(nn.Module):
 
     def all_gradients(self):
         """Those there are in the whole model, but for shards. RuntimeError if there is none."""
-        found = [p.grad for p in self.all_parameters if type(p.grad) is torch.Tensor]
+        found = [p.grad for p in self.all_parameters
+                 if p.grad is not None and not hasattr(p.grad, "device_mesh")]
         require(found, "no gradients: call pruner.step() before zero_grad()", RuntimeError)
         return found
 

@@ -27,7 +27,7 @@ METHODS = {"lora2": "--k 2", "lora2, Eq. 8": "--importance full --init orthonorm
 STRICT = (("batch = next(batches)",
            "torch.cuda.set_sync_debug_mode('error' if state.step in (2, 3, 4) else 'default')\n"
            "            batch = next(batches)"),
-          ("kept, optimizer)", "kept, optimizer); torch.cuda.set_sync_debug_mode('default')"))
+          ("kept, optimizer, pruner)", "kept, optimizer, pruner); torch.cuda.set_sync_debug_mode('default')"))
 STOP_AT_3 = ("signals.check(state.step)",
              "signals.number = 15 if state.step == 3 else 0; signals.check(state.step)")
 
