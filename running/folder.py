@@ -151,8 +151,9 @@ def check_predictions(o, task):
     if o.predict is None:
         return
     path = glue.place_of_predictions(o.out, task, Path(o.predict).stem)
-    is_new = not (o.resume or o.eval)
-    if path.exists() and not (is_new and path in files_to_replace(path.parent)):
+    is_new = not (o.resume or o.eval)                      # its folder was looked at before
+    is_ours = path.exists() and first_line(path).startswith("index\tprediction")
+    if path.exists() and not (is_new and o.overwrite and is_ours):
         raise ValueError(f"the predictions for {o.predict} would replace {path}: move that away, "
                          "or give another --out, beside --eval if the run has ended")
     if o.predict_scores and not task.labels:
@@ -241,7 +242,7 @@ class RunFolder:
             for path in files_to_replace(self.path):
                 path.unlink()
             for path in sorted(self.path.glob("*.tsv")):   # of --predict, or somebody's
-                glue.warn(f"{path} stays, it is not of this run")
+                glue.warn(f"{path} stays: it is of --predict, or not of this run")
         self.save()
         return self.state
 

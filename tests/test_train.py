@@ -750,6 +750,8 @@ def test_copies_are_waited_for_unless_pinned(device, expected):
     calls = []
 
     class Recorded:
+        device = torch.device("cpu")
+
         def to(self, device, non_blocking=False):
             calls.append(f"to {device}" + ", not waited for" * non_blocking)
 

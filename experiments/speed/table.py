@@ -125,7 +125,7 @@ def page(content, device):
     details = content["details"]
     products = products_text(details["profile"], details[f"products, T={content['T']}"])
     return "\n".join([
-        "# Performance\n", report(results, device, judged), "".join(facts),
+        "# Performance\n", report(results, device, judged, content["rows"]), "".join(facts),
         "## Row 10: where an own frozen step spends its time\n",
         profile_table(details["profile"]), products,
         "## Row 5: what a forward pass keeps\n", saved_table(details["saved"])])
