@@ -70,8 +70,8 @@ def read_lines(path):
             raise ValueError(f"{path}:{number}: this line is not UTF-8 text: save the file as "
                              "UTF-8") from None
         if "\0" in text:
-            raise ValueError(f"{path}:{number}: this line holds a NUL byte: the file is damaged, or "
-                             "UTF-16: get it again, or save it as UTF-8")
+            raise ValueError(f"{path}:{number}: this line holds a NUL byte: the file is damaged "
+                             "or UTF-16: get it again, or save it as UTF-8")
         lines[number - 1] = text.removesuffix("\n").removesuffix("\r")
     while lines and not lines[-1]:           # empty lines at the end
         lines.pop()

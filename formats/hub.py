@@ -303,7 +303,7 @@ def write_checkpoint(folder, config, weights, tokenizer_of, prefix=""):
     """Write another one's tokenizer, (prefix)model.safetensors and (prefix)config.json."""
     files = tokenizer_files(tokenizer_of, network=False) if tokenizer_of else {}
     beside = to_write(files)
-    names = [*beside, f"{prefix}model.safetensors", f"{prefix}config.json"]   # last: none opens half
+    names = [*beside, f"{prefix}model.safetensors", f"{prefix}config.json"]    # none opens half
     Path(folder).mkdir(parents=True, exist_ok=True)
     with replacing(*(Path(folder, name) for name in names)) as (*others, weights_file, config_file):
         save_file(weights, weights_file, metadata={"format": "pt", "digest": digest(weights)})

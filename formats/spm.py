@@ -340,5 +340,5 @@ def normalize_first(tokenizer, apply):
 
 
 def normalize_between(tokenizer):
-    """For a tokenizer of read_spm() whose added tokens are found in texts: normalise between them."""
+    """For a tokenizer of read_spm() that finds added tokens in texts: normalise between them."""
     tokenizer.normalizer = normalizers.Normalizer.custom(tokenizer.rules)

@@ -386,7 +386,7 @@ def to_write(files):
     if "tokenizer.json" not in files and "spm.model" in files:
         names = ("spm.model", "special_tokens_map.json", "added_tokens.json")
         written = {name: files[name].read_bytes() for name in names if name in files}
-        options = {name: options[name] for name in options if name not in ("auto_map", "name_or_path")}
+        options.pop("name_or_path", None)          # a place on this machine
         config = options | config | {"tokenizer_class": "DebertaV2Tokenizer"}
     else:
         special = {token.content for token in tokenizer.get_added_tokens_decoder().values()}

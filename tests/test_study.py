@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from experiments import grid as grids
-from experiments import search, study, study_page, summary, why
+from experiments import search, study, study_page, summary
 from lora2 import lora2_layers
 from tests.cli import write_task
 from tests.conftest import opened
@@ -297,44 +297,3 @@ def test_two_workers(cli, capsys):
     scores = [{(run["seed"], run["tuned"]["lr"]): run["last"]["score"] for run in summary.load(Path(name))["runs"]}
               for name in ("one.json", "two.json")]
     assert scores[0] == scores[1] and len(scores[0]) >= 5
-
-
-# --- why ----------------------------------------------------------------------------------------------------
-
-def test_what_is_watched(cli):
-    """Oracle: the dense ΔW of the same run, whose adapter is loaded again: its size, in the end; ΔW = 0 and no turn
-    at the start; pruning by the same scores keeps the same, so that without a regulariser 100 % are shared."""
-    write_task("stsb")
-    argv = ["--model", str(cli.models["bert"]), "--device", "cpu", "--tasks", "stsb", "--more",
-            "--limit-train 48 --batch-size 8 --epochs 1 --max-len 16"]
-    asked = study.make_study(study.parse([*argv, "--out", "study.json"]), "tmp")
-    for row in ("lora2-k1-orthonormal-noreg", "lora2-k1-gradient", "lora-r1"):
-        cell = study.make_cell(asked, row, "stsb", 0, POINT | {"lr": 0.01})
-        found = why.watch(cell)
-        words = [*grids.command_line(cell.flags), "--out", "again"]
-        assert cli(" ".join(words), "--overwrite").status == 0
-        net = opened(eval="again/adapter.safetensors", model=str(cli.models["bert"]), data_dir="glue").net
-        sizes = [(layer.delta_weight().norm() / layer.base.weight.norm()).item() for _, layer in lora2_layers(net)]
-        assert found["size"][0] == 0 and found["size"][-1] == pytest.approx(statistics.mean(sizes), rel=1e-4)
-        assert found["v"][0] == pytest.approx(1) and found["v"][-1] < 0.9999 and found["direction"][-1] == pytest.approx(1)
-        assert found["direction"][0] is None and found["steps"] == [0, 6]
-        assert found.get("shared") == {"lora2-k1-orthonormal-noreg": 100}.get(row, found.get("shared"))
-
-
-def test_why_runs_what_a_study_chose(tmp_path, fake, monkeypatch, capsys):
-    """Oracle: by hand: two rows and a seed each, with the point that the study chose, and a page of the file alone."""
-    argv = command(tmp_path, "--tasks", "stsb", "--rows", "lora-r1,lora2-k1,head", "--seeds", "1")
-    assert study.main(argv) == 0
-    seen = {"device": "cpu", "score": 0.5, "steps": [0, 9, 18], "size": [0.0, 0.1, 0.2], "direction": [None, 0.5, 1.0],
-            "v": [1.0, 0.9, 0.8], "V": [None] * 3}
-    cells = []
-    monkeypatch.setattr(why, "watch", lambda cell: cells.append(cell) or seen | {
-        "row": cell.row, "task": cell.task, "seed": cell.seed})
-    assert why.main(argv) == 0
-    assert [(cell.row, dict(cell.flags)["lr"]) for cell in cells] == [("lora-r1", 0.01), ("lora2-k1", 0.01)]
-    text = (tmp_path / "study-why.md").read_text()
-    assert "| STS-B | LoRA r=1 | 0.200 | 0.500 | 0.800 | – | – |" in text and "cos(ΔW, its end)" in (
-        tmp_path / "study-why.svg").read_text() or (tmp_path / "study-why.svg").stat().st_size > 1000
-    refused(command(tmp_path / "none"), capsys, "run study.py first", main=why.main)
-    (tmp_path / "study-why.md").unlink()
-    assert why.main([*argv, "--no-run"]) == 0 and (tmp_path / "study-why.md").read_text() == text
