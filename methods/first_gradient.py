@@ -5,6 +5,8 @@ between the leading singular vectors of that gradient, so v and V begin as these
 2407.05000; Zhang et al., arXiv 2502.01235). Those two change W0 or the update's first value too.
 Here Λ = 0 as ever: training starts from the pretrained model bit for bit.
 """
+from itertools import islice
+
 import torch
 
 from lora2 import lora2_layers, require
@@ -18,14 +20,14 @@ def start_at_gradient(net, backward, batches):
 
     net: the model, with adapters whose Λ are 0.
     backward: a function that adds the gradient of a batch's loss to every .grad.
-    batches: some of the training rows' batches, which backward() takes.
+    batches: those of the training rows, which backward() takes; the first eight are used.
     FloatingPointError if the gradient is not finite.
     """
     layers = [layer for _, layer in lora2_layers(net)]
     for layer in layers:
         layer.base.weight.requires_grad_(True)
     net.eval()                                              # no dropout, and no number drawn
-    for batch in batches:
+    for batch in islice(batches, BATCHES):
         backward(batch)
     net.train()
     for layer in layers:
