@@ -305,11 +305,11 @@ def evaluate_adapter(given):
 
 def hand_out(o, here, task, unseen, net):
     """--predict, --merge and --export-peft, of the adapters that the model now holds."""
-    found = None, None
+    predicted, outputs = None, None
     if unseen is not None:
-        found = predict(net, unseen, task, o.batch_size, here, progress.bar_on(here))
+        predicted, outputs = predict(net, unseen, task, o.batch_size, here, progress.bar_on(here))
     if here.speaks:
-        export.hand_out(o, o.out, task, net, *found)
+        export.hand_out(o, o.out, task, net, predicted, outputs)
 
 
 def act(argv):

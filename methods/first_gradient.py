@@ -5,8 +5,6 @@ between the leading singular vectors of that gradient, so v and V begin as these
 2407.05000; Zhang et al., arXiv 2502.01235). Those two change W0 or the update's first value too.
 Here Λ = 0 as ever: training starts from the pretrained model bit for bit.
 """
-from itertools import islice
-
 import torch
 
 from lora2 import lora2_layers, require
@@ -27,7 +25,7 @@ def start_at_gradient(net, backward, batches):
     for layer in layers:
         layer.base.weight.requires_grad_(True)
     net.eval()                                              # no dropout, and no number drawn
-    for batch in islice(batches, BATCHES):
+    for _, batch in zip(range(BATCHES), batches):
         backward(batch)
     net.train()
     for layer in layers:

@@ -2,12 +2,12 @@
 import argparse
 import math
 import os
-import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple, Optional
 
 from data import TASKS
+from formats.disk import warn
 from methods import baselines
 from running.errors import refusing
 
@@ -72,7 +72,7 @@ OPTIONS = {
     "data and model": (
         Option("task", str, None, "one of " + ", ".join(TASKS)),
         Option("model", "path", "microsoft/deberta-v3-base", "Hub name, or a folder", beside=BOTH),
-        Option("data-dir", "path", "glue", "for CoLA/, RTE/ ...; fetched if missing", beside=BOTH),
+        Option("data-dir", "path", "glue", "has CoLA/, RTE/ ..., fetched if missing", beside=BOTH),
         Option("train-file", "path", None, "your own TSV: sentence (or sentence1, sentence2), and "
                "label or score", beside=RESUME),
         Option("dev-file", "path", None, "the same, to evaluate on", beside=BOTH),
@@ -81,9 +81,10 @@ OPTIONS = {
     "method": (
         Option("method", baselines.METHODS, "lora2", "what to train"),
         Option("k", int, 1, "projected dimension of LoRA²", COUNT, LORA2),
-        Option("r", int, PRESET, "singular values per matrix, or the rank", COUNT, ADAPTERS),
-        Option("target-rank", int, PRESET, "of these r, what pruning leaves", (), PRUNING),
-        Option("alpha", float, PRESET, "alpha / r scales the update; --r keeps it", (), ADAPTERS),
+        Option("r", int, PRESET, "singular values per matrix, or LoRA's rank", COUNT, ADAPTERS),
+        Option("target-rank", int, PRESET, "how many of the r pruning leaves", (), PRUNING),
+        Option("alpha", float, PRESET, "the update is scaled by alpha / r; --r alone keeps the "
+               "preset's scale", (), ADAPTERS),
         Option("targets", list, "q,k,v,o,f1,f2", "query, key, value, attention output, "
                "feed-forward matrices", (), ADAPTERS),
         Option("init", ("gaussian", "orthonormal", "gradient"), "gaussian", "how v, u, U and V "
@@ -96,7 +97,7 @@ OPTIONS = {
     "training": (
         Option("epochs", int, PRESET, "passes over the training rows", COUNT),
         Option("max-steps", int, None, "train exactly N optimizer steps instead", COUNT),
-        Option("stop-at", float, None, "end at this dev metric (not while pruning)", AMOUNT),
+        Option("stop-at", float, None, "end at this dev metric, without pruning only", AMOUNT),
         Option("batch-size", int, 32, "rows per optimizer step", COUNT, beside=EVAL),
         Option("accum", int, 1, "compute each batch in N parts: less memory, same result", COUNT),
         Option("lr", float, PRESET, "peak learning rate", AMOUNT),
@@ -118,8 +119,7 @@ OPTIONS = {
         Option("dtype", ("fp32", "bf16"), None, "bf16 is autocast; by default on a GPU that has "
                "it, else fp32", beside=EVAL),
         Option("compile", bool, False, "torch.compile the layers of the model", beside=EVAL),
-        Option("eager", bool, False, "launch each operation by itself: on a GPU steps are "
-               "otherwise recorded once for each shape of a batch, and replayed", beside=BOTH)),
+        Option("eager", bool, False, "on a GPU, steps are not recorded and replayed", beside=BOTH)),
     "files": (
         Option("out", "path", None, "run folder; by default runs/TASK-MODEL-METHOD-sSEED. Beside "
                "--eval: where --predict writes", beside=EVAL),
@@ -278,8 +278,8 @@ def resumed(stored, given):
     check_stored(folder, TABLE.keys(), stored)
     for name in sorted(AFTERWARDS - given.keys()):
         if stored[name] is not None:
-            print(f"warning: this run began with {flag(name)} {stored[name]}: --resume does that "
-                  "only if it is given again", file=sys.stderr)
+            warn(f"this run began with {flag(name)} {stored[name]}: --resume does that only if it "
+                 "is given again")
     places = dict.fromkeys(AFTERWARDS) | {"eval": None, "overwrite": False}
     places |= beside_resume(stored, given) | {"out": folder}
     return checked(stored | places)
