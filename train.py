@@ -11,11 +11,9 @@
 # In this file: o, the options · here, the machine: device, dtype, rank, world · plan, when things
 # happen · files, the run folder · signals, Ctrl-C · guard, which remembers the first step that was
 # not finite · refusing(), which makes a user's mistake one line. All of them are in running/.
-import functools
-import itertools
 import math
 import sys
-from pathlib import Path
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +23,7 @@ import model as models
 from formats import glue
 from lora2 import load_lora2_state_dict
 from methods import baselines, fast
-from methods.first_gradient import BATCHES, start_at_gradient
+from methods.first_gradient import start_at_gradient
 from running import demo, export, folder, machine, options, progress
 from running.errors import Guard, refusing, told
 
@@ -40,9 +38,10 @@ def prepare(o, here, stored=None):
     """
     folder.check_destinations(o)
     splits, task = load_splits(o, here, stored)
-    tokenizer = data.load_tokenizer(o.model)
+    folder.check_predictions(o, task)
     if o.predict:
         splits["to predict"] = glue.read_split(o.predict, task, labelled=False)
+    tokenizer = data.load_tokenizer(o.model)
     examples = {name: data.encode(tokenizer, split, o.max_len, name)
                 for name, split in splits.items()}
     if o.task == "own" and here.speaks and not stored:
@@ -77,11 +76,9 @@ def load_splits(o, here, stored):
         splits, task = data.load_own(o.train_file, o.dev_file)
     else:
         task = data.get_task(o.task)
-        if task.downloads:
-            is_new = o.resume is None                      # else a file says where the data are
-            if here.speaks and is_new and data.is_missing(task, o.data_dir, train=not stored):
-                glue.fetch_task(task, o.data_dir)
-            machine.wait_for_all()                         # whatever each finds there by now
+        if here.speaks and not o.resume and data.is_missing(task, o.data_dir, train=not stored):
+            glue.fetch_task(task, o.data_dir)              # --resume: a file says where data are
+        machine.wait_for_all()                             # whatever each finds there by now
         splits = data.load_task(task, o.data_dir, train=not stored)
     limits = {"train": o.limit_train}
     return {name: split.part(0, limits.get(name, o.limit_dev))
@@ -93,28 +90,17 @@ def make_optimizer(net, lr, head_lr, weight_decay, outer_lr=None):
 
     Biases and LayerNorms do not decay; head and outer factors may have learning rates of their own.
     """
-    outer_lr = lr if outer_lr is None else outer_lr
-    body, head = [], []
+    groups = {}                                            # (peak, decay) → parameters
     for name, p in net.named_parameters():
         if p.requires_grad:
-            (head if models.in_head(name, net.head) else body).append((name, p))
-    groups = {}                                            # (peak, decay) → parameters
-    for named, peak in ((body, lr), (head, head_lr)):
-        for name, p in named:
+            peak = head_lr if models.in_head(name, net.head) else lr
+            if outer_lr is not None and name.endswith(baselines.OUTER):
+                peak = outer_lr
             decay = 0.0 if name.endswith("bias") or "LayerNorm" in name else weight_decay
-            its_peak = outer_lr if name.endswith(baselines.OUTER) else peak
-            groups.setdefault((its_peak, decay), []).append(p)
-    settings = []
-    for (peak, decay), group in groups.items():
-        settings.append({"params": group, "peak": peak, "lr": peak, "weight_decay": decay})
+            groups.setdefault((peak, decay), []).append(p)
+    settings = [{"params": group, "peak": peak, "lr": peak, "weight_decay": decay}
+                for (peak, decay), group in groups.items()]
     return torch.optim.AdamW(settings, fused=True), [p for group in groups.values() for p in group]
-
-
-def point_at_gradient(o, here, task, examples, plan, net):
-    """--init gradient: v and V along W0's gradient over the first batches (first_gradient.py)."""
-    in_fp32 = here._replace(dtype="fp32")                  # copies of W0 in bf16 have no gradient
-    first = itertools.islice(stream(examples["train"], o, plan, 0, net, here), BATCHES)
-    start_at_gradient(net, lambda batch: gradients(net, batch, task, in_fp32, o.accum), first)
 
 
 # --- one run ------------------------------------------------------------------------------
@@ -124,15 +110,16 @@ def train(o, saved=None):
     with refusing():                                       # around what a user can have wrong
         here = machine.join(o.device, o.dtype)
         task, examples, unseen, net, identity = prepare(o, here)
-        folder.check_predictions(o, task)
         plan = options.plan(o, rows=len(examples["train"].labels))
         pruner = baselines.make_pruner(o.method, net, o.target_rank, *plan.pruning(), o.importance,
                                        o.sora_threshold)   # LoRA²: RankPruner
     optimizer, parameters = make_optimizer(net, o.lr, o.head_lr, o.weight_decay, o.outer_lr)
     if o.init == "gradient" and saved is None:             # v and V along W0's first gradient
-        point_at_gradient(o, here, task, examples, plan, net)
+        in_fp32 = here._replace(dtype="fp32")              # copies of W0 in bf16 have no gradient
+        start_at_gradient(net, lambda batch: gradients(net, batch, task, in_fp32, o.accum),
+                          stream(examples["train"], o, plan, 0, net, here))
     guard = Guard(here.device, o.out)
-    recorded = recorder(o, net, task, here, parameters)
+    recorded = None if o.eager else fast.recorder(partial(part_loss, net, task, here), net)
     with (folder.RunFolder(o.out, identity, here, plan, net, optimizer, pruner, guard) as files,
           machine.Signals(here) as signals, progress.Log(o, plan, here, task, net, guard) as log):
         state = files.begin(o) if saved is None else files.restore(saved)
@@ -188,16 +175,6 @@ def gradients(net, batch, task, here, accum, recorded=None):
     return loss
 
 
-def recorder(o, net, task, here, parameters):
-    """What computes gradients() on a GPU; None where every operation is launched by itself.
-
-    The word embeddings, which full fine-tuning trains, have a backward pass that sorts.
-    """
-    if here.device.type != "cuda" or o.eager or o.method == "full":
-        return None
-    return fast.Recorded(functools.partial(part_loss, net, task, here), parameters)
-
-
 def part_loss(net, task, here, part, share):
     """The loss of a part of a batch, times its share of the batch's rows: a scalar."""
     return task_loss(predict_batch(net, part, here), part.labels, task) * share
@@ -215,8 +192,7 @@ def regularise(o, net, parameters):
 def update(optimizer, parameters, loss, plan, step, max_norm, guard):
     """Clip the gradients to a norm, set the learning rates of this step, AdamW.
 
-    After a first step whose loss or gradients are not finite AdamW changes nothing any more. The
-    guard remembers that on the device, so that no step waits; it ends the run before a write.
+    After a first step that is not finite AdamW changes nothing any more: see Guard.
     """
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     optimizer.found_inf = guard.see(loss + norm, step)  # GradScaler's hook in fused AdamW: 1 = skip
@@ -264,19 +240,9 @@ def parts_of(batch, rank, world, accum):
 
 # --- evaluation ---------------------------------------------------------------------------
 
-def predict(net, examples, task, batch_size, here, watch):
-    """Predictions for a split, (N,): class ids, or a regression's outputs in the task's unit."""
-    return chosen(outputs_of(net, examples, batch_size, here, watch), task)
-
-
-def chosen(outputs, task):
-    """Outputs (N, labels) → class ids (N,), or the only column of a regression."""
-    return outputs.argmax(1) if task.labels else outputs.squeeze(1)
-
-
 @torch.no_grad()
-def outputs_of(net, examples, batch_size, here, watch):
-    """The model's outputs for a split, (N, labels), on the CPU.
+def predict(net, examples, task, batch_size, here, watch):
+    """For a split, on the CPU: class ids or scores in the task's unit, (N,); outputs (N, labels).
 
     Processes share the batches. watch(batches, how many) gives the batches on, and meanwhile
     looks at signals or shows a bar.
@@ -295,7 +261,9 @@ def outputs_of(net, examples, batch_size, here, watch):
     if not outputs.isfinite().all():
         raise FloatingPointError("the model's outputs are not finite: try --dtype fp32 or a "
                                  "smaller --lr")
-    return outputs.cpu()
+    outputs = outputs.cpu()
+    predicted = outputs.argmax(1) if task.labels else outputs.squeeze(1)
+    return predicted, outputs
 
 
 def evaluate(net, examples, task, batch_size, here, watch):
@@ -303,7 +271,7 @@ def evaluate(net, examples, task, batch_size, here, watch):
     scores, predictions = {}, {}
     for name, split in examples.items():
         if name != "train":
-            predictions[name] = predict(net, split, task, batch_size, here, watch)
+            predictions[name], _ = predict(net, split, task, batch_size, here, watch)
             scores[name] = data.metrics(task, predictions[name], split.labels)
     return scores, predictions
 
@@ -314,7 +282,7 @@ def train_and_hand_out(o, saved=None):
     """One run, and of its best adapter what is asked for."""
     here, task, unseen, net = train(o, saved)
     if o.predict or o.merge or o.export_peft:
-        tensors, _ = folder.load_adapter(Path(o.out) / "adapter.safetensors")
+        tensors, _ = folder.load_adapter(f"{o.out}/adapter.safetensors")
         load_lora2_state_dict(net, tensors)
     hand_out(o, here, task, unseen, net)
 
@@ -326,7 +294,6 @@ def evaluate_adapter(given):
         o = options.evaluating(stored["settings"], given)
         here = machine.join(o.device, o.dtype)
         task, examples, unseen, net, _ = prepare(o, here, stored)
-        folder.check_predictions(o, task)
         load_lora2_state_dict(net, tensors)
     scores, predictions = evaluate(net, examples, task, o.batch_size, here, progress.bar_on(here))
     if here.speaks:
@@ -338,14 +305,11 @@ def evaluate_adapter(given):
 
 def hand_out(o, here, task, unseen, net):
     """--predict, --merge and --export-peft, of the adapters that the model now holds."""
-    predictions, probabilities = None, None
+    predicted, outputs = None, None
     if unseen is not None:
-        outputs = outputs_of(net, unseen, o.batch_size, here, progress.bar_on(here))
-        predictions = chosen(outputs, task)
-        if o.predict_scores:
-            probabilities = outputs.softmax(1)
+        predicted, outputs = predict(net, unseen, task, o.batch_size, here, progress.bar_on(here))
     if here.speaks:
-        export.hand_out(o, o.out, task, net, predictions, probabilities)
+        export.hand_out(o, o.out, task, net, predicted, outputs)
 
 
 def act(argv):
@@ -358,13 +322,11 @@ def act(argv):
     elif "resume" not in given:
         train_and_hand_out(options.resolve(given))
     elif folder.is_finished(given["resume"]):
-        with refusing():
-            result = folder.load_result(given["resume"])
+        result = folder.load_result(given["resume"])
         if wanted := progress.finished(given, result):     # more is asked of its adapter
             evaluate_adapter(wanted)
     else:
-        with refusing():
-            saved = folder.load_run(given["resume"])
+        saved = folder.load_run(given["resume"])
         train_and_hand_out(options.resumed(saved["settings"], given), saved)
     machine.leave()
 

@@ -14,7 +14,8 @@ from methods.fast_lora2 import (FastLoRA2Linear, add_gradients, cast_frozen, ort
                                 product_dtype, shared_updates)
 from model import DisentangledSelfAttention, Encoder, SelfAttention, bucket, split_heads
 
-__all__ = ["Recorded", "add_gradients", "orthogonality_loss", "shared_updates", "speed_up"]
+__all__ = ["Recorded", "add_gradients", "orthogonality_loss", "recorder", "shared_updates",
+           "speed_up"]
 
 
 def speed_up(net, dtype="fp32", compile=False):
@@ -102,6 +103,17 @@ class Recorded:
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             loss = self.differentiate(inputs, share)
         return graph, inputs, loss
+
+
+def recorder(function, net):
+    """A Recorded for the trained parameters of a model on a GPU; None if that cannot be recorded.
+
+    It cannot if word embeddings are trained: their backward pass sorts.
+    """
+    words = net.backbone.embeddings.word_embeddings.weight
+    if words.device.type != "cuda" or words.requires_grad:
+        return None
+    return Recorded(function, [p for p in net.parameters() if p.requires_grad])
 
 
 class CheapDropout(nn.Dropout):

@@ -18,14 +18,14 @@ def start_at_gradient(net, backward, batches):
 
     net: the model, with adapters whose Λ are 0.
     backward: a function that adds the gradient of a batch's loss to every .grad.
-    batches: some of the training rows' batches, which backward() takes.
+    batches: those of the training rows, which backward() takes; the first eight are used.
     FloatingPointError if the gradient is not finite.
     """
     layers = [layer for _, layer in lora2_layers(net)]
     for layer in layers:
         layer.base.weight.requires_grad_(True)
     net.eval()                                              # no dropout, and no number drawn
-    for batch in batches:
+    for _, batch in zip(range(BATCHES), batches):
         backward(batch)
     net.train()
     for layer in layers:

@@ -10,13 +10,14 @@ from formats.disk import writing
 from lora2 import lora2_layers, merge_lora2
 
 
-def hand_out(o, folder, task, net, predicted, probabilities=None):
+def hand_out(o, folder, task, net, predicted, outputs=None):
     """--predict, --export-peft and --merge, in this order, of the adapters the model now holds.
 
-    folder: where predictions go. predicted: for the file of --predict, (N,), or None; with their
-    probabilities, (N, classes), if these are asked for.
+    folder: where predictions go. predicted: for the file of --predict, (N,), and with it the
+    model's outputs, (N, labels); or None.
     """
     if predicted is not None:
+        probabilities = outputs.softmax(1) if o.predict_scores else None
         path = glue.write_submission(folder, task, predicted, Path(o.predict).stem, probabilities)
         print(f"predictions for {o.predict} are in {path}")
     if o.export_peft or o.merge:

@@ -456,6 +456,7 @@ def is_of(kinds, content):
     return {name: type(value) for name, value in content.items()} == kinds
 
 
+@refusing()
 def load_result(folder):
     """What result.json of a finished run holds; it and the adapter beside it have to be whole."""
     path = Path(folder) / "result.json"
@@ -496,6 +497,7 @@ def load_state(folder):
         return of_this_version(disk.load_pickle(path))
 
 
+@refusing()
 def load_run(folder):
     """load_state(), and its "hash", of a run to go on with: nothing lacks in it or is too much."""
     path = Path(folder) / "last.pt"

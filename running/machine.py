@@ -4,14 +4,13 @@ import ctypes
 import os
 import platform
 import signal
-import sys
 from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from formats.disk import one_line
+from formats.disk import one_line, warn
 from running.errors import Stopped
 
 
@@ -36,13 +35,12 @@ class Machine(NamedTuple):
         """Copies on the device, of what is not there yet. On a GPU the host does not wait for
         them, which takes pinned memory: without it, as on a Mac, the batch could be gone before it
         is copied."""
-        if self.device.type != "cuda":
-            return [tensor.to(self.device) for tensor in tensors]
+        on_gpu = self.device.type == "cuda"
         copies = []
         for tensor in tensors:
-            if tensor.device.type == "cpu":
+            if on_gpu and tensor.device.type == "cpu":
                 tensor = tensor.contiguous().pin_memory()
-            copies.append(tensor.to(self.device, non_blocking=True))
+            copies.append(tensor.to(self.device, non_blocking=on_gpu))
         return copies
 
 
@@ -63,17 +61,16 @@ def join(name=None, dtype=None):
     if world > 1 and not dist.is_initialized():
         check_environment(world)
         patience = timedelta(hours=6)                      # the others wait while one downloads
-        if device.type == "cuda":
-            dist.init_process_group("nccl", device_id=device, timeout=patience)
-        else:
-            dist.init_process_group("gloo", timeout=patience)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        own_gpu = device if device.type == "cuda" else None
+        dist.init_process_group(backend, device_id=own_gpu, timeout=patience)
     rank = dist.get_rank() if world > 1 else 0
     imitated = emulates_bf16(device.type)
     if dtype is None:
         dtype = "bf16" if device.type == "cuda" and not imitated else "fp32"
     if dtype == "bf16" and imitated and rank == 0:
-        print(f"warning: this {device.type} has no bf16 arithmetic and imitates it, up to 100 "
-              "times slower: give --dtype fp32", file=sys.stderr)
+        warn(f"this {device.type} has no bf16 arithmetic and imitates it, up to 100 times slower: "
+             "give --dtype fp32")
     return Machine(device, dtype, rank, world)
 
 
@@ -171,21 +168,18 @@ def seed_dropout(seed, here):
 
 def random_state(here):
     """What dropout's generators hold: {"cpu": state, perhaps "cuda" or "mps": state}."""
-    state = {"cpu": torch.get_rng_state()}
-    if here.device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(here.device)
-    elif here.device.type == "mps":
-        state["mps"] = torch.mps.get_rng_state()
+    state, kind = {"cpu": torch.get_rng_state()}, here.device.type
+    if kind != "cpu":
+        state[kind] = getattr(torch, kind).get_rng_state()
     return state
 
 
 def set_random_state(here, state):
     """Put random_state() back; a run that began on another device has none of this one's."""
     torch.set_rng_state(state["cpu"])
-    if here.device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], here.device)
-    elif here.device.type == "mps" and "mps" in state:
-        torch.mps.set_rng_state(state["mps"])
+    kind = here.device.type
+    if kind != "cpu" and kind in state:
+        getattr(torch, kind).set_rng_state(state[kind])
 
 
 # --- several processes --------------------------------------------------------------------

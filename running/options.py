@@ -2,21 +2,22 @@
 import argparse
 import math
 import os
-import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple, Optional
 
 from data import TASKS
+from formats.disk import warn
 from methods import baselines
 from running.errors import refusing
 
 # The authors' released settings: batch 32, AdamW, clip 1.0, linear decay after a warm-up, dropout
-# 0.1 in the backbone. ti, tf and dT (Algorithm 1) are steps of the T steps of a full-length run;
-# runs of another length use the same fractions of theirs. QNLI has the longest texts; MRPC and RTE
-# choose anew at every step.
-COLUMNS = ("lr", "epochs", "T", "warmup", "max_len", "head_dropout", "weight_decay", "alpha",
-           "ti", "tf", "dT", "r", "target_rank", "reg", "seed")
+# 0.1 in the backbone. Warm-up and pruning (Algorithm 1's t_i, t_f, ΔT) are steps of all T steps of
+# a full-length run; runs of another length use the same fractions of theirs. QNLI has the longest
+# texts; MRPC and RTE choose anew at every step.
+SCHEDULE = ("warmup", "prune_warmup", "prune_final", "prune_interval")
+COLUMNS = ("lr", "epochs", "all_steps", "warmup", "max_len", "head_dropout", "weight_decay",
+           "alpha", *SCHEDULE[1:], "r", "target_rank", "reg", "seed")
 ROWS = {
     #        lr    epochs  T     warmup  len drop decay alpha ti    tf     dT r target reg seed
     "cola": (8e-4,   25, 6700,   100,    64, .10, 0,    32,  800,  3500,  10, 4, 3,    .1, 6),
@@ -51,10 +52,9 @@ PRUNING, ADAPTERS = ("lora2", "adalora"), ("lora2", "adalora", "lora", "sora")
 class Option(NamedTuple):
     """One option: a row of the table.
 
-    kind: a class; a tuple of choices; list: a,b,c; bool: a switch; "path" of a file or folder;
-    "steps": a number of optimizer steps or, below 1, a fraction of them all.
-    limits: the least value and what it must stay below; of a list, what it may hold; () where
-    the value is judged by what it belongs to.
+    kind: a class; a tuple of choices; list: some of its default; bool: a switch; "path" of a file
+    or folder; "steps": a number of optimizer steps or, below 1, a fraction of them all.
+    limits: the least value and what it must stay below; () where what it belongs to judges it.
     methods: those to which it means something.
     beside: "resume", "eval": may differ there from what the run or the adapter stores.
     """
@@ -71,10 +71,8 @@ RESUME, EVAL, BOTH = ("resume",), ("eval",), ("resume", "eval")
 OPTIONS = {
     "data and model": (
         Option("task", str, None, "one of " + ", ".join(TASKS)),
-        Option("model", "path", "microsoft/deberta-v3-base", "name on the Hub, or a folder",
-               beside=BOTH),
-        Option("data-dir", "path", "glue", "folder of CoLA/, RTE/ ...; what is missing is fetched",
-               beside=BOTH),
+        Option("model", "path", "microsoft/deberta-v3-base", "Hub name, or a folder", beside=BOTH),
+        Option("data-dir", "path", "glue", "has CoLA/, RTE/ ..., fetched if missing", beside=BOTH),
         Option("train-file", "path", None, "your own TSV: sentence (or sentence1, sentence2), and "
                "label or score", beside=RESUME),
         Option("dev-file", "path", None, "the same, to evaluate on", beside=BOTH),
@@ -83,75 +81,57 @@ OPTIONS = {
     "method": (
         Option("method", baselines.METHODS, "lora2", "what to train"),
         Option("k", int, 1, "projected dimension of LoRA²", COUNT, LORA2),
-        Option("r", int, PRESET, "singular values per matrix; the rank of lora, adalora and sora",
-               COUNT, ADAPTERS),
-        Option("target-rank", int, PRESET, "singular values per matrix that pruning leaves, at "
-               "most r", (), PRUNING),
+        Option("r", int, PRESET, "singular values per matrix, or LoRA's rank", COUNT, ADAPTERS),
+        Option("target-rank", int, PRESET, "how many of the r pruning leaves", (), PRUNING),
         Option("alpha", float, PRESET, "the update is scaled by alpha / r; --r alone keeps the "
                "preset's scale", (), ADAPTERS),
         Option("targets", list, "q,k,v,o,f1,f2", "query, key, value, attention output, "
-               "feed-forward matrices", ("q", "k", "v", "o", "f1", "f2"), ADAPTERS),
+               "feed-forward matrices", (), ADAPTERS),
         Option("init", ("gaussian", "orthonormal", "gradient"), "gaussian", "how v, u, U and V "
                "start; gradient: v and V along the first gradient of W0", (), LORA2),
         Option("reg", float, PRESET, "gamma, the weight of the regulariser R", AMOUNT, PRUNING),
-        Option("reg-terms", list, "uv,UV,PQ", "the groups of Eq. 5 that count",
-               ("uv", "UV", "PQ"), LORA2),
+        Option("reg-terms", list, "uv,UV,PQ", "groups of Eq. 5 to add", (), LORA2),
         Option("importance", ("reduced", "full"), "reduced", "scores Λ, u and U (Eq. 9), or v and "
                "V too (Eq. 8)", (), PRUNING),
-        Option("sora-threshold", float, 3e-4, "what each of SoRA's gates loses per step", AMOUNT,
-               SORA)),
+        Option("sora-threshold", float, 3e-4, "what each SoRA gate loses per step", AMOUNT, SORA)),
     "training": (
         Option("epochs", int, PRESET, "passes over the training rows", COUNT),
         Option("max-steps", int, None, "train exactly N optimizer steps instead", COUNT),
-        Option("stop-at", float, None, "stop once the dev metric reaches this (methods that do "
-               "not prune)", AMOUNT),
+        Option("stop-at", float, None, "end at this dev metric, without pruning only", AMOUNT),
         Option("batch-size", int, 32, "rows per optimizer step", COUNT, beside=EVAL),
-        Option("accum", int, 1, "compute each batch in N parts to save memory, with the same "
-               "result", COUNT),
+        Option("accum", int, 1, "compute each batch in N parts: less memory, same result", COUNT),
         Option("lr", float, PRESET, "peak learning rate", AMOUNT),
         Option("head-lr", float, None, "the same for the head; by default lr", AMOUNT),
         Option("outer-lr", float, None, "the same for v and V, of lora and sora A, of adalora P "
                "and Q; by default lr", AMOUNT, ADAPTERS),
-        Option("warmup", "steps", PRESET, "steps in which the learning rate rises; then it falls "
-               "linearly"),
+        Option("warmup", "steps", PRESET, "steps in which lr rises; then it falls linearly"),
         Option("clip", float, 1.0, "gradients with a larger norm are scaled down to it", AMOUNT),
         Option("max-len", int, PRESET, "longest input in tokens", COUNT),
-        Option("head-dropout", float, PRESET, "dropout in the head; the backbone's is the "
-               "checkpoint's", (0, 1)),
+        Option("head-dropout", float, PRESET, "in the head; elsewhere the checkpoint's", (0, 1)),
         Option("weight-decay", float, PRESET, "of all but biases and LayerNorms", AMOUNT),
-        Option("seed", int, PRESET, "draws the new weights, the order of rows and dropout",
-               (0, 2**32)),
+        Option("seed", int, PRESET, "draws new weights, the order of rows and dropout", (0, 2**32)),
         Option("prune-warmup", "steps", PRESET, "steps before pruning begins", (), PRUNING),
-        Option("prune-final", "steps", PRESET, "steps at the end with the selection fixed", (),
-               PRUNING),
+        Option("prune-final", "steps", PRESET, "last steps, with the selection fixed", (), PRUNING),
         Option("prune-interval", "steps", PRESET, "steps between two selections", (), PRUNING),
-        Option("eval-steps", int, None, "evaluate every N steps too, besides each epoch and the "
-               "end", COUNT)),
+        Option("eval-steps", int, None, "evaluate every N steps too, besides each epoch", COUNT)),
     "machine": (
         Option("device", str, None, "cuda, mps or cpu; by default the first there is", beside=BOTH),
         Option("dtype", ("fp32", "bf16"), None, "bf16 is autocast; by default on a GPU that has "
                "it, else fp32", beside=EVAL),
         Option("compile", bool, False, "torch.compile the layers of the model", beside=EVAL),
-        Option("eager", bool, False, "launch each operation by itself: on a GPU steps are "
-               "otherwise recorded once for each shape of a batch, and replayed", beside=BOTH)),
+        Option("eager", bool, False, "on a GPU, steps are not recorded and replayed", beside=BOTH)),
     "files": (
         Option("out", "path", None, "run folder; by default runs/TASK-MODEL-METHOD-sSEED. Beside "
                "--eval: where --predict writes", beside=EVAL),
         Option("overwrite", bool, False, "replace the run in that folder"),
-        Option("save-steps", int, None, "write last.pt every N steps too, besides each evaluation",
-               COUNT, beside=RESUME),
+        Option("save-steps", int, None, "write last.pt every N steps too", COUNT, beside=RESUME),
         Option("resume", "path", None, "go on with the run in this folder; needs nothing else, "
-               "but what to write elsewhere has to be said again"),
-        Option("eval", "path", None, "load this adapter.safetensors and evaluate instead of "
-               "training", beside=EVAL),
-        Option("predict", "path", None, "write predictions for this TSV of the task, labels not "
-               "needed", beside=BOTH),
-        Option("predict-scores", bool, False, "there, beside each label, a column for the "
-               "probability of every class", beside=BOTH),
-        Option("merge", "path", None, "write the best model to this folder as a plain checkpoint",
-               beside=BOTH),
-        Option("export-peft", "path", None, "write the best adapter to this folder as peft's LoRA",
-               (), ADAPTERS, BOTH)),
+               "but what to write elsewhere has to be said again", beside=RESUME),
+        Option("eval", "path", None, "evaluate this adapter.safetensors: no training", beside=EVAL),
+        Option("predict", "path", None, "predict this TSV, which needs no labels", beside=BOTH),
+        Option("predict-scores", bool, False, "there also each class's probability", beside=BOTH),
+        Option("merge", "path", None, "write the best model here as a checkpoint", beside=BOTH),
+        Option("export-peft", "path", None, "the best adapter as peft's LoRA", (), ADAPTERS, BOTH)),
 }
 TABLE = {option.name.replace("-", "_"): option for group in OPTIONS.values() for option in group}
 AFTERWARDS = {"predict", "merge", "export_peft"}           # what can be asked of a finished adapter
@@ -197,9 +177,12 @@ def list_of(text):
     return [part.strip() for part in text.split(",")]
 
 
-# kind of an option → (its type for argparse, what stands for its value in --help)
-TYPES = {"steps": (number_of_steps, "S"), "path": (path_of, "PATH"), list: (list_of, "A,B"),
-         int: (int, "N"), float: (float, "X"), str: (str, "NAME")}
+# kind of an option → what argparse is told of it: metavar is what stands for its value in --help
+KINDS = {"steps": {"type": number_of_steps, "metavar": "S"},
+         "path": {"type": path_of, "metavar": "PATH"},
+         list: {"type": list_of, "metavar": "A,B"}, bool: {"action": "store_true"},
+         int: {"type": int, "metavar": "N"}, float: {"type": float, "metavar": "X"},
+         str: {"metavar": "NAME"}}
 
 
 @refusing()
@@ -214,13 +197,8 @@ def parse(argv, description=None):
             text = option.help
             if option.default not in (None, False):
                 text += f" ({option.default})"
-            if option.kind is bool:
-                group.add_argument(f"--{option.name}", action="store_true", help=text)
-            elif isinstance(option.kind, tuple):
-                group.add_argument(f"--{option.name}", choices=option.kind, help=text)
-            else:
-                kind, metavar = TYPES[option.kind]
-                group.add_argument(f"--{option.name}", type=kind, metavar=metavar, help=text)
+            kind = KINDS.get(option.kind) or {"choices": option.kind}
+            group.add_argument(f"--{option.name}", help=text, **kind)
     given = vars(parser.parse_args(argv))
     if "predict_scores" in given and "predict" not in given:
         raise ValueError("--predict-scores says what --predict writes: give both")
@@ -229,12 +207,11 @@ def parse(argv, description=None):
 
 def epilog():
     """What --help says about S and the presets: a table with a column for each task."""
-    names = {"T": "all steps", "ti": "prune-warmup", "tf": "prune-final", "dT": "prune-interval"}
     lines = ["S: a number of optimizer steps, or a fraction below 1 of them all.", "",
              "presets:        " + "".join(f"{task:>8}" for task in PRESETS)]
     for name in COLUMNS:
         cells = "".join(f"{row[name]:8g}" for row in PRESETS.values())
-        lines.append(f"  {names.get(name, name.replace('_', '-')):14}{cells}")
+        lines.append(f"  {name.replace('_', '-'):14}{cells}")
     lines += ["", "Steps are those of a full-length run; a run of another length keeps the "
               "fractions.", "Other methods have presets of their own:"]
     for key, changes in EXCEPTIONS.items():
@@ -249,11 +226,9 @@ def epilog():
 def preset_of(task, method):
     """{name: value} that a task and a method want; schedules are fractions of all steps."""
     preset = dict(PRESETS[task])
-    T = preset.pop("T")
-    preset["warmup"] /= T
-    preset["prune_warmup"] = preset.pop("ti") / T
-    preset["prune_final"] = preset.pop("tf") / T
-    preset["prune_interval"] = preset.pop("dT") / T
+    T = preset.pop("all_steps")
+    for name in SCHEDULE:
+        preset[name] /= T
     return preset | EXCEPTIONS.get(method, {}) | EXCEPTIONS.get((method, task), {})
 
 
@@ -303,32 +278,28 @@ def resumed(stored, given):
     check_stored(folder, TABLE.keys(), stored)
     for name in sorted(AFTERWARDS - given.keys()):
         if stored[name] is not None:
-            print(f"warning: this run began with {flag(name)} {stored[name]}: --resume does that "
-                  "only if it is given again", file=sys.stderr)
+            warn(f"this run began with {flag(name)} {stored[name]}: --resume does that only if it "
+                 "is given again")
     places = dict.fromkeys(AFTERWARDS) | {"eval": None, "overwrite": False}
-    places |= beside_resume(stored, given) | {"out": folder, "resume": folder}
+    places |= beside_resume(stored, given) | {"out": folder}
     return checked(stored | places)
 
 
 def beside_resume(stored, given):
     """What is given beside --resume; ValueError if it differs from the run where it must not."""
-    fixed = {name: stored[name] for name in stored.keys() - {"out", "overwrite", "eval", "resume"}}
+    fixed = {name: stored[name] for name in stored.keys() - {"out", "overwrite", "eval"}}
     unread = {"data_dir"} if stored["task"] == "own" else {"train_file", "dev_file"}
-    free = {name for name, option in TABLE.items() if "resume" in option.beside} - unread
-    wanted = {name: given[name] for name in given if name != "resume"}
-    return agreed(fixed, wanted, free, "--resume")
+    return agreed(fixed, given, "resume", unread)
 
 
 @refusing()
 def evaluating(stored, given):
     """The settings with which to evaluate an adapter that stores its own."""
     check_stored(given["eval"], STORED, stored)
-    free = {name for name, option in TABLE.items() if "eval" in option.beside}
-    if "predict" not in given:
-        free.remove("out")
+    unread = set() if "predict" in given else {"out"}
     settings = {name: option.default for name, option in TABLE.items()} | stored
     settings["batch_size"] = min(settings["batch_size"], 256)      # no file chooses all memory
-    settings |= agreed(stored, given, free, "--eval")
+    settings |= agreed(stored, given, "eval", unread)
     if settings["model"] is None:
         raise ValueError(f"{given['eval']} belongs to a model in a folder: give that folder as "
                          "--model")
@@ -365,16 +336,20 @@ def can_be(option, value, method):
     return type(value) is (str if kind == "path" else kind)
 
 
-def agreed(fixed, given, free, what):
-    """`given`; ValueError that names all options in it that are not free and not as in `fixed`."""
+def agreed(fixed, given, what, unread):
+    """`given`; ValueError that names all options in it that differ from `fixed` and must not.
+
+    what: "resume" or "eval": beside it some may differ, but for those that are `unread` there.
+    """
     differ = []
-    for name in sorted(given.keys() - free):
+    free = {name for name, option in TABLE.items() if what in option.beside}
+    for name in sorted(given.keys() - (free - unread)):
         if name not in fixed:
             differ.append(f"no {flag(name)}")
         elif given[name] != fixed[name]:
             differ.append(f"{flag(name)} {fixed[name]}, not {given[name]}")
     if differ:
-        raise ValueError(f"{what} has to keep {'; '.join(differ)}: leave that out")
+        raise ValueError(f"{flag(what)} has to keep {'; '.join(differ)}: leave that out")
     return given
 
 
@@ -394,9 +369,9 @@ def checked(settings):
         if method not in option.methods:
             raise ValueError(f"{flag(name)} means nothing to --method {method}: leave it out")
         if option.kind is list:
-            if len(set(value)) < len(value) or not set(value) <= set(option.limits):
-                raise ValueError(f"{flag(name)} {','.join(value)}: give some of "
-                                 f"{','.join(option.limits)}, each once")
+            if len(set(value)) < len(value) or not set(value) <= set(option.default.split(",")):
+                raise ValueError(f"{flag(name)} {','.join(value)}: give some of {option.default}, "
+                                 "each once")
         elif option.limits and not option.limits[0] <= value < option.limits[1]:
             least, below = option.limits
             most = f" and less than {below}" if below < math.inf else ""

@@ -384,8 +384,8 @@ def test_labels_have_names(cli, tiny, monkeypatch):
         again = cli("--eval run/adapter.safetensors --model", tiny["bert"], "--predict", paths[split])
         assert again.status == 0 and f"run/{file}" in again.out
         lines = [line.split("\t")[1] for line in Path("run", file).read_text().splitlines()[1:]]
-        run = opened(eval="run/adapter.safetensors", model=str(tiny["bert"]), predict=str(paths[split]))
-        predictions = train.predict(run.net, run.unseen, run.task, 16, run.here, progress.bar_on(run.here))
+        run = opened(eval="run/adapter.safetensors", model=str(tiny["bert"]), predict=str(paths[split]), out="x")
+        predictions, _ = train.predict(run.net, run.unseen, run.task, 16, run.here, progress.bar_on(run.here))
         assert lines == [labels[i] for i in predictions]
     other = data.TASKS["mnli"]._replace(labels=labels[::-1])
     monkeypatch.setitem(data.TASKS, "mnli", other)         # as in models of other people
@@ -615,7 +615,8 @@ def test_probabilities_on_request(cli, tiny, task):
     labels = data.TASKS[task].labels
     assert with_[0] == ["index", "prediction", *labels] and [row[:2] for row in with_] == without
     run = opened(eval="run/adapter.safetensors", model=str(tiny["bert"]), predict=str(paths[name]), out="x")
-    right = train.outputs_of(run.net, run.unseen, 16, run.here, progress.bar_on(run.here)).softmax(1)
+    _, outputs = train.predict(run.net, run.unseen, run.task, 16, run.here, progress.bar_on(run.here))
+    right = outputs.softmax(1)
     found = torch.tensor([[float(number) for number in row[2:]] for row in with_[1:]])
     torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-6)
     assert [row[1] for row in with_[1:]] == [labels[i] for i in right.argmax(1)]

@@ -106,10 +106,8 @@ class OwnStep:
         if method != "frozen":
             self.optimizer, self.parameters = train.make_optimizer(
                 net, lr=1e-3, head_lr=1e-3, weight_decay=0.0)
-        self.recorded = None
-        if self.here.device.type == "cuda" and not eager:
-            loss_of = functools.partial(train.part_loss, net, self.task, self.here)
-            self.recorded = fast.Recorded(loss_of, self.parameters)
+        loss_of = functools.partial(train.part_loss, net, self.task, self.here)
+        self.recorded = None if eager else fast.recorder(loss_of, net)
         if method == "frozen":
             return
         self.plan = options.Plan(1000, 1000, 0, 0, 10, 1, None, None, None)
