@@ -11,6 +11,8 @@
 # In this file: o, the options · here, the machine: device, dtype, rank, world · plan, when things
 # happen · files, the run folder · signals, Ctrl-C · guard, which remembers the first step that was
 # not finite · refusing(), which makes a user's mistake one line. All of them are in running/.
+# To change the loss, see task_loss() · the regulariser, regularise() · the schedule, options.plan()
+# · the method, methods/baselines.py · what is logged, progress.Log.
 import math
 import sys
 from functools import partial
@@ -26,6 +28,55 @@ from methods import baselines, fast
 from methods.first_gradient import start_at_gradient
 from running import demo, export, folder, machine, options, progress
 from running.errors import Guard, refusing, told
+
+# --- one run ------------------------------------------------------------------------------
+
+def train(o, saved=None):
+    """Train to the end, from the start or a saved state: (Machine, task, unseen, model)."""
+    with refusing():                                       # around what a user can have wrong
+        here = machine.join(o.device, o.dtype)
+        task, examples, unseen, net, identity = prepare(o, here)
+        plan = options.plan(o, rows=len(examples["train"].labels))
+        pruner = baselines.make_pruner(o.method, net, o.target_rank, *plan.pruning(), o.importance,
+                                       o.sora_threshold)   # LoRA²: RankPruner
+    optimizer, parameters = make_optimizer(net, o.lr, o.head_lr, o.weight_decay, o.outer_lr)
+    if o.init == "gradient" and saved is None:             # v and V along W0's first gradient
+        in_fp32 = here._replace(dtype="fp32")              # copies of W0 in bf16 have no gradient
+        start_at_gradient(net, lambda batch: gradients(net, batch, task, in_fp32, o.accum),
+                          stream(examples["train"], o, plan, 0, net, here))
+    guard = Guard(here.device, o.out)
+    recorded = None if o.eager else fast.recorder(partial(part_loss, net, task, here), net)
+    with (folder.RunFolder(o.out, identity, here, plan, net, optimizer, pruner, guard) as files,
+          machine.Signals(here) as signals, progress.Log(o, plan, here, task, net, guard) as log):
+        state = files.begin(o) if saved is None else files.restore(saved)
+        log.start(state, examples)
+        batches = stream(examples["train"], o, plan, state.step, net, here)
+        while True:
+            if plan.evaluates(state):
+                guard.check()
+                scores, predicted = evaluate(net, examples, task, o.batch_size, here, signals.watch)
+                files.keep_best(task, scores, predicted)
+                log.evaluation(state, scores, predicted)
+            if plan.saves(state):
+                files.save()
+            if plan.is_over(state):
+                break
+            signals.check(state.step)                      # Ctrl-C: on its way out files saves
+
+            # ---- one training step -------------------------------------------------------
+            batch = next(batches)
+            state.step += 1
+            loss = gradients(net, batch, task, here, o.accum, recorded)  # forward, backward
+            R = regularise(o, net, parameters)                       # LoRA²: Eq. 5, its gradients
+            update(optimizer, parameters, loss, plan, state.step, o.clip, guard)
+            kept = pruner.step() if pruner else None                 # LoRA²: Algorithm 1
+            optimizer.zero_grad()
+            # ------------------------------------------------------------------------------
+            state.tokens += int(batch.attention_mask.sum())
+            log.training(state, loss, R, kept, optimizer, pruner)  # a line every ten steps
+        files.finish(task, progress.counts(net))
+    return here, task, unseen, net
+
 
 # --- data → model → adapters → optimizer --------------------------------------------------
 
@@ -101,55 +152,6 @@ def make_optimizer(net, lr, head_lr, weight_decay, outer_lr=None):
     settings = [{"params": group, "peak": peak, "lr": peak, "weight_decay": decay}
                 for (peak, decay), group in groups.items()]
     return torch.optim.AdamW(settings, fused=True), [p for group in groups.values() for p in group]
-
-
-# --- one run ------------------------------------------------------------------------------
-
-def train(o, saved=None):
-    """Train to the end, from the start or a saved state: (Machine, task, unseen, model)."""
-    with refusing():                                       # around what a user can have wrong
-        here = machine.join(o.device, o.dtype)
-        task, examples, unseen, net, identity = prepare(o, here)
-        plan = options.plan(o, rows=len(examples["train"].labels))
-        pruner = baselines.make_pruner(o.method, net, o.target_rank, *plan.pruning(), o.importance,
-                                       o.sora_threshold)   # LoRA²: RankPruner
-    optimizer, parameters = make_optimizer(net, o.lr, o.head_lr, o.weight_decay, o.outer_lr)
-    if o.init == "gradient" and saved is None:             # v and V along W0's first gradient
-        in_fp32 = here._replace(dtype="fp32")              # copies of W0 in bf16 have no gradient
-        start_at_gradient(net, lambda batch: gradients(net, batch, task, in_fp32, o.accum),
-                          stream(examples["train"], o, plan, 0, net, here))
-    guard = Guard(here.device, o.out)
-    recorded = None if o.eager else fast.recorder(partial(part_loss, net, task, here), net)
-    with (folder.RunFolder(o.out, identity, here, plan, net, optimizer, pruner, guard) as files,
-          machine.Signals(here) as signals, progress.Log(o, plan, here, task, net, guard) as log):
-        state = files.begin(o) if saved is None else files.restore(saved)
-        log.start(state, examples)
-        batches = stream(examples["train"], o, plan, state.step, net, here)
-        while True:
-            if plan.evaluates(state):
-                guard.check()
-                scores, predicted = evaluate(net, examples, task, o.batch_size, here, signals.watch)
-                files.keep_best(task, scores, predicted)
-                log.evaluation(state, scores, predicted)
-            if plan.saves(state):
-                files.save()
-            if plan.is_over(state):
-                break
-            signals.check(state.step)                      # Ctrl-C: on its way out files saves
-
-            # ---- one training step -------------------------------------------------------
-            batch = next(batches)
-            state.step += 1
-            loss = gradients(net, batch, task, here, o.accum, recorded)  # forward, backward
-            R = regularise(o, net, parameters)                       # LoRA²: Eq. 5
-            update(optimizer, parameters, loss, plan, state.step, o.clip, guard)
-            kept = pruner.step() if pruner else None                 # LoRA²: Algorithm 1
-            optimizer.zero_grad()
-            # ------------------------------------------------------------------------------
-            state.tokens += int(batch.attention_mask.sum())
-            log.training(state, loss, R, kept, optimizer, pruner)  # a line every ten steps
-        files.finish(task, progress.counts(net))
-    return here, task, unseen, net
 
 
 # --- the parts of a step: the benchmark times these very functions ------------------------

@@ -100,7 +100,7 @@ def lines_of(*names):
 
 # File or room → how many lines it may have. Where the aim is less, it stands behind: a bound only falls.
 SIZES = {"lora2.py": 482,           # 350
-         "model.py": 400, "data.py": 360, "train.py": 378,                  # 350 each of the latter two
+         "model.py": 400, "data.py": 360, "train.py": 345,                  # 350 each of the latter two
          "the four that are read": 1618,                                     # 1,450
          "product": 7414,           # 4,300: all but tests/ and experiments/
          "experiments": 4205,       # 2,400
