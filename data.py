@@ -138,20 +138,16 @@ def load_own(train_file, dev_file):
         scores = torch.tensor(train.labels, dtype=torch.float64)
         deviation = float(scores.std(correction=0)) or 1.0     # 0: all are alike
         task = task._replace(unit=(float(scores.mean()), deviation))
-    dev = glue.read_split(dev_file, task)
-    splits = {"train": glue.in_unit(train, task, train_file),
-              "dev": glue.in_unit(dev, task, dev_file)}
-    return splits, task
+    splits, task = load_dev(dev_file, task)
+    return {"train": glue.in_unit(train, task, train_file), **splits}, task
 
 
-def load_dev(dev_file, task, columns):
+def load_dev(dev_file, task, columns=None):
     """({"dev": Split}, Task) of one TSV file, to evaluate what was trained on a task.
 
-    task: its name, or "own" with the columns that glue.read_columns() found in the training file.
+    task: a name or a Task; "own": what load_own() made of the training file, by its columns.
     """
-    if task == "own":
-        task = Task("", {}, **columns)
-    task = get_task(task)
+    task = Task("", {}, **columns) if task == "own" else get_task(task)
     dev = glue.read_split(dev_file, task)
     return {"dev": glue.in_unit(dev, task, dev_file)}, task
 
@@ -204,9 +200,8 @@ def encode(tokenizer, split, max_len, name="the data"):
                 truncated += bool(encoding.overflowing)
     finally:
         tokenizer.no_truncation()
-    unknown_ids = [tokenizer.token_to_id("[UNK]"), tokenizer.token_to_id("<unk>")]
-    unknown = sum(ids.count(number) for number in unknown_ids if number is not None)
-    share = unknown / max(1, len(ids) - special * len(rows))
+    unknown = {tokenizer.token_to_id("[UNK]"), tokenizer.token_to_id("<unk>")} - {None}
+    share = sum(map(ids.count, unknown)) / max(1, len(ids) - special * len(rows))
     if share > 0.5:                                # no training would help
         raise ValueError(f"{share:.0%} of the tokens of {name} are unknown to the tokenizer: give "
                          "a model of the language that they are in")
@@ -218,8 +213,8 @@ def encode(tokenizer, split, max_len, name="the data"):
 
 def check_ids(examples, config, name):
     """ValueError unless {split: Examples} fit a model and its config: a GPU would fail mutely."""
-    highest_id = max(int(one.ids.max()) for one in examples.values())
-    highest_type = max(int(one.types.max()) for one in examples.values())
+    highest_id = max(int(split.ids.max()) for split in examples.values())
+    highest_type = max(int(split.types.max()) for split in examples.values())
     ids = config["vocab_size"]
     types = max(2, config["type_vocab_size"])      # a model with at most one ignores them
     if highest_id >= ids or highest_type >= types:
@@ -247,8 +242,7 @@ def batches(examples, batch_size, pad_id=0, generator=None, skip=0, multiple=8):
     this but never beyond max_len; 8 is what tensor cores are fast with.
     """
     if batch_size < 1 or skip < 0:
-        raise ValueError(f"batch size {batch_size} with skip {skip}: give at least 1 and at "
-                         "least 0")
+        raise ValueError(f"batch size {batch_size} and skip {skip}: give at least 1 and 0")
     length = examples.starts.diff()                                   # (N,)
     padded = round_up(length, multiple).clamp(max=examples.max_len)   # (N,)
     plan = plan_batches(length, batch_size, generator)
