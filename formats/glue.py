@@ -49,6 +49,7 @@ def short(values):
     return text[:200] + " ..." if len(text) > 200 or len(values) > 30 else text
 
 
+# ---- tables ------------------------------------------------------------------------------------
 def read_lines(path):
     """The lines of a UTF-8 file. Only \\n and \\r\\n end one; str.splitlines cuts at U+2028 too."""
     lines = []
@@ -150,21 +151,6 @@ def read_split(path, task, labelled=True):
     return Split(list(texts), list(labels) if labelled else None)
 
 
-def count_quoted(names, fields):
-    """How many fields stand in quotes, which may be meant.
-
-    ValueError where quotes inside them are doubled, which is how csv says that a field has some.
-    """
-    count = 0
-    for name, field in zip(names, fields):
-        if re.fullmatch('"(?:[^"]|"")*"', field):
-            count += 1
-            if '""' in field[1:-1]:
-                raise ValueError(f"the column {name} is {field[:60]!r}, quoted as csv does: only "
-                                 "tabs separate here, save the file without quoting")
-    return count
-
-
 def parse_label(task, text):
     """The class id or the score that a label field says."""
     if task.labels:
@@ -184,6 +170,7 @@ def parse_label(task, text):
     return score
 
 
+# ---- a user's own files ------------------------------------------------------------------------
 def read_columns(path):
     """What a user's own training file says of its task: a dict of fields of data.Task.
 
@@ -196,13 +183,13 @@ def read_columns(path):
     if "score" in header and "label" in header:
         raise ValueError(f"{path}:1: there are both a column label (classes) and a column score (a "
                          "number to predict): give the one that is not meant another name")
-    if "score" not in header and "label" not in header:
+    if "score" in header:
+        return {"texts": texts, "label": "score", "metrics": ("pearson", "spearman")}
+    if "label" not in header:
         hint = "" if len(header) > 1 else ", without a tab: CSV and JSON lines are not read"
         raise ValueError(f"{path}:1: one column named label (classes) or score (a number) is "
                          "expected beside sentence, or sentence1 and sentence2: the tab-separated "
                          f"columns are {short(header)}{hint}")
-    if "score" in header:
-        return {"texts": texts, "label": "score", "metrics": ("pearson", "spearman")}
     labels = read_labels(path, texts)
     if not 2 <= len(labels) <= 1000:
         raise ValueError(f"{path}: the column label has {len(labels)} different values where 2 to "
@@ -246,6 +233,37 @@ def read_labels(path, texts):
     return tuple(sorted(counts))
 
 
+def in_unit(split, task, path):
+    """A file's Split as the model sees it: scores in the task's unit, class ids as they are.
+
+    answers() is the inverse. ValueError for scores that float32 cannot hold.
+    """
+    if task.labels:
+        return split
+    mean, deviation = task.unit
+    scores = (torch.tensor(split.labels, dtype=torch.float64) - mean) / deviation
+    if deviation > 1e300 or not scores.abs().max() < 1e30:
+        raise ValueError(f"{path}: the scores are too far apart, or too far from those of "
+                         "training, to compute with: give both files in one unit")
+    return split._replace(labels=scores.tolist())
+
+
+def count_quoted(names, fields):
+    """How many fields stand in quotes, which may be meant.
+
+    ValueError where quotes inside them are doubled, which is how csv says that a field has some.
+    """
+    count = 0
+    for name, field in zip(names, fields):
+        if re.fullmatch('"(?:[^"]|"")*"', field):
+            count += 1
+            if '""' in field[1:-1]:
+                raise ValueError(f"the column {name} is {field[:60]!r}, quoted as csv does: only "
+                                 "tabs separate here, save the file without quoting")
+    return count
+
+
+# ---- GLUE's files ------------------------------------------------------------------------------
 def load_split(task, data_dir, name, labelled=True):
     """One split as a Split, from the file that find_split() finds; warns of rows lost or added.
 
@@ -304,21 +322,7 @@ def by_hand(task, folder):
     return f"download {urls} by hand so that the folder {folder} holds {', '.join(files or tables)}"
 
 
-def in_unit(split, task, path):
-    """A file's Split as the model sees it: scores in the task's unit, class ids as they are.
-
-    answers() is the inverse. ValueError for scores that float32 cannot hold.
-    """
-    if task.labels:
-        return split
-    mean, deviation = task.unit
-    scores = (torch.tensor(split.labels, dtype=torch.float64) - mean) / deviation
-    if deviation > 1e300 or not scores.abs().max() < 1e30:
-        raise ValueError(f"{path}: the scores are too far apart, or too far from those of "
-                         "training, to compute with: give both files in one unit")
-    return split._replace(labels=scores.tolist())
-
-
+# ---- predictions -------------------------------------------------------------------------------
 def answers(task, predictions):
     """What predictions (N,) say: names of labels, or scores in the unit of the training file.
 
@@ -336,17 +340,15 @@ def write_predictions(path, task, predictions, probabilities=None, clip=False):
 
     probabilities: (N, classes), for a column each beside them. clip: to the task's range of scores.
     """
-    columns = ["index", "prediction"]
     values = answers(task, predictions)
     if clip and task.score_range:
         low, high = task.score_range
         values = [f"{min(max(value, low), high):.3f}" for value in values]
-    rows = [[str(i), str(value)] for i, value in enumerate(values)]
+    columns = [["index", *range(len(values))], ["prediction", *values]]
     if probabilities is not None:
-        columns.extend(task.labels)
-        for row, numbers in zip(rows, probabilities.tolist()):
-            row.extend(f"{number:.6g}" for number in numbers)
-    write_file(path, *("\t".join(row) + "\n" for row in [columns, *rows]))
+        for label, column in zip(task.labels, probabilities.T.tolist()):
+            columns.append([label, *(f"{number:.6g}" for number in column)])
+    write_file(path, *("\t".join(map(str, row)) + "\n" for row in zip(*columns)))
 
 
 def place_of_predictions(folder, task, name):
@@ -367,7 +369,6 @@ def write_submission(folder, task, predictions, name="test", probabilities=None)
 
 
 # ---- fetching ----------------------------------------------------------------------------------
-
 def fetch_task(task, data_dir="glue", base_url=BASE_URL):
     """Fetch a task's files into <data_dir>/<folder>, with a progress bar; what is there stays.
 
@@ -404,8 +405,7 @@ def fetch_file(task, url, path, advice):
             raise ValueError("its lines are no pairs of numbers")
     except Exception as error:               # a broken archive makes zlib, struct and others raise
         cause = one_line(error).replace(f"{path.parent}{os.sep}", "")
-        raise ValueError(f"{url} gives something else than {path.name} ({cause}): "
-                         f"{advice}") from None
+        raise ValueError(f"{url} gives something else than its data ({cause}): {advice}") from None
 
 
 def move_files(beside, folder):
@@ -482,7 +482,7 @@ def find_members(zipped, names):
     members = {}
     for info in zipped.infolist():
         *folders, name = re.split(r"[/\\]", info.filename)
-        is_link = stat.S_ISLNK(info.external_attr >> 16)   # the bits above are a Unix mode
+        is_link = stat.S_ISLNK(info.external_attr >> 16)   # the upper bits are a Unix mode
         if is_link or re.match(r"[/\\]|\w:", info.filename) or ".." in [*folders, name]:
             raise ValueError(f"its member {info.filename[:100]!r} points out of the folder")
         if name in names and len(folders) < 2:       # QQP-clean.zip has QQP/original/train.tsv too
