@@ -123,7 +123,7 @@ def read_table(path, names, parse, task=None, damaged=False):
         except ValueError as error:
             skipped += 1
             if skipped > allowed:
-                more = f", as {skipped - 1} rows before it are" if skipped > 1 else ""
+                more = f", and {skipped - 1} rows before it are bad too" if skipped > 1 else ""
                 raise ValueError(f"{path}:{number}: {error}{more}") from None
     if skipped:
         warn(f"{path}: skipped {skipped} damaged rows of {total}")
