@@ -13,10 +13,6 @@ import torch
 from formats import glue, hub, toy
 from formats.tokenizer import read_tokenizer
 
-PIECE = 4096  # rows that are encoded at once, of LETTERS at most: the library's results are large
-LETTERS = 2_000_000
-POOL = 80     # batches that are sorted by length together: more waste less padding, fewer mix more
-
 
 class Task(NamedTuple):
     """What the columns of a task's files mean, how predictions are scored and handed in.
@@ -71,9 +67,8 @@ TASKS = {
         metrics=("pearson", "spearman"),
         downloads={"glue/data/STS-B.zip": ""}, submissions={"test": "STS-B.tsv"}),
     "mnli": Task(
-        folder="MNLI",
-        rows={"train": 392702, "dev_matched": 9815, "dev_mismatched": 9832,
-              "test_matched": 9796, "test_mismatched": 9847},
+        folder="MNLI", rows={"train": 392702, "dev_matched": 9815, "dev_mismatched": 9832,
+                             "test_matched": 9796, "test_mismatched": 9847},
         texts=("sentence1", "sentence2"), label="gold_label",
         labels=("entailment", "neutral", "contradiction"),
         downloads={"glue/data/MNLI.zip": ""},
@@ -138,25 +133,25 @@ def load_own(train_file, dev_file):
         scores = torch.tensor(train.labels, dtype=torch.float64)
         deviation = float(scores.std(correction=0)) or 1.0     # 0: all are alike
         task = task._replace(unit=(float(scores.mean()), deviation))
-    dev = glue.read_split(dev_file, task)
-    splits = {"train": glue.in_unit(train, task, train_file),
-              "dev": glue.in_unit(dev, task, dev_file)}
-    return splits, task
+    train = glue.in_unit(train, task, train_file)
+    splits, task = load_dev(dev_file, task)
+    return {"train": train, **splits}, task
 
 
-def load_dev(dev_file, task, columns):
+def load_dev(dev_file, task, columns=None):
     """({"dev": Split}, Task) of one TSV file, to evaluate what was trained on a task.
 
-    task: its name, or "own" with the columns that glue.read_columns() found in the training file.
+    task: a name or a Task; "own": what load_own() made of the training file, by its columns.
     """
-    if task == "own":
-        task = Task("", {}, **columns)
-    task = get_task(task)
+    task = Task("", {}, **columns) if task == "own" else get_task(task)
     dev = glue.read_split(dev_file, task)
     return {"dev": glue.in_unit(dev, task, dev_file)}, task
 
 
 # ---- tokens ------------------------------------------------------------------------------------
+PIECE = 4096           # rows that are encoded at once, as the library's results are large, with
+LETTERS = 2_000_000    # so many letters at most
+
 
 class Examples(NamedTuple):
     """An encoded split, flat so that MNLI's stays small: row i is ids[starts[i]:starts[i + 1]]."""
@@ -192,34 +187,31 @@ def encode(tokenizer, split, max_len, name="the data"):
     starts = array("q", [0])
     truncated = 0
     tokenizer.enable_truncation(max_len, strategy="longest_first")
-    try:
-        for first in range(0, len(rows), piece):
-            for encoding in tokenizer.encode_batch_fast(rows[first:first + piece]):
-                row = encoding.ids
-                if not row:
-                    raise ValueError(f"row {len(starts)} of {name} has no tokens: give it a text")
-                ids.extend(row)
-                types.extend(encoding.type_ids)
-                starts.append(len(ids))
-                truncated += bool(encoding.overflowing)
-    finally:
-        tokenizer.no_truncation()
-    unknown_ids = [tokenizer.token_to_id("[UNK]"), tokenizer.token_to_id("<unk>")]
-    unknown = sum(ids.count(number) for number in unknown_ids if number is not None)
-    share = unknown / max(1, len(ids) - special * len(rows))
+    for first in range(0, len(rows), piece):
+        for encoding in tokenizer.encode_batch_fast(rows[first:first + piece]):
+            ids.extend(encoding.ids)
+            types.extend(encoding.type_ids)
+            starts.append(len(ids))
+            truncated += bool(encoding.overflowing)
+    tokenizer.no_truncation()
+    starts = torch.frombuffer(starts, dtype=torch.int64)
+    empty = (starts.diff() == 0).nonzero()
+    if len(empty):
+        raise ValueError(f"row {int(empty[0]) + 1} of {name} has no tokens: give it a text")
+    unknown = {tokenizer.token_to_id("[UNK]"), tokenizer.token_to_id("<unk>")} - {None}
+    share = sum(map(ids.count, unknown)) / max(1, len(ids) - special * len(rows))
     if share > 0.5:                                # no training would help
         raise ValueError(f"{share:.0%} of the tokens of {name} are unknown to the tokenizer: give "
                          "a model of the language that they are in")
     labels = None if split.labels is None else torch.tensor(split.labels)
     return Examples(torch.frombuffer(ids, dtype=torch.int32),
-                    torch.frombuffer(types, dtype=torch.uint8),
-                    torch.frombuffer(starts, dtype=torch.int64), labels, max_len, truncated)
+                    torch.frombuffer(types, dtype=torch.uint8), starts, labels, max_len, truncated)
 
 
 def check_ids(examples, config, name):
     """ValueError unless {split: Examples} fit a model and its config: a GPU would fail mutely."""
-    highest_id = max(int(one.ids.max()) for one in examples.values())
-    highest_type = max(int(one.types.max()) for one in examples.values())
+    highest_id = max(int(split.ids.max()) for split in examples.values())
+    highest_type = max(int(split.types.max()) for split in examples.values())
     ids = config["vocab_size"]
     types = max(2, config["type_vocab_size"])      # a model with at most one ignores them
     if highest_id >= ids or highest_type >= types:
@@ -229,6 +221,8 @@ def check_ids(examples, config, name):
 
 
 # ---- batches -----------------------------------------------------------------------------------
+POOL = 80  # batches that are sorted by length together: more waste less padding, fewer mix more
+
 
 class Batch(NamedTuple):
     """What a model is given, and which rows of the split these are."""
@@ -247,12 +241,9 @@ def batches(examples, batch_size, pad_id=0, generator=None, skip=0, multiple=8):
     this but never beyond max_len; 8 is what tensor cores are fast with.
     """
     if batch_size < 1 or skip < 0:
-        raise ValueError(f"batch size {batch_size} with skip {skip}: give at least 1 and at "
-                         "least 0")
-    length = examples.starts.diff()                                   # (N,)
-    padded = round_up(length, multiple).clamp(max=examples.max_len)   # (N,)
-    plan = plan_batches(length, batch_size, generator)
-    return collated(examples, plan[skip:], padded, pad_id)
+        raise ValueError(f"batch size {batch_size} and skip {skip}: give at least 1 and 0")
+    plan = plan_batches(examples.starts.diff(), batch_size, generator)
+    return (collate(examples, rows, multiple, pad_id) for rows in plan[skip:])
 
 
 def plan_batches(length, batch_size, generator):
@@ -278,17 +269,18 @@ def round_up(length, multiple):
     return (length + multiple - 1) // multiple * multiple
 
 
-def collated(examples, plan, padded, pad_id):
-    """The Batches of a plan, one by one; padded: T that each row asks for, (N,)."""
-    for rows in plan:
-        places = torch.arange(int(padded[rows].max()))                # (T,) in a row
-        at = examples.starts[rows][:, None] + places                  # (B, T) in examples.ids
-        mask = at < examples.starts[rows + 1][:, None]                # (B, T)
-        at = at.clamp(max=len(examples.ids) - 1)
-        ids = torch.where(mask, examples.ids[at].long(), pad_id)      # (B, T)
-        types = torch.where(mask, examples.types[at].long(), 0)       # (B, T)
-        labels = None if examples.labels is None else examples.labels[rows]
-        yield Batch(ids, mask, types, labels, rows)
+def collate(examples, rows, multiple, pad_id):
+    """The Batch of the rows with these numbers, (B,)."""
+    start = examples.starts[rows]                                     # (B,)
+    length = examples.starts[rows + 1] - start                        # (B,)
+    width = min(round_up(int(length.max()), multiple), examples.max_len)
+    places = torch.arange(width)                                      # (T,) in a row
+    mask = places < length[:, None]                                   # (B, T)
+    at = (start[:, None] + places).clamp(max=len(examples.ids) - 1)   # (B, T) in examples.ids
+    ids = torch.where(mask, examples.ids[at].long(), pad_id)          # (B, T)
+    types = torch.where(mask, examples.types[at].long(), 0)           # (B, T)
+    labels = None if examples.labels is None else examples.labels[rows]
+    return Batch(ids, mask, types, labels, rows)
 
 
 # ---- metrics -----------------------------------------------------------------------------------
@@ -334,8 +326,7 @@ def ranks(x):
     return (counts.cumsum(0) - (counts - 1) / 2).double()[which]      # the last one's less half
 
 
-METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson,
-           "spearman": spearman}
+METRICS = {one.__name__: one for one in (accuracy, f1, matthews, pearson, spearman)}
 
 
 def metrics(task, predictions, labels):
@@ -348,8 +339,7 @@ def metrics(task, predictions, labels):
     p = torch.as_tensor(predictions).detach().cpu()
     t = torch.as_tensor(labels).detach().cpu()
     if p.dim() != 1 or p.shape != t.shape or len(p) == 0:
-        raise ValueError(f"predictions {tuple(p.shape)} and labels {tuple(t.shape)} must have one "
-                         "shape (N,)")
+        raise ValueError(f"predictions {[*p.shape]} and labels {[*t.shape]} must both be (N,)")
     both = torch.stack([p, t])                                        # (2, N)
     if not task.labels:
         both = both.double()
