@@ -133,7 +133,7 @@ def train(o, saved=None):
         point_at_gradient(o, here, task, examples, plan, net)
     guard = Guard(here.device, o.out)
     recorded = recorder(o, net, task, here, parameters)
-    with (folder.RunFolder(o.out, identity, here, plan, net, optimizer, pruner, guard) as files,
+    with (folder.RunFolder(identity, here, plan, net, optimizer, pruner, guard) as files,
           machine.Signals(here) as signals, progress.Log(o, plan, here, task, net, guard) as log):
         state = files.begin(o) if saved is None else files.restore(saved)
         log.start(state, examples)
