@@ -141,12 +141,12 @@ def read_object(path):
 
 
 @contextlib.contextmanager
-def writing(path, advice="what was there is untouched: make room or give another folder"):
+def writing(path, advice="make room or give another folder; what was there is untouched"):
     """What a full disk or a lost folder makes its writer raise becomes one sentence: OSError."""
     try:
         yield
     except OSError as e:
-        raise OSError(f"{path} could not be written ({cause_of(e)}), {advice}") from e
+        raise OSError(f"{path} could not be written ({cause_of(e)}): {advice}") from e
 
 
 @contextlib.contextmanager

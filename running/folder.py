@@ -32,7 +32,7 @@ from lora2 import load_lora2_state_dict, lora2_layers, lora2_state_dict
 from methods.baselines import surviving_parameters
 from running import machine, progress
 from running.errors import Stopped, refusing
-from running.options import STORED, flag
+from running.options import STORED
 
 FORMAT = 3                                                 # of last.pt and adapter.safetensors
 HASH = 32                                                  # digits of the hash behind last.pt
@@ -116,10 +116,10 @@ class State:
 
 def check_destinations(o):
     """OSError or ValueError unless all that will be written has a free place of its own."""
-    named = {"out": o.out, "merge": o.merge, "export_peft": o.export_peft}
+    named = {"--out": o.out, "--merge": o.merge, "--export-peft": o.export_peft}
     if o.eval and not o.predict:
-        del named["out"]                                   # nothing is written there
-    folders = {flag(name): Path(place) for name, place in named.items() if place}
+        del named["--out"]                                 # nothing is written there
+    folders = {name: Path(place) for name, place in named.items() if place}
     for name, folder in folders.items():
         nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
@@ -234,7 +234,7 @@ class RunFolder:
             for path in files_to_replace(self.path):
                 path.unlink()
             for path in sorted(self.path.glob("*.tsv")):   # of --predict, or somebody's
-                glue.warn(f"{path} stays: it is of --predict, or not of this run")
+                disk.warn(f"{path} stays: it is of --predict, or not of this run")
         self.save()
         return self.state
 
@@ -242,7 +242,7 @@ class RunFolder:
     def restore(self, saved):
         """Put everything where save() left it; returns the State.
 
-        saved: from load_state(). ValueError if base model, data or number of processes are others.
+        saved: from load_run(). ValueError if base model, data or number of processes are others.
         """
         if saved.pop("hash") != last_bytes(self.path / "last.pt"):
             raise ValueError(f"another train.py has gone on with {self.path} meanwhile: --resume "
@@ -279,7 +279,9 @@ class RunFolder:
         stored = load_adapter(adapter)[1]
         is_ahead = stored["best"]["step"] > saved["step"]  # a kill came before the next last.pt
         is_that_one = is_ahead or stored["digest"] == saved["adapter"]
-        if not is_that_one or comparable(stored) != comparable(self.facts(None)):
+        mine = self.facts(stored["best"]) | {"digest": stored["digest"]}
+        mine["settings"]["model"] = stored["settings"].get("model")    # it may be elsewhere now
+        if not is_that_one or stored != mine:
             raise ValueError(f"{adapter} is not of this run: give back the one that was there")
         self.state.best, self.state.adapter = stored["best"], stored["digest"]
 
@@ -294,7 +296,7 @@ class RunFolder:
         if len(saved["rng"]) != self.here.world:
             raise ValueError(f"{len(saved['rng'])} process(es) began this run: resume it with as "
                              "many")
-        wrong = [name for name, fits in self.fitting(saved).items() if not fits]
+        wrong = [name for name, is_right in self.fitting(saved).items() if not is_right]
         if wrong:
             raise ValueError(f"{self.path / 'last.pt'} holds {', '.join(wrong)} that cannot be of "
                              "this run: begin again with --overwrite")
@@ -302,10 +304,8 @@ class RunFolder:
     def fitting(self, saved):
         """{what of a saved state: whether this run can have written it}."""
         step, seconds, pruner = saved["step"], saved["seconds"], saved["pruner"]
-        own_pruner = self.pruner.state_dict() if self.pruner else {}
-        fits_pruner = fits(pruner, own_pruner)
-        if fits_pruner and "_extra_state" in own_pruner:
-            fits_pruner = int(pruner["_extra_state"][0]) == step
+        moments = saved["optimizer"]["state"]
+        own = self.pruner.state_dict() if self.pruner else {}
         rng, mine = saved["rng"][self.here.rank], machine.random_state(self.here)
         known = {name: rng.get(name, mine[name]) for name in mine}     # another device has others
         metrics = self.identity["columns"]["metrics"]
@@ -314,22 +314,22 @@ class RunFolder:
             "counts": min(saved["tokens"], saved["log_bytes"]) >= 0 and 0 <= seconds < math.inf,
             "evaluations": are_evaluations(saved["evaluations"], metrics),
             "weights": fits(saved["weights"], lora2_state_dict(self.net)),
-            "moments of AdamW": self.fits_optimizer(saved["optimizer"]["state"]),
-            "a pruner": fits_pruner,
+            "moments of AdamW": fits(moments, self.own_moments(moments)),
+            "a pruner": fits(pruner, own) and step == int(pruner.get("_extra_state", [step])[0]),
             "random numbers": "cpu" in rng and fits(known, mine)}
 
-    def fits_optimizer(self, stored):
-        """Whether these are AdamW's moments of this run's parameters; before step 1 of none.
+    def own_moments(self, stored):
+        """AdamW's moments as this run has them, of the parameters that have some in a saved state.
 
         Shapes, strides and dtypes have to be those: fused AdamW would write elsewhere.
         """
         moments = {}
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for i, p in enumerate(parameters):
-            if i in stored:
+            if i in stored:                                # before the first step there are none
                 like_p = torch.empty_like(p, device="meta")
                 moments[i] = {"step": torch.zeros(()), "exp_avg": like_p, "exp_avg_sq": like_p}
-        return fits(stored, moments)
+        return moments
 
     def save(self):
         """Write last.pt: everything on which the rest of the run depends."""
@@ -414,11 +414,6 @@ class RunFolder:
             hash_ = digest(json.dumps(result, sort_keys=True))
             disk.write_json(self.path / "result.json", result | {"hash": hash_})
             progress.show_result(result, kept, self.path)
-
-
-def comparable(facts):
-    """An adapter's facts without what may differ in one run: its best, the base model's place."""
-    return facts | {"best": None, "digest": None, "settings": facts["settings"] | {"model": None}}
 
 
 def fits(value, form):
