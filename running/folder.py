@@ -180,11 +180,10 @@ def are_predictions(path):
 
 def is_run(folder):
     """Whether a folder holds a run of ours: a last.pt with its hash, or a result with settings."""
-    with contextlib.suppress(OSError):
-        if last_bytes(folder / "last.pt").isalnum():
-            return True
+    state, result = folder / "last.pt", folder / "result.json"
     with contextlib.suppress(OSError, ValueError, TypeError):
-        return "settings" in json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        has_hash = state.exists() and last_bytes(state).isalnum()
+        return has_hash or "settings" in json.loads(result.read_text(encoding="utf-8"))
     return False
 
 
