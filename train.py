@@ -46,7 +46,7 @@ def train(o, saved=None):
                           stream(examples["train"], o, plan, 0, net, here))
     guard = Guard(here.device, o.out)
     recorded = None if o.eager else fast.recorder(partial(part_loss, net, task, here), net)
-    with (folder.RunFolder(o.out, identity, here, plan, net, optimizer, pruner, guard) as files,
+    with (folder.RunFolder(identity, here, plan, net, optimizer, pruner, guard) as files,
           machine.Signals(here) as signals, progress.Log(o, plan, here, task, net, guard) as log):
         state = files.begin(o) if saved is None else files.restore(saved)
         log.start(state, examples)

@@ -141,50 +141,47 @@ def read_object(path):
 
 
 @contextlib.contextmanager
-def writing(path):
+def writing(path, advice="make room or give another folder; what was there is untouched"):
     """What a full disk or a lost folder makes its writer raise becomes one sentence: OSError."""
     try:
         yield
     except OSError as e:
-        raise OSError(f"{path} could not be written ({cause_of(e)}), what was there is untouched: "
-                      "make room or give another folder") from e
+        raise OSError(f"{path} could not be written ({cause_of(e)}): {advice}") from e
 
 
-def lock(folder):
-    """A descriptor that holds a folder until it is closed; None where there are no locks.
+@contextlib.contextmanager
+def held(folder):
+    """Hold a folder for this process; yields whether that is possible: there may be no locks.
 
     BlockingIOError if another process holds it. The end of a process, however it ends, frees it.
     """
-    if fcntl is None:
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return descriptor
-    except OSError as e:
-        os.close(descriptor)
-        if isinstance(e, BlockingIOError):
-            raise
-        return None
+    has_lock = fcntl is not None
+    with contextlib.ExitStack() as stack:
+        if has_lock:
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise
+            except OSError:                    # a file system without locks
+                has_lock = False
+        yield has_lock
 
 
 @contextlib.contextmanager
 def alone(folder, program, option="--out"):
     """Hold a folder, made if need be, for this process: ValueError if another `program` does."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    try:
-        descriptor = lock(folder)
-    except BlockingIOError:
-        raise ValueError(f"another {program} is running in {folder}: wait for it, or give "
-                         f"another {option}") from None
-    if descriptor is None:
-        print(f"warning: {folder} cannot be locked here: see to it that no other {program} runs "
-              "in it", file=sys.stderr)
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            has_lock = stack.enter_context(held(folder))
+        except BlockingIOError:
+            raise ValueError(f"another {program} is running in {folder}: wait for it, or give "
+                             f"another {option}") from None
+        if not has_lock:
+            warn(f"{folder} cannot be locked here: see to it that no other {program} runs in it")
         yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -194,28 +191,23 @@ def private_folder(place):
     Those that killed processes left behind are removed: nobody holds them any more.
     """
     for left in Path(place).glob(f".*{LEFT}"):
-        with contextlib.suppress(OSError):     # BlockingIOError: it is in use
-            descriptor = lock(left)
-            if descriptor is not None:
-                shutil.rmtree(left, ignore_errors=True)            # follows no link
-                os.close(descriptor)
-    made, descriptor = make_held(place)
-    try:
+        with contextlib.suppress(OSError), held(left) as has_lock:     # BlockingIOError: in use
+            if has_lock:
+                shutil.rmtree(left, ignore_errors=True)                # follows no link
+    with contextlib.ExitStack() as stack:
+        made = make_held(place, stack)
+        stack.callback(shutil.rmtree, made, ignore_errors=True)
         yield made
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-        if descriptor is not None:
-            os.close(descriptor)
 
 
-def make_held(place):
-    """A new folder inside another one, and the descriptor that holds it (or None)."""
+def make_held(place, stack):
+    """A new folder inside another one, which is held until the ExitStack is left."""
     while True:                                # until no other process takes it for left behind
         made = Path(tempfile.mkdtemp(LEFT, ".", place))
         with contextlib.suppress(FileNotFoundError, BlockingIOError):
-            descriptor = lock(made)
+            stack.enter_context(held(made))
             if made.exists():
-                return made, descriptor
+                return made
 
 
 @contextlib.contextmanager

@@ -16,14 +16,10 @@ class Refused(Exception):
 
 
 class Stopped(Exception):
-    """Ctrl-C, SIGTERM or SIGHUP arrived.
+    """Ctrl-C, SIGTERM or SIGHUP arrived: the message is for the user, the status for the shell."""
 
-    number: of the signal. The message is for the user, the status (128 + number) for the shell.
-    """
-
-    def __init__(self, number, message="stopped"):
-        super().__init__(message)
-        self.number = number
+    def __init__(self, number):
+        super().__init__("stopped")
         self.status = 128 + number
 
 
@@ -45,22 +41,18 @@ def told(action, *arguments):
         action(*arguments)
         return 0
     except Refused as error:
-        return report(f"error: {error}", 2)
+        text, status = f"error: {error}", 2
     except RuntimeError as error:
         full = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # a Mac's has no class of its own
         if not any(words in str(error) for words in full):
             raise
-        return report(f"error: {GPU_IS_FULL}", 1)
+        text, status = f"error: {GPU_IS_FULL}", 1
     except (FloatingPointError, OSError) as error:         # diverged; a full disk, a lost process
-        return report(f"error: {error}", 1)
+        text, status = f"error: {error}", 1
     except Stopped as stop:
-        return report(str(stop), stop.status)
+        text, status = str(stop), stop.status
     except KeyboardInterrupt:
-        return report("stopped: what was written before is whole", 130)
-
-
-def report(text, status):
-    """Say it on stderr; returns the status."""
+        text, status = "stopped: what was written before is whole", 130
     print(text, file=sys.stderr)
     return status
 

@@ -25,40 +25,40 @@ from typing import Optional
 import safetensors
 import torch
 
-from data import METRICS, TASKS
+from data import METRICS, TASKS, labelled_splits
 from formats import config, disk, glue, hub
 from formats.disk import digest
 from lora2 import load_lora2_state_dict, lora2_layers, lora2_state_dict
 from methods.baselines import surviving_parameters
 from running import machine, progress
 from running.errors import Stopped, refusing
-from running.options import STORED, flag
+from running.options import STORED
 
 FORMAT = 3                                                 # of last.pt and adapter.safetensors
 HASH = 32                                                  # digits of the hash behind last.pt
 FILES = ("result.json", "adapter.safetensors", "log.jsonl", "ranks.json", "last.pt")
-# What last.pt holds, and what of it is of which type.
+# What last.pt and an adapter hold, as fits() has it.
 STATE = {"format": int, "settings": dict, "base": str, "rows": str, "adapter": str, "step": int,
-         "tokens": int, "seconds": float, "evaluations": list, "rng": list, "log_bytes": int,
-         "weights": dict, "optimizer": dict, "pruner": dict}
-FACTS = {"format": int, "settings": dict, "columns": dict, "base": str, "best": dict}
+         "tokens": int, "seconds": float, "evaluations": [dict], "rng": [dict], "log_bytes": int,
+         "weights": dict, "optimizer": {"state": dict, "param_groups": list}, "pruner": dict}
+COLUMNS = {"texts": [str], "label": str, "labels": [str], "metrics": [str], "unit": [float]}
+FACTS = {"format": int, "settings": dict, "columns": COLUMNS, "base": str, "best": dict}
 ROOT = Path(__file__).resolve().parents[1]
 
 
+# --- hashes -------------------------------------------------------------------------------
+
 def hash_of_code():
     """Hash of the sources that a run depends on, as they are when the program begins."""
-    hasher = hashlib.sha256()
+    sources = []
     for room in ("", "methods", "formats", "running"):
-        for path in sorted((ROOT / room).glob("*.py")):
-            if not path.name.startswith("test_"):
-                hasher.update(path.read_bytes())
-    return hasher.hexdigest()[:16]
+        paths = sorted((ROOT / room).glob("*.py"))
+        sources += [path.read_bytes() for path in paths if not path.name.startswith("test_")]
+    return digest(*sources)[:16]
 
 
 CODE = hash_of_code()
 
-
-# --- hashes -------------------------------------------------------------------------------
 
 def fingerprint(net, tokenizer):
     """Hash of all that makes a base model compute what it does; a new head is not part of it."""
@@ -86,10 +86,10 @@ def identity_of(o, here, task, net, tokenizer):
 
     train.py adds "rows", the hash of the data.
     """
-    columns = {"texts": task.texts, "label": task.label, "labels": task.labels,
-               "metrics": task.metrics}
+    columns = {"texts": list(task.texts), "label": task.label, "labels": list(task.labels),
+               "metrics": list(task.metrics)}
     if task.unit != (0.0, 1.0):                            # of a user's own scores
-        columns["unit"] = task.unit
+        columns["unit"] = list(task.unit)
     return {"settings": vars(o) | {"dtype": here.dtype, "resume": None},
             "base": fingerprint(net, tokenizer), "columns": columns}
 
@@ -116,34 +116,30 @@ class State:
 
 def check_destinations(o):
     """OSError or ValueError unless all that will be written has a free place of its own."""
-    named = {"out": o.out, "merge": o.merge, "export_peft": o.export_peft}
+    named = {"--out": o.out, "--merge": o.merge, "--export-peft": o.export_peft}
     if o.eval and not o.predict:
-        del named["out"]                                   # nothing is written there
+        del named["--out"]                                 # nothing is written there
     folders = {name: Path(place) for name, place in named.items() if place}
     for name, folder in folders.items():
-        nearest = folder.absolute()
-        while not nearest.exists():
-            nearest = nearest.parent
+        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-            raise OSError(f"{flag(name)} {folder}: {nearest} is no folder to write to: give "
-                          "another")
-        names = os.listdir(folder) if folder.exists() else []
-        cut_off = [file for file in names if file.endswith(disk.LEFT)]         # by a kill
-        if len(names) == len(cut_off) or cut_off and name != "out":
+            raise OSError(f"{name} {folder}: {nearest} is no folder to write to: give another")
+        there = os.listdir(folder) if folder.exists() else []
+        cut_off = [file for file in there if file.endswith(disk.LEFT)]         # by a kill
+        if len(there) == len(cut_off) or cut_off and name != "--out":
             continue
-        if name != "out":
-            raise ValueError(f"{flag(name)} {folder}: this folder is not empty: give a new or an "
-                             "empty one")
-        if not (o.resume or o.overwrite or o.eval):
-            way = ""
-            if (folder / "last.pt").exists():
-                way = f"go on with its run by --resume {folder}, "
+        if name != "--out":
+            raise ValueError(f"{name} {folder}: this folder is not empty: give a new or an empty "
+                             "one")
+        if o.overwrite:
+            files_to_replace(folder)                       # refuses a folder of somebody else
+        elif not (o.resume or o.eval):
+            has_run = (folder / "last.pt").exists()
+            way = f"go on with its run by --resume {folder}, " if has_run else ""
             raise ValueError(f"{folder} is not empty: {way}replace it by --overwrite, or give "
                              "another --out")
-        if o.overwrite and not o.resume:
-            files_to_replace(folder)                       # refuses a folder of somebody else
     if len({folder.resolve() for folder in folders.values()}) < len(folders):
-        raise ValueError(f"{', '.join(map(flag, folders))} need a folder each")
+        raise ValueError(f"{', '.join(folders)} need a folder each")
 
 
 def check_predictions(o, task):
@@ -151,9 +147,7 @@ def check_predictions(o, task):
     if o.predict is None:
         return
     path = glue.place_of_predictions(o.out, task, Path(o.predict).stem)
-    is_new = not (o.resume or o.eval)                      # its folder was looked at before
-    is_ours = path.exists() and first_line(path).startswith("index\tprediction")
-    if path.exists() and not (is_new and o.overwrite and is_ours):
+    if path.exists() and not (o.overwrite and are_predictions(path)):
         raise ValueError(f"the predictions for {o.predict} would replace {path}: move that away, "
                          "or give another --out, beside --eval if the run has ended")
     if o.predict_scores and not task.labels:
@@ -172,26 +166,24 @@ def files_to_replace(folder):
     if not is_run(folder):
         raise ValueError(f"{there[0]} is not of a run of this program, --overwrite leaves it "
                          "alone: give another --out")
-    splits = [name for task in TASKS.values() for name in task.rows if name.startswith("dev")]
-    names = {f"predictions_{name}.tsv" for name in splits}
-    tables = [path for path in sorted(folder.glob("*.tsv"))
-              if path.name in names and first_line(path).startswith("index\tprediction")]
-    return there[:-1] + tables + there[-1:]
+    splits = {name for task in TASKS.values() for name in labelled_splits(task, train=False)}
+    tables = [folder / f"predictions_{name}.tsv" for name in sorted(splits)]
+    ours = [path for path in tables if path.exists() and are_predictions(path)]
+    return there[:-1] + ours + there[-1:]
 
 
-def first_line(path):
-    """The first line of a text file, which may be anybody's."""
+def are_predictions(path):
+    """Whether a text file, which may be anybody's, begins as those that we write."""
     with open(path, encoding="utf-8", errors="replace") as file:
-        return file.readline(100).rstrip("\n")
+        return file.readline(100).startswith("index\tprediction")
 
 
 def is_run(folder):
     """Whether a folder holds a run of ours: a last.pt with its hash, or a result with settings."""
-    with contextlib.suppress(OSError):
-        if last_bytes(folder / "last.pt").isalnum():
-            return True
+    state, result = folder / "last.pt", folder / "result.json"
     with contextlib.suppress(OSError, ValueError, TypeError):
-        return "settings" in json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        has_hash = state.exists() and last_bytes(state).isalnum()
+        return has_hash or "settings" in json.loads(result.read_text(encoding="utf-8"))
     return False
 
 
@@ -210,12 +202,11 @@ class RunFolder:
     guard: its check() is called before anything is written.
     """
 
-    def __init__(self, path, identity, here, plan, net, optimizer, pruner, guard):
-        self.path = Path(path)
+    def __init__(self, identity, here, plan, net, optimizer, pruner, guard):
         self.identity = identity
-        self.here, self.plan = here, plan
+        self.path = Path(identity["settings"]["out"])
+        self.here, self.plan, self.guard = here, plan, guard
         self.net, self.optimizer, self.pruner = net, optimizer, pruner
-        self.guard = guard
         self.state = State()
         self.lock = contextlib.ExitStack()
 
@@ -242,7 +233,7 @@ class RunFolder:
             for path in files_to_replace(self.path):
                 path.unlink()
             for path in sorted(self.path.glob("*.tsv")):   # of --predict, or somebody's
-                glue.warn(f"{path} stays: it is of --predict, or not of this run")
+                disk.warn(f"{path} stays: it is of --predict, or not of this run")
         self.save()
         return self.state
 
@@ -250,7 +241,7 @@ class RunFolder:
     def restore(self, saved):
         """Put everything where save() left it; returns the State.
 
-        saved: from load_state(). ValueError if base model, data or number of processes are others.
+        saved: from load_run(). ValueError if base model, data or number of processes are others.
         """
         if saved.pop("hash") != last_bytes(self.path / "last.pt"):
             raise ValueError(f"another train.py has gone on with {self.path} meanwhile: --resume "
@@ -287,7 +278,9 @@ class RunFolder:
         stored = load_adapter(adapter)[1]
         is_ahead = stored["best"]["step"] > saved["step"]  # a kill came before the next last.pt
         is_that_one = is_ahead or stored["digest"] == saved["adapter"]
-        if not is_that_one or comparable(stored) != comparable(self.facts(None)):
+        mine = self.facts(stored["best"]) | {"digest": stored["digest"]}
+        mine["settings"]["model"] = stored["settings"].get("model")    # it may be elsewhere now
+        if not is_that_one or stored != mine:
             raise ValueError(f"{adapter} is not of this run: give back the one that was there")
         self.state.best, self.state.adapter = stored["best"], stored["digest"]
 
@@ -302,40 +295,40 @@ class RunFolder:
         if len(saved["rng"]) != self.here.world:
             raise ValueError(f"{len(saved['rng'])} process(es) began this run: resume it with as "
                              "many")
-        for name, fits in self.fitting(saved):
-            if not fits:
-                raise ValueError(f"{self.path / 'last.pt'} holds {name} that cannot be of this "
-                                 "run: begin again with --overwrite")
+        wrong = [name for name, is_right in self.fitting(saved).items() if not is_right]
+        if wrong:
+            raise ValueError(f"{self.path / 'last.pt'} holds {', '.join(wrong)} that cannot be of "
+                             "this run: begin again with --overwrite")
 
     def fitting(self, saved):
-        """Yields (what of a saved state, whether this run can have written it).
-
-        Keys, shapes, strides and dtypes have to be this run's: fused AdamW would write elsewhere.
-        """
-        yield "a step", 0 <= saved["step"] <= self.plan.steps
-        counts = min(saved["tokens"], saved["log_bytes"], saved["seconds"])
-        yield "counts", counts >= 0 and saved["seconds"] < float("inf")
+        """{what of a saved state: whether this run can have written it}."""
+        step, seconds, pruner = saved["step"], saved["seconds"], saved["pruner"]
+        moments = saved["optimizer"]["state"]
+        own = self.pruner.state_dict() if self.pruner else {}
+        rng, mine = saved["rng"][self.here.rank], machine.random_state(self.here)
+        known = {name: rng.get(name, mine[name]) for name in mine}     # another device has others
         metrics = self.identity["columns"]["metrics"]
-        yield "evaluations", all(is_evaluation(each, metrics) for each in saved["evaluations"])
-        yield "weights", form_of(saved["weights"]) == form_of(lora2_state_dict(self.net))
+        return {
+            "a step": 0 <= step <= self.plan.steps,
+            "counts": min(saved["tokens"], saved["log_bytes"]) >= 0 and 0 <= seconds < math.inf,
+            "evaluations": are_evaluations(saved["evaluations"], metrics),
+            "weights": fits(saved["weights"], lora2_state_dict(self.net)),
+            "moments of AdamW": fits(moments, self.own_moments(moments)),
+            "a pruner": fits(pruner, own) and step == int(pruner.get("_extra_state", [step])[0]),
+            "random numbers": "cpu" in rng and fits(known, mine)}
 
+    def own_moments(self, stored):
+        """AdamW's moments as this run has them, of the parameters that have some in a saved state.
+
+        Shapes, strides and dtypes have to be those: fused AdamW would write elsewhere.
+        """
         moments = {}
-        stored = saved["optimizer"].get("state")
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for i, p in enumerate(parameters):
-            if isinstance(stored, dict) and i in stored:   # before the first step there are none
+            if i in stored:                                # before the first step there are none
                 like_p = torch.empty_like(p, device="meta")
                 moments[i] = {"step": torch.zeros(()), "exp_avg": like_p, "exp_avg_sq": like_p}
-        yield "moments of AdamW", form_of(stored) == form_of(moments)
-
-        pruner = self.pruner.state_dict() if self.pruner else {}
-        yield "a pruner", form_of(saved["pruner"]) == form_of(pruner)
-        if "_extra_state" in pruner:
-            yield "a pruner's step", int(saved["pruner"]["_extra_state"][0]) == saved["step"]
-        rng, mine = saved["rng"][self.here.rank], machine.random_state(self.here)
-        yield "random numbers", isinstance(rng, dict) and "cpu" in rng
-        for name in mine.keys() & rng.keys():              # from another device: without this one's
-            yield "random numbers", form_of(rng[name]) == form_of(mine[name])
+        return moments
 
     def save(self):
         """Write last.pt: everything on which the rest of the run depends."""
@@ -361,7 +354,6 @@ class RunFolder:
         scores: {dev split: {metric: value}}, of which the first decides; predictions: {dev split:
         (N,)}.
         """
-        self.guard.check()
         state, first = self.state, next(iter(scores.values()))
         evaluation = {"step": state.step, "scores": scores, "score": first[task.metrics[0]]}
         if self.budget is not None:
@@ -423,37 +415,40 @@ class RunFolder:
             progress.show_result(result, kept, self.path)
 
 
-def comparable(facts):
-    """An adapter's facts without what may differ in one run: its best, the base model's place."""
-    return facts | {"best": None, "digest": None, "settings": facts["settings"] | {"model": None}}
+def fits(value, form):
+    """Whether a value from a file has a form, and is nothing more.
+
+    form: a type; [the form of each item]; {key: its form}; {str: the form of each value}, of which
+    there is one at least; or a tensor that differs in its numbers alone.
+    """
+    if isinstance(form, dict) and isinstance(value, dict):
+        if str in form:
+            return len(value) > 0 and fits(value, dict.fromkeys(value, form[str]))
+        return value.keys() == form.keys() and all(fits(value[key], form[key]) for key in form)
+    if isinstance(form, list) and isinstance(value, list):
+        return all(fits(item, form[0]) for item in value)
+    if isinstance(form, torch.Tensor) and isinstance(value, torch.Tensor):
+        return (value.dtype, value.shape, value.stride()) == (form.dtype, form.shape, form.stride())
+    return type(value) is form
 
 
-def form_of(value):
-    """What of a value has to be as in another state: keys, types, of tensors shape and layout."""
-    if isinstance(value, dict):
-        return {key: form_of(item) for key, item in value.items()}
-    if isinstance(value, torch.Tensor):
-        return value.dtype, value.layout, tuple(value.shape), value.stride()
-    return type(value)
+def are_evaluations(records, metrics):
+    """Whether a file's dicts can be State.evaluations, of these metrics."""
+    scores = {str: dict.fromkeys(metrics, float)}
+    form = {"step": int, "scores": scores, "score": float, "kept": int}
+    return fits([{"kept": 0} | record for record in records], [form])
 
 
-def is_evaluation(record, metrics):
-    """Whether a file's record is one of State.evaluations, of these metrics."""
-    if not isinstance(record, dict) or not isinstance(record.get("scores"), dict):
+def are_facts(facts):
+    """Whether an adapter of ours can say this of itself."""
+    columns = {"unit": [0.0, 1.0]} | facts["columns"]
+    if not fits(facts | {"columns": columns}, FACTS):
         return False
-    values = dict.fromkeys(metrics, 0.0)
-    splits = dict.fromkeys(record["scores"] or ["dev"], values)
-    expected = {"step": 0, "score": 0.0, "scores": splits}
-    if "kept" in record:
-        expected["kept"] = 0
-    return form_of(record) == form_of(expected)
-
-
-def is_of(kinds, content):
-    """Whether content is a dict with these keys, and values of these types."""
-    if not isinstance(content, dict):
-        return False
-    return {name: type(value) for name, value in content.items()} == kinds
+    (mean, deviation), metrics = columns["unit"], columns["metrics"]
+    is_unit = math.isfinite(mean) and 0 < deviation < math.inf
+    has_metrics = len(metrics) > 0 and METRICS.keys() >= set(metrics)
+    return (len(columns["texts"]) in (1, 2) and is_unit and has_metrics
+            and are_evaluations([facts["best"]], metrics))
 
 
 @refusing()
@@ -503,7 +498,7 @@ def load_run(folder):
     path = Path(folder) / "last.pt"
     hash_ = last_bytes(path) if path.exists() else b""     # before: it may be replaced meanwhile
     saved = load_state(folder)
-    if not is_of(STATE, saved):
+    if not fits(saved, STATE):
         raise ValueError(f"{path} is of another version of this program, or damaged: begin again "
                          "with --overwrite")
     return saved | {"hash": hash_}
@@ -539,25 +534,14 @@ def load_adapter(path):
     """({name: tensor}, facts) of an adapter.safetensors."""
     with disk.reading(path, "give the adapter.safetensors of a run"):
         with safetensors.safe_open(path, "pt") as file:
-            stored, hash_ = json.loads(file.metadata()["lora2"])
+            text, hash_ = json.loads(file.metadata()["lora2"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if hash_ != digest(tensors, stored):
+        if hash_ != digest(tensors, text):
             raise ValueError("its hash does not fit")
-        stored = of_this_version(json.loads(stored))
-        stored["columns"] = {name: tuple(value) if isinstance(value, list) else value
-                             for name, value in stored["columns"].items()}
-        if not (is_of(FACTS, stored) and are_columns(**stored["columns"])
-                and is_evaluation(stored["best"], stored["columns"]["metrics"])):
+        facts = of_this_version(json.loads(text))
+        if not are_facts(facts):
             raise ValueError("what it says of itself is not what this program writes")
-        return tensors, stored | {"digest": hash_}
-
-
-def are_columns(texts, label, labels, metrics, unit=(0.0, 1.0)):
-    """Whether these can be the columns of a task, as identity_of() has them."""
-    are_names = all(isinstance(name, str) for name in [*texts, label, *labels])
-    are_metrics = len(metrics) > 0 and METRICS.keys() >= set(metrics)
-    is_unit = len(unit) == 2 and all(map(math.isfinite, unit)) and unit[1] > 0
-    return are_names and are_metrics and is_unit and len(texts) in (1, 2)
+        return tensors, facts | {"digest": hash_}
 
 
 def check_adapter(stored, identity, name):

@@ -153,12 +153,9 @@ class Log:
 
     def write(self, record):
         """One line of log.jsonl."""
-        try:
-            with open(self.path, "a", encoding="utf-8", opener=disk.unfollowed) as file:
-                file.write(json.dumps(record, sort_keys=True) + "\n")
-        except OSError as e:
-            raise OSError(f"{self.path} could not be written ({e.strerror or e}): make room, "
-                          "--resume") from e
+        with (disk.writing(self.path, "make room, --resume"),
+              open(self.path, "a", encoding="utf-8", opener=disk.unfollowed) as file):
+            file.write(json.dumps(record, sort_keys=True) + "\n")
 
     def training(self, state, loss, R, kept, optimizer, pruner):
         """A line about step state.step, if one is due.
@@ -237,8 +234,8 @@ def warn_if_equal(predictions, warned=None):
     for name, p in predictions.items():
         if len(p) > 1 and bool((p == p[0]).all()) and name not in warned:
             warned.add(name)
-            print(f"warning: all {len(p)} predictions for {name} are equal: the model may have "
-                  "collapsed; a smaller --lr or a longer --warmup may help", file=sys.stderr)
+            disk.warn(f"all {len(p)} predictions for {name} are equal: the model may have "
+                      "collapsed; a smaller --lr or a longer --warmup may help")
 
 
 def scores_text(splits):

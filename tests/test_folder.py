@@ -342,8 +342,8 @@ def test_an_option_that_a_state_lacks_is_named(stopped, monkeypatch):
 def test_only_the_first_process_looks_at_what_it_overwrites(tmp_path, monkeypatch):
     """Oracle: the promise: while it removes an older run, another process must not judge the half that is left."""
     (tmp_path / "adapter.safetensors").write_bytes(b"half removed")
-    files = folder.RunFolder(tmp_path, {}, machine.Machine(torch.device("cpu"), "fp32", 1, 2), None, None, None,
-                           None, None)
+    files = folder.RunFolder({"settings": {"out": tmp_path}}, machine.Machine(torch.device("cpu"), "fp32", 1, 2), None,
+                             None, None, None, None)
     monkeypatch.setattr(files, "save", lambda: None)
     o = options.resolve({"task": "demo", "out": str(tmp_path), "overwrite": True})
     assert files.begin(o) is files.state and (tmp_path / "adapter.safetensors").exists()

@@ -187,7 +187,7 @@ def test_the_papers_runs():
     for task in tables.COLUMNS:
         preset, scores = options.PRESETS[task], PAPER["lora2-k1"]["scores"][task]
         assert rows.pop(f"train.py --task {task} --k 1") == [
-            f"{preset['T']:,}", str(preset["max_len"]), measures.get(task, "accuracy"),
+            f"{preset['all_steps']:,}", str(preset["max_len"]), measures.get(task, "accuracy"),
             "/".join(f"{score:.2f}" for score in scores)]
     assert rows == {}
 
