@@ -126,10 +126,8 @@ def read_options(files, path):
         forgotten = {"additional_special_tokens": options.get("additional_special_tokens")}
         options.take(files.get("special_tokens_map.json"), content["special_tokens_map.json"])
         special = named_tokens(options | forgotten, options)
-        listed = {}
-        for text, number in content["added_tokens.json"].items():
-            listed[str(number)] = {"content": text, "special": text in special,
-                                   "normalized": text not in special}
+        listed = {str(number): {"content": text, "special": text in special}
+                  for text, number in content["added_tokens.json"].items()}
         options.where["added_tokens_decoder"] = files.get("added_tokens.json")
     if not isinstance(listed, dict) or not all(map(str.isdecimal, listed)):
         raise options.refusal("added_tokens_decoder", listed, "does not give ids and tokens")
@@ -185,10 +183,10 @@ def read_definition(files, path):
             tokenizer.normalizer = normalizers.BertNormalizer()
             tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
             tokenizer.decoder = decoders.WordPiece()
-            return tokenizer
-        tokenizer = Tokenizer(models.BPE.from_file(str(path), str(files["merges.txt"])))
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
+        else:
+            tokenizer = Tokenizer(models.BPE.from_file(str(path), str(files["merges.txt"])))
+            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            tokenizer.decoder = decoders.ByteLevel()
         return tokenizer
     except (KeyboardInterrupt, SystemExit):
         raise
@@ -219,19 +217,21 @@ def read_json_tokenizer(path):
 
 def growth(part):
     """How many times as long a part of tokenizer.json can make a text: each step multiplies."""
+    if isinstance(part, list):
+        part = dict(enumerate(part))
+    if not isinstance(part, dict):
+        return 1
     times = 1
-    if isinstance(part, (list, dict)):
-        for item in part.values() if isinstance(part, dict) else part:
-            times = min(times * growth(item), 10**9)
-    kind = part.get("type") if isinstance(part, dict) else None
+    kind = part.get("type")
     if kind in ("Replace", "Prepend"):             # a pattern can match before each letter
-        times *= 1 + len(str(part.get("content", part.get("prepend"))))
+        times += len(str(part.get("content", part.get("prepend"))))
     if kind == "ByteLevel":                        # a letter for each byte
-        times *= 2
+        times = 2
     if kind == "Precompiled":                      # as in spm.model
         blob = base64.b64decode(part.get("precompiled_charsmap") or "")
-        trie = int.from_bytes(blob[:4], "little")
-        times *= max(map(len, blob[4 + trie:].split(b"\0"))) or 1
+        times = max(map(len, spm.read_charsmap(blob)[2].split(b"\0"))) or 1
+    for inner in part.values():
+        times = min(times * growth(inner), 10**9)
     return times
 
 
@@ -240,11 +240,9 @@ def growth(part):
 def kind_of(tokenizer, options):
     """The Kind by whose options transformers goes."""
     model = type(tokenizer.model).__name__
-    fitting = {}
-    for name, kind in KINDS.items():
-        as_it_is = kind is AS_IT_IS and options.path.name == "tokenizer.json"
-        if as_it_is or kind.parts.get("model") == model:
-            fitting[name] = kind
+    any_model = model if options.path.name == "tokenizer.json" else None
+    fitting = {name: kind for name, kind in KINDS.items()
+               if kind.parts.get("model", any_model) == model}
     given = options.get("tokenizer_class")
     if given is None:                              # the demo's WordLevel is of none of them
         return next(iter(fitting.values()), AS_IT_IS)
@@ -260,9 +258,8 @@ def obey(tokenizer, kind, options):
     for part, expected in kind.parts.items():
         found = type(getattr(tokenizer, part)).__name__
         if found != expected:
-            raise options.refusal(part, found, f"where its tokenizer_class has {expected}: to have "
-                                  "it as it is give PreTrainedTokenizerFast in "
-                                  "tokenizer_config.json")
+            raise options.refusal(part, found, f"where its tokenizer_class has {expected}: give "
+                                  "PreTrainedTokenizerFast there to have it as it is")
     for option, (place, *values) in kind.options.items():
         value = text_of(options.get(option, values[0]))
         if type(value) not in values and repr(value) not in map(repr, values):   # 1 is not True
@@ -273,8 +270,7 @@ def obey(tokenizer, kind, options):
             there = getattr(part, attribute)
             if there != value and option not in options:
                 raise options.refusal(attribute, there, f"without {option} in tokenizer_config"
-                                      f".json, which means {value!r} there: write one or the "
-                                      "other into it")
+                                      f".json, which means {value!r}: write one into it")
             setattr(part, attribute, value)
 
 
@@ -287,7 +283,7 @@ def check_model(tokenizer, options):
     """ValueError for a vocabulary that is cut, and for a model that gives no ids, or others."""
     path = options.path
     try:
-        tokenizer.encode("a 𓀀")           # a hieroglyph, which no vocabulary has
+        tokenizer.encode("a \U00013000")           # a hieroglyph, which no vocabulary has
     except Exception as e:                         # the library raises no other
         unknown = getattr(tokenizer.model, "unk_token", None)
         raise options.refusal("unk_token", unknown, f"is not in the vocabulary ({one_line(e)}): "
@@ -312,10 +308,11 @@ def add_tokens(tokenizer, kind, options, added):
     """
     name = options.path.name
     before = tokenizer.get_added_tokens_decoder()
-    unlisted = [token.content for number, token in before.items() if number not in added]
-    if unlisted and kind is not AS_IT_IS and "added_tokens_decoder" in options:
+    missing = before.keys() - added.keys()
+    if missing and kind is not AS_IT_IS and "added_tokens_decoder" in options:
+        text = before[min(missing)].content
         raise options.refusal("added_tokens_decoder", sorted(added),
-                              f"lacks {unlisted[0]!r} of {name}: complete it")
+                              f"lacks {text!r} of {name}: complete it")
     # The own tokens of an spm.model are as they have to be.
     listed = [] if name == "spm.model" else [added[number] for number in sorted(added)]
     known = {token.content for token in [*before.values(), *listed]}
@@ -325,8 +322,7 @@ def add_tokens(tokenizer, kind, options, added):
         found = tokenizer.token_to_id(token.content)
         if found != number:
             raise ValueError(f"{options.where['added_tokens_decoder']}: {token.content} = {number} "
-                             f"is the token's id here, and {found} by {name}: get the files "
-                             "again, or a checkpoint with tokenizer.json")
+                             f"here, {found} by {name}: get a checkpoint with tokenizer.json")
     return len(tokenizer.get_added_tokens_decoder()) - len(before)
 
 
@@ -341,7 +337,6 @@ def set_template(tokenizer, kind, options):
                               "and a classifier reads the first one: get a complete file")
     if kind is AS_IT_IS:
         return
-    own = around(tokenizer)
     texts = {name: text_of(options.get(name, kind.tokens[name]))
              for name in ("cls_token", "sep_token")}
     vocabulary = tokenizer.model if options.path.name.startswith("vocab") else tokenizer
@@ -350,17 +345,17 @@ def set_template(tokenizer, kind, options):
             raise options.refusal(name, text, "is not in the vocabulary: get it again")
     pieces = [f"{texts.get(what, f'${what}')}:{type_id}" for what, type_id in kind.pair]
     ids = [(text, tokenizer.token_to_id(text)) for text in set(texts.values())]
+    found = around(tokenizer)
     tokenizer.post_processor = processors.TemplateProcessing(pieces[:3], pieces, ids)
-    if is_file and around(tokenizer) != own:
-        pair = tokenizer.encode("a", "b").tokens
-        raise options.refusal("post_processor", own[1][0], "for two texts a and b is not what its "
-                              f"tokenizer_class makes of cls_token and sep_token, {pair} with type "
-                              f"ids {[type_id for _, type_id in kind.pair]}: correct one of them")
+    expected = around(tokenizer)
+    if is_file and found != expected:
+        raise options.refusal("post_processor", found, "for a text a, and a and b, where its "
+                              f"tokenizer_class has {expected}: correct one of them")
 
 
 def around(tokenizer):
     """The tokens and type ids of one text and of a pair."""
-    made = (tokenizer.encode("a"), tokenizer.encode("a", "b"))
+    made = tokenizer.encode_batch(["a", ("a", "b")])
     return [(encoding.tokens, encoding.type_ids) for encoding in made]
 
 
