@@ -111,27 +111,24 @@ def advice(name_or_dir):
     if not folder.is_dir():
         return whole
     names = sorted(path.name for path in folder.iterdir())
-    inner = [name for name in names if (folder / name / "config.json").is_file()]
+    inner = sorted(folder.glob("*/config.json"))
     if {"adapter.safetensors", "last.pt"} & set(names):
         return (f"it is the folder of a run: give --resume {folder}, or --eval "
                 f"{folder / 'adapter.safetensors'}, or as --model the one that the run began with")
     if "adapter_config.json" in names:
         return "it holds an adapter for peft: give the model that this belongs to"
     if inner:
-        return f"{whole}, such as {folder / inner[-1]} in it"
-    there = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+        return f"{whole}, such as {inner[-1].parent} in it"
     if names:
-        return f"{whole}; in this folder there is {there}"
+        more = ", ..." if len(names) > 5 else ""
+        return f"{whole}; in this folder there is {', '.join(names[:5])}{more}"
     return f"{whole}; this folder is empty, and while it is there the Hub is not asked"
 
 
 def find_first(name_or_dir, names, network=True):
     """Path of the first of these files that find() finds, or None."""
-    for name in names:
-        path = find(name_or_dir, name, network)
-        if path is not None:
-            return path
-    return None
+    found = (find(name_or_dir, name, network) for name in names)
+    return next((path for path in found if path is not None), None)
 
 
 def tokenizer_files(name_or_dir, network=True):
@@ -271,11 +268,12 @@ def convert(weights, prefix, keys, source):
 
 def unwrapped(weights, prefix, keys):
     """Weights without what a wrapper has put before all their keys, as module. or _orig_mod. is."""
-    found = {str(name): tensor for name, tensor in weights.items()}
+    weights = {str(name): tensor for name, tensor in weights.items()}
+    found = weights
     while not any(name in keys or f"{prefix}.{name}" in keys for name in found):
         fronts = {name.partition(".")[0] for name in found}
         if len(fronts) != 1 or not all("." in name for name in found):
-            return {str(name): tensor for name, tensor in weights.items()}
+            return weights
         found = {name.partition(".")[2]: tensor for name, tensor in found.items()}
     return found
 

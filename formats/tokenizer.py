@@ -24,7 +24,7 @@ class Kind(NamedTuple):
     options: dict             # option → (its place in a Tokenizer, *its values), as in COMMON
     parts: dict = {}          # part of a Tokenizer → the class that it has to be of
     tokens: dict = {}         # special token → its text where the option is absent
-    pair: tuple = ()          # (what, type id) of a pair's tokens; the first three are one text's
+    pair: str = ""            # template of two texts with type ids; its begin is that of one text
 
 
 # Of an option's values the first is that of an absent one; a type stands for all of its values.
@@ -36,7 +36,7 @@ COMMON = {
     "fast_tokenizer_files": (None, None, [], ["tokenizer.json"])}
 BERT_TOKENS = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]",
                "cls_token": "[CLS]", "mask_token": "[MASK]"}
-BERT_PAIR = (("cls_token", 0), ("A", 0), ("sep_token", 0), ("B", 1), ("sep_token", 1))
+BERT_PAIR = "{cls_token} $A {sep_token} $B:1 {sep_token}:1"
 AS_IT_IS = Kind(COMMON)       # takes a tokenizer.json as it is, whatever the options say
 KINDS = {                     # names without "Fast"
     "BertTokenizer": Kind(
@@ -56,8 +56,7 @@ KINDS = {                     # names without "Fast"
         {"model": "BPE", "normalizer": "NoneType", "pre_tokenizer": "ByteLevel"},
         {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "sep_token": "</s>",
          "pad_token": "<pad>", "cls_token": "<s>", "mask_token": "<mask>"},
-        (("cls_token", 0), ("A", 0), ("sep_token", 0), ("sep_token", 0), ("B", 0),
-         ("sep_token", 0))),
+        "{cls_token} $A {sep_token} {sep_token} $B {sep_token}"),
     "DebertaV2Tokenizer": Kind(
         {**COMMON, "do_lower_case": (None, False, None), "add_prefix_space": (None, True, None),
          **{name: (None, text) for name, text in BERT_TOKENS.items()}},
@@ -146,11 +145,9 @@ def named_tokens(given, options):
             named[token.content] = token
     for option in ("additional_special_tokens", "extra_special_tokens"):
         listed = given.get(option) or []
-        if isinstance(listed, dict):
-            listed = list(listed.values())
-        if not isinstance(listed, list):
+        if not isinstance(listed, (list, dict)):
             raise options.refusal(option, listed, "is no list of tokens")
-        for value in listed:
+        for value in listed.values() if isinstance(listed, dict) else listed:
             token = as_token(value, option, options)
             named[token.content] = token
     return named
@@ -343,7 +340,7 @@ def set_template(tokenizer, kind, options):
     for name, text in texts.items():
         if vocabulary.token_to_id(str(text)) is None:
             raise options.refusal(name, text, "is not in the vocabulary: get it again")
-    pieces = [f"{texts.get(what, f'${what}')}:{type_id}" for what, type_id in kind.pair]
+    pieces = [piece.format(**texts) for piece in kind.pair.split()]
     ids = [(text, tokenizer.token_to_id(text)) for text in set(texts.values())]
     found = around(tokenizer)
     tokenizer.post_processor = processors.TemplateProcessing(pieces[:3], pieces, ids)
