@@ -127,7 +127,9 @@ def advice(name_or_dir):
 
 def find_first(name_or_dir, names, network=True):
     """Path of the first of these files that find() finds, or None."""
-    found = (find(name_or_dir, name, network) for name in names)
+    # All in the cache first: one that was filled at once does not know which files the Hub has not.
+    places = (False, True) if network else (False,)
+    found = (find(name_or_dir, name, place) for place in places for name in names)
     return next((path for path in found if path is not None), None)
 
 
@@ -136,12 +138,10 @@ def tokenizer_files(name_or_dir, network=True):
 
     Without network those at hand; else ValueError where there is none.
     """
-    path = find_first(name_or_dir, DEFINING, network=False)
+    path = find_first(name_or_dir, DEFINING, network)
     if path is None and network:
-        path = find_first(name_or_dir, DEFINING)
-        if path is None:
-            raise ValueError(f"{name_or_dir} has no tokenizer, none of {', '.join(DEFINING)}: "
-                             f"{advice(name_or_dir)}")
+        raise ValueError(f"{name_or_dir} has no tokenizer, none of {', '.join(DEFINING)}: "
+                         f"{advice(name_or_dir)}")
     files = {path.name: path} if path else {}
     for name in (*BESIDE, "merges.txt") if "vocab.json" in files else BESIDE:
         try:
@@ -171,8 +171,7 @@ def read_weights(name_or_dir):
     """{key: tensor} of a checkpoint's weights, whole or in shards; safetensors before .bin."""
     names = ("model.safetensors", "model.safetensors.index.json",
              "pytorch_model.bin", "pytorch_model.bin.index.json")
-    # All in the cache first: one that was filled at once does not know which files the Hub has not.
-    path = find_first(name_or_dir, names, network=False) or find_first(name_or_dir, names)
+    path = find_first(name_or_dir, names)
     if path is None:
         raise ValueError(f"{name_or_dir} has no model.safetensors and no pytorch_model.bin: "
                          f"{advice(name_or_dir)}")

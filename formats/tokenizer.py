@@ -5,6 +5,7 @@ merges.txt (RoBERTa). tokenizer_config.json, special_tokens_map.json and added_t
 change it: an option that changes ids is obeyed, or is an error that names the file and the option.
 """
 import base64
+import contextlib
 import json
 from typing import NamedTuple
 
@@ -158,11 +159,9 @@ def as_token(value, option, options):
     token = dict(value) if isinstance(value, dict) else {"content": value, "special": True}
     token.pop("__type", None)                      # Python's, not the token's
     known = {"content", "lstrip", "rstrip", "single_word", "normalized", "special"}
-    try:
-        if isinstance(token.get("content"), str) and token.keys() <= known:
+    if isinstance(token.get("content"), str) and token.keys() <= known:
+        with contextlib.suppress(TypeError):       # of a flag that is none
             return AddedToken(**token)
-    except TypeError:                              # of a flag that is none
-        pass
     raise options.refusal(option, value, "does not describe a token")
 
 
