@@ -279,12 +279,12 @@ def unwrapped(weights, prefix, keys):
 
 def check_weights(weights, model_weights, source):
     """ValueError that tells which keys of a file do not fit the model's: two, and how many."""
-    both = weights.keys() & model_weights.keys()
-    sizes = [f"{key}, {tuple(weights[key].shape)} in place of {tuple(model_weights[key].shape)}"
-             for key in model_weights if key in both
-             and weights[key].shape != model_weights[key].shape]
-    missing = [f'"{key}"' for key in model_weights if key not in both]
-    strange = [f'"{key}"' for key in weights if key not in both]
+    found = {key: tuple(tensor.shape) for key, tensor in weights.items()}
+    expected = {key: tuple(tensor.shape) for key, tensor in model_weights.items()}
+    missing = [f'"{key}"' for key in expected if key not in found]
+    strange = [f'"{key}"' for key in found if key not in expected]
+    sizes = [f"{key}, {found[key]} in place of {shape}" for key, shape in expected.items()
+             if found.get(key, shape) != shape]
     problems = []
     for what, those in (("Missing key", missing), ("Unexpected key", strange),
                         ("size mismatch for", sizes)):
