@@ -259,7 +259,7 @@ def obey(tokenizer, kind, options):
     for option, (place, *values) in kind.options.items():
         value = text_of(options.get(option, values[0]))
         if type(value) not in values and repr(value) not in map(repr, values):   # 1 is not True
-            raise options.refusal(option, value, f"is not implemented, only {values}")
+            raise options.refusal(option, value, f"is not implemented, as {values[0]!r} is")
         if place:
             name, attribute = place.split(".")
             part = getattr(tokenizer, name)
@@ -337,7 +337,7 @@ def set_template(tokenizer, kind, options):
              for name in ("cls_token", "sep_token")}
     vocabulary = tokenizer.model if options.path.name.startswith("vocab") else tokenizer
     for name, text in texts.items():
-        if vocabulary.token_to_id(str(text)) is None:
+        if not isinstance(text, str) or vocabulary.token_to_id(text) is None:
             raise options.refusal(name, text, "is not in the vocabulary: get it again")
     pieces = [piece.format(**texts) for piece in kind.pair.split()]
     ids = [(text, tokenizer.token_to_id(text)) for text in set(texts.values())]
