@@ -53,10 +53,9 @@ class Embeddings(nn.Module):
         self.pad = config["pad_token_id"]
         self.types = config["type_vocab_size"]
         self.word_embeddings = nn.Embedding(config["vocab_size"], d, self.pad)
-        if self.kind == "roberta":
-            self.position_embeddings = nn.Embedding(config["max_position_embeddings"], d, self.pad)
-        if self.kind == "bert":
-            self.position_embeddings = nn.Embedding(config["max_position_embeddings"], d)
+        if self.kind != "deberta-v2":
+            padding = self.pad if self.kind == "roberta" else None
+            self.position_embeddings = nn.Embedding(config["max_position_embeddings"], d, padding)
         if self.types > 0:
             self.token_type_embeddings = nn.Embedding(self.types, d)
         self.LayerNorm = nn.LayerNorm(d, config["layer_norm_eps"])
@@ -184,19 +183,17 @@ class Output(nn.Module):
 
 
 class Layer(nn.Module):
-    """One transformer layer: (B, T, d) → (B, T, d). Bare nn.Modules give the checkpoint's names."""
+    """One transformer layer: (B, T, d) → (B, T, d). Dicts give the checkpoint's names."""
 
     def __init__(self, config):
         super().__init__()
-        self.attention = nn.Module()
-        if config["model_type"] == "deberta-v2":
-            self.attention.self = DisentangledSelfAttention(config)
-        else:
-            self.attention.self = SelfAttention(config)
-        self.attention.output = Output(config["hidden_size"], config)
-        self.intermediate = nn.Module()
-        self.intermediate.dense = nn.Linear(config["hidden_size"], config["intermediate_size"])
-        self.output = Output(config["intermediate_size"], config)
+        d = config["hidden_size"]
+        f = config["intermediate_size"]
+        is_deberta = config["model_type"] == "deberta-v2"
+        attention = DisentangledSelfAttention if is_deberta else SelfAttention
+        self.attention = nn.ModuleDict({"self": attention(config), "output": Output(d, config)})
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(d, f)})
+        self.output = Output(f, config)
 
     def forward(self, x, mask, positions):
         y = self.attention.self(x, mask, positions)         # (B, T, d)
@@ -253,20 +250,17 @@ class SequenceClassifier(nn.Module):
         backbone.encoder = Encoder(config)
         setattr(self, PREFIX[self.kind], backbone)
         if self.kind == "deberta-v2":
-            self.pooler = nn.Module()
-            self.pooler.dense = nn.Linear(d, d)
-            self.pooler.dropout = nn.Dropout(config["pooler_dropout"])
+            self.pooler = nn.ModuleDict({"dense": nn.Linear(d, d),
+                                         "dropout": nn.Dropout(config["pooler_dropout"])})
             self.classifier = nn.Linear(d, num_labels)
         elif self.kind == "bert":
-            backbone.pooler = nn.Module()
-            backbone.pooler.dense = nn.Linear(d, d)
+            backbone.pooler = nn.ModuleDict({"dense": nn.Linear(d, d)})
             self.classifier = nn.Linear(d, num_labels)
         else:
             self.max_len -= config["pad_token_id"] + 1      # where positions begin
             self.head = ["classifier"]
-            self.classifier = nn.Module()
-            self.classifier.dense = nn.Linear(d, d)
-            self.classifier.out_proj = nn.Linear(d, num_labels)
+            self.classifier = nn.ModuleDict({"dense": nn.Linear(d, d),
+                                             "out_proj": nn.Linear(d, num_labels)})
         self.dropout = nn.Dropout(config[HEAD_DROPOUT[self.kind]])
         self.keys = set(self.state_dict())                  # the checkpoint's: adapters add theirs
         self.source = None                                  # from_pretrained() fills in both
@@ -315,11 +309,10 @@ def target_modules(model, names):
     if unknown or not names:
         raise ValueError(f"unknown target {', '.join(unknown) or 'list (empty)'}: "
                          f"give some of {','.join(targets)}")
+    ends = [end for name, end in targets.items() if name in names]
     found = []
     for i in range(model.config["num_hidden_layers"]):
-        for name, end in targets.items():
-            if name in names:
-                found.append(f"{PREFIX[model.kind]}.encoder.layer.{i}.{end}")
+        found += [f"{PREFIX[model.kind]}.encoder.layer.{i}.{end}" for end in ends]
     return found
 
 
@@ -373,15 +366,14 @@ def head_layers(model):
 
 def draw_head(model, weights):
     """Draw the layers of the head that `weights` lacks and add them to it; returns their keys."""
-    drawn = []
+    std = model.config["initializer_range"]
+    drawn = {}
     for name, layer in head_layers(model).items():
-        weight, bias = f"{name}.weight", f"{name}.bias"
-        if weights.keys().isdisjoint((weight, bias)):
-            std = model.config["initializer_range"]
-            weights[weight] = torch.empty(layer.weight.shape).normal_(std=std)
-            weights[bias] = torch.zeros(layer.bias.shape)
-            drawn += [weight, bias]
-    return drawn
+        if weights.keys().isdisjoint((f"{name}.weight", f"{name}.bias")):
+            drawn[f"{name}.weight"] = torch.empty(layer.weight.shape).normal_(std=std)
+            drawn[f"{name}.bias"] = torch.zeros(layer.bias.shape)
+    weights.update(drawn)
+    return list(drawn)
 
 
 def save_pretrained(model, folder):

@@ -24,10 +24,10 @@ def fit_head(weights, layers, config, labels, source):
     if not reason and n != wanted:
         reason = f"it has {n} label(s) where {wanted} are asked for"
     if not reason and labels:
-        order = order_of(names_of(config, n, source), labels)
+        names = names_of(config, n, source)
+        order = order_of(names, labels)
         if order is None:
-            reason = f"its labels are {', '.join(names_of(config, n, source))}, and the task's "
-            reason += ", ".join(labels)
+            reason = f"its labels are {', '.join(names)}, and the task's {', '.join(labels)}"
         elif not order:
             warn(f"{source}: its head does not say what its labels mean, they are taken to be "
                  f"{', '.join(labels)} in this order")

@@ -111,27 +111,26 @@ def advice(name_or_dir):
     if not folder.is_dir():
         return whole
     names = sorted(path.name for path in folder.iterdir())
-    inner = [name for name in names if (folder / name / "config.json").is_file()]
+    inner = sorted(folder.glob("*/config.json"))
     if {"adapter.safetensors", "last.pt"} & set(names):
         return (f"it is the folder of a run: give --resume {folder}, or --eval "
                 f"{folder / 'adapter.safetensors'}, or as --model the one that the run began with")
     if "adapter_config.json" in names:
         return "it holds an adapter for peft: give the model that this belongs to"
     if inner:
-        return f"{whole}, such as {folder / inner[-1]} in it"
-    there = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+        return f"{whole}, such as {inner[-1].parent} in it"
     if names:
-        return f"{whole}; in this folder there is {there}"
+        more = ", ..." if len(names) > 5 else ""
+        return f"{whole}; in this folder there is {', '.join(names[:5])}{more}"
     return f"{whole}; this folder is empty, and while it is there the Hub is not asked"
 
 
 def find_first(name_or_dir, names, network=True):
     """Path of the first of these files that find() finds, or None."""
-    for name in names:
-        path = find(name_or_dir, name, network)
-        if path is not None:
-            return path
-    return None
+    # All in the cache first: one that was filled at once does not know which files the Hub has not.
+    places = (False, True) if network else (False,)
+    found = (find(name_or_dir, name, place) for place in places for name in names)
+    return next((path for path in found if path is not None), None)
 
 
 def tokenizer_files(name_or_dir, network=True):
@@ -139,12 +138,10 @@ def tokenizer_files(name_or_dir, network=True):
 
     Without network those at hand; else ValueError where there is none.
     """
-    path = find_first(name_or_dir, DEFINING, network=False)
+    path = find_first(name_or_dir, DEFINING, network)
     if path is None and network:
-        path = find_first(name_or_dir, DEFINING)
-        if path is None:
-            raise ValueError(f"{name_or_dir} has no tokenizer, none of {', '.join(DEFINING)}: "
-                             f"{advice(name_or_dir)}")
+        raise ValueError(f"{name_or_dir} has no tokenizer, none of {', '.join(DEFINING)}: "
+                         f"{advice(name_or_dir)}")
     files = {path.name: path} if path else {}
     for name in (*BESIDE, "merges.txt") if "vocab.json" in files else BESIDE:
         try:
@@ -174,8 +171,7 @@ def read_weights(name_or_dir):
     """{key: tensor} of a checkpoint's weights, whole or in shards; safetensors before .bin."""
     names = ("model.safetensors", "model.safetensors.index.json",
              "pytorch_model.bin", "pytorch_model.bin.index.json")
-    # All in the cache first: one that was filled at once does not know which files the Hub has not.
-    path = find_first(name_or_dir, names, network=False) or find_first(name_or_dir, names)
+    path = find_first(name_or_dir, names)
     if path is None:
         raise ValueError(f"{name_or_dir} has no model.safetensors and no pytorch_model.bin: "
                          f"{advice(name_or_dir)}")
@@ -271,23 +267,24 @@ def convert(weights, prefix, keys, source):
 
 def unwrapped(weights, prefix, keys):
     """Weights without what a wrapper has put before all their keys, as module. or _orig_mod. is."""
-    found = {str(name): tensor for name, tensor in weights.items()}
+    weights = {str(name): tensor for name, tensor in weights.items()}
+    found = weights
     while not any(name in keys or f"{prefix}.{name}" in keys for name in found):
         fronts = {name.partition(".")[0] for name in found}
         if len(fronts) != 1 or not all("." in name for name in found):
-            return {str(name): tensor for name, tensor in weights.items()}
+            return weights
         found = {name.partition(".")[2]: tensor for name, tensor in found.items()}
     return found
 
 
 def check_weights(weights, model_weights, source):
     """ValueError that tells which keys of a file do not fit the model's: two, and how many."""
-    both = weights.keys() & model_weights.keys()
-    sizes = [f"{key}, {tuple(weights[key].shape)} in place of {tuple(model_weights[key].shape)}"
-             for key in model_weights if key in both
-             and weights[key].shape != model_weights[key].shape]
-    missing = [f'"{key}"' for key in model_weights if key not in both]
-    strange = [f'"{key}"' for key in weights if key not in both]
+    found = {key: tuple(tensor.shape) for key, tensor in weights.items()}
+    expected = {key: tuple(tensor.shape) for key, tensor in model_weights.items()}
+    missing = [f'"{key}"' for key in expected if key not in found]
+    strange = [f'"{key}"' for key in found if key not in expected]
+    sizes = [f"{key}, {found[key]} in place of {shape}" for key, shape in expected.items()
+             if found.get(key, shape) != shape]
     problems = []
     for what, those in (("Missing key", missing), ("Unexpected key", strange),
                         ("size mismatch for", sizes)):

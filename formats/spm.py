@@ -26,17 +26,17 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from formats.disk import read_bytes
 
-# Schema of a message: field number -> (name, wire type, kind). A kind that is a dict is the schema
-# of an inner message; in a list: of many.
-PIECE = {1: ("piece", 2, str), 2: ("score", 5, float), 3: ("type", 0, int)}
-TRAINER = {3: ("model_type", 0, int), 24: ("treat_whitespace_as_suffix", 0, bool),
-           35: ("byte_fallback", 0, bool)}
-NORMALIZER = {2: ("precompiled_charsmap", 2, bytes), 3: ("add_dummy_prefix", 0, bool),
-              4: ("remove_extra_whitespaces", 0, bool), 5: ("escape_whitespaces", 0, bool)}
-MODEL = {1: ("pieces", 2, [PIECE]), 2: ("trainer_spec", 2, TRAINER),
-         3: ("normalizer_spec", 2, NORMALIZER)}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)   # a piece's type
-MODEL_TYPES = {1: "UNIGRAM", 2: "BPE", 3: "WORD", 4: "CHAR"}
+# Schema of a message: field number -> (name, its value where it is absent). A dict is the schema of
+# an inner message; in a list: of many.
+PIECE = {1: ("piece", ""), 2: ("score", 0.0), 3: ("type", NORMAL)}
+TRAINER = {3: ("model_type", 1), 24: ("treat_whitespace_as_suffix", False),
+           35: ("byte_fallback", False)}
+NORMALIZER = {2: ("precompiled_charsmap", b""), 3: ("add_dummy_prefix", True),
+              4: ("remove_extra_whitespaces", True), 5: ("escape_whitespaces", True)}
+MODEL = {1: ("pieces", [PIECE]), 2: ("trainer_spec", TRAINER), 3: ("normalizer_spec", NORMALIZER)}
+WIRE_TYPES = {int: 0, bool: 0, float: 5}     # all others: 2
+MODEL_TYPES = {2: "BPE", 3: "WORD", 4: "CHAR"}                       # 1: UNIGRAM
 LONGEST_PIECE = 1000                         # letters; `tokenizers` frees a tree by a call a letter
 LONGEST_RULE = 255                           # bytes of a replacement; NFKC's longest has 33
 WHOLE = Regex("(?m:.++)")                    # Oniguruma's m: "." is a line end too
@@ -59,8 +59,8 @@ def read_varint(data, at, end):
 
 
 def read_message(data, at, end, schema):
-    """The message in data[at:end] -> {name: value} of the fields that the schema names."""
-    found = {}
+    """The message in data[at:end] -> {name: value} of the schema's fields, inner ones if there."""
+    found = {name: absent for name, absent in schema.values() if type(absent) not in (dict, list)}
     while at < end:
         start = at
         key, at = read_varint(data, at, end)
@@ -78,8 +78,9 @@ def read_message(data, at, end, schema):
             raise ValueError(f"truncated at byte {end}")
         if number not in schema:
             continue
-        name, expected, kind = schema[number]
-        if wire_type != expected:
+        name, absent = schema[number]
+        kind = type(absent)
+        if wire_type != WIRE_TYPES.get(kind, 2):
             raise ValueError(f"{name} with wire type {wire_type} at byte {start}")
         if kind is str:
             value = data[begin:at].decode()
@@ -87,11 +88,11 @@ def read_message(data, at, end, schema):
             (value,) = struct.unpack_from("<f", data, begin)
         elif kind is bytes:
             value = data[begin:at]
-        elif isinstance(kind, list):
-            found.setdefault(name, []).append(read_message(data, begin, at, kind[0]))
-            continue
-        elif isinstance(kind, dict):
-            value = read_message(data, begin, at, kind)
+        elif kind is list:
+            value = found.get(name, [])
+            value.append(read_message(data, begin, at, absent[0]))
+        elif kind is dict:
+            value = read_message(data, begin, at, absent)
         found[name] = value                  # of a field that comes twice the last one counts
     return found
 
@@ -104,10 +105,7 @@ def read_model(data):
     specs = read_message(data, 0, len(data), MODEL)
     if not {"pieces", "trainer_spec", "normalizer_spec"}.issubset(specs):
         raise ValueError(f"truncated at byte {len(data)}")
-    pieces = []
-    for piece in specs["pieces"]:
-        text = piece.get("piece", "")
-        pieces.append((text, piece.get("score", 0.0), piece.get("type", NORMAL)))
+    pieces = [(piece["piece"], piece["score"], piece["type"]) for piece in specs["pieces"]]
     trainer = specs["trainer_spec"]
     normalizer = specs["normalizer_spec"]
     texts, scores, types = zip(*pieces)
@@ -116,12 +114,11 @@ def read_model(data):
     if not all(texts) or len(set(texts)) < len(texts) or not all(map(math.isfinite, scores)):
         raise ValueError("a piece without text, without score or twice")
     known = range(NORMAL, BYTE + 1)
-    if types.count(UNKNOWN) != 1 or NORMAL not in types or not set(types).issubset(known):
+    all_bytes = {f"<0x{byte:02X}>" for byte in range(256)} if trainer["byte_fallback"] else set()
+    if (types.count(UNKNOWN) != 1 or NORMAL not in types or not set(types).issubset(known)
+            or {text for text, _, kind in pieces if kind == BYTE} != all_bytes):
         raise ValueError("pieces of wrong type")
-    all_bytes = [f"<0x{byte:02X}>" for byte in range(256)] if trainer.get("byte_fallback") else []
-    if {text for text, _, kind in pieces if kind == BYTE} != set(all_bytes):
-        raise ValueError("pieces of wrong type")
-    return pieces, trainer, normalizer, read_charsmap(normalizer.get("precompiled_charsmap", b""))
+    return pieces, trainer, normalizer, read_charsmap(normalizer["precompiled_charsmap"])
 
 
 def read_charsmap(blob):
@@ -251,25 +248,25 @@ def read_spm(path):
         raise ValueError(f"{path} is a SentencePiece model of another kind than DeBERTaV3's "
                          f"({', '.join(reasons)}): use a checkpoint that has a tokenizer.json")
     symbols = [text for text, _, kind in pieces if kind == USER_DEFINED]
-    made = SpmNormalizer(charsmap, symbols, normalizer.get("add_dummy_prefix", True),
-                         normalizer.get("remove_extra_whitespaces", True))
-    return build_tokenizer(pieces, bool(trainer.get("byte_fallback")), made)
+    made = SpmNormalizer(charsmap, symbols, normalizer["add_dummy_prefix"],
+                         normalizer["remove_extra_whitespaces"])
+    return build_tokenizer(pieces, bool(trainer["byte_fallback"]), made)
 
 
 def reasons_against(pieces, trainer, normalizer, charsmap):
     """What in a sound model would lead to other ids than SentencePiece's: a list of texts."""
     reasons = []
-    model_type = trainer.get("model_type", 1)
+    model_type = trainer["model_type"]
     if model_type != 1:
         reasons.append(f"its model_type is {MODEL_TYPES.get(model_type, model_type)}, not UNIGRAM")
-    if trainer.get("treat_whitespace_as_suffix"):
+    if trainer["treat_whitespace_as_suffix"]:
         reasons.append("treat_whitespace_as_suffix is on")
-    if not normalizer.get("escape_whitespaces", True):
+    if not normalizer["escape_whitespaces"]:
         reasons.append("escape_whitespaces is off")
     missing = {"[PAD]", "[CLS]", "[SEP]"} - {text for text, _, _ in pieces}
     if missing:
         reasons.append(f"it has no {' '.join(sorted(missing))}")
-    if b"  " in charsmap[2] and normalizer.get("remove_extra_whitespaces", True):
+    if b"  " in charsmap[2] and normalizer["remove_extra_whitespaces"]:
         reasons.append("a replacement has two spaces in a row")
     return reasons
 
@@ -322,21 +319,22 @@ def normalize_first(tokenizer, apply):
     anew for each text, which takes longer than all of `apply`.
     """
     def prepare(given):
-        if tokenizer.normalizer is not None:                     # see normalize_between()
-            return given
         if isinstance(given, str):
             return apply(given)
         is_several = isinstance(given, (list, tuple))            # a pair, a batch, words
         return type(given)(map(prepare, given)) if is_several else given
 
-    def wrap(method):
+    def prepared(method):
         def encode(*given, **named):
-            return method(*prepare(given), **dict(zip(named, prepare([*named.values()]))))
+            if tokenizer.normalizer is None:                     # see normalize_between()
+                given = prepare(given)
+                named = {name: prepare(value) for name, value in named.items()}
+            return method(*given, **named)
         return encode
 
     for name in dir(tokenizer):
         if "encode" in name and callable(getattr(tokenizer, name)):
-            setattr(tokenizer, name, wrap(getattr(tokenizer, name)))
+            setattr(tokenizer, name, prepared(getattr(tokenizer, name)))
 
 
 def normalize_between(tokenizer):
