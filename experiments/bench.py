@@ -2,7 +2,6 @@
 
     python experiments/bench.py --model all-MiniLM-L6-v2 --data-dir glue   # all there is to measure
     python experiments/bench.py --quick     # two layers, a few rows: does it work? no verdicts
-    python experiments/bench.py --counts    # rows 5, 6, 7, 9 alone: nothing is timed
     python experiments/bench.py --texts --spm deberta-v3-base --data-dir glue   # row 13 alone
     python experiments/bench.py --growth    # cost against T, B, k, depth and data instead
 
@@ -33,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data
 import train
+from experiments import summary
 from experiments.speed import counts, growth, peers, steps, table, texts
 from formats import glue
 from lora2 import lora2_layers, merge_lora2
@@ -101,12 +101,11 @@ def count_operations(job):
 
 def count_saved(job):
     """Row 5: bytes a forward pass keeps. Of four ratios (two k, two peers) the worst counts."""
-    layers = 2 if job.counts else job.layers
     theirs = PEERS[1:] if job.peers else []                # that adapt
     batches = [steps.make_batch(job.config, job.B, T) for T in (job.T, 2 * job.T)]
-    lines = [{"B": job.B, "T": T, "layers": layers or "all"} for T in (job.T, 2 * job.T)]
+    lines = [{"B": job.B, "T": T, "layers": job.layers or "all"} for T in (job.T, 2 * job.T)]
     for name in [*OURS, *theirs]:
-        step = make(job, name, job.T, batch=batches[0], dtype="fp32", layers=layers)
+        step = make(job, name, job.T, batch=batches[0], dtype="fp32")
         for batch, line in zip(batches, lines):
             step.batch = batch
             line[name] = counts.saved_bytes(step.loss, step.net)
@@ -170,10 +169,8 @@ def time_steps(job, T, only=None):
     if job.compile:
         torch.compiler.reset()                             # each length has its own limit of graphs
     variants = {}
-    for name, (kind, _) in (STEPS | (EAGER if job.device == "cuda" else {})).items():
-        if only is not None and name not in only:
-            continue
-        if kind is steps.OwnStep:
+    for name in only or [*STEPS, *(EAGER if job.device == "cuda" else [])]:
+        if name not in PEERS:
             variants[name] = make(job, name, T, compile=job.compile)
         elif job.peers and name != "transformers, lora":
             variants[name] = make(job, name, T)
@@ -280,9 +277,8 @@ def epochs(job, task, rows):
 
 def time_epochs(job):
     """Row 12, one of each in turn; three where the first is within a tenth of the goal."""
-    tasks = job.tasks.split(",")
-    epochs(job, tasks[-1], 32)                             # warms up
-    for task in tasks:
+    epochs(job, TASKS[-1], 32)                             # warms up
+    for task in TASKS:
         row = f"12 {task}"
         goal = float(table.goal_of(row, job.device).split()[1])
         times = [epochs(job, task, job.epoch_rows)]
@@ -313,17 +309,13 @@ def time_texts(job):
 
 def circumstances(job, words):
     """What has to stand beside every number. Folders are given by their last part alone."""
-    shown = ["python experiments/bench.py"]
-    for before, word in zip(["", *words], words):
-        is_folder = before in ("--model", "--spm", "--data-dir", "--out")
-        shown.append(Path(word).name if is_folder else word)
     versions = {}
     for name in ("torch", "tokenizers", "transformers", "peft"):
         if importlib.util.find_spec(name):
             versions[name] = importlib.metadata.version(name)
     versions["python"] = platform.python_version()
     return {
-        "command": " ".join(shown),
+        "command": summary.command_of("bench.py", words, "--model", "--spm", "--data-dir", "--out"),
         "device": torch.cuda.get_device_name() if job.device == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(), "versions": versions,
         "date": datetime.date.today().isoformat(), "shape": job.shape,
@@ -353,8 +345,6 @@ def parse(argv):
     add("--device", choices=("cpu", "cuda"),
         default="cuda" if torch.cuda.is_available() else "cpu")
     add("--quick", action="store_true", help="two layers, few rows, no verdicts: in under 90 s")
-    add("--counts", action="store_true",
-        help="rows 5 (two layers), 6, 7, 9 alone; nothing timed or written")
     add("--texts", action="store_true", help="row 13 alone; nothing written")
     add("--growth", action="store_true", help="how the cost grows, instead of the table")
     add("--shape", choices=list(steps.SHAPES), default="deberta-v3-base")
@@ -362,7 +352,6 @@ def parse(argv):
     add("--model", help="folder of all-MiniLM-L6-v2, for rows 9 and 12")
     add("--spm", help="folder of DeBERTaV3's spm.model, for row 13")
     add("--data-dir", default="glue", help="folder that holds CoLA/, MRPC/, RTE/, STS-B/ (glue)")
-    add("--tasks", default=",".join(TASKS), help="those of row 12")
     add("--epoch-rows", type=int, default=256,
         help="first rows of each task in row 12; 0 for all, which alone is judged (256)")
     add("--rounds", type=int, default=7, help="of timing (7)")
@@ -401,8 +390,6 @@ def measure(job):
     if job.spm and job.peers:
         say("timing texts")
         time_texts(job)
-    if job.texts:
-        return None
     job.folder = steps.write_checkpoint(job.work / "model", job.config)
     for T in (job.T, 2 * job.T) if job.peers else ():      # at 256 distances share buckets
         small = steps.make_batch(job.config, 2, T, job.device)
@@ -415,8 +402,6 @@ def measure(job):
         count_saved(job)
     if job.model:
         count_tokens(job)
-    if job.counts:
-        return None
     say("timing steps")
     job.results |= time_steps(job, job.T)
     look_inside(job)
@@ -451,19 +436,12 @@ def main(argv=None):
         job.work = Path(work)
         if job.growth:
             return growth.main(job, circumstances(job, words))
+        if job.texts:
+            time_texts(job)
+            of_texts = [row for row in table.ROWS if row.startswith("13")]
+            print(table.report(job.results, job.device, only=of_texts), job.details, sep="\n")
+            return 0
         taken = measure(job)
-    if job.texts:
-        of_texts = [row for row in table.ROWS if row.startswith("13")]
-        print(table.report(job.results, job.device, only=of_texts))
-        for name, measured in job.details.items():
-            print(name, measured)
-        return 0
-    if job.counts:
-        counted = [row for row in table.ROWS if row[0] in "5679" and row != "5 peak"]
-        print(table.report(job.results, job.device, counted, counted))
-        for line in job.details["operations"] + job.details["saved bytes"]:
-            print(line)
-        return 0
     rows = {}
     for row, (what, *_) in table.ROWS.items():
         rows[row] = {"ratio": what, "goal": table.goal_of(row, job.device),

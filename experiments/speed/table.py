@@ -1,5 +1,6 @@
 """The table of bench.py: its rows with their goals, and how values become a verdict."""
 import json
+import operator
 import statistics
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from formats import disk
 # Row → what is measured, goal on a CPU (2 threads, fp32, B = 8), goal on an H100 (bf16, B = 32) or
 # None. A row with several goals has several entries: its number is what stands before the space.
 ROWS = disk.read_json(Path(__file__).parent / "goals.json", "restore it")
+SIGNS = {"≤": operator.le, "≥": operator.ge, "=": operator.eq}
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")       # in a profile; in place too, as addmm_
 
 
@@ -41,11 +43,7 @@ def paired(a, b):
 def passes(value, goal):
     """Whether a value meets a goal such as "≤ 1.10"."""
     sign, bound = goal.split()
-    if sign == "≤":
-        return value <= float(bound)
-    if sign == "≥":
-        return value >= float(bound)
-    return value == float(bound)
+    return SIGNS[sign](value, float(bound))
 
 
 def shown(result):
