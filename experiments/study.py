@@ -61,11 +61,6 @@ def make_cell(study, row, task, seed, point):
     return grids.make_cell(study.grid, row, task, seed, point, part, **extra)
 
 
-def tried(study, row, task):
-    """[(point, score)] of a row's tuning so far, in order; −inf for a run that diverged."""
-    return study_page.tried({"runs": study.known.values()}, row, task)
-
-
 def next_runs(study, row, task):
     """[(stage, row, task, seed, point)]: what a row that is tuned needs next, [] for nothing.
 
@@ -73,7 +68,7 @@ def next_runs(study, row, task):
     around it, then what is around the best, then the reported seeds of all rows with this tuning.
     """
     stages = study.plan[row]
-    points = tried(study, row, task)
+    points = study_page.tried({"runs": study.known.values()}, row, task)
     wanted = search.missing(points, GIVEN["starts"][row])
     if wanted:
         first = min(stage for stage, _, _ in stages)
@@ -127,24 +122,22 @@ class Scheduler:
         for row in study.plan:
             for task in study.grid.tasks:
                 self.under_way[row, task] = 0
-        self.waiting = []               # (stage, number, chain, wanted)
+        self.waiting = []               # (chain, wanted), in order
         self.running = {}               # future → (chain, wanted)
         self.failures = []
-        self.number = 0
 
     def ask(self, chain):
         """Put what a (tuned row, task) needs next into the line."""
         for wanted in next_runs(self.study, *chain):
-            self.waiting.append((wanted[0], self.number, chain, wanted))
-            self.number += 1
+            self.waiting.append((chain, wanted))
             self.under_way[chain] += 1
-        self.waiting.sort(key=lambda entry: entry[:2])
+        self.waiting.sort(key=lambda entry: entry[1][0])   # by stage; within one as they came
 
     def hand_out(self):
         """Start runs while there is room and time."""
         while (self.waiting and len(self.running) < self.capacity
                and time.monotonic() < self.until):
-            _, _, chain, wanted = self.waiting.pop(0)
+            chain, wanted = self.waiting.pop(0)
             cell = make_cell(self.study, *wanted[1:])
             self.running[self.pool.submit(work, cell)] = chain, wanted
 
@@ -218,8 +211,7 @@ def write_page(path, rows):
     if rows:
         content["rows"] = {row: content["rows"][row] for row in rows.split(",")}
     text = study_page.page(content)
-    done = [one for one in content["runs"] if "failed" not in one]
-    grids.check_sources("models", done, "base")
+    grids.check_sources("models", study_page.finished(content), "base")
     disk.write_file(path.with_suffix(".md"), text)
     return path.with_suffix(".md")
 
@@ -247,11 +239,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.workers < 1:
         raise ValueError(f"--workers {args.workers}: give at least 1")
-    shown = ["python experiments/study.py"]
-    for before, word in zip(["", *argv], argv):
-        is_place = before in ("--model", "--data-dir", "--out", "--runs")
-        shown.append(Path(word).name if is_place else shlex.quote(word))
-    args.command = " ".join(shown)
+    places = "--model", "--data-dir", "--out", "--runs"
+    args.command = summary.command_of("study.py", argv, *places)
     return args
 
 
