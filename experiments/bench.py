@@ -34,45 +34,24 @@ import data
 import train
 from experiments import summary
 from experiments.speed import counts, growth, peers, steps, table, texts
-from formats import glue
+from formats import disk, glue
 from lora2 import lora2_layers, merge_lora2
 from running import machine, options
 
 TASKS = ("rte", "mrpc", "stsb", "cola")
 OURS = ("own LoRA² k=1", "own LoRA² k=8")
 PEERS = ("transformers, frozen", "transformers, lora", "transformers, adalora")
-# A step's name in the results → its class and what it is of.
-STEPS = {
-    "own frozen": (steps.OwnStep, {"method": "frozen"}),
-    "own LoRA² k=1": (steps.OwnStep, {"method": "lora2", "k": 1}),
-    "own AdaLoRA r=1": (steps.OwnStep, {"method": "adalora", "r": 1}),
-    "own LoRA² k=8": (steps.OwnStep, {"method": "lora2", "k": 8}),
-    "own AdaLoRA r=8": (steps.OwnStep, {"method": "adalora", "r": 8}),
-    "own LoRA² k=8, task loss alone": (steps.OwnStep, {"method": "lora2", "k": 8, "extras": False}),
-    "transformers, frozen": (peers.PeerStep, {"method": "frozen"}),
-    "transformers, lora": (peers.PeerStep, {"method": "lora"}),
-    "transformers, adalora": (peers.PeerStep, {"method": "adalora"})}
-# Timed on a GPU besides: what recording a step is worth.
-EAGER = {
-    "own frozen, eager": (steps.OwnStep, {"method": "frozen", "eager": True}),
-    "own LoRA² k=8, eager": (steps.OwnStep, {"method": "lora2", "k": 8, "eager": True})}
+# Named in steps.json: own and peers' steps; eager ones tell what recording is worth on a GPU.
+STEPS = disk.read_json(Path(__file__).parent / "speed" / "steps.json", "restore it")
 LONGER = ("own frozen", "own LoRA² k=8", "transformers, frozen", "transformers, adalora")
-# Row → the two steps, or evaluations, whose times it compares.
-RATIOS = {
-    "1 k=1": ("own LoRA² k=1", "own frozen"), "2 k=1": ("own LoRA² k=1", "own AdaLoRA r=1"),
-    "1 k=8": ("own LoRA² k=8", "own frozen"), "2 k=8": ("own LoRA² k=8", "own AdaLoRA r=8"),
-    "3 T=128": ("transformers, adalora", "own LoRA² k=8"),
-    "4": ("transformers, frozen", "own frozen"),
-    "8": ("own LoRA² k=8", "own LoRA² k=8, task loss alone"),
-    "11 k": ("own LoRA² k=8", "own LoRA² k=1"), "11 merged": ("merged", "plain")}
 
 
 def make(job, name, T, folder=None, **more):
     """The step of that name on a batch T tokens wide, all as the job says unless `more` does."""
-    kind, settings = (STEPS | EAGER)[name]
+    kind = peers.PeerStep if name in PEERS else steps.OwnStep
     common = {"batch": steps.make_batch(job.config, job.B, T, job.device), "dtype": job.dtype,
               "layers": job.layers}
-    return kind(folder or job.folder, **common | settings | more)
+    return kind(folder or job.folder, **common | STEPS[name] | more)
 
 
 # --- what is counted -------------------------------------------------------------------------
@@ -169,7 +148,9 @@ def time_steps(job, T, only=None):
     if job.compile:
         torch.compiler.reset()                             # each length has its own limit of graphs
     variants = {}
-    for name in only or [*STEPS, *(EAGER if job.device == "cuda" else [])]:
+    for name in only or STEPS:
+        if name.endswith("eager") and job.device != "cuda":
+            continue
         if name not in PEERS:
             variants[name] = make(job, name, T, compile=job.compile)
         elif job.peers and name != "transformers, lora":
@@ -188,9 +169,9 @@ def time_steps(job, T, only=None):
         job.results["14"] = table.worst([steps.launches(variants["own LoRA² k=8"])])
         job.details["host calls, eager"] = steps.launches(variants["own LoRA² k=8, eager"])
     found = {}
-    for row, (a, b) in RATIOS.items():
-        if a in times and b in times:
-            found[row] = table.paired(times[a], times[b])
+    for row, (_, _, _, *pair) in table.ROWS.items():
+        if pair and times.keys() >= set(pair):
+            found[row] = table.paired(*(times[name] for name in pair))
     return found | rates(job, T, times, {name: flops for name, (_, flops) in matrices.items()})
 
 

@@ -204,11 +204,8 @@ def profile(function, device="cpu"):
 
 def launches(function):
     """How often the host asks a GPU for work in one call: kernels, copies, fills, graphs."""
-    with torch.profiler.profile(activities=None) as seen:
-        function()
-        torch.cuda.synchronize()
     calls = 0
-    for op in seen.key_averages():
+    for op in profiled(function, "cuda"):
         name = op.key.removeprefix("cuda").removeprefix("cu")
         if name.startswith(("Launch", "GraphLaunch", "Memcpy", "Memset")):
             calls += op.count

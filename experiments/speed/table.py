@@ -8,7 +8,8 @@ from experiments import tables
 from formats import disk
 
 # Row → what is measured, goal on a CPU (2 threads, fp32, B = 8), goal on an H100 (bf16, B = 32) or
-# None. A row with several goals has several entries: its number is what stands before the space.
+# None, perhaps the two steps, or evaluations, whose times it compares (their names in bench.py). A
+# row with several goals has several entries: its number is what stands before the space.
 ROWS = disk.read_json(Path(__file__).parent / "goals.json", "restore it")
 SIGNS = {"≤": operator.le, "≥": operator.ge, "=": operator.eq}
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")       # in a profile; in place too, as addmm_
@@ -16,7 +17,7 @@ PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")       # in a profile; in place too,
 
 def goal_of(row, device):
     """The goal of a row on that device, or None."""
-    _, on_cpu, on_gpu = ROWS[row]
+    _, on_cpu, on_gpu, *_ = ROWS[row]
     return on_gpu if device == "cuda" else on_cpu
 
 
