@@ -17,10 +17,8 @@ import multiprocessing
 import os
 import shlex
 import shutil
-import signal
 import sys
 import tempfile
-import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -30,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
 from experiments import grid as grids
-from experiments import search, study_page, summary
+from experiments import reproduce, search, study_page, summary
 from formats import disk
 from running import machine, options
 from running.errors import Refused
@@ -180,29 +178,21 @@ def make_pool(workers):
 
 # --- the summary -----------------------------------------------------------------------------
 
-def load_known(path, grid):
-    """{name of a run: its record} of the file. ValueError if its runs are other than asked for."""
-    known = {}
-    if not path.exists():
-        return known
-    study = Study(grid, {}, {})
-    for record in summary.load(path)["runs"]:
-        row, task, seed, point = (record[name] for name in ("row", "task", "seed", "tuned"))
-        cell = make_cell(study, row, task, seed, point)
+def load_known(study, path, device):
+    """Put the file's runs into study.known. ValueError if they are of other settings, or devices.
+
+    No table shall mix them.
+    """
+    here = machine.name_of(machine.find_device(device, 0, 1))
+    for record in summary.load(path)["runs"] if path.exists() else []:
+        which = [record[name] for name in ("row", "task", "seed", "tuned")]
+        cell = make_cell(study, *which)
         if record["settings"] != summary.comparable(grids.settings_of(cell.flags)):
             raise ValueError(f"{path} holds runs with other settings: give another --out")
-        known[name_of(row, task, seed, point)] = record
-    return known
-
-
-def content_of(study, args):
-    """What the JSON file holds."""
-    rows = study.grid.rows
-    return {"name": "study", "title": GIVEN["title"], "command": args.command,
-            "model": Path(study.grid.model).name, "tasks": study.grid.tasks,
-            "seeds": study.grid.seeds, "rows": rows,
-            "pairs": GIVEN["pairs"], "notes": GIVEN["notes"],
-            "runs": list(study.known.values()), "left_out": []}
+        other = record.get("device", here)                 # one that diverged does not tell
+        if other != here:
+            raise ValueError(f"{path} holds runs on {other}, this is {here}: give another --out")
+        study.known[name_of(*which)] = record
 
 
 def write_page(path, rows):
@@ -269,33 +259,31 @@ def make_study(args, runs):
     tasks = args.tasks.split(",")
     grid = grids.Grid("study", {}, flags, args.model, args.data_dir, tasks, labels, [],
                       sorted(seeds), None, Path(runs), [])
-    return Study(grid, plan, load_known(Path(args.out), grid))
-
-
-def check_device(study, device, path):
-    """ValueError if the file's runs were made on another device: no table shall mix them."""
-    here = machine.name_of(machine.find_device(device, 0, 1))
-    others = {run["device"] for run in study.known.values() if "failed" not in run} - {here}
-    if others:
-        raise ValueError(f"{path} holds runs on {', '.join(others)}, this is {here}: give another "
-                         "--out")
+    study = Study(grid, plan, {})
+    load_known(study, Path(args.out), args.device)
+    return study
 
 
 def run_all(args, study):
     """Run what is missing; returns what went wrong, a line each."""
-    path, started, before = Path(args.out), time.monotonic(), len(study.known)
-    content = content_of(study, args)
+    path, started, before, grid = Path(args.out), time.monotonic(), len(study.known), study.grid
+    content = {"name": "study", "title": GIVEN["title"], "command": args.command,
+               "model": Path(grid.model).name, "tasks": grid.tasks, "seeds": grid.seeds,
+               "rows": grid.rows, "pairs": GIVEN["pairs"], "notes": GIVEN["notes"]}
     path.parent.mkdir(parents=True, exist_ok=True)
 
+    def write():
+        summary.write(path, content | {"runs": list(study.known.values()), "left_out": []})
+
     def keep(record):
-        summary.write(path, content | {"runs": list(study.known.values())})
+        write()
         result = record.get("failed") or f"{record['last']['score']:.4f}"
         seconds = time.monotonic() - started
         point = study_page.point_text(record["tuned"])
         print(f"[{len(study.known) - before}, {seconds:.0f} s] {record['row']} {record['task']} "
               f"s{record['seed']} {point}: {result}", flush=True)
 
-    summary.write(path, content)
+    write()
     pool = make_pool(args.workers)
     scheduler = Scheduler(study, pool, args.workers + 2, started + args.seconds, keep)
     try:
@@ -314,12 +302,10 @@ def main(argv=None):
     failures = []
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+        reproduce.stop_on_signals()
         if not args.no_run:
             with tempfile.TemporaryDirectory(dir=args.runs) as runs:
                 study = make_study(args, runs)
-                check_device(study, args.device, args.out)
                 failures = run_all(args, study)
         print(write_page(Path(args.out), args.rows))
     except (ValueError, OSError, Refused) as error:
