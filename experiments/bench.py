@@ -18,7 +18,6 @@ import datetime
 import gc
 import importlib.metadata
 import importlib.util
-import io
 import os
 import platform
 import sys
@@ -110,14 +109,14 @@ def count_tokens(job):
 # --- what is timed ---------------------------------------------------------------------------
 
 def products(job, T):
-    """{size: (function, its FLOPs)} of matrix products alone: the step's largest, a large square.
+    """({size: function}, {size: FLOPs}) of matrix products: the step's largest, a large square.
 
     On a CPU ten in a row: for long enough to be as exposed to whatever else runs there as a step.
     """
     N, d, f = job.B * T, job.config["hidden_size"], job.config["intermediate_size"]
     repeat = 1 if job.device == "cuda" else 10
     dtype = torch.bfloat16 if job.dtype == "bf16" else torch.float32
-    chosen = {}
+    functions, flops = {}, {}
     for name, (n, d_in, d_out) in {"feed-forward": (N, d, f), "square": [2048] * 3}.items():
         x = torch.randn(n, d_in, device=job.device, dtype=dtype)
         W = torch.randn(d_out, d_in, device=job.device, dtype=dtype)
@@ -126,8 +125,8 @@ def products(job, T):
             for _ in range(repeat):
                 torch.nn.functional.linear(x, W)
 
-        chosen[name] = (multiply, repeat * 2 * n * d_in * d_out)
-    return chosen
+        functions[name], flops[name] = multiply, repeat * 2 * n * d_in * d_out
+    return functions, flops
 
 
 def eval_of(step, merge):
@@ -158,10 +157,8 @@ def time_steps(job, T, only=None):
     if only is None:
         variants["plain"] = eval_of(make(job, "own frozen", T), merge=False)
         variants["merged"] = eval_of(make(job, "own LoRA² k=8", T), merge=True)
-    matrices = products(job, T)
-    for name, (function, _) in matrices.items():
-        variants[name] = function
-    times = steps.interleave(variants, job.rounds, job.device)
+    matrices, flops = products(job, T)
+    times = steps.interleave(variants | matrices, job.rounds, job.device)
     job.details[f"seconds, T={T}"] = {name: table.summary(some) for name, some in times.items()}
     if job.device == "cuda" and only is None:              # no less than was counted
         waits = synchronises(variants["own LoRA² k=8"])
@@ -172,7 +169,7 @@ def time_steps(job, T, only=None):
     for row, (_, _, _, *pair) in table.ROWS.items():
         if pair and times.keys() >= set(pair):
             found[row] = table.paired(*(times[name] for name in pair))
-    return found | rates(job, T, times, {name: flops for name, (_, flops) in matrices.items()})
+    return found | rates(job, T, times, flops)
 
 
 def rates(job, T, times, products):
@@ -244,15 +241,13 @@ def epochs(job, task, rows):
     words += "--prune-warmup 0 --prune-final 0 --prune-interval 1".split()
     if rows:
         words += ["--limit-train", str(rows)]
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        start = time.perf_counter()
-        status = train.main(words)
-        ours = time.perf_counter() - start
-        if status:
-            raise RuntimeError(f"train.py ended with {status}: {said.getvalue()[-2000:]}")
-        theirs = peers.epoch(job.model, task, job.data_dir, rows,
-                             options.PRESETS[task]["max_len"], job.device, job.dtype)
+    start = time.perf_counter()
+    status, said = steps.heard(train.main, words)
+    ours = time.perf_counter() - start
+    if status:
+        raise RuntimeError(f"train.py ended with {status}: {said[-2000:]}")
+    theirs, _ = steps.heard(peers.epoch, job.model, task, job.data_dir, rows,
+                            options.PRESETS[task]["max_len"], job.device, job.dtype)
     return ours, theirs
 
 

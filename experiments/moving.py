@@ -9,7 +9,6 @@ It is made from a "story", a dict that plot.py writes beside it as pruning.json:
 It is a flip book in CSS, without script, which pages that show an SVG as an image play. Where
 nothing moves, or the reader wants nothing to move, its last frame stands.
 """
-import json
 import math
 import shlex
 from pathlib import Path

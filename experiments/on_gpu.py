@@ -9,9 +9,7 @@ an earlier call found stays there. One that fails does not end the others. The o
 in fp32, and eager execution. How fast it is, bench.py says.
 """
 import argparse
-import contextlib
 import datetime
-import io
 import json
 import math
 import os
@@ -70,17 +68,9 @@ def shape(job, name):
     return place, config
 
 
-def heard(action, *arguments):
-    """Call it in this process: (the exit status that it returns, what it said)."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        status = action(*arguments)
-    return status, said.getvalue()
-
-
 def call(*words, expect=0):
     """train.py on these words; what it said. AssertionError if it ends with another status."""
-    status, said = heard(train.main, [str(word) for word in words])
+    status, said = steps.heard(train.main, [str(word) for word in words])
     assert status == expect, f"status {status}, {said[-600:]}"
     return said
 
@@ -306,7 +296,7 @@ def out_of_memory(job):
     def heard_within(share, *action):
         torch.cuda.set_per_process_memory_fraction(share)
         try:
-            return heard(*action)
+            return steps.heard(*action)
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
             torch.cuda.empty_cache()

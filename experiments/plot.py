@@ -59,12 +59,9 @@ def save(figure, stem, kinds=SAVED):
 def figure3(content, stem):
     """Draw Figure 3 from what figure3.json holds: a panel for each task, the mean over seeds."""
     panels = []
-    for task in content["tasks"]:
-        for row, label in content["rows"].items():
-            runs = list(tables.by_seed(content, row, task).values())
-            if runs:
-                title = f"{tables.COLUMNS[task][0]}, {label}"
-                panels.append((tables.mean_ranks(runs), runs[0]["settings"]["r"], title))
+    for title, runs in tables.panels(content):
+        if runs:
+            panels.append((tables.mean_ranks(runs), runs[0]["settings"]["r"], title))
     if panels:
         figure, all_axes = new_figure(len(panels))
         for axes, panel in zip(all_axes, panels):

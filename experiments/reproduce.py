@@ -87,12 +87,12 @@ def run_one(cell, devices, processes, stop):
     try:
         if stop.is_set():
             return 1, "stopped"
-        outcome = execute(cell, resume, device, processes, stop)
-        if resume and outcome[0] == 2:  # its files do not fit together: begin anew
-            outcome = execute(cell, False, device, processes, stop)
-        if outcome[0] == 2:
+        status, said = execute(cell, resume, device, processes, stop)
+        if status == 2 and resume:      # its files do not fit together: begin anew
+            status, said = execute(cell, False, device, processes, stop)
+        if status == 2:
             stop.set()
-        return outcome
+        return status, said
     finally:
         devices.put(device)
 

@@ -11,8 +11,6 @@ OUT.json (as summary.py writes it) is written anew after each run, OUT.md at the
 (study_page.py). However it was stopped, the same command goes on. A run that diverged is recorded.
 """
 import argparse
-import contextlib
-import io
 import multiprocessing
 import os
 import shlex
@@ -29,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from experiments import grid as grids
 from experiments import reproduce, search, study_page, summary
+from experiments.speed import steps
 from formats import disk
 from running import machine, options
 from running.errors import Refused
@@ -87,12 +86,10 @@ def work(cell):
 
     RuntimeError if it failed but did not diverge, ValueError for a mistake.
     """
-    said = io.StringIO()
     words = [*grids.command_line(cell.flags), "--out", str(cell.folder), "--overwrite"]
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
-            status = train.main(words)
-        last = (said.getvalue().strip().splitlines() or ["no message"])[-1]
+        status, said = steps.heard(train.main, words)
+        last = (said.strip().splitlines() or ["no message"])[-1]
         if status == 2:
             raise ValueError(last.removeprefix("error: "))
         if status and "not finite" not in last:

@@ -341,13 +341,17 @@ def speed_table(content):
     return markdown(["tokens per second", *labels, "the paper's seconds"], lines)
 
 
-def kept_tables(content):
-    """Figure 3 as numbers, of the only row: a title and a table for each task."""
+def panels(content):
+    """[(title, records)] of Figure 3, of its only row, for each task."""
     ((row, label),) = content["rows"].items()
+    return [(f"{COLUMNS[task][0]}, {label}", runs_of(content, row, task))
+            for task in content["tasks"]]
+
+
+def kept_tables(content):
+    """Figure 3 as numbers: a title and a table for each panel."""
     texts = []
-    for task in content["tasks"]:
-        runs = list(by_seed(content, row, task).values())
-        title = f"{COLUMNS[task][0]}, {label}"
+    for title, runs in panels(content):
         if not runs:
             texts.append(f"{title}: not run\n")
             continue

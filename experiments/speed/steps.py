@@ -5,6 +5,7 @@ counted by itself. Shapes: B rows, T tokens, d hidden size, f feed-forward size,
 """
 import contextlib
 import functools
+import io
 import json
 import random
 import time
@@ -144,6 +145,14 @@ class OwnStep:
             if self.pruner:
                 self.pruner.step()
         self.optimizer.zero_grad()
+
+
+def heard(action, *arguments):
+    """Call it in this process: (what it returns, what it said meanwhile)."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        returned = action(*arguments)
+    return returned, said.getvalue()
 
 
 # --- timing ----------------------------------------------------------------------------------

@@ -73,12 +73,6 @@ def report(results, device, judged=ROWS, only=ROWS):
     return tables.markdown(["#", "ratio", "goal", "value (min – max)", ""], lines)
 
 
-def saved_table(units):
-    """What a forward pass keeps, of {what: how much, in units of B · T · d floats a layer}."""
-    return tables.markdown(["own LoRA² k=8 keeps", "in units of B · T · d floats a layer"],
-                           [[what, f"{n:.2f}"] for what, n in units.items()])
-
-
 def products_text(lines, products):
     """Row 10 in a sentence: what a profile's products take, and what share they alone would be.
 
@@ -123,11 +117,13 @@ def page(content, device):
              if name not in ("rows", "details")]
     details = content["details"]
     products = products_text(details["profile"], details[f"products, T={content['T']}"])
+    saved = tables.markdown(["own LoRA² k=8 keeps", "in units of B · T · d floats a layer"],
+                            [[what, f"{n:.2f}"] for what, n in details["saved"].items()])
     return "\n".join([
         "# Performance\n", report(results, device, judged, content["rows"]), "".join(facts),
         "## Row 10: where an own frozen step spends its time\n",
         profile_table(details["profile"]), products,
-        "## Row 5: what a forward pass keeps\n", saved_table(details["saved"])])
+        "## Row 5: what a forward pass keeps\n", saved])
 
 
 def write(stem, content, text):
