@@ -121,7 +121,7 @@ def card(job):
 
 
 def make_step(place, batch, k, **more):
-    """An OwnStep of LoRA² whose update is not 0, without dropout: everywhere of the same weights."""
+    """An OwnStep of LoRA², the same on any device: its update is not 0, dropout is."""
     torch.manual_seed(0)
     step = steps.OwnStep(place, "lora2", batch, k=k, eager=True, **more)
     for _, layer in lora2_layers(step.net):

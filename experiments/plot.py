@@ -70,7 +70,7 @@ def figure3(content, stem):
 
 
 def read_run(folder):
-    """(title, r, {matrix: [count of each layer]} or None, log lines with a loss, its story or None).
+    """(title, r, {matrix: [count of each layer]} or None, log lines with a loss, story or None).
 
     ValueError or OSError of one sentence for what is missing or damaged.
     """

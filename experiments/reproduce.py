@@ -294,7 +294,7 @@ def stop_on_signals():
 
 def main(argv=None):
     """Run and write a table; returns the exit status."""
-    failures, stopped = [], False
+    failures, status = [], 0
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         if args.dry_run:
@@ -307,7 +307,7 @@ def main(argv=None):
                     failures = run_grid(args)
         except KeyboardInterrupt:
             print("\nstopped: the same command goes on", file=sys.stderr)
-            stopped = True
+            status = 130
         print(write_table(args))
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -316,9 +316,7 @@ def main(argv=None):
         return 130
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
-    if stopped:
-        return 130
-    return 1 if failures else 0
+    return status or int(bool(failures))
 
 
 if __name__ == "__main__":

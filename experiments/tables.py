@@ -91,7 +91,8 @@ def differences(content, a, b, task, which="last"):
     """{seed: row a − row b} on a task."""
     found = {}
     for ours, theirs in in_both(content, a, b, task):
-        found[ours["seed"]] = mean_of(score(ours, which, task)) - mean_of(score(theirs, which, task))
+        right = mean_of(score(theirs, which, task))
+        found[ours["seed"]] = mean_of(score(ours, which, task)) - right
     return found
 
 
