@@ -2,7 +2,6 @@
 
     python experiments/bench.py --model all-MiniLM-L6-v2 --data-dir glue   # all there is to measure
     python experiments/bench.py --quick     # two layers, a few rows: does it work? no verdicts
-    python experiments/bench.py --counts    # rows 5, 6, 7, 9 alone: nothing is timed
     python experiments/bench.py --texts --spm deberta-v3-base --data-dir glue   # row 13 alone
     python experiments/bench.py --growth    # cost against T, B, k, depth and data instead
 
@@ -19,7 +18,6 @@ import datetime
 import gc
 import importlib.metadata
 import importlib.util
-import io
 import os
 import platform
 import sys
@@ -33,46 +31,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data
 import train
+from experiments import summary
 from experiments.speed import counts, growth, peers, steps, table, texts
-from formats import glue
+from formats import disk, glue
 from lora2 import lora2_layers, merge_lora2
 from running import machine, options
 
 TASKS = ("rte", "mrpc", "stsb", "cola")
 OURS = ("own LoRA² k=1", "own LoRA² k=8")
 PEERS = ("transformers, frozen", "transformers, lora", "transformers, adalora")
-# A step's name in the results → its class and what it is of.
-STEPS = {
-    "own frozen": (steps.OwnStep, {"method": "frozen"}),
-    "own LoRA² k=1": (steps.OwnStep, {"method": "lora2", "k": 1}),
-    "own AdaLoRA r=1": (steps.OwnStep, {"method": "adalora", "r": 1}),
-    "own LoRA² k=8": (steps.OwnStep, {"method": "lora2", "k": 8}),
-    "own AdaLoRA r=8": (steps.OwnStep, {"method": "adalora", "r": 8}),
-    "own LoRA² k=8, task loss alone": (steps.OwnStep, {"method": "lora2", "k": 8, "extras": False}),
-    "transformers, frozen": (peers.PeerStep, {"method": "frozen"}),
-    "transformers, lora": (peers.PeerStep, {"method": "lora"}),
-    "transformers, adalora": (peers.PeerStep, {"method": "adalora"})}
-# Timed on a GPU besides: what recording a step is worth.
-EAGER = {
-    "own frozen, eager": (steps.OwnStep, {"method": "frozen", "eager": True}),
-    "own LoRA² k=8, eager": (steps.OwnStep, {"method": "lora2", "k": 8, "eager": True})}
+# Named in steps.json: own and peers' steps; eager ones tell what recording is worth on a GPU.
+STEPS = disk.read_json(Path(__file__).parent / "speed" / "steps.json", "restore it")
 LONGER = ("own frozen", "own LoRA² k=8", "transformers, frozen", "transformers, adalora")
-# Row → the two steps, or evaluations, whose times it compares.
-RATIOS = {
-    "1 k=1": ("own LoRA² k=1", "own frozen"), "2 k=1": ("own LoRA² k=1", "own AdaLoRA r=1"),
-    "1 k=8": ("own LoRA² k=8", "own frozen"), "2 k=8": ("own LoRA² k=8", "own AdaLoRA r=8"),
-    "3 T=128": ("transformers, adalora", "own LoRA² k=8"),
-    "4": ("transformers, frozen", "own frozen"),
-    "8": ("own LoRA² k=8", "own LoRA² k=8, task loss alone"),
-    "11 k": ("own LoRA² k=8", "own LoRA² k=1"), "11 merged": ("merged", "plain")}
 
 
 def make(job, name, T, folder=None, **more):
     """The step of that name on a batch T tokens wide, all as the job says unless `more` does."""
-    kind, settings = (STEPS | EAGER)[name]
+    kind = peers.PeerStep if name in PEERS else steps.OwnStep
     common = {"batch": steps.make_batch(job.config, job.B, T, job.device), "dtype": job.dtype,
               "layers": job.layers}
-    return kind(folder or job.folder, **common | settings | more)
+    return kind(folder or job.folder, **common | STEPS[name] | more)
 
 
 # --- what is counted -------------------------------------------------------------------------
@@ -101,12 +79,11 @@ def count_operations(job):
 
 def count_saved(job):
     """Row 5: bytes a forward pass keeps. Of four ratios (two k, two peers) the worst counts."""
-    layers = 2 if job.counts else job.layers
     theirs = PEERS[1:] if job.peers else []                # that adapt
     batches = [steps.make_batch(job.config, job.B, T) for T in (job.T, 2 * job.T)]
-    lines = [{"B": job.B, "T": T, "layers": layers or "all"} for T in (job.T, 2 * job.T)]
+    lines = [{"B": job.B, "T": T, "layers": job.layers or "all"} for T in (job.T, 2 * job.T)]
     for name in [*OURS, *theirs]:
-        step = make(job, name, job.T, batch=batches[0], dtype="fp32", layers=layers)
+        step = make(job, name, job.T, batch=batches[0], dtype="fp32")
         for batch, line in zip(batches, lines):
             step.batch = batch
             line[name] = counts.saved_bytes(step.loss, step.net)
@@ -132,14 +109,14 @@ def count_tokens(job):
 # --- what is timed ---------------------------------------------------------------------------
 
 def products(job, T):
-    """{size: (function, its FLOPs)} of matrix products alone: the step's largest, a large square.
+    """({size: function}, {size: FLOPs}) of matrix products: the step's largest, a large square.
 
     On a CPU ten in a row: for long enough to be as exposed to whatever else runs there as a step.
     """
     N, d, f = job.B * T, job.config["hidden_size"], job.config["intermediate_size"]
     repeat = 1 if job.device == "cuda" else 10
     dtype = torch.bfloat16 if job.dtype == "bf16" else torch.float32
-    chosen = {}
+    functions, flops = {}, {}
     for name, (n, d_in, d_out) in {"feed-forward": (N, d, f), "square": [2048] * 3}.items():
         x = torch.randn(n, d_in, device=job.device, dtype=dtype)
         W = torch.randn(d_out, d_in, device=job.device, dtype=dtype)
@@ -148,8 +125,8 @@ def products(job, T):
             for _ in range(repeat):
                 torch.nn.functional.linear(x, W)
 
-        chosen[name] = (multiply, repeat * 2 * n * d_in * d_out)
-    return chosen
+        functions[name], flops[name] = multiply, repeat * 2 * n * d_in * d_out
+    return functions, flops
 
 
 def eval_of(step, merge):
@@ -170,20 +147,18 @@ def time_steps(job, T, only=None):
     if job.compile:
         torch.compiler.reset()                             # each length has its own limit of graphs
     variants = {}
-    for name, (kind, _) in (STEPS | (EAGER if job.device == "cuda" else {})).items():
-        if only is not None and name not in only:
+    for name in only or STEPS:
+        if name.endswith("eager") and job.device != "cuda":
             continue
-        if kind is steps.OwnStep:
+        if name not in PEERS:
             variants[name] = make(job, name, T, compile=job.compile)
         elif job.peers and name != "transformers, lora":
             variants[name] = make(job, name, T)
     if only is None:
         variants["plain"] = eval_of(make(job, "own frozen", T), merge=False)
         variants["merged"] = eval_of(make(job, "own LoRA² k=8", T), merge=True)
-    matrices = products(job, T)
-    for name, (function, _) in matrices.items():
-        variants[name] = function
-    times = steps.interleave(variants, job.rounds, job.device)
+    matrices, flops = products(job, T)
+    times = steps.interleave(variants | matrices, job.rounds, job.device)
     job.details[f"seconds, T={T}"] = {name: table.summary(some) for name, some in times.items()}
     if job.device == "cuda" and only is None:              # no less than was counted
         waits = synchronises(variants["own LoRA² k=8"])
@@ -191,10 +166,10 @@ def time_steps(job, T, only=None):
         job.results["14"] = table.worst([steps.launches(variants["own LoRA² k=8"])])
         job.details["host calls, eager"] = steps.launches(variants["own LoRA² k=8, eager"])
     found = {}
-    for row, (a, b) in RATIOS.items():
-        if a in times and b in times:
-            found[row] = table.paired(times[a], times[b])
-    return found | rates(job, T, times, {name: flops for name, (_, flops) in matrices.items()})
+    for row, (_, _, _, *pair) in table.ROWS.items():
+        if pair and times.keys() >= set(pair):
+            found[row] = table.paired(*(times[name] for name in pair))
+    return found | rates(job, T, times, flops)
 
 
 def rates(job, T, times, products):
@@ -266,23 +241,20 @@ def epochs(job, task, rows):
     words += "--prune-warmup 0 --prune-final 0 --prune-interval 1".split()
     if rows:
         words += ["--limit-train", str(rows)]
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        start = time.perf_counter()
-        status = train.main(words)
-        ours = time.perf_counter() - start
-        if status:
-            raise RuntimeError(f"train.py ended with {status}: {said.getvalue()[-2000:]}")
-        theirs = peers.epoch(job.model, task, job.data_dir, rows,
-                             options.PRESETS[task]["max_len"], job.device, job.dtype)
+    start = time.perf_counter()
+    status, said = steps.heard(train.main, words)
+    ours = time.perf_counter() - start
+    if status:
+        raise RuntimeError(f"train.py ended with {status}: {said[-2000:]}")
+    theirs, _ = steps.heard(peers.epoch, job.model, task, job.data_dir, rows,
+                            options.PRESETS[task]["max_len"], job.device, job.dtype)
     return ours, theirs
 
 
 def time_epochs(job):
     """Row 12, one of each in turn; three where the first is within a tenth of the goal."""
-    tasks = job.tasks.split(",")
-    epochs(job, tasks[-1], 32)                             # warms up
-    for task in tasks:
+    epochs(job, TASKS[-1], 32)                             # warms up
+    for task in TASKS:
         row = f"12 {task}"
         goal = float(table.goal_of(row, job.device).split()[1])
         times = [epochs(job, task, job.epoch_rows)]
@@ -313,17 +285,13 @@ def time_texts(job):
 
 def circumstances(job, words):
     """What has to stand beside every number. Folders are given by their last part alone."""
-    shown = ["python experiments/bench.py"]
-    for before, word in zip(["", *words], words):
-        is_folder = before in ("--model", "--spm", "--data-dir", "--out")
-        shown.append(Path(word).name if is_folder else word)
     versions = {}
     for name in ("torch", "tokenizers", "transformers", "peft"):
         if importlib.util.find_spec(name):
             versions[name] = importlib.metadata.version(name)
     versions["python"] = platform.python_version()
     return {
-        "command": " ".join(shown),
+        "command": summary.command_of("bench.py", words, "--model", "--spm", "--data-dir", "--out"),
         "device": torch.cuda.get_device_name() if job.device == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(), "versions": versions,
         "date": datetime.date.today().isoformat(), "shape": job.shape,
@@ -353,8 +321,6 @@ def parse(argv):
     add("--device", choices=("cpu", "cuda"),
         default="cuda" if torch.cuda.is_available() else "cpu")
     add("--quick", action="store_true", help="two layers, few rows, no verdicts: in under 90 s")
-    add("--counts", action="store_true",
-        help="rows 5 (two layers), 6, 7, 9 alone; nothing timed or written")
     add("--texts", action="store_true", help="row 13 alone; nothing written")
     add("--growth", action="store_true", help="how the cost grows, instead of the table")
     add("--shape", choices=list(steps.SHAPES), default="deberta-v3-base")
@@ -362,7 +328,6 @@ def parse(argv):
     add("--model", help="folder of all-MiniLM-L6-v2, for rows 9 and 12")
     add("--spm", help="folder of DeBERTaV3's spm.model, for row 13")
     add("--data-dir", default="glue", help="folder that holds CoLA/, MRPC/, RTE/, STS-B/ (glue)")
-    add("--tasks", default=",".join(TASKS), help="those of row 12")
     add("--epoch-rows", type=int, default=256,
         help="first rows of each task in row 12; 0 for all, which alone is judged (256)")
     add("--rounds", type=int, default=7, help="of timing (7)")
@@ -401,8 +366,6 @@ def measure(job):
     if job.spm and job.peers:
         say("timing texts")
         time_texts(job)
-    if job.texts:
-        return None
     job.folder = steps.write_checkpoint(job.work / "model", job.config)
     for T in (job.T, 2 * job.T) if job.peers else ():      # at 256 distances share buckets
         small = steps.make_batch(job.config, 2, T, job.device)
@@ -415,8 +378,6 @@ def measure(job):
         count_saved(job)
     if job.model:
         count_tokens(job)
-    if job.counts:
-        return None
     say("timing steps")
     job.results |= time_steps(job, job.T)
     look_inside(job)
@@ -451,19 +412,12 @@ def main(argv=None):
         job.work = Path(work)
         if job.growth:
             return growth.main(job, circumstances(job, words))
+        if job.texts:
+            time_texts(job)
+            of_texts = [row for row in table.ROWS if row.startswith("13")]
+            print(table.report(job.results, job.device, only=of_texts), job.details, sep="\n")
+            return 0
         taken = measure(job)
-    if job.texts:
-        of_texts = [row for row in table.ROWS if row.startswith("13")]
-        print(table.report(job.results, job.device, only=of_texts))
-        for name, measured in job.details.items():
-            print(name, measured)
-        return 0
-    if job.counts:
-        counted = [row for row in table.ROWS if row[0] in "5679" and row != "5 peak"]
-        print(table.report(job.results, job.device, counted, counted))
-        for line in job.details["operations"] + job.details["saved bytes"]:
-            print(line)
-        return 0
     rows = {}
     for row, (what, *_) in table.ROWS.items():
         rows[row] = {"ratio": what, "goal": table.goal_of(row, job.device),

@@ -5,11 +5,10 @@ seed, in a folder of its own. A run is finished if there is a record of it (summ
 folder or in a TABLE.json, with the very settings that are asked for.
 """
 import functools
-import math
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments import summary, tables
+from experiments import search, summary, tables
 from formats import disk
 from running import options
 
@@ -139,12 +138,12 @@ def choose(grid, row, task):
     """
     if not grid.preset["lrs"]:
         return {}
-    best, chosen = -math.inf, None
+    tried = []
     for tuned, cell in tunings(grid, row_of(row)[2], task):
         run = record_of(grid, cell)
-        if run and run["last"]["score"] > best:
-            best, chosen = run["last"]["score"], tuned
-    return chosen
+        if run:
+            tried.append((tuned, run["last"]["score"]))
+    return search.best(tried)
 
 
 def tuning_cells(grid, task):

@@ -9,9 +9,10 @@ It is made from a "story", a dict that plot.py writes beside it as pruning.json:
 It is a flip book in CSS, without script, which pages that show an SVG as an image play. Where
 nothing moves, or the reader wants nothing to move, its last frame stands.
 """
-import json
 import math
 import shlex
+from pathlib import Path
+from string import Template
 from xml.sax.saxutils import escape, quoteattr
 
 from experiments import summary, tables
@@ -23,64 +24,31 @@ TIME, REST = 9, 4                                          # seconds of all; of 
 LEFT, RIGHT = 150, 790                                     # of map and curves; 860 is all
 TOP, ROW, PANEL = 92, 28, 56                               # first row; heights of a row, a curve
 
-STYLE = """
-    text { font: 14px ui-sans-serif, system-ui, sans-serif; fill: #1f2328 }
-    path { fill: none; stroke-width: 1.5 }
-    .title { font-size: 16px; font-weight: 600 }
-    .note { font-size: 12px; fill: #59636e }
-    .end { text-anchor: end; font-variant-numeric: tabular-nums }
-    .paper { fill: #ffffff }
-    .room { stroke: #dde2e7; stroke-width: 16 }
-    .lit { stroke: #bc4c00; stroke-width: 16 }
-    .kept { stroke: #bc4c00 }
-    .loss { stroke: #0969da }
-    .axis { stroke: #afb8c1; stroke-width: 1 }
-    .now { stroke: #1f2328; stroke-width: 1 }
-    @media (prefers-color-scheme: dark) {
-      text { fill: #f0f6fc }
-      .note { fill: #9198a1 }
-      .paper { fill: #0d1117 }
-      .room { stroke: #262c36 }
-      .lit { stroke: #f0883e }
-      .kept { stroke: #f0883e }
-      .loss { stroke: #58a6ff }
-      .axis { stroke: #3d444d }
-      .now { stroke: #f0f6fc }
-    }
-    .frame { visibility: hidden }
-    .last { visibility: visible }
-    @media (prefers-reduced-motion: no-preference) {
-      .frame { animation: turn ROUND step-end infinite }
-      .last { animation-name: stay }
-    }
-    @keyframes turn { from { visibility: visible } TURN, to { visibility: hidden } }
-    @keyframes stay { from { visibility: visible } STAY, to { visibility: hidden } }
-"""
-
 
 # --- from a run to its story -----------------------------------------------------------------
 
-def read_story(folder, log):
-    """The story of a finished run, or None if its log does not say what was kept where.
-
-    log: its lines about steps. ValueError or OSError of one sentence for a damaged file.
-    """
-    lines = [line for line in log if "ranks" in line]
-    if not lines:
+def story_of(result, frames):
+    """The story of a finished run, None without frames."""
+    if not frames:
         return None
-    advice = "run it again"
-    names = sorted(disk.read_json(folder / "ranks.json", advice))
+    settings = summary.comparable(result["settings"])
+    facts = {name: result.get(name) for name in summary.FACTS}
+    return {"command": command(settings), "settings": settings, "best": result["best"],
+            "last": result["last"], **facts, "frames": frames}
+
+
+def frames_of(log, names):
+    """The frames of a run: of the lines of its log that say what was kept where.
+
+    names: of its matrices, in the log's order.
+    """
     frames = []
-    with disk.reading(folder / "log.jsonl", advice):
-        for line in lines:
+    for line in log:
+        if "ranks" in line:
             ranks = summary.by_place(dict(zip(names, line["ranks"], strict=True)))
             frames.append({"step": line["step"], "loss": round(line["loss"], 4),
                            "kept": line["kept"], "ranks": ranks})
-    result = disk.read_json(folder / "result.json", advice)
-    with disk.reading(folder / "result.json", advice):
-        settings = summary.comparable(result["settings"])
-        facts = {name: result[name] for name in ("best", "last", *summary.FACTS)}
-        return {"command": command(settings), "settings": settings, **facts, "frames": frames}
+    return frames
 
 
 def command(settings):
@@ -140,12 +108,9 @@ def picture(story):
 
 def style(turn, whole):
     """The style sheet: of a round of `whole` seconds a frame has `turn`, the last one REST more."""
-    values = {"ROUND": f"{whole:.3f}s", "TURN": f"{100 * turn / whole:.5f}%",
-              "STAY": f"{100 * (turn + REST) / whole:.5f}%"}
-    sheet = STYLE
-    for name, value in values.items():
-        sheet = sheet.replace(name, value)
-    return sheet
+    sheet = Template(Path(__file__).with_suffix(".css").read_text(encoding="utf-8"))
+    return "\n" + sheet.substitute(ROUND=f"{whole:.3f}s", TURN=f"{100 * turn / whole:.5f}%",
+                                   STAY=f"{100 * (turn + REST) / whole:.5f}%")
 
 
 def text(x, y, words, kind):
@@ -205,22 +170,19 @@ def squares(kind, ranks, r):
 def curve(story, frames, key, top, name):
     """One number of all frames as a curve, with its name, its largest and its least value."""
     values = [frame[key] for frame in frames]
-    scale = log_of if key == "loss" else float
-    least, most = scale(min(values)), scale(max(values))
+    heights = values
+    if key == "loss":                                      # where 0.0000 was less than that
+        heights = [math.log(max(value, 1e-4)) for value in values]
+    least, most = min(heights), max(heights)
     points = []
-    for frame in frames:
-        height = (scale(frame[key]) - least) / (most - least or 1)
-        points.append(f"{x_of(frame['step'], story)} {top + PANEL * (1 - height):.1f}")
+    for frame, height in zip(frames, heights):
+        share = (height - least) / (most - least or 1)
+        points.append(f"{x_of(frame['step'], story)} {top + PANEL * (1 - share):.1f}")
     return [f'  <path class="axis" d="M{LEFT} {top}V{top + PANEL}H{RIGHT}"/>',
             f'  <path class="{key}" d="M{"L".join(points)}"/>',
             label(top + 14, name, "note end"),
             text(RIGHT + 8, top + 8, f"{max(values):.4g}", "note"),
             text(RIGHT + 8, top + PANEL, f"{min(values):.4g}", "note")]
-
-
-def log_of(loss):
-    """The logarithm of a loss; what is rounded to 0 counts as the least number that is not."""
-    return math.log(max(loss, 1e-4))
 
 
 def x_of(step, story):

@@ -17,6 +17,8 @@ from experiments import moving, summary, tables
 from formats import disk
 
 PANELS = {"loss": "task loss", "R": "R above its floor", "kept": "kept singular values"}
+# The kinds of files, and what keeps date and program out of them.
+SAVED = {".png": {"dpi": 150, "metadata": {"Software": None}}, ".svg": {"metadata": {"Date": None}}}
 
 
 def heat_map(axes, ranks, r, title):
@@ -46,59 +48,52 @@ def new_figure(panels=1, height=3.2):
     return figure, [figure.add_subplot(panels, 1, i + 1) for i in range(panels)]
 
 
-def save_svg(figure, stem):
-    """Write stem.svg; returns its path."""
-    figure.savefig(f"{stem}.svg", metadata={"Date": None})
-    return Path(f"{stem}.svg")
-
-
-def save_both(figure, stem):
+def save(figure, stem, kinds=SAVED):
     """Write stem.png and stem.svg; returns their paths."""
-    figure.savefig(f"{stem}.png", dpi=150, metadata={"Software": None})
-    return [Path(f"{stem}.png"), save_svg(figure, stem)]
+    paths = [Path(f"{stem}{kind}") for kind in kinds]
+    for path in paths:
+        figure.savefig(path, **SAVED[path.suffix])
+    return paths
 
 
 def figure3(content, stem):
     """Draw Figure 3 from what figure3.json holds: a panel for each task, the mean over seeds."""
     panels = []
-    for task in content["tasks"]:
-        for row, label in content["rows"].items():
-            runs = list(tables.by_seed(content, row, task).values())
-            if runs:
-                title = f"{tables.COLUMNS[task][0]}, {label}"
-                panels.append((tables.mean_ranks(runs), runs[0]["settings"]["r"], title))
+    for title, runs in tables.panels(content):
+        if runs:
+            panels.append((tables.mean_ranks(runs), runs[0]["settings"]["r"], title))
     if panels:
         figure, all_axes = new_figure(len(panels))
         for axes, panel in zip(all_axes, panels):
             figure.colorbar(heat_map(axes, *panel), ax=axes)
-        save_svg(figure, stem)
+        save(figure, stem, [".svg"])
 
 
 def read_run(folder):
-    """(title, r, {matrix: [count of each layer]} or None, log lines with a loss) of a finished run.
+    """(title, r, {matrix: [count of each layer]} or None, log lines with a loss, story or None).
 
     ValueError or OSError of one sentence for what is missing or damaged.
     """
-    folder = Path(folder)
     advice = "give the folder of a finished run of train.py, or run it again"
-    with disk.reading(folder / "result.json", advice):
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        title, r = f"{result['task']}, {result['method']}", result["settings"]["r"]
+    ranks, names = None, []
+    if (folder / "ranks.json").exists():
+        ranks = summary.read_ranks(folder)
+        names = sorted(disk.read_json(folder / "ranks.json", advice))
     with disk.reading(folder / "log.jsonl", advice):
         lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
         log = [line for line in map(json.loads, lines) if "loss" in line and line["step"]]
+        frames = moving.frames_of(log, names)
         if not log:
             raise ValueError("no line is about a step")
-    ranks = None
-    if (folder / "ranks.json").exists():
-        ranks = summary.read_ranks(folder)
-    return title, r, ranks, log
+    result = disk.read_json(folder / "result.json", advice)
+    with disk.reading(folder / "result.json", advice):
+        title, r = f"{result['task']}, {result['method']}", result["settings"]["r"]
+        return title, r, ranks, log, moving.story_of(result, frames)
 
 
 def draw(folder, out):
     """Draw what a run folder holds; returns the paths of the pictures."""
-    title, r, ranks, log = read_run(folder)
-    story = moving.read_story(Path(folder), log)
+    title, r, ranks, log, story = read_run(Path(folder))
     out, paths = Path(out), []
     out.mkdir(parents=True, exist_ok=True)
     if story is not None:
@@ -106,7 +101,7 @@ def draw(folder, out):
     if ranks is not None:
         figure, (axes,) = new_figure()
         figure.colorbar(heat_map(axes, ranks, r, title), ax=axes)
-        paths += save_both(figure, out / "ranks")
+        paths += save(figure, out / "ranks")
     shown = [key for key in PANELS if any(key in line for line in log)]
     figure, all_axes = new_figure(len(shown), 2.2)
     for axes, key in zip(all_axes, shown):
@@ -116,7 +111,7 @@ def draw(folder, out):
         axes.grid(alpha=0.3)
     all_axes[0].set_title(title, fontsize=10)
     all_axes[-1].set_xlabel("optimizer step")
-    return paths + save_both(figure, out / "training")
+    return paths + save(figure, out / "training")
 
 
 def main(argv=None):

@@ -87,12 +87,12 @@ def run_one(cell, devices, processes, stop):
     try:
         if stop.is_set():
             return 1, "stopped"
-        outcome = execute(cell, resume, device, processes, stop)
-        if resume and outcome[0] == 2:  # its files do not fit together: begin anew
-            outcome = execute(cell, False, device, processes, stop)
-        if outcome[0] == 2:
+        status, said = execute(cell, resume, device, processes, stop)
+        if status == 2 and resume:      # its files do not fit together: begin anew
+            status, said = execute(cell, False, device, processes, stop)
+        if status == 2:
             stop.set()
-        return outcome
+        return status, said
     finally:
         devices.put(device)
 
@@ -144,22 +144,21 @@ def run_grid(args):
 
 def list_grid(grid):
     """--dry-run: the state and the command of every run."""
-    listed = set()                      # two tasks may share their tuning
+    cells, later = {}, []               # a dict: two tasks may share their tuning
     for task in grid.tasks:
         reported = grids.reported_cells(grid, task)
-        for cell in grids.tuning_cells(grid, task) + reported:
-            if cell in listed:
-                continue
-            listed.add(cell)
-            state = "resume" if grids.is_begun(cell) else "to run"
-            if grids.record_of(grid, cell):
-                state = "done  "
-            words = [*grids.command_line(cell.flags), "--out", str(cell.folder)]
-            print(state, shlex.join(["python", "train.py", *words]))
+        cells |= dict.fromkeys(grids.tuning_cells(grid, task) + reported)
         tuned = {cell.row for cell in reported}
-        for row in grid.rows:
-            if row not in tuned and grid.table != "tune":
-                print(f"later  {row} on {task}, seeds {grid.seeds}: tuned by the runs above first")
+        if grid.table != "tune":
+            later += [f"{row} on {task}" for row in grid.rows if row not in tuned]
+    for cell in cells:
+        state = "resume" if grids.is_begun(cell) else "to run"
+        if grids.record_of(grid, cell):
+            state = "done  "
+        words = [*grids.command_line(cell.flags), "--out", str(cell.folder)]
+        print(state, shlex.join(["python", "train.py", *words]))
+    for what in later:
+        print(f"later  {what}, seeds {grid.seeds}: tuned by the runs above first")
 
 
 # --- writing ---------------------------------------------------------------------------------
@@ -285,28 +284,30 @@ def visible_gpus():
     return named.split(",")[:count] if named else [str(i) for i in range(count)]
 
 
+def stop_on_signals():
+    """Have SIGTERM, and a lost terminal's SIGHUP, end this program as Ctrl-C does."""
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.default_int_handler)
+
+
 def main(argv=None):
     """Run and write a table; returns the exit status."""
-    def stop(number, frame):
-        raise KeyboardInterrupt
-
-    failures, stopped = [], False
+    failures, status = [], 0
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         if args.dry_run:
             list_grid(args.grid)
             return 0
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, stop)
-            if hasattr(signal, "SIGHUP"):                  # a lost terminal
-                signal.signal(signal.SIGHUP, stop)
+        stop_on_signals()
         try:
             if not args.no_run:
                 with disk.alone(args.grid.runs, "reproduce.py", "--runs"):
                     failures = run_grid(args)
         except KeyboardInterrupt:
             print("\nstopped: the same command goes on", file=sys.stderr)
-            stopped = True
+            status = 130
         print(write_table(args))
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -315,9 +316,7 @@ def main(argv=None):
         return 130
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
-    if stopped:
-        return 130
-    return 1 if failures else 0
+    return status or int(bool(failures))
 
 
 if __name__ == "__main__":

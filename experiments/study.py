@@ -11,16 +11,12 @@ OUT.json (as summary.py writes it) is written anew after each run, OUT.md at the
 (study_page.py). However it was stopped, the same command goes on. A run that diverged is recorded.
 """
 import argparse
-import contextlib
-import io
 import multiprocessing
 import os
 import shlex
 import shutil
-import signal
 import sys
 import tempfile
-import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -30,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
 from experiments import grid as grids
-from experiments import search, study_page, summary
+from experiments import reproduce, search, study_page, summary
+from experiments.speed import steps
 from formats import disk
 from running import machine, options
 from running.errors import Refused
@@ -61,11 +58,6 @@ def make_cell(study, row, task, seed, point):
     return grids.make_cell(study.grid, row, task, seed, point, part, **extra)
 
 
-def tried(study, row, task):
-    """[(point, score)] of a row's tuning so far, in order; −inf for a run that diverged."""
-    return study_page.tried({"runs": study.known.values()}, row, task)
-
-
 def next_runs(study, row, task):
     """[(stage, row, task, seed, point)]: what a row that is tuned needs next, [] for nothing.
 
@@ -73,7 +65,7 @@ def next_runs(study, row, task):
     around it, then what is around the best, then the reported seeds of all rows with this tuning.
     """
     stages = study.plan[row]
-    points = tried(study, row, task)
+    points = study_page.tried({"runs": study.known.values()}, row, task)
     wanted = search.missing(points, GIVEN["starts"][row])
     if wanted:
         first = min(stage for stage, _, _ in stages)
@@ -94,12 +86,10 @@ def work(cell):
 
     RuntimeError if it failed but did not diverge, ValueError for a mistake.
     """
-    said = io.StringIO()
     words = [*grids.command_line(cell.flags), "--out", str(cell.folder), "--overwrite"]
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
-            status = train.main(words)
-        last = (said.getvalue().strip().splitlines() or ["no message"])[-1]
+        status, said = steps.heard(train.main, words)
+        last = (said.strip().splitlines() or ["no message"])[-1]
         if status == 2:
             raise ValueError(last.removeprefix("error: "))
         if status and "not finite" not in last:
@@ -127,24 +117,22 @@ class Scheduler:
         for row in study.plan:
             for task in study.grid.tasks:
                 self.under_way[row, task] = 0
-        self.waiting = []               # (stage, number, chain, wanted)
+        self.waiting = []               # (chain, wanted), in order
         self.running = {}               # future → (chain, wanted)
         self.failures = []
-        self.number = 0
 
     def ask(self, chain):
         """Put what a (tuned row, task) needs next into the line."""
         for wanted in next_runs(self.study, *chain):
-            self.waiting.append((wanted[0], self.number, chain, wanted))
-            self.number += 1
+            self.waiting.append((chain, wanted))
             self.under_way[chain] += 1
-        self.waiting.sort(key=lambda entry: entry[:2])
+        self.waiting.sort(key=lambda entry: entry[1][0])   # by stage; within one as they came
 
     def hand_out(self):
         """Start runs while there is room and time."""
         while (self.waiting and len(self.running) < self.capacity
                and time.monotonic() < self.until):
-            _, _, chain, wanted = self.waiting.pop(0)
+            chain, wanted = self.waiting.pop(0)
             cell = make_cell(self.study, *wanted[1:])
             self.running[self.pool.submit(work, cell)] = chain, wanted
 
@@ -187,29 +175,21 @@ def make_pool(workers):
 
 # --- the summary -----------------------------------------------------------------------------
 
-def load_known(path, grid):
-    """{name of a run: its record} of the file. ValueError if its runs are other than asked for."""
-    known = {}
-    if not path.exists():
-        return known
-    study = Study(grid, {}, {})
-    for record in summary.load(path)["runs"]:
-        row, task, seed, point = (record[name] for name in ("row", "task", "seed", "tuned"))
-        cell = make_cell(study, row, task, seed, point)
+def load_known(study, path, device):
+    """Put the file's runs into study.known. ValueError if they are of other settings, or devices.
+
+    No table shall mix them.
+    """
+    here = machine.name_of(machine.find_device(device, 0, 1))
+    for record in summary.load(path)["runs"] if path.exists() else []:
+        which = [record[name] for name in ("row", "task", "seed", "tuned")]
+        cell = make_cell(study, *which)
         if record["settings"] != summary.comparable(grids.settings_of(cell.flags)):
             raise ValueError(f"{path} holds runs with other settings: give another --out")
-        known[name_of(row, task, seed, point)] = record
-    return known
-
-
-def content_of(study, args):
-    """What the JSON file holds."""
-    rows = study.grid.rows
-    return {"name": "study", "title": GIVEN["title"], "command": args.command,
-            "model": Path(study.grid.model).name, "tasks": study.grid.tasks,
-            "seeds": study.grid.seeds, "rows": rows,
-            "pairs": GIVEN["pairs"], "notes": GIVEN["notes"],
-            "runs": list(study.known.values()), "left_out": []}
+        other = record.get("device", here)                 # one that diverged does not tell
+        if other != here:
+            raise ValueError(f"{path} holds runs on {other}, this is {here}: give another --out")
+        study.known[name_of(*which)] = record
 
 
 def write_page(path, rows):
@@ -218,8 +198,7 @@ def write_page(path, rows):
     if rows:
         content["rows"] = {row: content["rows"][row] for row in rows.split(",")}
     text = study_page.page(content)
-    done = [one for one in content["runs"] if "failed" not in one]
-    grids.check_sources("models", done, "base")
+    grids.check_sources("models", study_page.finished(content), "base")
     disk.write_file(path.with_suffix(".md"), text)
     return path.with_suffix(".md")
 
@@ -247,11 +226,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.workers < 1:
         raise ValueError(f"--workers {args.workers}: give at least 1")
-    shown = ["python experiments/study.py"]
-    for before, word in zip(["", *argv], argv):
-        is_place = before in ("--model", "--data-dir", "--out", "--runs")
-        shown.append(Path(word).name if is_place else shlex.quote(word))
-    args.command = " ".join(shown)
+    places = "--model", "--data-dir", "--out", "--runs"
+    args.command = summary.command_of("study.py", argv, *places)
     return args
 
 
@@ -280,33 +256,31 @@ def make_study(args, runs):
     tasks = args.tasks.split(",")
     grid = grids.Grid("study", {}, flags, args.model, args.data_dir, tasks, labels, [],
                       sorted(seeds), None, Path(runs), [])
-    return Study(grid, plan, load_known(Path(args.out), grid))
-
-
-def check_device(study, device, path):
-    """ValueError if the file's runs were made on another device: no table shall mix them."""
-    here = machine.name_of(machine.find_device(device, 0, 1))
-    others = {run["device"] for run in study.known.values() if "failed" not in run} - {here}
-    if others:
-        raise ValueError(f"{path} holds runs on {', '.join(others)}, this is {here}: give another "
-                         "--out")
+    study = Study(grid, plan, {})
+    load_known(study, Path(args.out), args.device)
+    return study
 
 
 def run_all(args, study):
     """Run what is missing; returns what went wrong, a line each."""
-    path, started, before = Path(args.out), time.monotonic(), len(study.known)
-    content = content_of(study, args)
+    path, started, before, grid = Path(args.out), time.monotonic(), len(study.known), study.grid
+    content = {"name": "study", "title": GIVEN["title"], "command": args.command,
+               "model": Path(grid.model).name, "tasks": grid.tasks, "seeds": grid.seeds,
+               "rows": grid.rows, "pairs": GIVEN["pairs"], "notes": GIVEN["notes"]}
     path.parent.mkdir(parents=True, exist_ok=True)
 
+    def write():
+        summary.write(path, content | {"runs": list(study.known.values()), "left_out": []})
+
     def keep(record):
-        summary.write(path, content | {"runs": list(study.known.values())})
+        write()
         result = record.get("failed") or f"{record['last']['score']:.4f}"
         seconds = time.monotonic() - started
         point = study_page.point_text(record["tuned"])
         print(f"[{len(study.known) - before}, {seconds:.0f} s] {record['row']} {record['task']} "
               f"s{record['seed']} {point}: {result}", flush=True)
 
-    summary.write(path, content)
+    write()
     pool = make_pool(args.workers)
     scheduler = Scheduler(study, pool, args.workers + 2, started + args.seconds, keep)
     try:
@@ -325,12 +299,10 @@ def main(argv=None):
     failures = []
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+        reproduce.stop_on_signals()
         if not args.no_run:
             with tempfile.TemporaryDirectory(dir=args.runs) as runs:
                 study = make_study(args, runs)
-                check_device(study, args.device, args.out)
                 failures = run_all(args, study)
         print(write_page(Path(args.out), args.rows))
     except (ValueError, OSError, Refused) as error:

@@ -19,31 +19,29 @@ def interval(values):
 
     None without any. ValueError for more than 20 values.
     """
-    if not values:
-        return None
-    n, mean = len(values), statistics.mean(values)
-    if n == 1:
-        return {"mean": mean, "half": None, "n": n}
+    part, n = tables.summary(values), len(values)
     if n > len(T95) + 1:
         raise ValueError(f"{n} seeds: T95 knows {len(T95) + 1} at most: give fewer")
-    return {"mean": mean, "half": T95[n - 2] * statistics.stdev(values) / math.sqrt(n), "n": n}
+    if part is not None:
+        part["half"] = None if n == 1 else T95[n - 2] * part["std"] / math.sqrt(n)
+    return part
 
 
-def finished(content, part):
-    """The runs of a part, "tune" or "reported", that did not diverge."""
-    return [run for run in content["runs"] if run["part"] == part and "failed" not in run]
+def finished(content):
+    """The runs that did not diverge."""
+    return [run for run in content["runs"] if "failed" not in run]
 
 
 def diverged(content, part):
-    """The others."""
+    """The others of a part, "tune" or "reported"."""
     return [run for run in content["runs"] if run["part"] == part and "failed" in run]
 
 
 def tried(content, row, task):
     """[(point, score)] of a row's tuning, in order; −inf for a run that diverged."""
     found = []
-    for run in content["runs"]:
-        if (run["part"], run["row"], run["task"]) == ("tune", row, task):
+    for run in tables.runs_of(content, row, task):
+        if run["part"] == "tune":
             score = -math.inf if "failed" in run else run["last"]["score"]
             found.append((run["tuned"], score))
     return found
@@ -61,13 +59,6 @@ def check_choices(content):
         if not search.is_inside(points):
             raise ValueError(f"{name}, which is on the edge of what was tried: run the study again "
                              "to widen its grid, or leave that row out with --rows")
-
-
-def paired(content, a, b, task):
-    """{seed: row a − row b} on a task, in points."""
-    pairs = tables.in_both(content, a, b, task)
-    return {ours["seed"]: tables.mean_of(tables.score(ours, "last", task))
-            - tables.mean_of(tables.score(theirs, "last", task)) for ours, theirs in pairs}
 
 
 # --- Markdown --------------------------------------------------------------------------------
@@ -98,7 +89,7 @@ def difference_table(content):
     for a, b in content["pairs"]:
         if not {a, b} <= content["rows"].keys():
             continue
-        by_task = [paired(content, a, b, task) for task in tasks]
+        by_task = [tables.differences(content, a, b, task) for task in tasks]
         of_all = []
         for seed in set.intersection(*map(set, by_task)):
             of_all.append(statistics.mean(found[seed] for found in by_task))
@@ -110,61 +101,45 @@ def difference_table(content):
 
 def worst_table(content):
     """The worst seed of each row: whether it is steady."""
-    tasks, names, _ = tables.layout(content)
-    lines = []
-    for row, label in content["rows"].items():
-        line = [label]
-        for task in tasks:
-            runs = tables.by_seed(content, row, task).values()
-            scores = [tables.mean_of(tables.score(run, "last", task)) for run in runs]
-            line.append(f"{min(scores):.2f}".replace("-", "−") if scores else "not run")
-        lines.append(line)
-    return tables.markdown(["the worst seed", *names], lines)
+    def cell(row, task):
+        runs = tables.runs_of(content, row, task)
+        scores = [tables.mean_of(tables.score(run, "last", task)) for run in runs]
+        return f"{min(scores):.2f}".replace("-", "−") if scores else "not run"
+
+    return tables.table_of(content, "the worst seed", cell)
 
 
 def choice_table(content, all_runs):
     """What each row chose, on how many points, of which so many diverged."""
-    tasks, names, _ = tables.layout(content)
-    lines = []
-    for row, label in content["rows"].items():
-        line = [label]
-        for task in tasks:
-            points = tried(all_runs, row, task)
-            chosen = search.best(points)
-            lost = sum(score == -math.inf for _, score in points)
-            text = f"{point_text(chosen)} (of {len(points)}" if chosen else "–"
-            if chosen:
-                text += f", {lost} diverged)" if lost else ")"
-            if chosen and not search.is_inside(points):
-                text += " unfinished"
-            line.append(text)
-        lines.append(line)
-    return tables.markdown(["learning rate, scale (of how many)", *names], lines)
+    def cell(row, task):
+        points = tried(all_runs, row, task)
+        chosen = search.best(points)
+        if chosen is None:
+            return "–"
+        lost = sum(score == -math.inf for _, score in points)
+        text = f"{point_text(chosen)} (of {len(points)}"
+        text += f", {lost} diverged)" if lost else ")"
+        return text if search.is_inside(points) else f"{text} unfinished"
+
+    return tables.table_of(content, "learning rate, scale (of how many)", cell)
 
 
 def page(content):
     """The Markdown of a study. ValueError if a choice is on an edge of its grid."""
     check_choices(content)
-    runs = []
-    for run in content["runs"]:
-        if run["part"] == "tune" or run["row"] in content["rows"]:
-            runs.append(run)
-    begun = {run["row"] for run in runs}
+    begun = {run["row"] for run in content["runs"]}
     waiting = [label for row, label in content["rows"].items() if row not in begun]
     rows = {row: label for row, label in content["rows"].items() if row in begun}
+    runs = [run for run in content["runs"] if run["part"] == "tune" or run["row"] in rows]
     content = content | {"runs": runs, "rows": rows}
-    reported = content | {"runs": finished(content, "reported")}
-    lost = diverged(content, "reported")
-    parts = [f"# {content['title']} ({content['model'].rpartition('/')[2]})\n",
-             tables.score_table(reported), difference_table(reported), worst_table(reported),
+    done = content | {"runs": finished(content)}
+    reported = content | {"runs": [run for run in done["runs"] if run["part"] == "reported"]}
+    parts = [tables.score_table(reported), difference_table(reported), worst_table(reported),
              choice_table(reported, content), tables.parameter_table(reported | {"paper": {}})]
     if waiting:
         parts.append(f"Not run: {'; '.join(waiting)}.\n")
+    lost = diverged(content, "reported")
     if lost:
         names = ", ".join(map(tables.name_of, lost))
         parts.append(f"Diverged, and in no mean: {names}.\n")
-    done = content | {"runs": finished(content, "reported") + finished(content, "tune")}
-    parts.append(f"{tables.facts_of(done)}\n")
-    notes = [*content["notes"], f"`{content['command']}`"]
-    parts += ["## How it was made\n", "".join(f"- {note}\n" for note in notes)]
-    return "\n".join(parts)
+    return tables.page_of(content, [*parts, f"{tables.facts_of(done)}\n"])

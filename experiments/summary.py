@@ -15,6 +15,7 @@ table showed before.
 """
 import itertools
 import json
+import shlex
 from pathlib import Path
 
 from experiments import tables
@@ -26,6 +27,14 @@ FACTS = ("adapter_parameters", "surviving_parameters", "head_parameters", "froze
          "singular_values", "budget", "steps", "seconds", "peak_memory_gb", "device", "dtype",
          "processes", "threads", "torch", "python", "date", "code", "base", "rows")
 FREE = options.PLACES | {"dtype"}   # the device decides it; tables tell it
+
+
+def command_of(program, words, *places):
+    """A command line to be shown: of the folders after the options `places` the last part alone."""
+    shown = [f"python experiments/{program}"]
+    for before, word in zip(["", *words], words):
+        shown.append(Path(word).name if before in places else shlex.quote(word))
+    return " ".join(shown)
 
 
 # --- from a run folder to a record -----------------------------------------------------------

@@ -54,9 +54,14 @@ def near(part, to=0):
     return part is not None and part["std"] is not None and abs(part["mean"] - to) <= part["std"]
 
 
+def runs_of(content, row, task):
+    """[record] of a cell of the table."""
+    return [run for run in content["runs"] if (run["row"], run["task"]) == (row, task)]
+
+
 def by_seed(content, row, task):
     """{seed: record} of a cell of the table."""
-    return {run["seed"]: run for run in content["runs"] if (run["row"], run["task"]) == (row, task)}
+    return {run["seed"]: run for run in runs_of(content, row, task)}
 
 
 def in_both(content, a, b, task):
@@ -82,10 +87,18 @@ def average_of(content, row, which):
     return summary(averages)
 
 
+def differences(content, a, b, task, which="last"):
+    """{seed: row a − row b} on a task."""
+    found = {}
+    for ours, theirs in in_both(content, a, b, task):
+        right = mean_of(score(theirs, which, task))
+        found[ours["seed"]] = mean_of(score(ours, which, task)) - right
+    return found
+
+
 def difference(content, a, b, task, which):
     """Row a − row b on a task, seed by seed."""
-    return summary(mean_of(score(ours, which, task)) - mean_of(score(theirs, which, task))
-                   for ours, theirs in in_both(content, a, b, task))
+    return summary(differences(content, a, b, task, which).values())
 
 
 def time_ratio(content, a, b, task):
@@ -96,18 +109,6 @@ def time_ratio(content, a, b, task):
     """
     return summary(theirs["tokens_per_second"] / ours["tokens_per_second"]
                    for ours, theirs in in_both(content, a, b, task))
-
-
-def tried(content, row, task):
-    """[{"lr", "scale" if it has one, "score" after the last step}] of a row's runs on a task."""
-    found = []
-    for run in content["runs"]:
-        settings = run["settings"]
-        if (run["row"], run["task"]) == (row, task):
-            found.append({"lr": settings["lr"], "score": 100 * run["last"]["score"]})
-            if "alpha" in settings:
-                found[-1]["scale"] = settings["alpha"] / settings["r"]
-    return found
 
 
 # --- kept singular values --------------------------------------------------------------------
@@ -226,17 +227,27 @@ def layout(content):
     return tasks, [COLUMNS[task][0] for task in tasks], len(content["seeds"])
 
 
-def score_table(content, which="last"):
-    """The scores of all rows on all tasks."""
-    tasks, names, seeds = layout(content)
+def table_of(content, title, cell, **last):
+    """A line for each row, of cell(row, task) for each task. last: {name: function of a row}."""
+    tasks, names, _ = layout(content)
     lines = []
     for row, label in content["rows"].items():
-        line = [label]
-        for task in tasks:
-            columns = score_of(content, row, task, which)
-            line.append("/".join(show(part, seeds) for part in columns))
-        lines.append([*line, show(average_of(content, row, which), seeds)])
-    return markdown([WHICH[which], *names, "average"], lines)
+        line = [label, *(cell(row, task) for task in tasks)]
+        lines.append([*line, *(column(row) for column in last.values())])
+    return markdown([title, *names, *last], lines)
+
+
+def score_table(content, which="last"):
+    """The scores of all rows on all tasks."""
+    seeds = len(content["seeds"])
+
+    def cell(row, task):
+        return "/".join(show(part, seeds) for part in score_of(content, row, task, which))
+
+    def average_cell(row):
+        return show(average_of(content, row, which), seeds)
+
+    return table_of(content, WHICH[which], cell, average=average_cell)
 
 
 def difference_table(content, which="last"):
@@ -290,20 +301,16 @@ def overlap_table(content):
 
 def tuning_table(content):
     """Of each row the learning rate and scale with the best score, the first of equals."""
-    tasks, names, _ = layout(content)
-    lines = []
-    for row, label in content["rows"].items():
-        line = [label]
-        for task in tasks:
-            runs = tried(content, row, task)
-            best = max(runs, key=lambda one: one["score"], default=None)
-            if best:
-                scale = f", {best['scale']:g}" if "scale" in best else ""
-                line.append(f"{best['lr']:g}{scale} ({best['score']:.2f}, of {len(runs)})")
-            else:
-                line.append("not run")
-        lines.append(line)
-    return markdown(["learning rate, scale (score, of how many runs)", *names], lines)
+    def cell(row, task):
+        runs = runs_of(content, row, task)
+        if not runs:
+            return "not run"
+        best = max(runs, key=lambda one: one["last"]["score"])
+        settings = best["settings"]
+        scale = f", {settings['alpha'] / settings['r']:g}" if "alpha" in settings else ""
+        return f"{settings['lr']:g}{scale} ({100 * best['last']['score']:.2f}, of {len(runs)})"
+
+    return table_of(content, "learning rate, scale (score, of how many runs)", cell)
 
 
 def ratio_table(content):
@@ -335,13 +342,17 @@ def speed_table(content):
     return markdown(["tokens per second", *labels, "the paper's seconds"], lines)
 
 
-def kept_tables(content):
-    """Figure 3 as numbers, of the only row: a title and a table for each task."""
+def panels(content):
+    """[(title, records)] of Figure 3, of its only row, for each task."""
     ((row, label),) = content["rows"].items()
+    return [(f"{COLUMNS[task][0]}, {label}", runs_of(content, row, task))
+            for task in content["tasks"]]
+
+
+def kept_tables(content):
+    """Figure 3 as numbers: a title and a table for each panel."""
     texts = []
-    for task in content["tasks"]:
-        runs = list(by_seed(content, row, task).values())
-        title = f"{COLUMNS[task][0]}, {label}"
+    for title, runs in panels(content):
         if not runs:
             texts.append(f"{title}: not run\n")
             continue
@@ -384,6 +395,14 @@ def facts_of(content):
     return "; ".join(facts) + "."
 
 
+def page_of(content, shown, others=(), legend=()):
+    """A page: what docs/results.md shows of it, the other tables, and how it was made."""
+    notes = [*legend, *content["notes"], f"`{content['command']}`"]
+    model = content["model"].rpartition("/")[2]
+    return "\n".join([f"# {content['title']} ({model})\n", *shown, *others,
+                      "## How it was made\n", "".join(f"- {note}\n" for note in notes)])
+
+
 def page(content):
     """TABLE.md, from what TABLE.json holds."""
     shown, others = parts_of(content)
@@ -392,8 +411,4 @@ def page(content):
         legend = [SPREAD]
     if content["name"] in ("tune", "figure3"):
         legend = []
-    notes = [*legend, *content["notes"], f"`{content['command']}`"]
-    model = content["model"].rpartition("/")[2]
-    parts = [f"# {content['title']} ({model})\n", *shown, f"{facts_of(content)}\n", *others,
-             "## How it was made\n", "".join(f"- {note}\n" for note in notes)]
-    return "\n".join(parts)
+    return page_of(content, [*shown, f"{facts_of(content)}\n"], others, legend)

@@ -167,9 +167,9 @@ def test_how_the_results_were_tuned_and_pruned():
     """Oracle: the settings of the runs: their rates, scales, and what pruning leaves of a matrix's values."""
     text, preset = " ".join(RESULTS.split()), grids.PRESETS["small"]
     tune = small("tune")
-    tried = [one for row in tune["rows"] if row != "full" for one in tables.tried(tune, row, "cola")]
+    tried = [run["settings"] for row in tune["rows"] if row != "full" for run in tables.runs_of(tune, row, "cola")]
     assert {one["lr"] for one in tried} == set(preset["lrs"]) == {0.001, 0.003, 0.01}
-    assert {one["scale"] for one in tried if "scale" in one} == set(preset["scales"]) == {2, 8}
+    assert {one["alpha"] / one["r"] for one in tried if "alpha" in one} == set(preset["scales"]) == {2, 8}
     assert "learning rates 0.001, 0.003, 0.01 (full fine-tuning: a tenth) and scales 2, 8" in text
     assert preset["tuned_on"] == {"rte": "mrpc"} and "RTE has what was chosen on MRPC" in text
     left = {}

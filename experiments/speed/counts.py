@@ -5,12 +5,13 @@
     frozen_flops(config, B, T)             # of the matrix products of a step with frozen weights
 """
 import collections
-import math
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import model as models
 
 # Operations that return numbers, or shapes that depend on numbers: on a GPU the host waits for
 # them. On a CPU three more pass no dispatcher; they are caught where they are called.
@@ -26,12 +27,6 @@ class _Calls(TorchFunctionMode):
         if function in CALLED_READS:
             self.reads += 1
         return function(*args, **(kwargs or {}))
-
-
-def _masked(args):
-    """Whether x[...] is indexed by a mask, whose entries have to be looked for."""
-    return isinstance(args[1], (list, tuple)) and any(
-        part is not None and part.dtype in (torch.bool, torch.uint8) for part in args[1])
 
 
 class Operations(TorchDispatchMode):
@@ -58,8 +53,9 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
-        if name.startswith("index") and _masked(args):
-            self._calls.reads += 1
+        if name.startswith("index") and isinstance(args[1], (list, tuple)):
+            kinds = {part.dtype for part in args[1] if part is not None}
+            self._calls.reads += bool(kinds & {torch.bool, torch.uint8})       # looks for its Trues
         if function.is_view or name == "_unsafe_view":
             self.views += 1
         else:
@@ -144,16 +140,8 @@ def frozen_flops(config, B, T):
     if config["model_type"] == "deberta-v2":
         distances = 2 * T - 1
         positions = 2 * 2 * N * distances * d              # q Kᵀ and k Qᵀ against them
-        table = 2 * 2 * table_rows(config, T) * d * d
+        farthest = models.bucket(torch.tensor(T - 1), config["position_buckets"],
+                                 config["max_position_embeddings"])
+        table = 2 * 2 * (2 * int(farthest) + 1) * d * d    # the rows that T tokens refer to
         total += L * (table + 2 * positions) + positions
     return total + 3 * head
-
-
-def table_rows(config, T):
-    """How many rows of the table of relative positions T tokens refer to, first to last."""
-    mid = config["position_buckets"] // 2
-    farthest = config["max_position_embeddings"] - 1
-    if T - 1 <= mid:
-        return 2 * T - 1
-    buckets = math.log((T - 1) / mid) / math.log(farthest / mid) * (mid - 1)
-    return 2 * (mid + math.ceil(buckets)) + 1

@@ -19,8 +19,6 @@ from formats import glue
 from lora2 import lora2_layers
 from methods import baselines
 
-METHODS = ("frozen", "lora", "adalora")
-
 
 def available():
     """Whether both packages are there."""
@@ -66,7 +64,7 @@ def adapt(net, method, r, steps, alpha=32):
 
 
 class PeerStep:
-    """One training step of transformers, called without arguments. method: one of METHODS."""
+    """One training step of transformers, called as OwnStep. method: "frozen", "lora", "adalora"."""
 
     def __init__(self, folder, method, batch, r=8, dtype="fp32", layers=None, alpha=32):
         self.net = load(folder)

@@ -5,6 +5,7 @@ counted by itself. Shapes: B rows, T tokens, d hidden size, f feed-forward size,
 """
 import contextlib
 import functools
+import io
 import json
 import random
 import time
@@ -144,6 +145,14 @@ class OwnStep:
         self.optimizer.zero_grad()
 
 
+def heard(action, *arguments):
+    """Call it in this process: (what it returns, what it said meanwhile)."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        returned = action(*arguments)
+    return returned, said.getvalue()
+
+
 # --- timing ----------------------------------------------------------------------------------
 
 def seconds(function, device, repeat=1):
@@ -202,11 +211,8 @@ def profile(function, device="cpu"):
 
 def launches(function):
     """How often the host asks a GPU for work in one call: kernels, copies, fills, graphs."""
-    with torch.profiler.profile(activities=None) as seen:
-        function()
-        torch.cuda.synchronize()
     calls = 0
-    for op in seen.key_averages():
+    for op in profiled(function, "cuda"):
         name = op.key.removeprefix("cuda").removeprefix("cu")
         if name.startswith(("Launch", "GraphLaunch", "Memcpy", "Memset")):
             calls += op.count

@@ -1,5 +1,6 @@
 """The table of bench.py: its rows with their goals, and how values become a verdict."""
 import json
+import operator
 import statistics
 from pathlib import Path
 
@@ -7,14 +8,16 @@ from experiments import tables
 from formats import disk
 
 # Row → what is measured, goal on a CPU (2 threads, fp32, B = 8), goal on an H100 (bf16, B = 32) or
-# None. A row with several goals has several entries: its number is what stands before the space.
+# None, perhaps the two steps, or evaluations, whose times it compares (their names in bench.py). A
+# row with several goals has several entries: its number is what stands before the space.
 ROWS = disk.read_json(Path(__file__).parent / "goals.json", "restore it")
+SIGNS = {"≤": operator.le, "≥": operator.ge, "=": operator.eq}
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")       # in a profile; in place too, as addmm_
 
 
 def goal_of(row, device):
     """The goal of a row on that device, or None."""
-    _, on_cpu, on_gpu = ROWS[row]
+    _, on_cpu, on_gpu, *_ = ROWS[row]
     return on_gpu if device == "cuda" else on_cpu
 
 
@@ -41,11 +44,7 @@ def paired(a, b):
 def passes(value, goal):
     """Whether a value meets a goal such as "≤ 1.10"."""
     sign, bound = goal.split()
-    if sign == "≤":
-        return value <= float(bound)
-    if sign == "≥":
-        return value >= float(bound)
-    return value == float(bound)
+    return SIGNS[sign](value, float(bound))
 
 
 def shown(result):
@@ -72,12 +71,6 @@ def report(results, device, judged=ROWS, only=ROWS):
                 line[4] = "pass" if passes(result["value"], goal) else "FAIL"
         lines.append(line)
     return tables.markdown(["#", "ratio", "goal", "value (min – max)", ""], lines)
-
-
-def saved_table(units):
-    """What a forward pass keeps, of {what: how much, in units of B · T · d floats a layer}."""
-    return tables.markdown(["own LoRA² k=8 keeps", "in units of B · T · d floats a layer"],
-                           [[what, f"{n:.2f}"] for what, n in units.items()])
 
 
 def products_text(lines, products):
@@ -124,11 +117,13 @@ def page(content, device):
              if name not in ("rows", "details")]
     details = content["details"]
     products = products_text(details["profile"], details[f"products, T={content['T']}"])
+    saved = tables.markdown(["own LoRA² k=8 keeps", "in units of B · T · d floats a layer"],
+                            [[what, f"{n:.2f}"] for what, n in details["saved"].items()])
     return "\n".join([
         "# Performance\n", report(results, device, judged, content["rows"]), "".join(facts),
         "## Row 10: where an own frozen step spends its time\n",
         profile_table(details["profile"]), products,
-        "## Row 5: what a forward pass keeps\n", saved_table(details["saved"])])
+        "## Row 5: what a forward pass keeps\n", saved])
 
 
 def write(stem, content, text):
