@@ -55,12 +55,12 @@ class LoRA2Linear(nn.Module):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.k, self.r, self.scale = k, r, alpha / r
         dtype = torch.promote_types(base.weight.dtype, torch.float32)
-        like = torch.zeros(0, dtype=dtype, device=base.weight.device)
-        self.v = nn.Parameter(like.new_empty(base.in_features, k))
-        self.u = nn.Parameter(like.new_empty(k, r))
-        self.lam = nn.Parameter(like.new_zeros(r))  # ΔW = 0
-        self.U = nn.Parameter(like.new_empty(r, k))
-        self.V = nn.Parameter(like.new_empty(k, base.out_features))
+        like = {"dtype": dtype, "device": base.weight.device}
+        self.v = nn.Parameter(torch.empty(base.in_features, k, **like))
+        self.u = nn.Parameter(torch.empty(k, r, **like))
+        self.lam = nn.Parameter(torch.zeros(r, **like))  # ΔW = 0
+        self.U = nn.Parameter(torch.empty(r, k, **like))
+        self.V = nn.Parameter(torch.empty(k, base.out_features, **like))
         for factor in (self.v, self.u, self.U, self.V):
             if init == "gaussian":
                 nn.init.normal_(factor, std=0.02)
@@ -100,7 +100,6 @@ class LoRA2Linear(nn.Module):
 
     @property
     def bias(self):
-        """The base's bias, or None."""
         return self.base.bias
 
 
@@ -120,9 +119,8 @@ def is_quantised(base):
 def check_base(name, base, k, r, alpha, init):
     """TypeError or ValueError unless `base` is an nn.Linear that k and r fit. No other subclass:
     it computes something else, or nobody calls it, as nn.MultiheadAttention's out_proj."""
-    kind = type(base).__name__
-    require(type(base) is nn.Linear or is_quantised(base), f"{name} is a {kind}, not an "
-            "nn.Linear: leave it out, or put one in its place", TypeError)
+    require(type(base) is nn.Linear or is_quantised(base), f"{name} is a {type(base).__name__}, "
+            "not an nn.Linear: leave it out, or put one in its place", TypeError)
     W = base.weight
     is_plain = type(W) is nn.Parameter and W.is_floating_point() and W.itemsize > 1
     require((is_plain or is_quantised(base)) and not W.is_meta, f"{name} has no plain weight of "
@@ -136,24 +134,24 @@ def check_base(name, base, k, r, alpha, init):
 
 def find_targets(model, targets, trainable):
     """({name: module to adapt}, [parameters to train]). ValueError for a word without a match."""
-    modules, parameters, linears, matched = {}, [], set(), set()
+    modules, parameters, linears = {}, [], set()
+    no_module, no_parameter = set(targets), set(trainable)  # words without a match
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for name, module in model.named_modules(remove_duplicate=False):
-        hits = [target for target in targets if f".{name}".endswith(f".{target}")]
+        words = {target for target in targets if f".{name}".endswith(f".{target}")}
         if type(module) is nn.Linear or is_quantised(module):
             linears.add(re.sub(r"\b\d+\b", "*", name))  # "layer.*.query", for the message
             if module is not head:
-                hits.extend(targets & {"all-linear"})
-        if name and hits and trainable.isdisjoint(name.split(".")):
+                words |= targets & {"all-linear"}
+        if name and words and trainable.isdisjoint(name.split(".")):
             modules[name] = module
-            matched.update(hits)
-    missing = sorted(targets - matched)
-    matched.clear()
+            no_module -= words
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.is_floating_point() and not trainable.isdisjoint(name.split(".")):
+        words = trainable.intersection(name.split("."))
+        if words and parameter.is_floating_point():
             parameters.append(parameter)
-            matched.update(name.split("."))
-    missing += sorted(trainable - matched)
+            no_parameter -= words
+    missing = sorted(no_module) + sorted(no_parameter)
     require(modules and not missing,
             f"{missing or 'an empty list'} matches nothing; Linear layers: {sorted(linears)}")
     return modules, parameters
@@ -171,24 +169,21 @@ def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
     layer: LoRA2Linear or a subclass.
     ValueError or TypeError, and no change, if a name has no match or a match cannot be adapted.
     """
-    require(not lora2_layers(model),
-            "the model has LoRA² adapters already: name all targets in one call")
+    require(not lora2_layers(model), "the model has LoRA² adapters already: name all in one call")
     targets = {targets} if isinstance(targets, str) else set(targets)
     trainable = {trainable} if isinstance(trainable, str) else set(trainable)
     modules, to_train = find_targets(model, targets, trainable)
-    parameters = dict(model.named_parameters(remove_duplicate=False)).values()
+    places = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
     for name, base in modules.items():
         check_base(name, base, k, r, alpha, init)
-        uses = sum(1 for p in parameters if p is base.weight)
-        require(uses == 1,
-                f"{name}, or its weight, is used in {uses} places: leave it out")
-    adapters = {name: layer(base, k, r, alpha, init) for name, base in modules.items()}
+        uses = places.count(id(base.weight))
+        require(uses == 1, f"{name}, or its weight, is used in {uses} places: leave it out")
     model.requires_grad_(False)
+    for name, base in modules.items():
+        model.set_submodule(name, layer(base, k, r, alpha, init))
     for parameter in to_train:
         parameter.requires_grad_(True)
-    for name, adapter in adapters.items():
-        model.set_submodule(name, adapter)
-    return list(adapters)
+    return list(modules)
 
 
 def lora2_layers(model):
@@ -202,13 +197,12 @@ def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
     terms: the pairs to take, as in Table 3. ValueError if they are no choice of these.
     Why: for orthonormal P and Q (if k ≥ r), ‖ΔW‖² = scale² Σ Λ_i². So |Λ_i| is the size of its term
     in every layer, and can be compared; else a factor may grow and Λ_i shrink with the same ΔW.
-    Ours: the mean over the adapters. The paper is silent. 0.1 · the sum over DeBERTaV3-base's 72
-    would begin at 135 for k = 1, r = 8.
+    Ours: the mean over the adapters. The paper is silent; 0.1 · the sum over 72 begins at 135.
     """
     adapters = lora2_layers(model)
     require(adapters and terms and set(terms) <= {"uv", "UV", "PQ"},
             f"terms = {terms!r}: list some of 'uv', 'UV', 'PQ', on a model with LoRA² adapters")
-    R = adapters[0][1].lam.new_zeros(())
+    R = 0
     for _, layer in adapters:
         with torch.autocast(layer.u.device.type, enabled=False):
             # The paper has vvᵀ and uᵀu, the other sides. The gradient is the same, because
@@ -236,7 +230,7 @@ def distance(X):
 def orthogonality_floor(k, r, terms=("uv", "UV", "PQ")):
     """The least value of R, 2|k − r| with all terms: P, Q, u and U have rank min(k, r) at most."""
     floors = {"uv": max(k - r, 0), "UV": max(k - r, 0), "PQ": 2 * max(r - k, 0)}
-    return sum(map(floors.__getitem__, set(terms)))
+    return sum(floors[term] for term in set(terms))
 
 
 class RankPruner(nn.Module):
@@ -255,7 +249,6 @@ class RankPruner(nn.Module):
     the new weights times this step's gradients. These are of task + gamma · R, clipped if you clip:
     what R pulls at counts as important too, above all early. Where Λ_i is 0, u_·i and U_i· get a
     gradient from R alone. (It is a Module only for its state_dict(), which holds the averages.)
-    At the end, mask() puts the choice on the model that is kept: the best or an averaged one.
     """
 
     keep: torch.Tensor  # (n, r), what the last choice kept
@@ -266,8 +259,7 @@ class RankPruner(nn.Module):
         super().__init__()
         found = lora2_layers(model)
         kinds = {(layer.k, layer.r, layer.lam.dtype, layer.lam.device) for _, layer in found}
-        require(len(kinds) == 1,
-                f"the pruner needs adapters of one (k, r, dtype, device), not {kinds or 0}")
+        require(len(kinds) == 1, f"it needs adapters of one (k, r, dtype, device), not {kinds or 0}")
         self.names, self.layers = zip(*found)
         self.k, self.r = self.layers[0].k, self.layers[0].r
         require(type(target_rank) is int and 0 <= target_rank <= self.r,
@@ -326,20 +318,19 @@ class RankPruner(nn.Module):
         return getattr(self, f"sensitivity_{factor}"), getattr(self, f"uncertainty_{factor}")
 
     def gradients(self, factor):
-        """Its gradients in all adapters. RuntimeError for one that is missing and must not be."""
-        found = []
-        for name, w in zip(self.names, self.weights(factor)):
-            require(w.grad is not None or self.allow_unused, f"{name}.{factor} has no gradient "
-                    "(unused?): call pruner.step() after backward() and optimizer.step(), before "
-                    "zero_grad(). Do batches leave out adapters? allow_unused=True", RuntimeError)
-            found.append(torch.zeros_like(w) if w.grad is None else w.grad)
-        return found
+        """Its gradients in all adapters, 0 where a batch left it out."""
+        return [torch.zeros_like(w) if w.grad is None else w.grad for w in self.weights(factor)]
 
     def all_gradients(self):
-        """Those there are in the whole model, but for shards. RuntimeError if there is none."""
+        """Those there are in the whole model, but for shards. RuntimeError if one that is scored
+        is missing; with allow_unused if all are."""
         found = [p.grad for p in self.all_parameters
                  if p.grad is not None and not hasattr(p.grad, "device_mesh")]
-        require(found, "no gradients: call pruner.step() before zero_grad()", RuntimeError)
+        for factor in self.joins:
+            for name, w in zip(self.names, self.weights(factor)):
+                require(w.grad is not None or (self.allow_unused and found),
+                        f"{name}.{factor} has no gradient (unused?): call pruner.step() after "
+                        "backward(), before zero_grad(), or give allow_unused=True", RuntimeError)
         return found
 
     def update_averages(self):
@@ -347,31 +338,25 @@ class RankPruner(nn.Module):
 
         I is, to first order, what the loss would change by without a number. One batch is noisy,
         so Ī is its mean. Ū, its mean distance from Ī, keeps numbers still in doubt: a heuristic.
+        Ours: I = 0 if fp16 overflowed anywhere, also in the head. A GradScaler then skips the step,
+        and may leave the other gradients scaled.
         """
-        I = {}
-        for factor, join in self.joins.items():
-            w = join(self.weights(factor)).to(self.dtype)
-            dw = join(self.gradients(factor)).to(self.dtype)
-            I[factor] = (w * dw).abs()
         finite = self.keep.new_ones(())
         for gradient in self.all_gradients():
             finite = finite & gradient.isfinite().all()
         self.to(self.dtype)  # if a module that holds this one was cast
-        for factor, now in I.items():
-            # Ours: I = 0 if fp16 overflowed anywhere, also in the head. A GradScaler then skips the
-            # step, and may leave the other gradients scaled.
-            now = torch.where(finite, now, 0)
+        for factor, join in self.joins.items():
+            w = join(self.weights(factor)).to(self.dtype)
+            dw = join(self.gradients(factor)).to(self.dtype)
+            I = torch.where(finite, (w * dw).abs(), 0)
             mean, doubt = self.averages(factor)
-            mean.lerp_(now, 1 - self.beta1)  # Ī ← β1 Ī + (1 − β1) I
-            doubt.lerp_((now - mean).abs(), 1 - self.beta2)  # Ū likewise, with the new Ī
+            mean.lerp_(I, 1 - self.beta1)  # Ī ← β1 Ī + (1 − β1) I
+            doubt.lerp_((I - mean).abs(), 1 - self.beta2)  # Ū likewise, with the new Ī
 
     def scores(self):
         """Importance of every singular value, (n, r), from S(w) = Ī · Ū. Without v and V, Eq. 9
         needs 24 numbers in place of 1,560 at k = 1, r = 8, d = 768. (3.2 swaps 3.1's letters.)"""
-        S = {}
-        for factor in self.joins:
-            mean, doubt = self.averages(factor)
-            S[factor] = mean * doubt
+        S = {factor: torch.mul(*self.averages(factor)) for factor in self.joins}
         scores = S["lam"] + S["u"].mean(1) + S["U"].mean(2)  # (n, r), (n, k, r), (n, r, k)
         if "v" in S:
             # Eq. 8 adds (ΣS(v) + ΣS(V)) / k, as u and U count by their mean over k. It is the same
@@ -431,16 +416,14 @@ def lora2_state_dict(model):
                 ours.add(key)
         if not isinstance(module, RankPruner):
             ours.update(dict(module.named_buffers(name, recurse=False)))
-    state = {}
-    for key, tensor in model.state_dict().items():
-        if key in ours:
-            state[key] = tensor.clone()
+    everything = model.state_dict()
+    state = {key: everything[key].clone() for key in everything if key in ours}
     for name, layer in lora2_layers(model):
-        state[f"{name}.scale"] = torch.tensor(layer.scale)
         sample = torch.full((16,), math.nan)
         if not is_quantised(layer.base):
             W = layer.base.weight.flatten()
             sample = W[::math.ceil(len(W) / 16)].float().clone()
+        state[f"{name}.scale"] = torch.tensor(layer.scale)
         state[f"{name}.base_sample"] = sample
     return state
 
@@ -460,10 +443,9 @@ def load_lora2_state_dict(model, state):
     for name in sorted(dict(lora2_layers(model))):
         for key, tolerance in ((f"{name}.scale", 1e-6), (f"{name}.base_sample", 0.02)):
             mine, theirs = own[key], state[key].to(own[key])  # W0 may be in bf16 on one side
-            close = torch.isclose(theirs, mine, tolerance, 1e-7)
-            unknown = mine.isnan() | theirs.isnan()
-            require((close | unknown).all(), f"{key} differs between file and model: "
-                    "use the file's alpha and base model")
+            differs = (theirs - mine).abs() > tolerance * mine.abs() + 1e-7  # never so for NaN
+            require(not differs.any(),
+                    f"{key} differs between file and model: use the file's alpha and base model")
     model.load_state_dict(state, strict=False)  # no frozen ones, but scale and base_sample
 
 
@@ -471,10 +453,11 @@ def load_lora2_state_dict(model, state):
 def merge_lora2(model):
     """Add every ΔW to its W0, in place, and put the nn.Linear back. Returns the model. TypeError,
     and no change, if a W0 is quantised: merge into the full-precision base, with the same file."""
-    for name, layer in lora2_layers(model):
+    adapters = lora2_layers(model)
+    for name, layer in adapters:
         require(not is_quantised(layer.base), f"{name} has a quantised W0: load the adapters' file "
                 "into the full-precision base and merge there", TypeError)
-    for name, layer in lora2_layers(model):
+    for name, layer in adapters:
         layer.base.weight.copy_(layer.weight)
         if not name:  # the model itself is an adapter
             return layer.base
