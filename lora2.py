@@ -43,7 +43,7 @@ class LoRA2Linear(nn.Module):
 
     base: the nn.Linear, which is frozen here.
     k, r: projected dimension and number of singular values, each from 1 to min(d_in, d_out).
-    alpha: a positive number. The update is scaled by alpha / r.
+    alpha: positive. The update is scaled by alpha / r.
     init: "gaussian", N(0, 0.02²) as in the authors' code, or "orthonormal", which is ours: R of
         Eq. 5 starts at its floor, and the first gradients of Λ are not tiny.
     """
@@ -55,12 +55,12 @@ class LoRA2Linear(nn.Module):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.k, self.r, self.scale = k, r, alpha / r
         dtype = torch.promote_types(base.weight.dtype, torch.float32)
-        like = {"dtype": dtype, "device": base.weight.device}
-        self.v = nn.Parameter(torch.empty(base.in_features, k, **like))
-        self.u = nn.Parameter(torch.empty(k, r, **like))
-        self.lam = nn.Parameter(torch.zeros(r, **like))  # ΔW = 0
-        self.U = nn.Parameter(torch.empty(r, k, **like))
-        self.V = nn.Parameter(torch.empty(k, base.out_features, **like))
+        like = torch.zeros(0, dtype=dtype, device=base.weight.device)
+        self.v = nn.Parameter(like.new_empty(base.in_features, k))
+        self.u = nn.Parameter(like.new_empty(k, r))
+        self.lam = nn.Parameter(like.new_zeros(r))  # ΔW = 0
+        self.U = nn.Parameter(like.new_empty(r, k))
+        self.V = nn.Parameter(like.new_empty(k, base.out_features))
         for factor in (self.v, self.u, self.U, self.V):
             if init == "gaussian":
                 nn.init.normal_(factor, std=0.02)
@@ -161,9 +161,8 @@ def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
               layer=LoRA2Linear):
     """Freeze `model` and put a LoRA2Linear around its target layers. Returns their names, in order.
 
-    targets: names of modules, or one. "query" is every module called so and all whose names end in
-        ".query", such as "encoder.layer.0.attention.self.query". "all-linear": every linear layer
-        but the output embeddings of a transformers model.
+    targets: names of modules, or one: "query" is also every name that ends in ".query".
+        "all-linear": every linear layer but the output embeddings of a transformers model.
     k, r, alpha, init: as for LoRA2Linear.
     trainable: parts of dotted names, such as "classifier", of what trains in full, not adapted.
     layer: LoRA2Linear or a subclass.
@@ -241,14 +240,13 @@ class RankPruner(nn.Module):
     warmup: t_i, the first steps, in which all are kept. Then b(t) falls along a cubic.
     final: t_f, the last steps, in which the choice is fixed. Until then what is 0 may return.
     interval: ΔT, steps from choice to choice.
-    beta1, beta2: of the averages Ī and Ū, at least 0 and below 1.
+    beta1, beta2: of Ī and Ū, at least 0 and below 1.
     importance: "reduced" (Eq. 9) or "full" (Eq. 8). ValueError for what does not fit.
     allow_unused: a factor that a batch left out (LayerDrop, experts) has I = 0, not a RuntimeError.
 
     Call step() after optimizer.step() and before zero_grad(). As in AdaLoRA's loop, importance is
-    the new weights times this step's gradients. These are of task + gamma · R, clipped if you clip:
-    what R pulls at counts as important too, above all early. Where Λ_i is 0, u_·i and U_i· get a
-    gradient from R alone. (It is a Module only for its state_dict(), which holds the averages.)
+    the new weights times this step's gradients, of task + gamma · R: what R pulls at counts too,
+    above all early, when Λ is 0. (It is a Module only for its state_dict().)
     """
 
     keep: torch.Tensor  # (n, r), what the last choice kept
@@ -259,7 +257,8 @@ class RankPruner(nn.Module):
         super().__init__()
         found = lora2_layers(model)
         kinds = {(layer.k, layer.r, layer.lam.dtype, layer.lam.device) for _, layer in found}
-        require(len(kinds) == 1, f"it needs adapters of one (k, r, dtype, device), not {kinds or 0}")
+        require(len(kinds) == 1,
+                f"the pruner needs adapters of one (k, r, dtype, device), not {kinds or 0}")
         self.names, self.layers = zip(*found)
         self.k, self.r = self.layers[0].k, self.layers[0].r
         require(type(target_rank) is int and 0 <= target_rank <= self.r,
@@ -293,7 +292,7 @@ class RankPruner(nn.Module):
         start, end = len(self.layers) * self.r, len(self.layers) * self.target_rank
         progress = (t - self.warmup) / (self.total_steps - self.final - self.warmup)
         left = 1 - min(max(progress, 0), 1)
-        return int(end + (start - end) * left ** 3)  # rounded down
+        return int(end + (start - end) * left ** 3)
 
     @torch.no_grad()
     def step(self):
@@ -310,41 +309,38 @@ class RankPruner(nn.Module):
         return self.kept_total
 
     def weights(self, factor):
-        """That factor of all adapters."""
         return [getattr(layer, factor) for layer in self.layers]
 
     def averages(self, factor):
-        """(Ī, Ū) of that factor of all adapters, in one tensor each."""
+        """(Ī, Ū) of that factor, of all adapters."""
         return getattr(self, f"sensitivity_{factor}"), getattr(self, f"uncertainty_{factor}")
 
     def gradients(self, factor):
-        """Its gradients in all adapters, 0 where a batch left it out."""
+        """Its gradients, 0 where a batch left it out."""
         return [torch.zeros_like(w) if w.grad is None else w.grad for w in self.weights(factor)]
 
-    def all_gradients(self):
-        """Those there are in the whole model, but for shards. RuntimeError if one that is scored
-        is missing; with allow_unused if all are."""
+    def all_finite(self):
+        """Whether all gradients are, but for shards. RuntimeError if one that is scored is missing,
+        with allow_unused if all are."""
         found = [p.grad for p in self.all_parameters
                  if p.grad is not None and not hasattr(p.grad, "device_mesh")]
         for factor in self.joins:
             for name, w in zip(self.names, self.weights(factor)):
                 require(w.grad is not None or (self.allow_unused and found),
                         f"{name}.{factor} has no gradient (unused?): call pruner.step() after "
-                        "backward(), before zero_grad(), or give allow_unused=True", RuntimeError)
-        return found
+                        "optimizer.step(), before zero_grad(), or give allow_unused=True",
+                        RuntimeError)
+        return nn.utils.get_total_norm(found, math.inf) < math.inf  # the largest: not inf, not NaN
 
     def update_averages(self):
         """Ī and Ū of all that is scored. The paper has "??" for them: they are AdaLoRA's.
 
         I is, to first order, what the loss would change by without a number. One batch is noisy,
         so Ī is its mean. Ū, its mean distance from Ī, keeps numbers still in doubt: a heuristic.
-        Ours: I = 0 if fp16 overflowed anywhere, also in the head. A GradScaler then skips the step,
-        and may leave the other gradients scaled.
+        Ours: I = 0 if fp16 overflowed anywhere: a GradScaler then skips the step.
         """
-        finite = self.keep.new_ones(())
-        for gradient in self.all_gradients():
-            finite = finite & gradient.isfinite().all()
-        self.to(self.dtype)  # if a module that holds this one was cast
+        finite = self.all_finite()
+        self.to(self.dtype)  # if it was cast with a model
         for factor, join in self.joins.items():
             w = join(self.weights(factor)).to(self.dtype)
             dw = join(self.gradients(factor)).to(self.dtype)
@@ -363,8 +359,8 @@ class RankPruner(nn.Module):
             # for all i: it cannot change the order in an adapter, but over all adapters it can.
             v = S["v"].split([layer.in_features for layer in self.layers])
             V = S["V"].split([layer.out_features for layer in self.layers], dim=1)
-            for i in range(len(self.layers)):
-                scores[i] += (v[i].sum() + V[i].sum()) / self.k
+            for row, its_v, its_V in zip(scores, v, V):
+                row += (its_v.sum() + its_V.sum()) / self.k
         return scores
 
     def prune(self):
@@ -378,8 +374,8 @@ class RankPruner(nn.Module):
 
     @torch.no_grad()
     def mask(self, model):
-        """Put the last choice on a model with the same adapters: averaged or loaded weights. Call
-        it at the end of a run: it warns if the budget was not reached."""
+        """Put the last choice on a model with the same adapters, at the end of a run: on averaged
+        or loaded weights. It warns if the budget was not reached."""
         found = lora2_layers(model)
         require([layer.r for _, layer in found] == [self.r] * len(self.layers),
                 "mask() needs a model with the adapters that the pruner has")
@@ -433,17 +429,16 @@ def load_lora2_state_dict(model, state):
     ValueError, and nothing is loaded, if a name, a shape, alpha or the base differs."""
     own = lora2_state_dict(model)
     missing, stray = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    require(not missing and not stray,
-            f"missing in the file: {missing[:3]}, not in this model: {stray[:3]}: use the base "
-            "model, targets, k, r and trainable names that the file was made with")
+    require(not missing and not stray, f"missing in the file: {missing[:3]}, not in this model: "
+            f"{stray[:3]}: use the file's base model, targets, k, r and trainable names")
     for name, mine in own.items():
         theirs = tuple(state[name].shape)
         require(theirs == mine.shape, f"{name} is {theirs} in the file and {tuple(mine.shape)} "
-                "here: use the base model, k and r that the file was made with")
+                "here: use the file's base model, k and r")
     for name in sorted(dict(lora2_layers(model))):
         for key, tolerance in ((f"{name}.scale", 1e-6), (f"{name}.base_sample", 0.02)):
             mine, theirs = own[key], state[key].to(own[key])  # W0 may be in bf16 on one side
-            differs = (theirs - mine).abs() > tolerance * mine.abs() + 1e-7  # never so for NaN
+            differs = (theirs - mine).abs() > tolerance * mine.abs() + 1e-7  # NaN: it does not
             require(not differs.any(),
                     f"{key} differs between file and model: use the file's alpha and base model")
     model.load_state_dict(state, strict=False)  # no frozen ones, but scale and base_sample
@@ -453,11 +448,10 @@ def load_lora2_state_dict(model, state):
 def merge_lora2(model):
     """Add every ΔW to its W0, in place, and put the nn.Linear back. Returns the model. TypeError,
     and no change, if a W0 is quantised: merge into the full-precision base, with the same file."""
-    adapters = lora2_layers(model)
-    for name, layer in adapters:
+    for name, layer in lora2_layers(model):
         require(not is_quantised(layer.base), f"{name} has a quantised W0: load the adapters' file "
                 "into the full-precision base and merge there", TypeError)
-    for name, layer in adapters:
+    for name, layer in lora2_layers(model):
         layer.base.weight.copy_(layer.weight)
         if not name:  # the model itself is an adapter
             return layer.base
