@@ -172,7 +172,7 @@ def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
     targets = {targets} if isinstance(targets, str) else set(targets)
     trainable = {trainable} if isinstance(trainable, str) else set(trainable)
     modules, to_train = find_targets(model, targets, trainable)
-    places = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
+    places = list(map(id, dict(model.named_parameters(remove_duplicate=False)).values()))
     for name, base in modules.items():
         check_base(name, base, k, r, alpha, init)
         uses = places.count(id(base.weight))
@@ -229,7 +229,7 @@ def distance(X):
 def orthogonality_floor(k, r, terms=("uv", "UV", "PQ")):
     """The least value of R, 2|k − r| with all terms: P, Q, u and U have rank min(k, r) at most."""
     floors = {"uv": max(k - r, 0), "UV": max(k - r, 0), "PQ": 2 * max(r - k, 0)}
-    return sum(floors[term] for term in set(terms))
+    return sum(map(floors.get, set(terms)))
 
 
 class RankPruner(nn.Module):
@@ -330,7 +330,7 @@ class RankPruner(nn.Module):
                         f"{name}.{factor} has no gradient (unused?): call pruner.step() after "
                         "optimizer.step(), before zero_grad(), or give allow_unused=True",
                         RuntimeError)
-        return nn.utils.get_total_norm(found, math.inf) < math.inf  # the largest: not inf, not NaN
+        return nn.utils.get_total_norm(found, math.inf) < math.inf  # of NaN it is NaN
 
     def update_averages(self):
         """Ī and Ū of all that is scored. The paper has "??" for them: they are AdaLoRA's.
@@ -412,8 +412,10 @@ def lora2_state_dict(model):
                 ours.add(key)
         if not isinstance(module, RankPruner):
             ours.update(dict(module.named_buffers(name, recurse=False)))
-    everything = model.state_dict()
-    state = {key: everything[key].clone() for key in everything if key in ours}
+    state = {}
+    for key, tensor in model.state_dict().items():
+        if key in ours:
+            state[key] = tensor.clone()
     for name, layer in lora2_layers(model):
         sample = torch.full((16,), math.nan)
         if not is_quantised(layer.base):
@@ -438,7 +440,7 @@ def load_lora2_state_dict(model, state):
     for name in sorted(dict(lora2_layers(model))):
         for key, tolerance in ((f"{name}.scale", 1e-6), (f"{name}.base_sample", 0.02)):
             mine, theirs = own[key], state[key].to(own[key])  # W0 may be in bf16 on one side
-            differs = (theirs - mine).abs() > tolerance * mine.abs() + 1e-7  # NaN: it does not
+            differs = (theirs - mine).abs() > tolerance * mine.abs() + 1e-7  # a NaN never does
             require(not differs.any(),
                     f"{key} differs between file and model: use the file's alpha and base model")
     model.load_state_dict(state, strict=False)  # no frozen ones, but scale and base_sample
