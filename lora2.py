@@ -328,8 +328,7 @@ class RankPruner(nn.Module):
             for name, w in zip(self.names, self.weights(factor)):
                 require(w.grad is not None or (self.allow_unused and found),
                         f"{name}.{factor} has no gradient (unused?): call pruner.step() after "
-                        "optimizer.step(), before zero_grad(), or give allow_unused=True",
-                        RuntimeError)
+                        "optimizer.step(), before zero_grad(), or allow_unused=True", RuntimeError)
         return nn.utils.get_total_norm(found, math.inf) < math.inf  # of NaN it is NaN
 
     def update_averages(self):

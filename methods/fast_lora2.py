@@ -237,28 +237,23 @@ def add_gradients(loss, parameters):
 
     Every parameter that `loss` depends on must have a .grad already; the others are left alone.
     """
-    there, new = [], []
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    for parameter, gradient in zip(parameters, gradients):
-        if gradient is not None:
-            there.append(parameter.grad)
-            new.append(gradient)
+    there = [p.grad for p, gradient in zip(parameters, gradients) if gradient is not None]
+    new = [gradient for gradient in gradients if gradient is not None]
     torch._foreach_add_(there, new)
 
 
 class FrozenLinear(nn.Linear):
     """nn.Linear with a copy of frozen weights in autocast's dtype: else each pass casts them."""
 
-    cast: tuple | None = None                               # (W, b), what is trained as it is
+    cast: tuple  # (W, b), what is trained as it is
 
     def forward(self, x):
         autocast = torch.is_autocast_enabled(x.device.type)
-        if self.cast is None or self.weight.requires_grad or not autocast:
-            return super().forward(x)
         W, b = self.cast
-        if W.dtype != product_dtype(x):
-            return super().forward(x)
-        return F.linear(x, W, b)                            # autocast casts x, and a trained b
+        if autocast and W.dtype == product_dtype(x) and not self.weight.requires_grad:
+            return F.linear(x, W, b)  # autocast casts x, and a trained b
+        return super().forward(x)
 
 
 @torch.no_grad()
@@ -281,4 +276,4 @@ def cast_frozen(model, dtype):
             layer.__class__ = FrozenLinear
             layer.cast = W, b
         elif not trains_bias:
-            adapters[layer].cast = W, b                     # it goes with the adapter
+            adapters[layer].cast = W, b  # it goes with the adapter
