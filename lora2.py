@@ -43,7 +43,7 @@ class LoRA2Linear(nn.Module):
 
     base: the nn.Linear, which is frozen here.
     k, r: projected dimension and number of singular values, each from 1 to min(d_in, d_out).
-    alpha: a positive number. The update is scaled by alpha / r.
+    alpha: positive. The update is scaled by alpha / r.
     init: "gaussian", N(0, 0.02²) as in the authors' code, or "orthonormal", which is ours: R of
         Eq. 5 starts at its floor, and the first gradients of Λ are not tiny.
     """
@@ -100,7 +100,6 @@ class LoRA2Linear(nn.Module):
 
     @property
     def bias(self):
-        """The base's bias, or None."""
         return self.base.bias
 
 
@@ -120,9 +119,8 @@ def is_quantised(base):
 def check_base(name, base, k, r, alpha, init):
     """TypeError or ValueError unless `base` is an nn.Linear that k and r fit. No other subclass:
     it computes something else, or nobody calls it, as nn.MultiheadAttention's out_proj."""
-    kind = type(base).__name__
-    require(type(base) is nn.Linear or is_quantised(base), f"{name} is a {kind}, not an "
-            "nn.Linear: leave it out, or put one in its place", TypeError)
+    require(type(base) is nn.Linear or is_quantised(base), f"{name} is a {type(base).__name__}, "
+            "not an nn.Linear: leave it out, or put one in its place", TypeError)
     W = base.weight
     is_plain = type(W) is nn.Parameter and W.is_floating_point() and W.itemsize > 1
     require((is_plain or is_quantised(base)) and not W.is_meta, f"{name} has no plain weight of "
@@ -136,24 +134,24 @@ def check_base(name, base, k, r, alpha, init):
 
 def find_targets(model, targets, trainable):
     """({name: module to adapt}, [parameters to train]). ValueError for a word without a match."""
-    modules, parameters, linears, matched = {}, [], set(), set()
+    modules, parameters, linears = {}, [], set()
+    no_module, no_parameter = set(targets), set(trainable)  # words without a match
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for name, module in model.named_modules(remove_duplicate=False):
-        hits = [target for target in targets if f".{name}".endswith(f".{target}")]
+        words = {target for target in targets if f".{name}".endswith(f".{target}")}
         if type(module) is nn.Linear or is_quantised(module):
             linears.add(re.sub(r"\b\d+\b", "*", name))  # "layer.*.query", for the message
             if module is not head:
-                hits.extend(targets & {"all-linear"})
-        if name and hits and trainable.isdisjoint(name.split(".")):
+                words |= targets & {"all-linear"}
+        if name and words and trainable.isdisjoint(name.split(".")):
             modules[name] = module
-            matched.update(hits)
-    missing = sorted(targets - matched)
-    matched.clear()
+            no_module -= words
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.is_floating_point() and not trainable.isdisjoint(name.split(".")):
+        words = trainable.intersection(name.split("."))
+        if words and parameter.is_floating_point():
             parameters.append(parameter)
-            matched.update(name.split("."))
-    missing += sorted(trainable - matched)
+            no_parameter -= words
+    missing = sorted(no_module) + sorted(no_parameter)
     require(modules and not missing,
             f"{missing or 'an empty list'} matches nothing; Linear layers: {sorted(linears)}")
     return modules, parameters
@@ -163,32 +161,28 @@ def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
               layer=LoRA2Linear):
     """Freeze `model` and put a LoRA2Linear around its target layers. Returns their names, in order.
 
-    targets: names of modules, or one. "query" is every module called so and all whose names end in
-        ".query", such as "encoder.layer.0.attention.self.query". "all-linear": every linear layer
-        but the output embeddings of a transformers model.
+    targets: names of modules, or one: "query" is also every name that ends in ".query".
+        "all-linear": every linear layer but the output embeddings of a transformers model.
     k, r, alpha, init: as for LoRA2Linear.
     trainable: parts of dotted names, such as "classifier", of what trains in full, not adapted.
     layer: LoRA2Linear or a subclass.
     ValueError or TypeError, and no change, if a name has no match or a match cannot be adapted.
     """
-    require(not lora2_layers(model),
-            "the model has LoRA² adapters already: name all targets in one call")
+    require(not lora2_layers(model), "the model has LoRA² adapters already: name all in one call")
     targets = {targets} if isinstance(targets, str) else set(targets)
     trainable = {trainable} if isinstance(trainable, str) else set(trainable)
     modules, to_train = find_targets(model, targets, trainable)
-    parameters = dict(model.named_parameters(remove_duplicate=False)).values()
+    places = list(map(id, dict(model.named_parameters(remove_duplicate=False)).values()))
     for name, base in modules.items():
         check_base(name, base, k, r, alpha, init)
-        uses = sum(1 for p in parameters if p is base.weight)
-        require(uses == 1,
-                f"{name}, or its weight, is used in {uses} places: leave it out")
-    adapters = {name: layer(base, k, r, alpha, init) for name, base in modules.items()}
+        uses = places.count(id(base.weight))
+        require(uses == 1, f"{name}, or its weight, is used in {uses} places: leave it out")
     model.requires_grad_(False)
+    for name, base in modules.items():
+        model.set_submodule(name, layer(base, k, r, alpha, init))
     for parameter in to_train:
         parameter.requires_grad_(True)
-    for name, adapter in adapters.items():
-        model.set_submodule(name, adapter)
-    return list(adapters)
+    return list(modules)
 
 
 def lora2_layers(model):
@@ -202,13 +196,12 @@ def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
     terms: the pairs to take, as in Table 3. ValueError if they are no choice of these.
     Why: for orthonormal P and Q (if k ≥ r), ‖ΔW‖² = scale² Σ Λ_i². So |Λ_i| is the size of its term
     in every layer, and can be compared; else a factor may grow and Λ_i shrink with the same ΔW.
-    Ours: the mean over the adapters. The paper is silent. 0.1 · the sum over DeBERTaV3-base's 72
-    would begin at 135 for k = 1, r = 8.
+    Ours: the mean over the adapters. The paper is silent; 0.1 · the sum over 72 begins at 135.
     """
     adapters = lora2_layers(model)
     require(adapters and terms and set(terms) <= {"uv", "UV", "PQ"},
             f"terms = {terms!r}: list some of 'uv', 'UV', 'PQ', on a model with LoRA² adapters")
-    R = adapters[0][1].lam.new_zeros(())
+    R = 0
     for _, layer in adapters:
         with torch.autocast(layer.u.device.type, enabled=False):
             # The paper has vvᵀ and uᵀu, the other sides. The gradient is the same, because
@@ -236,7 +229,7 @@ def distance(X):
 def orthogonality_floor(k, r, terms=("uv", "UV", "PQ")):
     """The least value of R, 2|k − r| with all terms: P, Q, u and U have rank min(k, r) at most."""
     floors = {"uv": max(k - r, 0), "UV": max(k - r, 0), "PQ": 2 * max(r - k, 0)}
-    return sum(map(floors.__getitem__, set(terms)))
+    return sum(map(floors.get, set(terms)))
 
 
 class RankPruner(nn.Module):
@@ -247,15 +240,13 @@ class RankPruner(nn.Module):
     warmup: t_i, the first steps, in which all are kept. Then b(t) falls along a cubic.
     final: t_f, the last steps, in which the choice is fixed. Until then what is 0 may return.
     interval: ΔT, steps from choice to choice.
-    beta1, beta2: of the averages Ī and Ū, at least 0 and below 1.
+    beta1, beta2: of Ī and Ū, at least 0 and below 1.
     importance: "reduced" (Eq. 9) or "full" (Eq. 8). ValueError for what does not fit.
     allow_unused: a factor that a batch left out (LayerDrop, experts) has I = 0, not a RuntimeError.
 
     Call step() after optimizer.step() and before zero_grad(). As in AdaLoRA's loop, importance is
-    the new weights times this step's gradients. These are of task + gamma · R, clipped if you clip:
-    what R pulls at counts as important too, above all early. Where Λ_i is 0, u_·i and U_i· get a
-    gradient from R alone. (It is a Module only for its state_dict(), which holds the averages.)
-    At the end, mask() puts the choice on the model that is kept: the best or an averaged one.
+    the new weights times this step's gradients, of task + gamma · R: what R pulls at counts too,
+    above all early, when Λ is 0. (It is a Module only for its state_dict().)
     """
 
     keep: torch.Tensor  # (n, r), what the last choice kept
@@ -301,7 +292,7 @@ class RankPruner(nn.Module):
         start, end = len(self.layers) * self.r, len(self.layers) * self.target_rank
         progress = (t - self.warmup) / (self.total_steps - self.final - self.warmup)
         left = 1 - min(max(progress, 0), 1)
-        return int(end + (start - end) * left ** 3)  # rounded down
+        return int(end + (start - end) * left ** 3)
 
     @torch.no_grad()
     def step(self):
@@ -318,68 +309,57 @@ class RankPruner(nn.Module):
         return self.kept_total
 
     def weights(self, factor):
-        """That factor of all adapters."""
         return [getattr(layer, factor) for layer in self.layers]
 
     def averages(self, factor):
-        """(Ī, Ū) of that factor of all adapters, in one tensor each."""
+        """(Ī, Ū) of that factor, of all adapters."""
         return getattr(self, f"sensitivity_{factor}"), getattr(self, f"uncertainty_{factor}")
 
     def gradients(self, factor):
-        """Its gradients in all adapters. RuntimeError for one that is missing and must not be."""
-        found = []
-        for name, w in zip(self.names, self.weights(factor)):
-            require(w.grad is not None or self.allow_unused, f"{name}.{factor} has no gradient "
-                    "(unused?): call pruner.step() after backward() and optimizer.step(), before "
-                    "zero_grad(). Do batches leave out adapters? allow_unused=True", RuntimeError)
-            found.append(torch.zeros_like(w) if w.grad is None else w.grad)
-        return found
+        """Its gradients, 0 where a batch left it out."""
+        return [torch.zeros_like(w) if w.grad is None else w.grad for w in self.weights(factor)]
 
-    def all_gradients(self):
-        """Those there are in the whole model, but for shards. RuntimeError if there is none."""
+    def all_finite(self):
+        """Whether all gradients are, but for shards. RuntimeError if one that is scored is missing,
+        with allow_unused if all are."""
         found = [p.grad for p in self.all_parameters
                  if p.grad is not None and not hasattr(p.grad, "device_mesh")]
-        require(found, "no gradients: call pruner.step() before zero_grad()", RuntimeError)
-        return found
+        for factor in self.joins:
+            for name, w in zip(self.names, self.weights(factor)):
+                require(w.grad is not None or (self.allow_unused and found),
+                        f"{name}.{factor} has no gradient (unused?): call pruner.step() after "
+                        "optimizer.step(), before zero_grad(), or allow_unused=True", RuntimeError)
+        return nn.utils.get_total_norm(found, math.inf) < math.inf  # of NaN it is NaN
 
     def update_averages(self):
         """Ī and Ū of all that is scored. The paper has "??" for them: they are AdaLoRA's.
 
         I is, to first order, what the loss would change by without a number. One batch is noisy,
         so Ī is its mean. Ū, its mean distance from Ī, keeps numbers still in doubt: a heuristic.
+        Ours: I = 0 if fp16 overflowed anywhere: a GradScaler then skips the step.
         """
-        I = {}
+        finite = self.all_finite()
+        self.to(self.dtype)  # if it was cast with a model
         for factor, join in self.joins.items():
             w = join(self.weights(factor)).to(self.dtype)
             dw = join(self.gradients(factor)).to(self.dtype)
-            I[factor] = (w * dw).abs()
-        finite = self.keep.new_ones(())
-        for gradient in self.all_gradients():
-            finite = finite & gradient.isfinite().all()
-        self.to(self.dtype)  # if a module that holds this one was cast
-        for factor, now in I.items():
-            # Ours: I = 0 if fp16 overflowed anywhere, also in the head. A GradScaler then skips the
-            # step, and may leave the other gradients scaled.
-            now = torch.where(finite, now, 0)
+            I = torch.where(finite, (w * dw).abs(), 0)
             mean, doubt = self.averages(factor)
-            mean.lerp_(now, 1 - self.beta1)  # Ī ← β1 Ī + (1 − β1) I
-            doubt.lerp_((now - mean).abs(), 1 - self.beta2)  # Ū likewise, with the new Ī
+            mean.lerp_(I, 1 - self.beta1)  # Ī ← β1 Ī + (1 − β1) I
+            doubt.lerp_((I - mean).abs(), 1 - self.beta2)  # Ū likewise, with the new Ī
 
     def scores(self):
         """Importance of every singular value, (n, r), from S(w) = Ī · Ū. Without v and V, Eq. 9
         needs 24 numbers in place of 1,560 at k = 1, r = 8, d = 768. (3.2 swaps 3.1's letters.)"""
-        S = {}
-        for factor in self.joins:
-            mean, doubt = self.averages(factor)
-            S[factor] = mean * doubt
+        S = {factor: torch.mul(*self.averages(factor)) for factor in self.joins}
         scores = S["lam"] + S["u"].mean(1) + S["U"].mean(2)  # (n, r), (n, k, r), (n, r, k)
         if "v" in S:
             # Eq. 8 adds (ΣS(v) + ΣS(V)) / k, as u and U count by their mean over k. It is the same
             # for all i: it cannot change the order in an adapter, but over all adapters it can.
             v = S["v"].split([layer.in_features for layer in self.layers])
             V = S["V"].split([layer.out_features for layer in self.layers], dim=1)
-            for i in range(len(self.layers)):
-                scores[i] += (v[i].sum() + V[i].sum()) / self.k
+            for row, its_v, its_V in zip(scores, v, V):
+                row += (its_v.sum() + its_V.sum()) / self.k
         return scores
 
     def prune(self):
@@ -393,8 +373,8 @@ class RankPruner(nn.Module):
 
     @torch.no_grad()
     def mask(self, model):
-        """Put the last choice on a model with the same adapters: averaged or loaded weights. Call
-        it at the end of a run: it warns if the budget was not reached."""
+        """Put the last choice on a model with the same adapters, at the end of a run: on averaged
+        or loaded weights. It warns if the budget was not reached."""
         found = lora2_layers(model)
         require([layer.r for _, layer in found] == [self.r] * len(self.layers),
                 "mask() needs a model with the adapters that the pruner has")
@@ -436,11 +416,11 @@ def lora2_state_dict(model):
         if key in ours:
             state[key] = tensor.clone()
     for name, layer in lora2_layers(model):
-        state[f"{name}.scale"] = torch.tensor(layer.scale)
         sample = torch.full((16,), math.nan)
         if not is_quantised(layer.base):
             W = layer.base.weight.flatten()
             sample = W[::math.ceil(len(W) / 16)].float().clone()
+        state[f"{name}.scale"] = torch.tensor(layer.scale)
         state[f"{name}.base_sample"] = sample
     return state
 
@@ -450,20 +430,18 @@ def load_lora2_state_dict(model, state):
     ValueError, and nothing is loaded, if a name, a shape, alpha or the base differs."""
     own = lora2_state_dict(model)
     missing, stray = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    require(not missing and not stray,
-            f"missing in the file: {missing[:3]}, not in this model: {stray[:3]}: use the base "
-            "model, targets, k, r and trainable names that the file was made with")
+    require(not missing and not stray, f"missing in the file: {missing[:3]}, not in this model: "
+            f"{stray[:3]}: use the file's base model, targets, k, r and trainable names")
     for name, mine in own.items():
         theirs = tuple(state[name].shape)
         require(theirs == mine.shape, f"{name} is {theirs} in the file and {tuple(mine.shape)} "
-                "here: use the base model, k and r that the file was made with")
+                "here: use the file's base model, k and r")
     for name in sorted(dict(lora2_layers(model))):
         for key, tolerance in ((f"{name}.scale", 1e-6), (f"{name}.base_sample", 0.02)):
             mine, theirs = own[key], state[key].to(own[key])  # W0 may be in bf16 on one side
-            close = torch.isclose(theirs, mine, tolerance, 1e-7)
-            unknown = mine.isnan() | theirs.isnan()
-            require((close | unknown).all(), f"{key} differs between file and model: "
-                    "use the file's alpha and base model")
+            differs = (theirs - mine).abs() > tolerance * mine.abs() + 1e-7  # a NaN never does
+            require(not differs.any(),
+                    f"{key} differs between file and model: use the file's alpha and base model")
     model.load_state_dict(state, strict=False)  # no frozen ones, but scale and base_sample
 
 

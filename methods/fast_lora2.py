@@ -76,7 +76,7 @@ def is_plain(base, x):
 def linear_with_update(base, x, down, up, cast=None):
     """base(x) + x down up for an nn.Linear: x (..., d_in) → (..., d_out), in the dtype of base(x).
 
-    cast: {dtype: (W, b)}, the base's weights in other dtypes, if they are at hand.
+    cast: (W, b), the base's weights in another dtype, if they are at hand.
     No gradient of a gradient and no torch.func goes through it.
     """
     dtype = product_dtype(x)
@@ -84,7 +84,9 @@ def linear_with_update(base, x, down, up, cast=None):
     up = up.to(dtype)
     if not is_plain(base, x):
         return base(x) + x.to(dtype) @ down @ up
-    W, b = (cast or {}).get(dtype, (base.weight, base.bias))
+    W, b = base.weight, base.bias
+    if cast is not None and cast[0].dtype == dtype:
+        W, b = cast
     if b is not None:
         b = b.to(dtype)
     rows = x.reshape(-1, x.shape[-1]).to(dtype)  # (N, d_in)
@@ -96,7 +98,7 @@ class FastLoRA2Linear(LoRA2Linear):
     """LoRA2Linear with another order of the same products: down = v, up = C V."""
 
     shared: tuple[torch.Tensor, torch.Tensor] | None = None  # in shared_updates(): (down, up)
-    cast: dict | None = None  # what cast_frozen() made: gone with the adapter
+    cast: tuple | None = None  # (W, b), what cast_frozen() made: gone with the adapter
 
     def forward(self, x):
         if self.shared is not None:
@@ -192,15 +194,11 @@ class FastRankPruner(RankPruner):
 
     def update_averages(self):
         """Ī and Ū, with I of all factors in one row."""
-        weights, gradients = [], []
-        for factor, join in self.joins.items():
-            of_adapters = self.weights(factor)
-            weights.append(join(of_adapters))
-            gradients.append(join(self.gradients(factor)))
+        finite = self.all_finite()
+        weights = [join(self.weights(factor)) for factor, join in self.joins.items()]
+        gradients = [join(self.gradients(factor)) for factor, join in self.joins.items()]
         I = (in_a_row(weights, self.dtype) * in_a_row(gradients, self.dtype)).abs_()
-        norms = torch._foreach_norm(self.all_gradients(), 2, self.dtype)
-        largest = torch.stack(norms).amax()
-        I = I.where(largest < float("inf"), 0.0)  # an overflow anywhere; also if it is NaN
+        I = I.where(finite, 0.0)
         parts = I.split([w.numel() for w in weights])
         parts = [part.view_as(w) for part, w in zip(parts, weights)]
         self.to(self.dtype)  # if its model was cast
@@ -239,28 +237,23 @@ def add_gradients(loss, parameters):
 
     Every parameter that `loss` depends on must have a .grad already; the others are left alone.
     """
-    there, new = [], []
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    for parameter, gradient in zip(parameters, gradients):
-        if gradient is not None:
-            there.append(parameter.grad)
-            new.append(gradient)
+    there = [p.grad for p, gradient in zip(parameters, gradients) if gradient is not None]
+    new = [gradient for gradient in gradients if gradient is not None]
     torch._foreach_add_(there, new)
 
 
 class FrozenLinear(nn.Linear):
     """nn.Linear with a copy of frozen weights in autocast's dtype: else each pass casts them."""
 
-    cast: tuple | None = None                               # (W, b), what is trained as it is
+    cast: tuple  # (W, b), what is trained as it is
 
     def forward(self, x):
         autocast = torch.is_autocast_enabled(x.device.type)
-        if self.cast is None or self.weight.requires_grad or not autocast:
-            return super().forward(x)
         W, b = self.cast
-        if W.dtype != product_dtype(x):
-            return super().forward(x)
-        return F.linear(x, W, b)                            # autocast casts x, and a trained b
+        if autocast and W.dtype == product_dtype(x) and not self.weight.requires_grad:
+            return F.linear(x, W, b)  # autocast casts x, and a trained b
+        return super().forward(x)
 
 
 @torch.no_grad()
@@ -270,21 +263,17 @@ def cast_frozen(model, dtype):
     For training alone, once the model is where it will run: a copy does not follow its original.
     (About 190 operations of a pass of DeBERTaV3-base; what the backward pass keeps is no more.)
     """
-    bases = set()
-    for _, layer in lora2_layers(model):
-        base = layer.base
-        bases.add(base)                                     # their copies go with the adapters
-        if not is_quantised(base) and not any(p.requires_grad for p in base.parameters()):
-            layer.cast = {dtype: (base.weight.to(dtype), cast_if_frozen(base.bias, dtype))}
+    adapters = {layer.base: layer for _, layer in lora2_layers(model)}
     for layer in model.modules():
-        is_linear = type(layer) in (nn.Linear, FrozenLinear) and layer not in bases
-        if is_linear and not is_quantised(layer) and not layer.weight.requires_grad:
+        is_linear = type(layer) in (nn.Linear, FrozenLinear) and not is_quantised(layer)
+        if not is_linear or layer.weight.requires_grad:
+            continue
+        W, b = layer.weight.to(dtype), layer.bias
+        trains_bias = b is not None and b.requires_grad
+        if b is not None and not trains_bias:
+            b = b.to(dtype)
+        if layer not in adapters:
             layer.__class__ = FrozenLinear
-            layer.cast = layer.weight.to(dtype), cast_if_frozen(layer.bias, dtype)
-
-
-def cast_if_frozen(bias, dtype):
-    """A bias in another dtype; itself if it is trained, or None."""
-    if bias is None or bias.requires_grad:
-        return bias
-    return bias.to(dtype)
+            layer.cast = W, b
+        elif not trains_bias:
+            adapters[layer].cast = W, b  # it goes with the adapter
