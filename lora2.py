@@ -323,7 +323,7 @@ class RankPruner(nn.Module):
         """Whether all gradients are, but for shards. RuntimeError if one that is scored is missing,
         with allow_unused if all are."""
         found = [p.grad for p in self.all_parameters
-                 if p.grad is not None and not hasattr(p.grad, "device_mesh")]
+                 if p.grad is not None and p.grad.numel() and not hasattr(p.grad, "device_mesh")]
         for factor in self.joins:
             for name, w in zip(self.names, self.weights(factor)):
                 require(w.grad is not None or (self.allow_unused and found),
