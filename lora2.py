@@ -27,8 +27,8 @@ through k numbers, the second scale (Eq. 4, row vectors; here d = 768, k = 8, r 
     scale    alpha / r                            with the initial r: pruning keeps it
 
 ΔW has rank min(k, r) at most. If k < r, the Λ_i are not its singular values but r terms of a sum
-in k × k numbers: k = 1 gives exactly the updates of LoRA with r = 1, and no rank falls until all
-Λ_i of an adapter are gone. Pruning then shares out terms between the matrices of a model.
+in k × k numbers: k = 1 gives exactly the updates of LoRA with r = 1. The rank falls once fewer than
+k of them are left. Until then pruning shares out terms between the matrices of a model.
 """
 import math
 import re
@@ -290,9 +290,9 @@ class RankPruner(nn.Module):
     def budget(self, t):
         """b(t), how many singular values of the whole model to keep at step t = 1 .. T."""
         start, end = len(self.layers) * self.r, len(self.layers) * self.target_rank
-        progress = (t - self.warmup) / (self.total_steps - self.final - self.warmup)
-        left = 1 - min(max(progress, 0), 1)
-        return int(end + (start - end) * left ** 3)
+        fall = self.total_steps - self.final - self.warmup
+        left = fall - min(max(t - self.warmup, 0), fall)
+        return end + (start - end) * left ** 3 // fall ** 3  # whole numbers: no rounding
 
     @torch.no_grad()
     def step(self):
@@ -332,7 +332,7 @@ class RankPruner(nn.Module):
         return nn.utils.get_total_norm(found, math.inf) < math.inf  # of NaN it is NaN
 
     def update_averages(self):
-        """Ī and Ū of all that is scored. The paper has "??" for them: they are AdaLoRA's.
+        """Ī and Ū of all that is scored. AdaLoRA's: where the paper refers to them is a "??".
 
         I is, to first order, what the loss would change by without a number. One batch is noisy,
         so Ī is its mean. Ū, its mean distance from Ī, keeps numbers still in doubt: a heuristic.
@@ -350,7 +350,8 @@ class RankPruner(nn.Module):
 
     def scores(self):
         """Importance of every singular value, (n, r), from S(w) = Ī · Ū. Without v and V, Eq. 9
-        needs 24 numbers in place of 1,560 at k = 1, r = 8, d = 768. (3.2 swaps 3.1's letters.)"""
+        needs 24 numbers in place of 1,560 at k = 1, r = 8, d = 768. (Letters as in
+        Section 3.1; Section 3.2 swaps capitals and small ones.)"""
         S = {factor: torch.mul(*self.averages(factor)) for factor in self.joins}
         scores = S["lam"] + S["u"].mean(1) + S["U"].mean(2)  # (n, r), (n, k, r), (n, r, k)
         if "v" in S:

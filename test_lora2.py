@@ -9,6 +9,7 @@ import io
 import itertools
 import math
 import random
+from fractions import Fraction
 
 import pytest
 import torch
@@ -543,7 +544,7 @@ def budget_in_the_paper(t, start, end, T, warmup, final):
     if t <= warmup:
         return start
     if t <= T - final:
-        return int(end + (start - end) * (1 - (t - warmup) / (T - final - warmup)) ** 3)
+        return int(end + (start - end) * (1 - Fraction(t - warmup, T - final - warmup)) ** 3)
     return end
 
 
@@ -554,6 +555,8 @@ def test_budget():
     assert [pruner.budget(t) for t in (1, 20, 21)] == [12, 12, 11]
     assert pruner.budget(40) == int(3 + 9 / 8) == 4
     assert [pruner.budget(t) for t in (60, 61, 100)] == [3, 3, 3]
+    whole = RankPruner(stack_of(54, k=1, r=4), 0, 7, 0, 1, 1)
+    assert [whole.budget(t) for t in range(7)] == [216, 125, 64, 27, 8, 1, 0]   # 6³ to 0³, not one less
     rng = random.Random(0)
     for _ in range(50):
         T = rng.randint(1, 60)
