@@ -785,6 +785,7 @@ def test_stopped_while_a_run_begins(four, stand_in):
     assert status != 0 and len(processes) == 1 and time.monotonic() - began < 30
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_stopped(number, four, stand_in):
     """Oracle: the stand-in, which saves on SIGTERM as train.py does. The run is told to save, once; no other

@@ -22,6 +22,8 @@ from running import folder
 from running.errors import Refused
 import train
 
+pytestmark = pytest.mark.ci                                # half a minute: in CI only
+
 
 # --- ways to spoil ------------------------------------------------------------------------------------------
 

@@ -626,6 +626,7 @@ def test_a_fetch_killed_between_two_renames_goes_on(two_tasks, tmp_path):
             assert n == (1 if there is None else 3 - len(there))  # renames that were tried
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_fetch_killed_at_random_goes_on(two_tasks, tmp_path):
     """Oracle: the files of the server, after each of twenty kills at any moment of a fetch."""

@@ -16,6 +16,8 @@ from experiments import on_gpu
 from formats import toy
 from running import folder
 
+pytestmark = pytest.mark.ci                                # half a minute: in CI only
+
 ROOT = Path(__file__).resolve().parents[1]
 # Six steps, three to an epoch, of 16, 16 and 15 rows. What is eager at first, then records, then repeats is a part of
 # 8 rows; the third batch has one of 8 rows too, of another share.

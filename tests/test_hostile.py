@@ -32,6 +32,8 @@ from tests.conftest import SMALL, outcome
 from tests.test_folder import BUSY, at_step, contents, ctrl_c
 from tests.test_spm import A, HAS_LEAF, KEY_A, LEAF, charsmap, field, model
 
+pytestmark = pytest.mark.ci                                # half a minute: in CI only
+
 on_unix = pytest.mark.skipif(os.name == "nt", reason="links, signals and locks as Unix has them")
 
 

@@ -402,6 +402,7 @@ def test_ids_of_glue_with_the_real_file(real):
     assert assert_sentencepiece_ids(*real, texts, ties=1) == ["2.33333333333333"]
 
 
+@pytest.mark.ci
 def test_hard_strings_with_the_real_file(real):
     """Oracle: SentencePiece. The ties that remain are in 50 times the letter a."""
     names = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]", "<0x41>", "<0xE2>", "\u2581", "<unk>", "<s>"]
@@ -529,6 +530,7 @@ def test_files_of_another_format(read):
         refuses(read, data, "download it again")
 
 
+@pytest.mark.ci
 def test_damaged_bytes(read):
     """Flipped bytes give a ValueError, or a tokenizer that works (no format notices a changed letter)."""
     data, pick, refused = SMALL.read_bytes(), random.Random(0), 0
