@@ -104,7 +104,7 @@ SIZES = {"lora2.py": 461,           # 350
          "the four that are read": 1543,                                     # 1,450
          "product": 7227,           # 4,300: all but tests/ and experiments/
          "experiments": 3906,       # 2,400
-         "tests": 14126}           # 9,500
+         "tests": 14133}           # 9,500
 
 
 def test_what_is_read_stays_small():

@@ -200,6 +200,13 @@ def test_what_is_said_of_performance():
     more = [f"{100 * rows[f'1 k={k}'] - 100:.0f} % (k = {k})" for k in (1, 8)]
     assert f"{more[0]} or {more[1]} more" in said and f"{rows['3 T=128']:.1f} times as fast" in said
     assert content["device"].startswith("Intel(R) Xeon(R)") and content["threads"] == 2
+    gpu = json.loads((FILES / "bench-h100.json").read_text(encoding="utf-8"))
+    assert f"H100 it is {gpu['rows']['3 T=128']['result']['value']:.0f} times as fast" in said
+    ms = [1000 * gpu["details"][f"seconds, T={T}"]["own LoRA² k=8"]["value"] for T in (128, 256)]
+    step = 1000 * content["details"]["seconds, T=128"]["own LoRA² k=1"]["value"]
+    text = " ".join(README.split())
+    assert f"takes {ms[0]:.0f} ms at 128 tokens and {ms[1]:.0f} ms at 256" in text
+    assert f"a step of 8 rows takes {step / 1000:.1f} s" in text
     assert "On two cores of an Intel Xeon, fp32." in PERFORMANCE and content["dtype"] == "fp32"
 
 
