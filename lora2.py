@@ -58,7 +58,7 @@ class LoRA2Linear(nn.Module):
         like = torch.zeros(0, dtype=dtype, device=base.weight.device)
         self.v = nn.Parameter(like.new_empty(base.in_features, k))
         self.u = nn.Parameter(like.new_empty(k, r))
-        self.lam = nn.Parameter(like.new_zeros(r))  # ΔW = 0
+        self.lam = nn.Parameter(like.new_zeros(r))  # ΔW = 0: training starts at the base
         self.U = nn.Parameter(like.new_empty(r, k))
         self.V = nn.Parameter(like.new_empty(k, base.out_features))
         for factor in (self.v, self.u, self.U, self.V):
@@ -109,54 +109,6 @@ def require(condition, message, error: type = ValueError):
         raise error(message)
 
 
-def is_quantised(base):
-    """Whether W0 is held in few bits, by a linear layer of bitsandbytes or a tensor of torchao."""
-    holds = base.weight if type(base) is nn.Linear else base
-    library = type(holds).__module__.partition(".")[0]
-    return isinstance(base, nn.Linear) and library in ("bitsandbytes", "torchao")
-
-
-def check_base(name, base, k, r, alpha, init):
-    """TypeError or ValueError unless `base` is an nn.Linear that k and r fit. No other subclass:
-    it computes something else, or nobody calls it, as nn.MultiheadAttention's out_proj."""
-    require(type(base) is nn.Linear or is_quantised(base), f"{name} is a {type(base).__name__}, "
-            "not an nn.Linear: leave it out, or put one in its place", TypeError)
-    W = base.weight
-    is_plain = type(W) is nn.Parameter and W.is_floating_point() and W.itemsize > 1
-    require((is_plain or is_quantised(base)) and not W.is_meta, f"{name} has no plain weight of "
-            "its own: meta device, quantised or re-parametrised. Leave it out", TypeError)
-    most = min(base.in_features, base.out_features)
-    require(type(k) is int and type(r) is int and 1 <= k <= most and 1 <= r <= most,
-            f"k = {k!r} or r = {r!r} does not fit {name}: give integers from 1 to {most}")
-    require(0 < alpha < math.inf and init in ("gaussian", "orthonormal"),
-            f"alpha = {alpha!r} must be positive, init = {init!r} 'gaussian' or 'orthonormal'")
-
-
-def find_targets(model, targets, trainable):
-    """({name: module to adapt}, [parameters to train]). ValueError for a word without a match."""
-    modules, parameters, linears = {}, [], set()
-    no_module, no_parameter = set(targets), set(trainable)  # words without a match
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    for name, module in model.named_modules(remove_duplicate=False):
-        words = {target for target in targets if f".{name}".endswith(f".{target}")}
-        if type(module) is nn.Linear or is_quantised(module):
-            linears.add(re.sub(r"\b\d+\b", "*", name))  # "layer.*.query", for the message
-            if module is not head:
-                words |= targets & {"all-linear"}
-        if name and words and trainable.isdisjoint(name.split(".")):
-            modules[name] = module
-            no_module -= words
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        words = trainable.intersection(name.split("."))
-        if words and parameter.is_floating_point():
-            parameters.append(parameter)
-            no_parameter -= words
-    missing = sorted(no_module) + sorted(no_parameter)
-    require(modules and not missing,
-            f"{missing or 'an empty list'} matches nothing; Linear layers: {sorted(linears)}")
-    return modules, parameters
-
-
 def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
               layer=LoRA2Linear):
     """Freeze `model` and put a LoRA2Linear around its target layers. Returns their names, in order.
@@ -171,8 +123,9 @@ def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
     require(not lora2_layers(model), "the model has LoRA² adapters already: name all in one call")
     targets = {targets} if isinstance(targets, str) else set(targets)
     trainable = {trainable} if isinstance(trainable, str) else set(trainable)
-    modules, to_train = find_targets(model, targets, trainable)
-    places = list(map(id, dict(model.named_parameters(remove_duplicate=False)).values()))
+    modules = find_modules(model, targets, trainable)
+    parameters = find_parameters(model, trainable)
+    places = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
     for name, base in modules.items():
         check_base(name, base, k, r, alpha, init)
         uses = places.count(id(base.weight))
@@ -180,9 +133,65 @@ def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
     model.requires_grad_(False)
     for name, base in modules.items():
         model.set_submodule(name, layer(base, k, r, alpha, init))
-    for parameter in to_train:
+    for parameter in parameters:
         parameter.requires_grad_(True)
     return list(modules)
+
+
+def find_modules(model, targets, trainable):
+    """{name: module to adapt}, in the model's order. ValueError for a target without a match."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    modules, linear, missing = {}, set(), set(targets)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not name or not trainable.isdisjoint(name.split(".")):
+            continue
+        words = {target for target in targets if f".{name}".endswith(f".{target}")}
+        if module is not head and (type(module) is nn.Linear or is_quantised(module)):
+            linear.add(re.sub(r"\b\d+\b", "*", name))  # "layer.*.query", for the message
+            words |= targets & {"all-linear"}
+        if words:
+            modules[name] = module
+            missing -= words
+    require(modules and not missing,
+            f"targets {sorted(missing)} match nothing; Linear layers: {sorted(linear)}")
+    return modules
+
+
+def find_parameters(model, trainable):
+    """[parameter to train in full, ...]. ValueError for an entry of `trainable` without a match."""
+    found, missing = [], set(trainable)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        words = trainable.intersection(name.split("."))
+        if words and parameter.is_floating_point():
+            found.append(parameter)
+            missing -= words
+    require(not missing, f"trainable {sorted(missing)} match nothing that can be trained")
+    return found
+
+
+def check_base(name, base, k, r, alpha, init):
+    """TypeError or ValueError unless `base` is an nn.Linear that k, r, alpha and init fit. No other
+    subclass: it computes something else, or nobody calls it, as nn.MultiheadAttention's out_proj.
+    """
+    quantised = is_quantised(base)
+    require(type(base) is nn.Linear or quantised, f"{name} is a {type(base).__name__}, "
+            "not an nn.Linear: leave it out, or put one in its place", TypeError)
+    W = base.weight
+    plain = type(W) is nn.Parameter and W.is_floating_point() and W.itemsize > 1
+    require((plain or quantised) and not W.is_meta, f"{name} has no plain weight of "
+            "its own: meta device, quantised or re-parametrised. Leave it out", TypeError)
+    most = min(base.in_features, base.out_features)
+    require(type(k) is int and type(r) is int and 1 <= min(k, r) and max(k, r) <= most,
+            f"k = {k!r} or r = {r!r} does not fit {name}: give integers from 1 to {most}")
+    require(0 < alpha < math.inf and init in ("gaussian", "orthonormal"),
+            f"alpha = {alpha!r} must be positive, init = {init!r} 'gaussian' or 'orthonormal'")
+
+
+def is_quantised(base):
+    """Whether W0 is held in few bits, by a linear layer of bitsandbytes or a tensor of torchao."""
+    holds = base.weight if type(base) is nn.Linear else base
+    library = type(holds).__module__.partition(".")[0]
+    return isinstance(base, nn.Linear) and library in ("bitsandbytes", "torchao")
 
 
 def lora2_layers(model):
@@ -242,23 +251,21 @@ class RankPruner(nn.Module):
     interval: ΔT, steps from choice to choice.
     beta1, beta2: of Ī and Ū, at least 0 and below 1.
     importance: "reduced" (Eq. 9) or "full" (Eq. 8). ValueError for what does not fit.
-    allow_unused: a factor that a batch left out (LayerDrop, experts) has I = 0, not a RuntimeError.
 
     Call step() after optimizer.step() and before zero_grad(). As in AdaLoRA's loop, importance is
     the new weights times this step's gradients, of task + gamma · R: what R pulls at counts too,
-    above all early, when Λ is 0. (It is a Module only for its state_dict().)
+    above all early, when Λ is 0. (A Module has a state_dict(), and so a pruner can be resumed.)
     """
 
-    keep: torch.Tensor  # (n, r), what the last choice kept
     joins = {"lam": torch.stack, "u": torch.stack, "U": torch.stack}  # what is scored, as stacks
+    keep: torch.Tensor  # (n, r), True for what the last choice kept
 
     def __init__(self, model, target_rank, total_steps, warmup, final, interval,
-                 beta1=0.85, beta2=0.85, importance="reduced", allow_unused=False):
+                 beta1=0.85, beta2=0.85, importance="reduced"):
         super().__init__()
         found = lora2_layers(model)
         kinds = {(layer.k, layer.r, layer.lam.dtype, layer.lam.device) for _, layer in found}
-        require(len(kinds) == 1,
-                f"the pruner needs adapters of one (k, r, dtype, device), not {kinds or 0}")
+        require(len(kinds) == 1, f"the pruner needs adapters of one k, r, dtype, device: {kinds}")
         self.names, self.layers = zip(*found)
         self.k, self.r = self.layers[0].k, self.layers[0].r
         require(type(target_rank) is int and 0 <= target_rank <= self.r,
@@ -274,14 +281,13 @@ class RankPruner(nn.Module):
         self.target_rank, self.total_steps = target_rank, total_steps
         self.warmup, self.final, self.interval = warmup, final, interval
         self.beta1, self.beta2 = beta1, beta2
-        self.allow_unused = allow_unused
+        if importance == "full":  # v below v, (sum of d_in, k), and V beside V
+            self.joins = self.joins | {"v": torch.vstack, "V": torch.hstack}
         self.all_parameters = list(model.parameters())
         self.t, self.kept_total = 0, len(found) * self.r
         lam = torch.stack(self.weights("lam"))  # (n, r)
         self.register_buffer("keep", torch.ones_like(lam, dtype=torch.bool))
         self.dtype = torch.promote_types(lam.dtype, torch.float32)  # fp16 would round I to 0
-        if importance == "full":  # v below v, (sum of d_in, k), and V beside V
-            self.joins = self.joins | {"v": torch.vstack, "V": torch.hstack}
         for factor, join in self.joins.items():
             zeros = torch.zeros_like(join(self.weights(factor)), dtype=self.dtype)
             self.register_buffer(f"sensitivity_{factor}", zeros)  # Ī
@@ -290,7 +296,7 @@ class RankPruner(nn.Module):
     def budget(self, t):
         """b(t), how many singular values of the whole model to keep at step t = 1 .. T."""
         start, end = len(self.layers) * self.r, len(self.layers) * self.target_rank
-        fall = self.total_steps - self.final - self.warmup
+        fall = self.total_steps - self.final - self.warmup  # steps from start to end
         left = fall - min(max(t - self.warmup, 0), fall)
         return end + (start - end) * left ** 3 // fall ** 3  # whole numbers: no rounding
 
@@ -299,44 +305,21 @@ class RankPruner(nn.Module):
         """Algorithm 1 for one optimizer step. Returns how many are kept; the host does not wait."""
         require(self.t < self.total_steps,
                 f"step() came more than {self.total_steps} times", RuntimeError)
-        t, last = self.t + 1, self.total_steps - self.final
-        if t <= last:  # afterwards scores and choices stay
+        last_choice = self.total_steps - self.final
+        if self.t < last_choice:  # afterwards scores and choice stay
             self.update_averages()
-        self.t = t
-        if t % self.interval == 0 or t >= last:
-            self.kept_total = self.budget(t)
+        self.t += 1
+        if self.t % self.interval == 0 or self.t >= last_choice:
+            self.kept_total = self.budget(self.t)
             self.prune()
         return self.kept_total
-
-    def weights(self, factor):
-        return [getattr(layer, factor) for layer in self.layers]
-
-    def averages(self, factor):
-        """(Ī, Ū) of that factor, of all adapters."""
-        return getattr(self, f"sensitivity_{factor}"), getattr(self, f"uncertainty_{factor}")
-
-    def gradients(self, factor):
-        """Its gradients, 0 where a batch left it out."""
-        return [torch.zeros_like(w) if w.grad is None else w.grad for w in self.weights(factor)]
-
-    def all_finite(self):
-        """Whether all gradients are, but for shards. RuntimeError if one that is scored is missing,
-        with allow_unused if all are."""
-        found = [p.grad for p in self.all_parameters
-                 if p.grad is not None and p.grad.numel() and not hasattr(p.grad, "device_mesh")]
-        for factor in self.joins:
-            for name, w in zip(self.names, self.weights(factor)):
-                require(w.grad is not None or (self.allow_unused and found),
-                        f"{name}.{factor} has no gradient (unused?): call pruner.step() after "
-                        "optimizer.step(), before zero_grad(), or allow_unused=True", RuntimeError)
-        return nn.utils.get_total_norm(found, math.inf) < math.inf  # of NaN it is NaN
 
     def update_averages(self):
         """Ī and Ū of all that is scored. AdaLoRA's: where the paper refers to them is a "??".
 
         I is, to first order, what the loss would change by without a number. One batch is noisy,
         so Ī is its mean. Ū, its mean distance from Ī, keeps numbers still in doubt: a heuristic.
-        Ours: I = 0 if fp16 overflowed anywhere: a GradScaler then skips the step.
+        Ours: I = 0 in a step that a GradScaler skipped, and for an adapter without gradients.
         """
         finite = self.all_finite()
         self.to(self.dtype)  # if it was cast with a model
@@ -372,14 +355,34 @@ class RankPruner(nn.Module):
         for layer, row in zip(self.layers, self.keep):
             layer.lam.mul_(row)
 
+    def weights(self, factor):
+        return [getattr(layer, factor) for layer in self.layers]
+
+    def gradients(self, factor):
+        """The gradients of weights(factor), 0 where the batch left an adapter out."""
+        return [torch.zeros_like(w) if w.grad is None else w.grad for w in self.weights(factor)]
+
+    def averages(self, factor):
+        """(Ī, Ū) of weights(factor), joined."""
+        return getattr(self, f"sensitivity_{factor}"), getattr(self, f"uncertainty_{factor}")
+
+    def all_finite(self):
+        """Whether all gradients of the model are finite, a tensor. If not, a GradScaler has skipped
+        the step, and may have left them times its scale. RuntimeError if no Λ has one."""
+        require(any(lam.grad is not None for lam in self.weights("lam")),
+                "no adapter has a gradient: call pruner.step() after optimizer.step() and before "
+                "zero_grad(), on a loss that comes through the adapters", RuntimeError)
+        plain = [p.grad for p in self.all_parameters if type(p.grad) is torch.Tensor]  # no shards
+        return nn.utils.get_total_norm(plain, math.inf) < math.inf  # of NaN it is NaN
+
     @torch.no_grad()
     def mask(self, model):
         """Put the last choice on a model with the same adapters, at the end of a run: on averaged
         or loaded weights. It warns if the budget was not reached."""
-        found = lora2_layers(model)
-        require([layer.r for _, layer in found] == [self.r] * len(self.layers),
+        layers = [layer for _, layer in lora2_layers(model)]
+        require([layer.r for layer in layers] == [self.r] * len(self.layers),
                 "mask() needs a model with the adapters that the pruner has")
-        for (_, layer), row in zip(found, self.keep):
+        for layer, row in zip(layers, self.keep):
             layer.lam.mul_(row.to(layer.lam.device))
         if self.kept_total > self.budget(self.total_steps):
             warnings.warn(f"the run ended at step {self.t} of {self.total_steps}: {self.kept_total}"
@@ -388,8 +391,8 @@ class RankPruner(nn.Module):
     def kept(self):
         """{adapter: singular values that the last choice kept}, the data of Figure 3. RuntimeError
         if in the last phase the model's Λ are other ones, as after loading the best weights."""
-        gone = torch.stack(self.weights("lam"))[~self.keep]
-        require(self.t < self.total_steps - self.final or not gone.any(),
+        pruned = torch.stack(self.weights("lam"))[~self.keep]
+        require(self.t < self.total_steps - self.final or not pruned.any(),
                 "the model's Λ are not what the pruner left: call pruner.mask(model)", RuntimeError)
         return dict(zip(self.names, self.keep.sum(1).tolist()))
 
@@ -402,19 +405,19 @@ class RankPruner(nn.Module):
 
 @torch.no_grad()
 def lora2_state_dict(model):
-    """{name: copy} of what may have changed: adapters, all else that is trained, buffers; not a
-    RankPruner. Beside it what tells alpha and base by: NAME.scale, and NAME.base_sample, at most
-    16 numbers of W0, or NaN, which fits any, if W0 is quantised."""
-    ours = set()
+    """{name: copy} of all that may have changed: state_dict() without frozen parameters and without
+    a RankPruner. Beside each adapter stands what tells alpha and base by: NAME.scale, and
+    NAME.base_sample, at most 16 numbers of W0, or NaN, which fits any, if W0 is quantised."""
+    changing = set()
     for name, module in model.named_modules(remove_duplicate=False):
         for key, parameter in module.named_parameters(name, recurse=False):
             if parameter.requires_grad or isinstance(module, LoRA2Linear):
-                ours.add(key)
+                changing.add(key)
         if not isinstance(module, RankPruner):
-            ours.update(dict(module.named_buffers(name, recurse=False)))
+            changing |= dict(module.named_buffers(name, recurse=False)).keys()
     state = {}
     for key, tensor in model.state_dict().items():
-        if key in ours:
+        if key in changing:
             state[key] = tensor.clone()
     for name, layer in lora2_layers(model):
         sample = torch.full((16,), math.nan)
@@ -430,17 +433,14 @@ def load_lora2_state_dict(model, state):
     """Load lora2_state_dict() into a model that the same add_lora2() call prepared. Strict:
     ValueError, and nothing is loaded, if a name, a shape, alpha or the base differs."""
     own = lora2_state_dict(model)
-    missing, stray = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    require(not missing and not stray, f"missing in the file: {missing[:3]}, not in this model: "
-            f"{stray[:3]}: use the file's base model, targets, k, r and trainable names")
-    for name, mine in own.items():
-        theirs = tuple(state[name].shape)
-        require(theirs == mine.shape, f"{name} is {theirs} in the file and {tuple(mine.shape)} "
-                "here: use the file's base model, k and r")
-    for name in sorted(dict(lora2_layers(model))):
+    mine = {(name, tuple(tensor.shape)) for name, tensor in own.items()}
+    theirs = {(name, tuple(tensor.shape)) for name, tensor in state.items()}
+    require(mine == theirs, f"only in the file: {sorted(theirs - mine)[:3]}, only in this model: "
+            f"{sorted(mine - theirs)[:3]}: use its base model, targets, k, r and trainable names")
+    for name, _ in lora2_layers(model):
         for key, tolerance in ((f"{name}.scale", 1e-6), (f"{name}.base_sample", 0.02)):
-            mine, theirs = own[key], state[key].to(own[key])  # W0 may be in bf16 on one side
-            differs = (theirs - mine).abs() > tolerance * mine.abs() + 1e-7  # a NaN never does
+            here, there = own[key], state[key].to(own[key])  # W0 may be in bf16 on one side
+            differs = (there - here).abs() > tolerance * here.abs() + 1e-7  # a NaN never does
             require(not differs.any(),
                     f"{key} differs between file and model: use the file's alpha and base model")
     model.load_state_dict(state, strict=False)  # no frozen ones, but scale and base_sample
