@@ -814,7 +814,8 @@ def test_merging_sums_in_full_precision_and_rounds_once(dtype):
 
 def test_the_file_can_be_copied_and_read():
     """Oracle: its own source: torch and the standard library only, and nothing private of torch; at most 461
-    lines of 100 columns, half of them of 60; no function over 45 lines, ten comprehensions, no named lambda."""
+    lines of 100 columns, half of the code (without docstrings) of 55; no function over 45 lines, ten
+    comprehensions, no named lambda."""
     source = Path(lora2.__file__).read_text(encoding="utf-8")
     lines, nodes = source.splitlines(), list(ast.walk(ast.parse(source)))
     of_kind = lambda *kinds: [node for node in nodes if isinstance(node, kinds)]
@@ -822,8 +823,11 @@ def test_the_file_can_be_copied_and_read():
     imports |= {node.module.split(".")[0] for node in of_kind(ast.ImportFrom)}
     assert imports <= {"torch", *sys.stdlib_module_names}
     assert len(lines) <= 461 and max(map(len, lines)) <= 100
-    code = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    assert statistics.median(map(len, code)) <= 60
+    prose = set()
+    for node in of_kind(ast.Expr):                         # docstrings
+        prose |= set(range(node.lineno, node.end_lineno + 1)) if isinstance(node.value, ast.Constant) else set()
+    code = [line for i, line in enumerate(lines, 1) if i not in prose and line.strip() and line.strip()[0] != "#"]
+    assert statistics.median(map(len, code)) <= 55
     assert max(node.end_lineno - node.lineno + 1 for node in of_kind(ast.FunctionDef)) <= 45
     assert len(of_kind(ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)) <= 10
     assert not [node for node in of_kind(ast.Assign) if isinstance(node.value, ast.Lambda)]
