@@ -438,8 +438,8 @@ def load_lora2_state_dict(model, state):
     own = lora2_state_dict(model)
     for name in sorted(own | state):
         fits = name in own and name in state and own[name].shape == state[name].shape
-        require(fits, f"{name} is not in both file and model, or not with one shape: use the file's "
-                "base model, targets, k, r and trainable names")
+        require(fits, f"{name} is not in both file and model, or not with one shape: use the "
+                "file's base model, targets, k, r and trainable names")
     for name, _ in lora2_layers(model):
         for key, tolerance in ((f"{name}.scale", 1e-6), (f"{name}.base_sample", 0.02)):
             here, there = own[key], state[key].to(own[key])  # W0 may be in bf16 on one side
