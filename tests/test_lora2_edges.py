@@ -37,14 +37,6 @@ ROOT = Path(lora2.__file__).resolve().parent
 
 # --- the layer ----------------------------------------------------------------------------------------------
 
-def test_a_single_vector():
-    """Oracle: the same vector as a batch of one."""
-    layer = randomised(LoRA2Linear(nn.Linear(8, 6), k=2, r=4))
-    x = torch.randn(8)
-    assert layer(x).shape == (6,)
-    torch.testing.assert_close(layer(x), layer(x[None])[0])
-
-
 @pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
 def test_dtypes(base_dtype, autocast):
@@ -111,24 +103,6 @@ def test_hooks_of_the_base_see_the_base_output():
     assert len(seen) == 1
 
 
-def test_no_grad_and_inference_mode():
-    """Oracle: the pass with gradients."""
-    layer, x = randomised(LoRA2Linear(nn.Linear(8, 6), k=2, r=4)), torch.randn(5, 8)
-    y = layer(x)
-    assert y.requires_grad
-    for mode in (torch.no_grad(), torch.inference_mode()):
-        with mode:
-            z = layer(x)
-        assert torch.equal(y, z) and not z.requires_grad
-
-
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_vectorised_map_over_inputs():
-    """Oracle: the batched call (torch.func.vmap and functional_call are how ensembles call a module)."""
-    layer, x = randomised(LoRA2Linear(nn.Linear(8, 6), k=2, r=4)), torch.randn(3, 5, 8)
-    torch.testing.assert_close(torch.func.vmap(layer)(x), layer(x))
-
-
 def test_deepcopy_and_pickle():
     """Oracle: the original model, bit for bit; the copies share no storage with it."""
     model, x = adapted().eval(), torch.randn(5, 8)
@@ -166,15 +140,6 @@ def test_transformer_encoder_fast_path_reads_the_adapted_matrix(monkeypatch):
         before = copy.deepcopy(model)
     with pytest.raises(TypeError, match="self_attn.out_proj is a NonDynamicallyQuantizableLinear"):
         add_lora2(nn.TransformerEncoder(layer, 1), ["out_proj"], k=2, r=4)
-
-
-def test_sequential_and_module_dict():
-    """Oracle: the names of named_modules()."""
-    model = nn.Sequential(nn.Linear(8, 8), nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)}))
-    assert add_lora2(model, ["0", "1.b"], k=2, r=2) == ["0", "1.b"]
-    assert type(model[1]["a"]) is nn.Linear and type(model[1]["b"]) is LoRA2Linear
-    assert [name for name, _ in model.named_children()] == ["0", "1"]
-    assert list(model[1]) == ["a", "b"]
 
 
 # --- add_lora2 ----------------------------------------------------------------------------------------------
@@ -715,19 +680,6 @@ def test_what_may_have_changed_is_saved():
     add_lora2(model, ["query"], k=2, r=4, trainable=["trained"])
     query = {f"query.{part}" for part in (*FACTORS, "scale", "base_sample")}
     assert lora2_state_dict(model).keys() == query | {"frozen.seen", "trained.weight", "trained.bias"}
-
-
-def test_everything_pruned_saves_loads_and_merges_to_the_base():
-    """Oracle: the base, bit for bit; shapes do not change when a matrix has no singular value left."""
-    base = Block()
-    model = copy.deepcopy(base)
-    add_lora2(model, TARGETS, k=2, r=4)
-    randomised(model)
-    pruner = RankPruner(model, 0, 1, 0, 0, 1)
-    give_gradients(model)
-    assert pruner.step() == 0 and set(pruner.kept().values()) == {0}
-    load_lora2_state_dict(model, through_a_file(lora2_state_dict(model)))
-    assert sha(merge_lora2(model).state_dict()) == sha(base.state_dict())
 
 
 def with_key(state, key, value):
