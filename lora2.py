@@ -31,7 +31,6 @@ in k × k numbers: k = 1 gives exactly the updates of LoRA with r = 1. The rank 
 k of them are left. Until then pruning shares out terms between the matrices of a model.
 """
 import math
-import re
 import warnings
 
 import torch
@@ -55,17 +54,18 @@ class LoRA2Linear(nn.Module):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.k, self.r, self.scale = k, r, alpha / r
         dtype = torch.promote_types(base.weight.dtype, torch.float32)
-        like = torch.zeros(0, dtype=dtype, device=base.weight.device)
-        self.v = nn.Parameter(like.new_empty(base.in_features, k))
-        self.u = nn.Parameter(like.new_empty(k, r))
-        self.lam = nn.Parameter(like.new_zeros(r))  # ΔW = 0: training starts at the base
-        self.U = nn.Parameter(like.new_empty(r, k))
-        self.V = nn.Parameter(like.new_empty(k, base.out_features))
-        for factor in (self.v, self.u, self.U, self.V):
+
+        def factor(*shape):
+            w = torch.empty(shape, dtype=dtype, device=base.weight.device)
             if init == "gaussian":
-                nn.init.normal_(factor, std=0.02)
-            else:
-                nn.init.orthogonal_(factor)
+                return nn.Parameter(nn.init.normal_(w, std=0.02))
+            return nn.Parameter(nn.init.orthogonal_(w))
+
+        self.v = factor(base.in_features, k)
+        self.u = factor(k, r)
+        self.lam = nn.Parameter(torch.zeros_like(self.u[0]))  # ΔW = 0: training starts at the base
+        self.U = factor(r, k)
+        self.V = factor(k, base.out_features)
         self.train(base.training)
 
     def core(self):
@@ -125,7 +125,7 @@ def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
     trainable = {trainable} if isinstance(trainable, str) else set(trainable)
     modules = find_modules(model, targets, trainable)
     parameters = find_parameters(model, trainable)
-    places = list(map(id, dict(model.named_parameters(remove_duplicate=False)).values()))
+    places = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
     for name, base in modules.items():
         check_base(name, base, k, r, alpha, init)
         uses = places.count(id(base.weight))
@@ -147,7 +147,7 @@ def find_modules(model, targets, trainable):
             continue
         words = {target for target in targets if f".{name}".endswith(f".{target}")}
         if module is not head and (type(module) is nn.Linear or is_quantised(module)):
-            linear.add(re.sub(r"\b\d+\b", "*", name))  # "layer.*.query", for the message
+            linear.add(name.rpartition(".")[2])
             words |= targets & {"all-linear"}
         if words:
             modules[name] = module
@@ -189,9 +189,10 @@ def check_base(name, base, k, r, alpha, init):
 
 def is_quantised(base):
     """Whether W0 is held in few bits, by a linear layer of bitsandbytes or a tensor of torchao."""
+    if not isinstance(base, nn.Linear):
+        return False
     holds = base.weight if type(base) is nn.Linear else base
-    library = type(holds).__module__.partition(".")[0]
-    return isinstance(base, nn.Linear) and library in ("bitsandbytes", "torchao")
+    return type(holds).__module__.partition(".")[0] in ("bitsandbytes", "torchao")
 
 
 def lora2_layers(model):
@@ -257,15 +258,15 @@ class RankPruner(nn.Module):
     above all early, when Λ is 0. (A Module has a state_dict(), and so a pruner can be resumed.)
     """
 
-    joins = {"lam": torch.stack, "u": torch.stack, "U": torch.stack}  # what is scored, as stacks
-    keep: torch.Tensor  # (n, r), True for what the last choice kept
+    factors = ("lam", "u", "U")  # of each adapter: what is scored
 
     def __init__(self, model, target_rank, total_steps, warmup, final, interval,
                  beta1=0.85, beta2=0.85, importance="reduced"):
         super().__init__()
         found = lora2_layers(model)
         kinds = {(layer.k, layer.r, layer.lam.dtype, layer.lam.device) for _, layer in found}
-        require(len(kinds) == 1, f"the pruner needs adapters of one k, r, dtype, device: {kinds}")
+        require(len(kinds) == 1,
+                f"the pruner needs adapters of one (k, r, dtype, device), not {kinds or 'none'}")
         self.names, self.layers = zip(*found)
         self.k, self.r = self.layers[0].k, self.layers[0].r
         require(type(target_rank) is int and 0 <= target_rank <= self.r,
@@ -281,36 +282,35 @@ class RankPruner(nn.Module):
         self.target_rank, self.total_steps = target_rank, total_steps
         self.warmup, self.final, self.interval = warmup, final, interval
         self.beta1, self.beta2 = beta1, beta2
-        if importance == "full":  # v below v, (sum of d_in, k), and V beside V
-            self.joins = self.joins | {"v": torch.vstack, "V": torch.hstack}
+        if importance == "full":
+            self.factors = (*self.factors, "v", "V")
         self.all_parameters = list(model.parameters())
         self.t, self.kept_total = 0, len(found) * self.r
-        lam = torch.stack(self.weights("lam"))  # (n, r)
-        self.register_buffer("keep", torch.ones_like(lam, dtype=torch.bool))
+        lam = torch.stack([layer.lam for layer in self.layers])  # (n, r)
         self.dtype = torch.promote_types(lam.dtype, torch.float32)  # fp16 would round I to 0
-        for factor, join in self.joins.items():
-            zeros = torch.zeros_like(join(self.weights(factor)), dtype=self.dtype)
-            self.register_buffer(f"sensitivity_{factor}", zeros)  # Ī
-            self.register_buffer(f"uncertainty_{factor}", zeros.clone())  # Ū
+        zeros = lam.new_zeros(sum(self.sizes()), dtype=self.dtype)
+        self.register_buffer("sensitivity", zeros)  # Ī of all that is scored, one after another
+        self.register_buffer("uncertainty", zeros.clone())  # Ū
+        self.register_buffer("keep", torch.ones_like(lam, dtype=torch.bool))  # the last choice
 
     def budget(self, t):
         """b(t), how many singular values of the whole model to keep at step t = 1 .. T."""
         start, end = len(self.layers) * self.r, len(self.layers) * self.target_rank
         fall = self.total_steps - self.final - self.warmup  # steps from start to end
         left = fall - min(max(t - self.warmup, 0), fall)
-        return end + (start - end) * left ** 3 // fall ** 3  # whole numbers: no rounding
+        return end + (start - end) * left ** 3 // fall ** 3  # rounded down, without floats
 
     @torch.no_grad()
     def step(self):
         """Algorithm 1 for one optimizer step. Returns how many are kept; the host does not wait."""
         require(self.t < self.total_steps,
                 f"step() came more than {self.total_steps} times", RuntimeError)
-        last_choice = self.total_steps - self.final
-        if self.t < last_choice:  # afterwards scores and choice stay
+        t, last_choice = self.t + 1, self.total_steps - self.final
+        if t <= last_choice:  # afterwards scores and choice stay
             self.update_averages()
-        self.t += 1
-        if self.t % self.interval == 0 or self.t >= last_choice:
-            self.kept_total = self.budget(self.t)
+        self.t = t
+        if t % self.interval == 0 or t >= last_choice:
+            self.kept_total = self.budget(t)
             self.prune()
         return self.kept_total
 
@@ -323,30 +323,29 @@ class RankPruner(nn.Module):
         """
         finite = self.all_finite()
         self.to(self.dtype)  # if it was cast with a model
-        for factor, join in self.joins.items():
-            w = join(self.weights(factor)).to(self.dtype)
-            dw = join(self.gradients(factor)).to(self.dtype)
-            I = torch.where(finite, (w * dw).abs(), 0)
-            mean, doubt = self.averages(factor)
-            mean.lerp_(I, 1 - self.beta1)  # Ī ← β1 Ī + (1 − β1) I
-            doubt.lerp_((I - mean).abs(), 1 - self.beta2)  # Ū likewise, with the new Ī
+        I = []
+        for w in self.scored():
+            dw = torch.zeros_like(w) if w.grad is None else w.grad
+            I.append((w.to(self.dtype) * dw.to(self.dtype)).abs().flatten())
+        I = torch.where(finite, torch.cat(I), 0)
+        self.sensitivity.lerp_(I, 1 - self.beta1)  # Ī ← β1 Ī + (1 − β1) I
+        distance = (I - self.sensitivity).abs()
+        self.uncertainty.lerp_(distance, 1 - self.beta2)  # Ū likewise, with the new Ī
 
     def scores(self):
         """Importance of every singular value, (n, r), from S(w) = Ī · Ū. Without v and V, Eq. 9
         needs 24 numbers in place of 1,560 at k = 1, r = 8, d = 768. (Letters as in
         Section 3.1; Section 3.2 swaps capitals and small ones.)"""
-        def S(factor):
-            mean, doubt = self.averages(factor)
-            return mean * doubt
-
-        scores = S("lam") + S("u").mean(1) + S("U").mean(2)  # (n, r), (n, k, r), (n, r, k)
-        if "v" in self.joins:
-            # Eq. 8 adds (ΣS(v) + ΣS(V)) / k, as u and U count by their mean over k. It is the same
-            # for all i: it cannot change the order in an adapter, but over all adapters it can.
-            v = S("v").split([layer.in_features for layer in self.layers])
-            V = S("V").split([layer.out_features for layer in self.layers], dim=1)
-            for row, its_v, its_V in zip(scores, v, V):
-                row += (its_v.sum() + its_V.sum()) / self.k
+        n = len(self.layers)
+        S = (self.sensitivity * self.uncertainty).split(self.sizes())
+        lam = torch.stack(S[:n])  # (n, r)
+        u = torch.stack(S[n:2 * n]).view(n, self.k, self.r)
+        U = torch.stack(S[2 * n:3 * n]).view(n, self.r, self.k)
+        scores = lam + u.mean(1) + U.mean(2)
+        # Eq. 8 adds (ΣS(v) + ΣS(V)) / k, as u and U count by their mean over k. It is the same for
+        # all i: it cannot change the order in an adapter, but over all adapters it can.
+        for row, its_v, its_V in zip(scores, S[3 * n:4 * n], S[4 * n:]):
+            row += (its_v.sum() + its_V.sum()) / self.k
         return scores
 
     def prune(self):
@@ -358,21 +357,22 @@ class RankPruner(nn.Module):
         for layer, row in zip(self.layers, self.keep):
             layer.lam.mul_(row)
 
-    def weights(self, factor):
-        return [getattr(layer, factor) for layer in self.layers]
+    def scored(self):
+        """What is scored, a list: Λ of all adapters, then all u, then all U; v and V for Eq. 8."""
+        found = []
+        for factor in self.factors:
+            for layer in self.layers:
+                found.append(getattr(layer, factor))
+        return found
 
-    def gradients(self, factor):
-        """The gradients of weights(factor), 0 where the batch left an adapter out."""
-        return [torch.zeros_like(w) if w.grad is None else w.grad for w in self.weights(factor)]
-
-    def averages(self, factor):
-        """(Ī, Ū) of weights(factor), joined."""
-        return getattr(self, f"sensitivity_{factor}"), getattr(self, f"uncertainty_{factor}")
+    def sizes(self):
+        """How many numbers each of scored() has."""
+        return [w.numel() for w in self.scored()]
 
     def all_finite(self):
         """Whether all gradients of the model are finite, a tensor. If not, a GradScaler has skipped
         the step, and may have left them times its scale. RuntimeError if no Λ has one."""
-        require(any(lam.grad is not None for lam in self.weights("lam")),
+        require(any(layer.lam.grad is not None for layer in self.layers),
                 "no adapter has a gradient: call pruner.step() after optimizer.step() and before "
                 "zero_grad(), and see that the loss depends on the adapters", RuntimeError)
         plain = [p.grad for p in self.all_parameters if type(p.grad) is torch.Tensor]  # no shards
@@ -394,7 +394,7 @@ class RankPruner(nn.Module):
     def kept(self):
         """{adapter: singular values that the last choice kept}, the data of Figure 3. RuntimeError
         if in the last phase the model's Λ are other ones, as after loading the best weights."""
-        pruned = torch.stack(self.weights("lam"))[~self.keep]
+        pruned = torch.stack([layer.lam for layer in self.layers])[~self.keep]
         require(self.t < self.total_steps - self.final or not pruned.any(),
                 "the model's Λ are not what the pruner left: call pruner.mask(model)", RuntimeError)
         return dict(zip(self.names, self.keep.sum(1).tolist()))
@@ -418,10 +418,7 @@ def lora2_state_dict(model):
                 changing.add(key)
         if not isinstance(module, RankPruner):
             changing |= dict(module.named_buffers(name, recurse=False)).keys()
-    state = {}
-    for key, tensor in model.state_dict().items():
-        if key in changing:
-            state[key] = tensor.clone()
+    state = {key: w.clone() for key, w in model.state_dict().items() if key in changing}
     for name, layer in lora2_layers(model):
         sample = torch.full((16,), math.nan)
         if not is_quantised(layer.base):

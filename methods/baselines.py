@@ -106,17 +106,15 @@ class SoRALinear(LoRALinear):
 class AdaLoRAPruner(FastRankPruner):
     """RankPruner with AdaLoRA's scores: 1 + d_in + d_out numbers, all there are, for each Λ_i."""
 
-    # P below P, (sum of d_in, r), and Q beside Q, (r, sum of d_out): their sizes differ.
-    joins = {"lam": torch.stack, "P": torch.vstack, "Q": torch.hstack}
+    factors = ("lam", "P", "Q")
 
     def scores(self):
         """S(Λ_i) + mean over d_in of S(P_·i) + mean over d_out of S(Q_i·), (n, r); S(w) = Ī · Ū."""
-        lam, P, Q = torch._foreach_mul(*self.all_averages())
-        P = P.split([layer.in_features for layer in self.layers])  # n × (d_in, r)
-        Q = Q.split([layer.out_features for layer in self.layers], dim=1)  # n × (r, d_out)
-        means_of_P = torch.stack([each.mean(0) for each in P])
-        means_of_Q = torch.stack([each.mean(1) for each in Q])
-        return lam + means_of_P + means_of_Q
+        n = len(self.layers)
+        S = (self.sensitivity * self.uncertainty).split(self.sizes())
+        P = [each.view(-1, self.r).mean(0) for each in S[n:2 * n]]  # each (d_in, r)
+        Q = [each.view(self.r, -1).mean(1) for each in S[2 * n:]]  # each (r, d_out)
+        return torch.stack(S[:n]) + torch.stack(P) + torch.stack(Q)
 
 
 class SparseGates(nn.Module):

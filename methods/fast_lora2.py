@@ -188,35 +188,26 @@ class FastRankPruner(RankPruner):
     The arguments, scores, choices and state_dict() are the same: a run can go on with either.
     """
 
-    def all_averages(self):
-        """(all Ī, all Ū), each a tuple of a tensor for each factor."""
-        return tuple(zip(*map(self.averages, self.joins)))
-
     def update_averages(self):
-        """Ī and Ū, with I of all factors in one row."""
+        """Ī and Ū, with all weights in one row and all gradients in another."""
         finite = self.all_finite()
-        weights = [join(self.weights(factor)) for factor, join in self.joins.items()]
-        gradients = [join(self.gradients(factor)) for factor, join in self.joins.items()]
-        I = (in_a_row(weights, self.dtype) * in_a_row(gradients, self.dtype)).abs_()
+        scored = self.scored()
+        gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in scored]
+        I = (in_a_row(scored, self.dtype) * in_a_row(gradients, self.dtype)).abs_()
         I = I.where(finite, 0.0)
-        parts = I.split([w.numel() for w in weights])
-        parts = [part.view_as(w) for part, w in zip(parts, weights)]
         self.to(self.dtype)  # if its model was cast
-        sensitivity, uncertainty = self.all_averages()
-        torch._foreach_lerp_(sensitivity, parts, 1 - self.beta1)
-        distance = torch._foreach_sub(parts, sensitivity)
-        torch._foreach_abs_(distance)
-        torch._foreach_lerp_(uncertainty, distance, 1 - self.beta2)
+        self.sensitivity.lerp_(I, 1 - self.beta1)
+        self.uncertainty.lerp_((I - self.sensitivity).abs_(), 1 - self.beta2)
 
     def scores(self):
         """Importance of every singular value, (n, r)."""
-        lam, u, U, *rest = torch._foreach_mul(*self.all_averages())
-        scores = lam + u.mean(1) + U.mean(2)
-        if rest:  # S ≥ 0: the sum over one v or V is its 1-norm, and many norms are one operation
-            v = rest[0].split([layer.in_features for layer in self.layers])
-            V = rest[1].split([layer.out_features for layer in self.layers], dim=1)
-            sums = torch.stack(torch._foreach_norm(v + V, 1))  # (2n,)
-            scores += sums.view(2, -1, 1).sum(0) / self.k
+        n, k, r = len(self.layers), self.k, self.r
+        S = self.sensitivity * self.uncertainty
+        lam, u, U, wide = S.tensor_split([n * r, n * r + n * k * r, n * r + 2 * n * k * r])
+        scores = lam.view(n, r) + u.view(n, k, r).mean(1) + U.view(n, r, k).mean(2)
+        if len(wide):  # S ≥ 0: the sum over one v or V is its 1-norm, many norms are one operation
+            sums = torch.stack(torch._foreach_norm(wide.split(self.sizes()[3 * n:]), 1))  # (2n,)
+            scores += sums.view(2, n, 1).sum(0) / k
         return scores
 
     def prune(self):

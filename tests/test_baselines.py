@@ -525,5 +525,5 @@ def test_lora2_goes_through_unchanged():
     assert torch.equal(baselines.regulariser("lora2", model, ("uv",)), fast.orthogonality_loss(model, ("uv",)))
     assert baselines.regulariser_floor("lora2", 1, 8, ("uv", "UV", "PQ")) == 14
     pruner = baselines.make_pruner("lora2", model, 1, 10, 1, 1, 1, "full")
-    assert type(pruner) is fast.FastRankPruner and list(pruner.joins) == ["lam", "u", "U", "v", "V"]
-    assert list(baselines.make_pruner("lora2", model, 1, 10, 1, 1, 1, None).joins) == ["lam", "u", "U"]
+    assert type(pruner) is fast.FastRankPruner and list(pruner.factors) == ["lam", "u", "U", "v", "V"]
+    assert list(baselines.make_pruner("lora2", model, 1, 10, 1, 1, 1, None).factors) == ["lam", "u", "U"]

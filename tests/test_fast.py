@@ -298,7 +298,7 @@ def stir(net, step, value=None):
 
 
 def averages_of(pruner):
-    return [tensor for name, tensor in pruner.named_buffers() if name.startswith(("sensitivity_", "uncertainty_"))]
+    return [pruner.sensitivity, pruner.uncertainty]
 
 
 @pytest.mark.parametrize("importance", ["reduced", "full"])
@@ -365,9 +365,10 @@ def test_the_fast_pruner_needs_gradients():
         assert pruner.t == 0 and not any(tensor.any() for tensor in averages_of(pruner))
 
 
-@pytest.mark.parametrize("importance, most", [("reduced", 45), ("full", 65)])
+@pytest.mark.parametrize("importance, most", [("reduced", 24), ("full", 29)])
 def test_a_step_costs_the_same_few_operations_for_any_depth(importance, most):
-    """Oracle: torch's dispatch mode counts them and sees whether the host asks the device for a number."""
+    """Oracle: torch's dispatch mode counts those that compute, as experiments/speed/counts.py does, and sees whether
+    the host asks the device for a number."""
     counts = {}
     for n in (2, 24):
         net = some_layers(n)
@@ -377,7 +378,7 @@ def test_a_step_costs_the_same_few_operations_for_any_depth(importance, most):
             with Operations() as operations:
                 pruner.step()
             names = [str(function) for function, _ in operations.seen]
-            counts.setdefault(n, []).append(len(names))
+            counts.setdefault(n, []).append(sum(not function.is_view for function, _ in operations.seen))
             waits = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "unique"}
             assert not [name for name in names if name.split(".")[1] in waits]
     assert counts[2] == counts[24] and max(counts[2]) <= most
