@@ -694,7 +694,7 @@ def test_new_head(tmp_path):
                                  for kind in ("weight", "bias")]
     assert not model.pooler.dense.bias.any() and not model.classifier.bias.any()
     assert model.dropout.p == 0.25 and M.from_pretrained(tmp_path, 4).dropout.p == 0.1
-    assert model.pooler.dropout.p == 0
+    assert model.first_dropout.p == 0
 
 
 @FAMILIES
