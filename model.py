@@ -47,8 +47,8 @@ TARGETS = {"deberta-v2": {"q": "attention.self.query_proj",
                        "f1": "intermediate.dense",
                        "f2": "output.dense"}}
 TARGETS["bert"] = TARGETS["roberta"]
-# The head is dropout → dense → activation → dropout → output, with the first token's state.
-# Option of the first dropout's rate, place of dense, activation, place of output:
+# The head is dropout → dense → activation → dropout → output. Of each family: the option with the
+# first dropout's rate, the place of dense, the activation, the place of output.
 HEADS = {"deberta-v2": ("pooler_dropout", "pooler.dense", F.gelu, "classifier"),
          "roberta": ("classifier_dropout", "classifier.dense", torch.tanh, "classifier.out_proj"),
          "bert": (None, "bert.pooler.dense", torch.tanh, "classifier")}
@@ -98,10 +98,7 @@ def split_heads(x, H):
 
 
 def attend(scores, mask, v, dropout):
-    """Each token's mean of v, weighted by the softmax of its scores: → (B, T, d).
-
-    scores: (B, H, T, T). mask: (B, 1, 1, T), True at tokens, False at padding. v: (B, H, T, e).
-    """
+    """Each token's mean of v, (B, H, T, e), by the softmax of its scores: → (B, T, d)."""
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = dropout(scores.softmax(-1))               # (B, H, T, T)
     y = weights @ v                                     # (B, H, T, e)
@@ -109,10 +106,7 @@ def attend(scores, mask, v, dropout):
 
 
 class SelfAttention(nn.Module):
-    """Softmax attention of BERT and RoBERTa: (B, T, d) → (B, T, d).
-
-    mask: as attend() has it. positions: None, it is for DeBERTa's.
-    """
+    """Softmax attention of BERT and RoBERTa: (B, T, d) → (B, T, d); positions are DeBERTa's."""
 
     def __init__(self, config):
         super().__init__()
@@ -141,7 +135,7 @@ class DisentangledSelfAttention(nn.Module):
     K and Q are the key and the query projections of a learned table of relative positions. They are
     made by the very same matrices as those of the tokens, so an adapter on these acts here too.
 
-    x: (B, T, d) → (B, T, d). mask: as attend() has it.
+    x: (B, T, d) → (B, T, d). mask: (B, 1, 1, T), True at tokens, False at padding.
     positions: the table, (R, d), and which of its rows belongs to i − j, (T, T).
     """
 
@@ -252,8 +246,6 @@ class Encoder(nn.Module):
         return x
 
 
-# --- the model -----------------------------------------------------------------------------------
-
 def place(module, name, layer):
     """Make a layer the submodule of that dotted name, with what stands in between."""
     *path, last = name.split(".")
@@ -316,16 +308,12 @@ class SequenceClassifier(nn.Module):
         """The arguments of encode() → logits, (B, num_labels)."""
         dense, output = map(self.get_submodule, self.head_layers)
         x = self.encode(input_ids, attention_mask, token_type_ids)
-        x = self.first_dropout(x[:, 0])                 # (B, d): of the first token
-        x = self.activation(dense(x))                   # (B, d)
+        x = self.activation(dense(self.first_dropout(x[:, 0])))  # (B, d): of the first token
         return output(self.dropout(x))                  # (B, num_labels)
 
 
 def target_modules(model, names):
-    """Full names of the chosen matrices in every layer, in the model's order.
-
-    names: of q, k, v, o (attention), f1 and f2 (feed-forward), at least one; else ValueError.
-    """
+    """Full names of the chosen of TARGETS in every layer; ValueError for none or another."""
     places = TARGETS[model.kind]
     unknown = [name for name in names if name not in places]
     if unknown or not names:
@@ -349,9 +337,9 @@ def in_head(name, head):
 def from_pretrained(name_or_dir, num_labels, head_dropout=None, labels=None):
     """The model that a checkpoint describes, with its weights, in fp32 and in train mode.
 
-    Every weight in the file must be used, or be a known leftover of pretraining. Missing, or for
-    other labels, may only be layers of the head: these are drawn with torch's global generator from
-    N(0, initializer_range²), and `new_weights` of the model lists their keys.
+    A weight in the file that is not used must be a known leftover of pretraining. Only layers of
+    the head may be missing, or be for other labels: these are drawn with torch's global generator
+    from N(0, initializer_range²), and `new_weights` of the model lists their keys.
 
     name_or_dir: a Hub name, or a folder with config.json and the weights; `source` of the model.
     num_labels: number of classes, or 1 for a score.
@@ -376,8 +364,9 @@ def from_pretrained(name_or_dir, num_labels, head_dropout=None, labels=None):
         keys = [f"{name}.weight", f"{name}.bias"]
         if weights.keys().isdisjoint(keys):             # half a layer is damage
             model.new_weights += keys
-    required = {key: wanted[key] for key in wanted if key not in model.new_weights}
-    hub.check_weights(weights, required, name_or_dir)   # all of them and no others
+    for key in model.new_weights:
+        del wanted[key]
+    hub.check_weights(weights, wanted, name_or_dir)     # all of them and no others
     if labels or model.new_weights:                     # the file's names are of another head
         config["id2label"] = {str(i): label for i, label in enumerate(labels or ())}
 
