@@ -315,10 +315,8 @@ class SequenceClassifier(nn.Module):
 def target_modules(model, names):
     """Full names of the chosen of TARGETS in every layer; ValueError for none or another."""
     places = TARGETS[model.kind]
-    unknown = [name for name in names if name not in places]
-    if unknown or not names:
-        raise ValueError(f"unknown target {', '.join(unknown) or 'list (empty)'}: "
-                         f"give some of {','.join(places)}")
+    if not names or not set(names) <= places.keys():
+        raise ValueError(f"unknown target among {[*names]}: give some of {','.join(places)}")
     found = []
     for i in range(model.config["num_hidden_layers"]):
         for name, place in places.items():

@@ -4,6 +4,7 @@ What the model computes is asked of both forms, model.py's and what fast.speed_u
 Offline. The plain tests need torch and safetensors; those that ask transformers are skipped without it.
     pytest tests/test_model.py              pytest -m slow tests/test_model.py      (full sizes, memory)
 """
+import ast
 import hashlib
 import json
 import math
@@ -205,11 +206,11 @@ def test_saved_folder_opens_in_transformers(hf, tmp_path, family):
 @FAMILIES
 def test_saved_folder_opens_here(tmp_path, family):
     """Oracle: the same logits, bit for bit, and what config.json has to say to transformers."""
-    ours, batch = saved(tmp_path, family, 2), rows(NARROW[family], mixed(30))
-    again = M.from_pretrained(tmp_path / "out", 2).eval()
+    ours, batch, out = saved(tmp_path, family, 2), rows(NARROW[family], mixed(30)), tmp_path / "out"
+    again = M.from_pretrained(out, 2).eval()
     assert torch.equal(again(*batch), ours(*batch)) and again.config[M.HEAD_DROPOUT[again.kind]] == 0.05
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", SAFE]
-    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", SAFE]
+    written = json.loads((out / "config.json").read_text())
     assert written["torch_dtype"] == "float32" and not {"num_labels", "dtype"} & written.keys()
     assert written["id2label"] == {"0": "no", "1": "yes"} and written["label2id"] == {"no": 0, "yes": 1}
     assert re.fullmatch("(DebertaV2|Roberta|Bert)ForSequenceClassification", written["architectures"][0])
@@ -446,11 +447,9 @@ def test_target_modules_and_place_of(family):
 def test_head(family):
     """Oracle: the parameters of the head, written out; a part is a whole word between two dots."""
     model = build(NARROW[family])
-    layers = {"deberta": ["pooler.dense", "classifier"], "bert": ["bert.pooler.dense", "classifier"],
-              "roberta": ["classifier.dense", "classifier.out_proj"]}[family]
     names = [name for name, _ in model.named_parameters() if M.in_head(name, model.head)]
-    assert names == [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
-    assert list(model.head) == (["classifier"] if family == "roberta" else ["pooler", "classifier"])
+    assert names == keys_of(*LAYERS[family])
+    assert model.head == (["classifier"] if family == "roberta" else ["pooler", "classifier"])
     assert not M.in_head("bert.classifiers.weight", model.head) and not M.in_head("x.weight", [])
 
 
@@ -551,9 +550,9 @@ def test_every_key_is_accounted_for(tmp_path, family):
     for key in ("foo.bar", f"{family}.encoder.layer.2.output.dense.weight", f"{family}.embeddings.extra",
                 f"{family}.cls.weight", "lm_headless.weight", "classifier.x"):
         refused(f'does not fit .*Unexpected key.*"{key}"', weights | {key: torch.ones(2)})
-    head = "classifier.out_proj" if family == "roberta" else "classifier"
     for damaged in (torch.ones(2, 25), torch.ones(2)):             # another number of labels is no damage
-        refused(f"does not fit .*size mismatch for {head}.weight", weights | {f"{head}.weight": damaged}, labels=3)
+        key = f"{LAYERS[family][1]}.weight"
+        refused(f"does not fit .*size mismatch for {key}", weights | {key: damaged}, labels=3)
     many = {f"module.strange.{i}": torch.ones(2) for i in range(9)}
     refused('Missing key.* and [0-9]+ more; Unexpected key "module.strange.0", "module.strange.1" and 7 more$',
             dict(list(weights.items())[:5]) | many)
@@ -579,11 +578,19 @@ def test_a_common_prefix_is_stripped(tmp_path, family, wrapper):
         assert bool(loaded.new_weights) == (len(content) < len(weights))
 
 
-def head_of(family):
-    return "classifier.out_proj" if family == "roberta" else "classifier"
-
-
+# Family → the two layers of its head, from the encoder to the output.
+LAYERS = {"deberta": ["pooler.dense", "classifier"], "bert": ["bert.pooler.dense", "classifier"],
+          "roberta": ["classifier.dense", "classifier.out_proj"]}
 NLI = ["entailment", "neutral", "contradiction"]
+
+
+def keys_of(*layers):
+    return [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
+
+
+def named(names):
+    """What config.json says of a head with these names."""
+    return {"id2label": {str(i): name for i, name in enumerate(names)}} if names else {}
 
 
 @pytest.mark.parametrize("names", [
@@ -592,14 +599,11 @@ NLI = ["entailment", "neutral", "contradiction"]
 def test_labels_are_found_by_name(tmp_path, family, names, capsys):
     """Oracle: the head's rows, picked by hand: row i is of the label that the task calls i."""
     weights = build(NARROW[family], 3).state_dict()
-    config = NARROW[family] | {"id2label": {str(i): name for i, name in enumerate(names)},
-                               "label2id": {name: i for i, name in enumerate(names)}}
+    config = NARROW[family] | named(names) | {"label2id": {name: i for i, name in enumerate(names)}}
     loaded = M.from_pretrained(write(tmp_path, config, weights), 3, labels=NLI)
-    for kind in ("weight", "bias"):
-        key = f"{head_of(family)}.{kind}"
-        for i, label in enumerate(NLI):
-            there = [name.strip().lower() for name in names].index(label)
-            assert torch.equal(loaded.state_dict()[key][i], weights[key][there])
+    there = [[name.strip().lower() for name in names].index(label) for label in NLI]
+    for key in keys_of(LAYERS[family][1]):
+        assert torch.equal(loaded.state_dict()[key], weights[key][there])
     assert loaded.new_weights == [] and capsys.readouterr().err == ""
     assert loaded.config["id2label"] == {"0": NLI[0], "1": NLI[1], "2": NLI[2]}
 
@@ -608,24 +612,26 @@ def test_labels_are_found_by_name(tmp_path, family, names, capsys):
     (3, NLI, ["entailment", "not_entailment"], "it has 3 label(s) where 2 are asked for"),
     (1, None, ["0", "1"], "it has 1 label(s) where 2"), (2, None, (), "it has 2 label(s) where 1"),
     (2, ["NEGATIVE", "POSITIVE"], ["entailment", "not_entailment"], "its labels are NEGATIVE, POSITIVE, and the"),
-    (2, ["O", "B"], ["0", "1"], "its labels are O, B")])
+    (2, ["O", "B"], ["0", "1"], "its labels are O, B"), (0, None, NLI, "")])
 @FAMILIES
 def test_a_head_that_does_not_fit_is_new(tmp_path, family, rows, names, labels, says, capsys):
-    """Oracle: what is drawn from the seed, and a warning that says why; the rest of the head stays."""
-    weights = build(NARROW[family], rows).state_dict()
-    config = NARROW[family] | ({"id2label": {str(i): name for i, name in enumerate(names)}} if names else {})
-    write(tmp_path, config, weights)
+    """Oracle: what torch's global generator draws from the seed, biases of zero, and a warning that says why; what
+    else the file has of the head stays. Without one (0 rows) all of it is drawn, and nobody is warned."""
+    weights = build(NARROW[family], rows or 2).state_dict()
+    content = weights if rows else pretraining(family, weights)
+    write(tmp_path, NARROW[family] | named(names) | {"initializer_range": 0.5}, content)
     torch.manual_seed(5)
-    loaded = M.from_pretrained(tmp_path, max(1, len(labels)), labels=labels)
+    loaded = M.from_pretrained(tmp_path, max(1, len(labels)), labels=labels, head_dropout=0.25)
+    found = loaded.state_dict()
+    new = LAYERS[family][1:] if rows or family == "bert" else LAYERS[family]      # BERT pretrains its pooler
+    assert loaded.new_weights == keys_of(*new) and loaded.dropout.p == 0.25
     torch.manual_seed(5)
-    drawn = torch.zeros(max(1, len(labels)), 24).normal_(std=0.02)
-    head = head_of(family)
-    assert loaded.new_weights == [f"{head}.weight", f"{head}.bias"]
-    assert torch.equal(loaded.state_dict()[f"{head}.weight"], drawn)
-    inner = {"deberta": "pooler.dense", "bert": "bert.pooler.dense", "roberta": "classifier.dense"}[family]
-    assert torch.equal(loaded.state_dict()[f"{inner}.weight"], weights[f"{inner}.weight"])
+    for layer in new:
+        drawn = torch.zeros(len(found[f"{layer}.bias"]), 24).normal_(std=0.5)
+        assert torch.equal(found[f"{layer}.weight"], drawn) and not found[f"{layer}.bias"].any()
+    assert all(torch.equal(found[key], weights[key]) for key in found if key not in loaded.new_weights)
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "the last layer of its head is left out" in err and says in err
+    assert says in err and err.count("the last layer of its head is left out") == err.count("\n") == bool(rows)
 
 
 @pytest.mark.parametrize("kind", ["TokenClassification", "QuestionAnswering", "MultipleChoice"])
@@ -633,11 +639,11 @@ def test_a_head_that_does_not_fit_is_new(tmp_path, family, rows, names, labels, 
 @FAMILIES
 def test_bases_from_other_tasks(hf, tmp_path, family, kind, labels, capsys):
     """Oracle: the encoder that transformers wrote under a head of another kind; the head is new, aloud."""
-    theirs = hf.AutoConfig.for_model(**NARROW[family], num_labels=labels)
-    theirs = getattr(hf, f"AutoModelFor{kind}").from_config(theirs)
-    fill(theirs).save_pretrained(tmp_path)
+    config = hf.AutoConfig.for_model(**NARROW[family], num_labels=labels)
+    theirs = fill(getattr(hf, f"AutoModelFor{kind}").from_config(config))
+    theirs.save_pretrained(tmp_path)
     ours = M.from_pretrained(tmp_path, labels, labels=["no", "yes"][:labels] if labels > 1 else ())
-    assert f"{head_of(family)}.weight" in ours.new_weights
+    assert set(ours.new_weights) >= set(keys_of(LAYERS[family][1]))
     assert "left out" in capsys.readouterr().err
     expected = theirs.state_dict()
     for key, tensor in ours.state_dict().items():
@@ -681,30 +687,14 @@ def test_config_describes_the_new_head_alone(tmp_path, labels):
     assert not written.keys() & (old.keys() - {"problem_type", "id2label", "label2id", "architectures"})
 
 
-def test_new_head(tmp_path):
-    """Oracle: torch's global generator and initializer_range; what is new is listed, biases are zero."""
-    weights = pretraining("deberta", build(NARROW["deberta"]).state_dict())
-    write(tmp_path, NARROW["deberta"] | {"initializer_range": 0.5}, weights)
-    torch.manual_seed(7)
-    model = M.from_pretrained(tmp_path, 4, head_dropout=0.25)
-    torch.manual_seed(7)
-    pooler, classifier = torch.zeros(24, 24).normal_(std=0.5), torch.zeros(4, 24).normal_(std=0.5)
-    assert torch.equal(model.pooler.dense.weight, pooler) and torch.equal(model.classifier.weight, classifier)
-    assert model.new_weights == [f"{name}.{kind}" for name in ("pooler.dense", "classifier")
-                                 for kind in ("weight", "bias")]
-    assert not model.pooler.dense.bias.any() and not model.classifier.bias.any()
-    assert model.dropout.p == 0.25 and M.from_pretrained(tmp_path, 4).dropout.p == 0.1
-    assert model.first_dropout.p == 0
-
-
 @FAMILIES
 def test_loading_draws_nothing_but_the_head(tmp_path, family):
     """Oracle: the state of torch's generator before, where the file has a head of its own."""
     write(tmp_path, NARROW[family], build(NARROW[family]).state_dict())
-    torch.manual_seed(3)
     before = torch.get_rng_state()
-    assert M.from_pretrained(tmp_path, 2).new_weights == []
+    loaded = M.from_pretrained(tmp_path, 2)
     assert torch.equal(torch.get_rng_state(), before)
+    assert loaded.new_weights == [] and loaded.dropout.p == 0.1       # hidden_dropout_prob, as none is given
 
 
 def test_training_leaves_the_files_alone(tmp_path):
@@ -808,6 +798,16 @@ def test_configurations_as_they_are():
         c = M.check_config(sizes | {"model_type": kind, "classifier_dropout": None}, "config.json")
         assert (c["type_vocab_size"], c["layer_norm_eps"], c["pad_token_id"], c["max_position_embeddings"],
                 c["classifier_dropout"]) == (2, 1e-12, pad, 512, 0.1)
+
+
+def test_the_example_at_the_top_of_the_file():
+    """Oracle: DeBERTaV3-base's config.json, and the 184,423,682 parameters of a model built of it alone."""
+    config = ast.literal_eval(M.__doc__[M.__doc__.index("{"):M.__doc__.index("}") + 1])
+    whole = M.check_config(V3_BASE, "config.json")
+    assert config == {name: whole[name] for name in config}
+    with torch.device("meta"):
+        model = M.SequenceClassifier(config, 2)
+    assert sum(p.numel() for p in model.parameters()) == 184_423_682
 
 
 def test_absent_options_equal_transformers(hf):
