@@ -131,7 +131,7 @@ def load_own(train_file, dev_file):
 
 
 def load_dev(dev_file, task, columns=None):
-    """({"dev": Split}, Task) of a file; task: a name, a Task or, with load_own()'s columns, "own"."""
+    """({"dev": Split}, Task) of a file. task: a name, a Task or, with columns of a run, "own"."""
     task = Task("", {}, **columns) if task == "own" else get_task(task)
     dev = glue.read_split(dev_file, task)
     return {"dev": glue.in_unit(dev, task, dev_file)}, task

