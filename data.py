@@ -269,8 +269,8 @@ def collate(examples, rows, multiple, pad_id):
     """The Batch of the rows with these numbers, (B,)."""
     start = examples.starts[rows]                       # (B,)
     length = examples.starts[rows + 1] - start          # (B,)
-    T = round_up(int(length.max()), multiple)
-    place = torch.arange(min(T, examples.max_len))      # (T,) in a row
+    T = min(round_up(int(length.max()), multiple), examples.max_len)
+    place = torch.arange(T)                             # (T,) in a row
     mask = place < length[:, None]                      # (B, T)
     at = (start[:, None] + place).clamp(max=len(examples.ids) - 1)  # (B, T) in examples.ids
     ids = torch.where(mask, examples.ids[at].long(), pad_id)

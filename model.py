@@ -106,7 +106,7 @@ def attend(scores, mask, v, dropout):
 
 
 class SelfAttention(nn.Module):
-    """Softmax attention of BERT and RoBERTa: (B, T, d) → (B, T, d); positions are DeBERTa's."""
+    """Attention of BERT and RoBERTa (arXiv 1706.03762, Eq. 1): (B, T, d) → (B, T, d)."""
 
     def __init__(self, config):
         super().__init__()
@@ -117,7 +117,7 @@ class SelfAttention(nn.Module):
         self.value = nn.Linear(d, d)
         self.dropout = nn.Dropout(config["attention_probs_dropout_prob"])
 
-    def forward(self, x, mask, positions):
+    def forward(self, x, mask, positions):              # positions: None, they are DeBERTa's
         H = self.heads
         q = split_heads(self.query(x), H)               # (B, H, T, e)
         k = split_heads(self.key(x), H)                 # (B, H, T, e)
@@ -127,13 +127,14 @@ class SelfAttention(nn.Module):
 
 
 class DisentangledSelfAttention(nn.Module):
-    """DeBERTa's attention: content and relative position are kept apart and meet in three terms.
+    """DeBERTa's attention (arXiv 2006.03654, Eq. 4): content and relative position in three terms.
 
         score[i, j] = ( q_i · k_j  +  q_i · K_δ  +  k_j · Q_δ ) / sqrt(3e),    δ = bucket(i − j)
                         content    content→position  position→content
 
     K and Q are the key and the query projections of a learned table of relative positions. They are
-    made by the very same matrices as those of the tokens, so an adapter on these acts here too.
+    made by the very same matrices as those of the tokens, so an adapter on these acts here too. The
+    paper has δ(j, i) in the last term; its code, the released models and so we have δ(i, j).
 
     x: (B, T, d) → (B, T, d). mask: (B, 1, 1, T), True at tokens, False at padding.
     positions: the table, (R, d), and which of its rows belongs to i − j, (T, T).

@@ -449,22 +449,29 @@ def pretraining(family, weights):
     return kept | {key: torch.ones(3) for key in extra} | buffer
 
 
+WRAPPERS = ["module.", "_orig_mod.", "model.", "module._orig_mod.", "0.auto_model."]
+
+
 @FAMILIES
 def test_files_as_they_are(tmp_path, family):
-    """Oracle: the weights that were written, in every file layout that the Hub has; all end in fp32."""
+    """Oracle: the weights that were written, in every file layout that the Hub has and with what wrappers put before
+    each key, of a classifier and of an encoder alone; all end in fp32."""
     weights, config = build(NARROW[family]).state_dict(), NARROW[family]
     body, half = pretraining(family, weights), cast(weights, torch.float16)
     strided = {key: t.mT.contiguous().mT if t.dim() == 2 else t for key, t in weights.items()}
     parameters = {key: nn.Parameter(t.clone()) for key, t in weights.items()}
-    layouts = [
+    layouts = [("", *layout) for layout in [
         (weights, SAFE), (half, SAFE), (half, BIN), (half, "legacy"), (old_names(weights), BIN), (body, BIN),
         (cast(weights, torch.bfloat16), SAFE), (cast(weights, torch.float64), BIN),
         (without_prefix(weights), SAFE), (without_prefix(body), SAFE),
-        (old_names(pretraining(family, half)), BIN), (strided, BIN), (parameters, BIN)]
-    for i, (content, file) in enumerate(layouts):
-        folder = write(tmp_path / str(i), config, content, BIN if file == "legacy" else file)
+        (old_names(pretraining(family, half)), BIN), (strided, BIN), (parameters, BIN)]]
+    layouts += [(wrapper, content, SAFE) for wrapper in WRAPPERS
+                for content in (weights, without_prefix(weights), old_names(weights))]
+    for i, (wrapper, content, file) in enumerate(layouts):
+        wrapped = {f"{wrapper}{key}": t for key, t in content.items()}
+        folder = write(tmp_path / str(i), config, wrapped, BIN if file == "legacy" else file)
         if file == "legacy":
-            torch.save(content, folder / BIN, _use_new_zipfile_serialization=False)
+            torch.save(wrapped, folder / BIN, _use_new_zipfile_serialization=False)
         loaded = M.from_pretrained(folder, 2)
         headless = not any(key.startswith("classifier") for key in content)
         new = [key for key in weights if headless and key.startswith(("classifier", "pooler"))]
@@ -530,19 +537,6 @@ def test_every_key_is_accounted_for(tmp_path, family):
     for strange in (torch.ones(24, dtype=torch.int8), "text", None):
         content = weights | {f"{family}.embeddings.LayerNorm.bias": strange}
         refused("LayerNorm.bias of .* is not a floating-point tensor", content, file=BIN)
-
-
-@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "model.", "module._orig_mod.", "0.auto_model."])
-@FAMILIES
-def test_a_common_prefix_is_stripped(tmp_path, family, wrapper):
-    """Oracle: the weights without it, of a classifier and of an encoder alone."""
-    weights = build(NARROW[family]).state_dict()
-    for content in (weights, without_prefix(weights), old_names(weights)):
-        wrapped = {f"{wrapper}{key}": tensor for key, tensor in content.items()}
-        loaded = M.from_pretrained(write(tmp_path / "in", NARROW[family], wrapped), 2)
-        for key, tensor in loaded.state_dict().items():
-            assert key in loaded.new_weights or torch.equal(tensor, weights[key]), key
-        assert bool(loaded.new_weights) == (len(content) < len(weights))
 
 
 # Family → the two layers of its head, from the encoder to the output.
