@@ -354,27 +354,26 @@ def from_pretrained(name_or_dir, num_labels, head_dropout=None, labels=None):
         model = SequenceClassifier(config, num_labels)
     model.source = str(name_or_dir)
     wanted = model.state_dict()
+    head = {name: model.get_submodule(name) for name in model.head_layers}
 
     weights = hub.read_weights(name_or_dir)
     weights = hub.convert(weights, PREFIX[model.kind], wanted.keys(), name_or_dir)
-    head = {name: model.get_submodule(name) for name in model.head_layers}
     fit_head(weights, head, config, labels, name_or_dir)
     for name in head:
         keys = [f"{name}.weight", f"{name}.bias"]
         if weights.keys().isdisjoint(keys):             # half a layer is damage
             model.new_weights += keys
-    for key in model.new_weights:
-        del wanted[key]
-    hub.check_weights(weights, wanted, name_or_dir)     # all of them and no others
-    if labels or model.new_weights:                     # the file's names are of another head
-        config["id2label"] = {str(i): label for i, label in enumerate(labels or ())}
+            del wanted[keys[0]], wanted[keys[1]]
+    hub.check_weights(weights, wanted, name_or_dir)     # all of these and no others
 
     model.load_state_dict(weights, strict=False, assign=True)  # no copy, if the file is in fp32
     for layer in head.values():
-        if layer.weight.is_meta:
+        if layer.weight.is_meta:                        # new: draw it
             layer.to_empty(device="cpu")
             nn.init.normal_(layer.weight, std=config["initializer_range"])
             nn.init.zeros_(layer.bias)
+    if labels or model.new_weights:                     # the file's names are of another head
+        config["id2label"] = {str(i): label for i, label in enumerate(labels or ())}
     return model.float()
 
 
