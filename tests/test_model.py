@@ -321,7 +321,7 @@ def test_disentangled_attention_equals_a_slow_gather(buckets, longest, lengths, 
         assert (found.pop() - expected).abs().max() < 1e-12 and not found
 
 
-def test_positions_of_roberta(monkeypatch):
+def test_positions_of_roberta():
     """Oracle: by hand. Tokens count from pad + 1, padding is at pad, also where it stands in front."""
     embeddings, seen = build(NARROW["roberta"]).roberta.embeddings, []
     embeddings.position_embeddings.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -611,23 +611,28 @@ def test_bases_from_other_tasks(hf, tmp_path, family, kind, labels, capsys):
         assert key in ours.new_weights or torch.equal(tensor, expected[key]), key
 
 
-def test_names_that_say_nothing_or_contradict(tmp_path, capsys):
-    """Oracle: LABEL_0 is no name: the head is taken as it is, aloud. Contradictions are one error."""
+@pytest.mark.parametrize("names", [{}, named(["LABEL_0", "LABEL_1"]), named([0, 1]), {"label2id": {"yes": 0, "no": 1}}])
+def test_names_that_say_nothing(tmp_path, capsys, names):
+    """Oracle: LABEL_0 is no name: the head is taken as it is, aloud. label2id alone does say it: here, to turn it."""
     weights = build(NARROW["bert"]).state_dict()
-    for names in ({}, {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, {"id2label": {"0": 0, "1": 1}}):
-        loaded = M.from_pretrained(write(tmp_path, NARROW["bert"] | names, weights), 2, labels=["no", "yes"])
-        assert torch.equal(loaded.classifier.weight, weights["classifier.weight"])
-        assert "does not say what its labels mean, they are taken to be no, yes" in capsys.readouterr().err
-    loaded = M.from_pretrained(write(tmp_path, NARROW["bert"] | {"label2id": {"yes": 0, "no": 1}}, weights), 2,
-                               labels=["no", "yes"])
-    assert torch.equal(loaded.classifier.weight, weights["classifier.weight"].flip(0))
-    for option, names in (("id2label", {"id2label": {"0": "a"}}), ("id2label", {"id2label": ["no", "yes"]}),
-                          ("id2label", {"id2label": {"0": "no", "x": "yes"}}),
-                          ("label2id", {"id2label": {"0": "no", "1": "yes"}, "label2id": {"no": 1, "yes": 0}}),
-                          ("label2id", {"id2label": {"0": "no", "1": "yes"}, "label2id": 7})):
-        write(tmp_path, NARROW["bert"] | names, weights)
-        with pytest.raises(ValueError, match=f"{option} = .* in its config.json"):
-            M.from_pretrained(tmp_path, 2, labels=["no", "yes"])
+    loaded = M.from_pretrained(write(tmp_path, NARROW["bert"] | names, weights), 2, labels=["no", "yes"])
+    turned = "label2id" in names
+    expected = weights["classifier.weight"].flip(0) if turned else weights["classifier.weight"]
+    assert torch.equal(loaded.classifier.weight, expected)
+    says = "does not say what its labels mean, they are taken to be no, yes"
+    assert (says in capsys.readouterr().err) == (not turned)
+
+
+@pytest.mark.parametrize("option, names", [
+    ("id2label", {"id2label": {"0": "a"}}), ("id2label", {"id2label": ["no", "yes"]}),
+    ("id2label", {"id2label": {"0": "no", "x": "yes"}}),
+    ("label2id", named(["no", "yes"]) | {"label2id": {"no": 1, "yes": 0}}),
+    ("label2id", named(["no", "yes"]) | {"label2id": 7})])
+def test_names_that_contradict(tmp_path, option, names):
+    """Oracle: the option's name in one error."""
+    write(tmp_path, NARROW["bert"] | names, build(NARROW["bert"]).state_dict())
+    with pytest.raises(ValueError, match=f"{option} = .* in its config.json"):
+        M.from_pretrained(tmp_path, 2, labels=["no", "yes"])
 
 
 @pytest.mark.parametrize("labels", [(), ("no", "yes"), ("a", "b", "c")])
