@@ -686,8 +686,10 @@ def test_save_refuses_adapters(tmp_path):
     lora2 = pytest.importorskip("lora2")
     model = build(NARROW["bert"])
     lora2.add_lora2(model, M.target_modules(model, ["q"]), k=1, r=2, trainable=["classifier"])
-    with pytest.raises(ValueError, match="attention.self.query.* merge the adapters before saving"):
-        M.save_pretrained(model, tmp_path / "out")
+    for refused, key in ((model, "bert.encoder.layer.0.attention.self.query.*"), (build(NARROW["bert"]), "extra")):
+        refused.extra = nn.Parameter(torch.ones(1))
+        with pytest.raises(ValueError, match=f"^{key} is no plain weight: merge the adapters before saving"):
+            M.save_pretrained(refused, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
