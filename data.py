@@ -22,7 +22,7 @@ class Task(NamedTuple):
     folder: str                     # below the data folder; "": a user's own files
     rows: dict                      # split → official number of rows; split "dev" is dev.tsv
     texts: tuple                    # header names of the one or two text columns
-    label: str                      # header name of the label column
+    label: str = "label"            # header name of the label column
     labels: tuple = ()              # names of the classes, in order of their ids; (): a regression
     metrics: tuple = ("accuracy",)  # names in METRICS; the first one selects the best
     header: tuple = ()              # column names where files have no header line
@@ -36,54 +36,46 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "cola": Task(
-        folder="CoLA", rows={"train": 8551, "dev": 1043, "test": 1063},
-        texts=("sentence",), label="label", labels=("0", "1"), metrics=("matthews",),
-        header=("source", "label", "author's mark", "sentence"),
-        downloads={"glue/data/CoLA.zip": ""}, submissions={"test": "CoLA.tsv"}),
-    "sst2": Task(
-        folder="SST-2", rows={"train": 67349, "dev": 872, "test": 1821},
-        texts=("sentence",), label="label", labels=("0", "1"),
-        downloads={"glue/data/SST-2.zip": ""}, submissions={"test": "SST-2.tsv"}),
-    "mrpc": Task(
-        folder="MRPC", rows={"train": 3668, "dev": 408, "test": 1725},
-        texts=("#1 String", "#2 String"), label="Quality", labels=("0", "1"),
-        metrics=("accuracy", "f1"),
-        downloads={"senteval/senteval_data/msr_paraphrase_train.txt": "msr_paraphrase_train.txt",
-                   "senteval/senteval_data/msr_paraphrase_test.txt": "test.tsv",
-                   "glue/data/mrpc_dev_ids.tsv": glue.DEV_IDS},
-        originals={"train": ("msr_paraphrase_train.txt", False),
-                   "dev": ("msr_paraphrase_train.txt", True),
-                   "test": ("msr_paraphrase_test.txt", None)},
-        submissions={"test": "MRPC.tsv"}),
-    "qqp": Task(
-        folder="QQP", rows={"train": 363846, "dev": 40430, "test": 390965}, damaged=True,
-        texts=("question1", "question2"), label="is_duplicate", labels=("0", "1"),
-        metrics=("accuracy", "f1"),
-        downloads={"glue/data/QQP-clean.zip": ""}, submissions={"test": "QQP.tsv"}),
-    "stsb": Task(
-        folder="STS-B", rows={"train": 5749, "dev": 1500, "test": 1379},
-        texts=("sentence1", "sentence2"), label="score", score_range=(0.0, 5.0),
-        metrics=("pearson", "spearman"),
-        downloads={"glue/data/STS-B.zip": ""}, submissions={"test": "STS-B.tsv"}),
-    "mnli": Task(
-        folder="MNLI", rows={"train": 392702, "dev_matched": 9815, "dev_mismatched": 9832,
-                             "test_matched": 9796, "test_mismatched": 9847},
-        texts=("sentence1", "sentence2"), label="gold_label",
-        labels=("entailment", "neutral", "contradiction"),
-        downloads={"glue/data/MNLI.zip": ""},
-        submissions={"test_matched": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv"}),
-    "qnli": Task(
-        folder="QNLI", rows={"train": 104743, "dev": 5463, "test": 5463},
-        texts=("question", "sentence"), label="label", labels=("entailment", "not_entailment"),
-        downloads={"glue/data/QNLIv2.zip": ""}, submissions={"test": "QNLI.tsv"}),
-    "rte": Task(
-        folder="RTE", rows={"train": 2490, "dev": 277, "test": 3000},
-        texts=("sentence1", "sentence2"), label="label", labels=("entailment", "not_entailment"),
-        downloads={"glue/data/RTE.zip": ""}, submissions={"test": "RTE.tsv"}),
-    "demo": Task(
-        folder="demo", rows={"train": 2000, "dev": 1000}, make="adapt",
-        texts=("sentence",), label="label", labels=("0", "1")),
+    "cola": Task(folder="CoLA", rows={"train": 8551, "dev": 1043, "test": 1063},
+                 texts=("sentence",), labels=("0", "1"), metrics=("matthews",),
+                 header=("source", "label", "author's mark", "sentence"),
+                 downloads={"glue/data/CoLA.zip": ""}, submissions={"test": "CoLA.tsv"}),
+    "sst2": Task(folder="SST-2", rows={"train": 67349, "dev": 872, "test": 1821},
+                 texts=("sentence",), labels=("0", "1"),
+                 downloads={"glue/data/SST-2.zip": ""}, submissions={"test": "SST-2.tsv"}),
+    "mrpc": Task(folder="MRPC", rows={"train": 3668, "dev": 408, "test": 1725},
+                 texts=("#1 String", "#2 String"), label="Quality", labels=("0", "1"),
+                 metrics=("accuracy", "f1"),
+                 downloads={
+                     "senteval/senteval_data/msr_paraphrase_train.txt": "msr_paraphrase_train.txt",
+                     "senteval/senteval_data/msr_paraphrase_test.txt": "test.tsv",
+                     "glue/data/mrpc_dev_ids.tsv": glue.DEV_IDS},
+                 originals={"train": ("msr_paraphrase_train.txt", False),
+                            "dev": ("msr_paraphrase_train.txt", True),
+                            "test": ("msr_paraphrase_test.txt", None)},
+                 submissions={"test": "MRPC.tsv"}),
+    "qqp": Task(folder="QQP", rows={"train": 363846, "dev": 40430, "test": 390965}, damaged=True,
+                texts=("question1", "question2"), label="is_duplicate", labels=("0", "1"),
+                metrics=("accuracy", "f1"),
+                downloads={"glue/data/QQP-clean.zip": ""}, submissions={"test": "QQP.tsv"}),
+    "stsb": Task(folder="STS-B", rows={"train": 5749, "dev": 1500, "test": 1379},
+                 texts=("sentence1", "sentence2"), label="score", score_range=(0.0, 5.0),
+                 metrics=("pearson", "spearman"),
+                 downloads={"glue/data/STS-B.zip": ""}, submissions={"test": "STS-B.tsv"}),
+    "mnli": Task(folder="MNLI", rows={"train": 392702, "dev_matched": 9815, "dev_mismatched": 9832,
+                                      "test_matched": 9796, "test_mismatched": 9847},
+                 texts=("sentence1", "sentence2"), label="gold_label",
+                 labels=("entailment", "neutral", "contradiction"),
+                 downloads={"glue/data/MNLI.zip": ""},
+                 submissions={"test_matched": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv"}),
+    "qnli": Task(folder="QNLI", rows={"train": 104743, "dev": 5463, "test": 5463},
+                 texts=("question", "sentence"), labels=("entailment", "not_entailment"),
+                 downloads={"glue/data/QNLIv2.zip": ""}, submissions={"test": "QNLI.tsv"}),
+    "rte": Task(folder="RTE", rows={"train": 2490, "dev": 277, "test": 3000},
+                texts=("sentence1", "sentence2"), labels=("entailment", "not_entailment"),
+                downloads={"glue/data/RTE.zip": ""}, submissions={"test": "RTE.tsv"}),
+    "demo": Task(folder="demo", rows={"train": 2000, "dev": 1000}, make="adapt",
+                 texts=("sentence",), labels=("0", "1")),
 }
 
 
@@ -99,8 +91,8 @@ def get_task(task):
 def load_task(task, data_dir="glue", seed=0, train=True):
     """{"train": Split, "dev": Split}; MNLI has "dev_matched" and "dev_mismatched" for "dev".
 
-    task: a name in TASKS or a Task. data_dir: the folder that holds CoLA/, RTE/ and so on; the demo
-    needs none and makes its rows from the seed. train: False leaves "train" out, to evaluate.
+    task: a name in TASKS or a Task. data_dir: the folder that holds CoLA/, RTE/ and so on.
+    seed: of the demo's rows, which are made. train: False leaves "train" out, to evaluate.
     """
     task = get_task(task)
     names = labelled_splits(task, train)
@@ -117,7 +109,7 @@ def labelled_splits(task, train):
 
 
 def is_missing(task, data_dir, train=True):
-    """Whether load_task() would find no file where glue.fetch_task() can get one."""
+    """Whether load_task() would find no file where fetch.fetch_task() can get one."""
     paths = [glue.find_split(task, data_dir, name) for name in labelled_splits(task, train)]
     return bool(task.downloads) and None in paths
 
@@ -131,7 +123,7 @@ def load_own(train_file, dev_file):
     train = glue.read_split(train_file, task)
     if not task.labels:
         scores = torch.tensor(train.labels, dtype=torch.float64)
-        deviation = float(scores.std(correction=0)) or 1.0     # 0: all are alike
+        deviation = float(scores.std(correction=0)) or 1.0      # 0: all are alike
         task = task._replace(unit=(float(scores.mean()), deviation))
     train = glue.in_unit(train, task, train_file)
     splits, task = load_dev(dev_file, task)
@@ -139,19 +131,13 @@ def load_own(train_file, dev_file):
 
 
 def load_dev(dev_file, task, columns=None):
-    """({"dev": Split}, Task) of one TSV file, to evaluate what was trained on a task.
-
-    task: a name or a Task; "own": what load_own() made of the training file, by its columns.
-    """
+    """({"dev": Split}, Task) of a file. task: a name, a Task or, with columns of a run, "own"."""
     task = Task("", {}, **columns) if task == "own" else get_task(task)
     dev = glue.read_split(dev_file, task)
     return {"dev": glue.in_unit(dev, task, dev_file)}, task
 
 
 # ---- tokens ------------------------------------------------------------------------------------
-PIECE = 4096           # rows that are encoded at once, as the library's results are large, with
-LETTERS = 2_000_000    # so many letters at most
-
 
 class Examples(NamedTuple):
     """An encoded split, flat so that MNLI's stays small: row i is ids[starts[i]:starts[i + 1]]."""
@@ -174,38 +160,51 @@ def encode(tokenizer, split, max_len, name="the data"):
     max_len: counts special tokens. name: of the split, for messages. ValueError where max_len
     leaves no room for text, for a row without a token, and where most tokens are unknown.
     """
-    is_pair = len(split.texts[0]) == 2
-    special = tokenizer.num_special_tokens_to_add(is_pair)
+    special = tokenizer.num_special_tokens_to_add(len(split.texts[0]) == 2)
     if max_len <= special:
         raise ValueError(f"a maximum length of {max_len} leaves no room for text: the tokenizer "
                          f"adds {special} special tokens to a row, so give at least {special + 1}")
-    rows = split.texts if is_pair else [text for (text,) in split.texts]
-    longest = max(sum(map(len, texts)) for texts in split.texts)
-    piece = max(1, min(PIECE, LETTERS // (longest + 1)))
     ids = array("i")
     types = array("B")
     starts = array("q", [0])
     truncated = 0
     tokenizer.enable_truncation(max_len, strategy="longest_first")
-    for first in range(0, len(rows), piece):
-        for encoding in tokenizer.encode_batch_fast(rows[first:first + piece]):
-            ids.extend(encoding.ids)
-            types.extend(encoding.type_ids)
-            starts.append(len(ids))
-            truncated += bool(encoding.overflowing)
+    for encoding in encodings(tokenizer, split.texts):
+        ids.extend(encoding.ids)
+        types.extend(encoding.type_ids)
+        starts.append(len(ids))
+        if encoding.overflowing:
+            truncated += 1
     tokenizer.no_truncation()
+
     starts = torch.frombuffer(starts, dtype=torch.int64)
+    check_tokens(tokenizer, ids, starts, special, name)
+    ids = torch.frombuffer(ids, dtype=torch.int32)
+    types = torch.frombuffer(types, dtype=torch.uint8)
+    labels = None if split.labels is None else torch.tensor(split.labels)
+    return Examples(ids, types, starts, labels, max_len, truncated)
+
+
+def encodings(tokenizer, texts):
+    """The library's result for each row of one or two texts, a piece at a time: they are large."""
+    rows = texts if len(texts[0]) == 2 else [text for (text,) in texts]
+    longest = max(sum(map(len, row)) for row in texts)
+    piece = max(1, min(4096, 2_000_000 // (longest + 1)))   # rows; two million letters at most
+    for first in range(0, len(rows), piece):
+        yield from tokenizer.encode_batch_fast(rows[first:first + piece])
+
+
+def check_tokens(tokenizer, ids, starts, special, name):
+    """ValueError for a row without a token, and where most are unknown: no training would help."""
     empty = (starts.diff() == 0).nonzero()
     if len(empty):
         raise ValueError(f"row {int(empty[0]) + 1} of {name} has no tokens: give it a text")
     unknown = {tokenizer.token_to_id("[UNK]"), tokenizer.token_to_id("<unk>")} - {None}
-    share = sum(map(ids.count, unknown)) / max(1, len(ids) - special * len(rows))
-    if share > 0.5:                                # no training would help
+    texts = len(ids) - special * (len(starts) - 1)      # tokens but for the special ones
+    share = sum(map(ids.count, unknown)) / max(1, texts)
+    if share > 0.5:
         raise ValueError(f"{share:.0%} of the tokens of {name} are unknown to the tokenizer: give "
                          "a model of the language that they are in")
-    labels = None if split.labels is None else torch.tensor(split.labels)
-    return Examples(torch.frombuffer(ids, dtype=torch.int32),
-                    torch.frombuffer(types, dtype=torch.uint8), starts, labels, max_len, truncated)
 
 
 def check_ids(examples, config, name):
@@ -213,7 +212,7 @@ def check_ids(examples, config, name):
     highest_id = max(int(split.ids.max()) for split in examples.values())
     highest_type = max(int(split.types.max()) for split in examples.values())
     ids = config["vocab_size"]
-    types = max(2, config["type_vocab_size"])      # a model with at most one ignores them
+    types = max(2, config["type_vocab_size"])           # a model with at most one ignores them
     if highest_id >= ids or highest_type >= types:
         raise ValueError(f"{name}: its tokenizer gives ids up to {highest_id} and types up to "
                          f"{highest_type}, its model has {ids} and {types} of them: they do not "
@@ -247,18 +246,15 @@ def batches(examples, batch_size, pad_id=0, generator=None, skip=0, multiple=8):
 
 
 def plan_batches(length, batch_size, generator):
-    """The row numbers of each batch, a list of tensors (B,); length: of each row, (N,).
-
-    With a generator the rows are shuffled and cut into pools; each pool is sorted by length and
-    cut into batches; then the batches are shuffled.
-    """
+    """The row numbers of each batch, a list of tensors (B,); length: of each row, (N,)."""
     # Lengths are rounded up, so that rows of one such width stay in random order: more mixing for
     # hardly more padding. Not to `multiple`: --resume on another device shall have these batches.
-    width = round_up(length, torch.where(length < 32, 2, 8))          # (N,)
+    width = round_up(length, torch.where(length < 32, 2, 8))        # (N,)
     if generator is None:
         return list(width.argsort(stable=True).split(batch_size))
     plan = []
-    for pool in torch.randperm(len(width), generator=generator).split(batch_size * POOL):
+    shuffled = torch.randperm(len(width), generator=generator)      # (N,)
+    for pool in shuffled.split(batch_size * POOL):
         in_order = width[pool].argsort(stable=True)
         plan.extend(pool[in_order].split(batch_size))
     order = torch.randperm(len(plan), generator=generator).tolist()
@@ -271,19 +267,19 @@ def round_up(length, multiple):
 
 def collate(examples, rows, multiple, pad_id):
     """The Batch of the rows with these numbers, (B,)."""
-    start = examples.starts[rows]                                     # (B,)
-    length = examples.starts[rows + 1] - start                        # (B,)
-    width = min(round_up(int(length.max()), multiple), examples.max_len)
-    places = torch.arange(width)                                      # (T,) in a row
-    mask = places < length[:, None]                                   # (B, T)
-    at = (start[:, None] + places).clamp(max=len(examples.ids) - 1)   # (B, T) in examples.ids
-    ids = torch.where(mask, examples.ids[at].long(), pad_id)          # (B, T)
-    types = torch.where(mask, examples.types[at].long(), 0)           # (B, T)
+    start = examples.starts[rows]                       # (B,)
+    length = examples.starts[rows + 1] - start          # (B,)
+    T = min(round_up(int(length.max()), multiple), examples.max_len)
+    place = torch.arange(T)                             # (T,) in a row
+    mask = place < length[:, None]                      # (B, T)
+    at = (start[:, None] + place).clamp(max=len(examples.ids) - 1)  # (B, T) in examples.ids
+    ids = torch.where(mask, examples.ids[at].long(), pad_id)
+    types = torch.where(mask, examples.types[at].long(), 0)
     labels = None if examples.labels is None else examples.labels[rows]
     return Batch(ids, mask, types, labels, rows)
 
 
-# ---- metrics -----------------------------------------------------------------------------------
+# ---- scores ------------------------------------------------------------------------------------
 # p: predictions (N,), t: targets (N,). A metric whose denominator is zero is 0.
 
 def accuracy(p, t):

