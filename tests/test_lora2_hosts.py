@@ -2,6 +2,7 @@
 exported LoRA. Every test names its oracle."""
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -182,6 +183,38 @@ def test_a_host_saves_a_pruner_that_is_a_part_of_it(tmp_path):
     pruner.load_state_dict({name.removeprefix("pruner."): tensor for name, tensor in state.items()
                             if name.startswith("pruner.")})
     assert pruner.t == 1 and torch.equal(pruner.scores(), model.pruner.scores()) and pruner.scores().any()
+
+
+def test_a_schedule_free_optimizer():
+    """Oracle: counting. What such an optimizer evaluates is an average of pruned weights, with more nonzero Λ: kept()
+    refuses to speak for them, and after mask() kept = nonzero Λ = budget. Masked in between, training goes on."""
+    schedulefree = pytest.importorskip("schedulefree")
+    torch.manual_seed(0)
+    model, targets, trainable, batch = bert()
+    names = add_lora2(model, targets, k=2, r=4, init="orthonormal", trainable=trainable)
+    optimizer = schedulefree.AdamWScheduleFree([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    pruner, losses = RankPruner(model, 1, 40, 4, 16, 2), []
+    for step in range(1, 41):
+        optimizer.train()
+        loss = model(**batch).loss
+        (loss + 0.1 * orthogonality_loss(model)).backward()
+        optimizer.step()
+        pruner.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if step in (20, 40):
+            optimizer.eval()
+            left = [int(layer.lam.count_nonzero()) for _, layer in lora2_layers(model)]
+            assert sum(left) > pruner.budget(step)
+            if step == 40:
+                with pytest.raises(RuntimeError, match="mask"):
+                    pruner.kept()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore" if step == 20 else "error")             # it has not ended
+                pruner.mask(model)
+    nonzero = {name: int(layer.lam.count_nonzero()) for name, layer in lora2_layers(model)}
+    assert pruner.kept() == nonzero and sum(nonzero.values()) == len(names)
+    assert model(**batch).loss < losses[0] / 2
 
 
 def nf4(layer):
