@@ -146,45 +146,6 @@ def test_gradient_checkpointing_of_the_host(host):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("host", ["llama", "gpt_neox", "bert"])
-def test_the_export_is_what_peft_reads_as_lora(host):
-    """Oracle: peft's own LoRA layers, r = lora_alpha = k, filled with A and B: the same logits to 1e-5."""
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-    model, targets, _, batch = HOSTS[host]()
-    base = copy.deepcopy(model)
-    names = add_lora2(model, targets, k=2, r=4)
-    for _, layer in lora2_layers(model):
-        for name in ("v", "u", "lam", "U", "V"):
-            torch.nn.init.normal_(getattr(layer, name), std=0.5)
-    theirs = peft.get_peft_model(base, peft.LoraConfig(r=2, lora_alpha=2, target_modules=names))
-    before = logits(theirs, batch)
-    with torch.no_grad():
-        for name, layer in lora2_layers(model):
-            lora, (A, B) = theirs.base_model.model.get_submodule(name), layer.to_lora()
-            lora.lora_A["default"].weight.copy_(A)
-            lora.lora_B["default"].weight.copy_(B)
-    torch.testing.assert_close(logits(theirs, batch), logits(model, batch), rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(before, logits(model, batch), atol=1e-2)
-
-
-def test_a_host_saves_a_pruner_that_is_a_part_of_it(tmp_path):
-    """Oracle: the pruner itself: save_pretrained() writes safetensors, which hold tensors and nothing else."""
-    load_file = pytest.importorskip("safetensors.torch").load_file
-    model, targets, trainable, batch = bert()
-    add_lora2(model, targets, k=2, r=4, trainable=trainable)
-    model.pruner = RankPruner(model, 1, 10, 1, 1, 1)
-    model(**batch).loss.backward()
-    orthogonality_loss(model).backward()
-    model.pruner.step()
-    model.save_pretrained(tmp_path)
-    pruner = RankPruner(model, 1, 10, 1, 1, 1)
-    state = load_file(tmp_path / "model.safetensors")
-    pruner.load_state_dict({name.removeprefix("pruner."): tensor for name, tensor in state.items()
-                            if name.startswith("pruner.")})
-    assert pruner.t == 1 and torch.equal(pruner.scores(), model.pruner.scores()) and pruner.scores().any()
-
-
 def test_a_schedule_free_optimizer():
     """Oracle: counting. What such an optimizer evaluates is an average of pruned weights, with more nonzero Λ: kept()
     refuses to speak for them, and after mask() kept = nonzero Λ = budget. Masked in between, training goes on."""
