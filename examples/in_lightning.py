@@ -55,5 +55,5 @@ trainer = lightning.Trainer(
     accumulate_grad_batches=ACCUMULATE, gradient_clip_val=10.0, logger=False,
     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 trainer.fit(module, loader)
-loss, kept = trainer.callback_metrics["loss"], sum(module.pruner.kept().values())
-module.print(f"loss {loss:.2f}, kept {kept} of 8")
+kept = sum(module.pruner.kept().values())
+module.print(f"loss {trainer.callback_metrics['loss']:.2f}, kept {kept} of 8")

@@ -152,21 +152,15 @@ def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
     groups = by_shape([layer for _, layer in lora2_layers(model)])
     require(groups and terms and set(terms) <= {"uv", "UV", "PQ"},
             f"terms = {terms!r}: list some of 'uv', 'UV', 'PQ', on a model with LoRA² adapters")
-    layers, Gv, GV = [], [], []  # from here on in the order of the groups
-    with torch.autocast(groups[0][0].u.device.type, enabled=False):
-        for group in groups:
-            v = stacked(group, "v")
-            V = stacked(group, "V")
-            layers += group
-            Gv.append(torch.bmm(v.mT, v))
-            GV.append(torch.bmm(V, V.mT))
-        Gv = torch.cat(Gv)  # (n, k, k)
-        GV = torch.cat(GV)
-        u = stacked(layers, "u")  # (n, k, r)
-        U = stacked(layers, "U")  # (n, r, k)
-        Gu = torch.bmm(u, u.mT)  # (n, k, k)
-        GU = torch.bmm(U.mT, U)
-        k, r = u.shape[1:]
+    layers = []  # in the order of the groups, as all that follows
+    for group in groups:
+        layers += group
+    k, r = layers[0].k, layers[0].r
+    with torch.autocast(layers[0].u.device.type, enabled=False):
+        Gv = torch.cat([gram(stacked(group, "v").mT) for group in groups])  # (n, k, k)
+        GV = torch.cat([gram(stacked(group, "V")) for group in groups])
+        Gu = gram(stacked(layers, "u"))
+        GU = gram(stacked(layers, "U").mT)
         grams, offset = [], 0
         if "uv" in terms:
             grams += [Gv, Gu]
@@ -178,6 +172,11 @@ def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
         E = torch.cat(grams)  # (2n, 4n or 6n, k, k)
         E = E - torch.eye(k, dtype=E.dtype, device=E.device)
         return (E * E.mT).sum() / len(layers) + offset
+
+
+def gram(A):
+    """A Aᵀ of each of n matrices: (n, a, b) → (n, a, a)."""
+    return torch.bmm(A, A.mT)
 
 
 class FastRankPruner(RankPruner):
