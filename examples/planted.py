@@ -2,46 +2,39 @@
 
     python examples/planted.py                             # no data, no network, a few seconds
 
-It prints the loss, the distance of R from its least value and what is kept, as training goes on,
-and at the end how exactly the result is exported and merged.
+    step     loss  R - floor  kept in layers 0, 2, 4, 6
+       1  0.10369    0.00000  [8, 8, 8, 8]
+      60  0.01004    0.00290  [3, 5, 8, 4]
+     150  0.00034    0.00099  [0, 0, 5, 0]
+     300  0.00000    0.00001  [0, 0, 4, 0]
+    exported as a plain LoRA of rank 8: B @ A = ΔW to 6e-08
+    merged into plain layers: the same output to 2e-06
 """
 import sys
-from pathlib import Path
 
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a clone
+sys.path.append(sys.path[0] + "/..")  # to run from a clone
 
 from lora2 import RankPruner, add_lora2, merge_lora2, orthogonality_floor, orthogonality_loss
 
 
-def make_problem(planted_in=2):
-    """(four frozen layers with tanh between them, x (512, 32), their output after the change)."""
-    layers = [nn.Linear(32, 32) for _ in range(4)]
-    net = nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2], nn.Tanh(), layers[3])
-    x = torch.randn(512, 32)
-    change = torch.randn(32, 4) @ torch.randn(4, 32) / 32  # of rank 4
-    for layer in layers:
-        nn.init.normal_(layer.weight, std=0.4)
-    weight = layers[planted_in].weight.data
-    weight += change
-    target = net(x).detach()
-    weight -= change
-    return net, x, target
-
-
 def main(seed=0, steps=300, gamma=0.1):
-    """Train on the problem and print the table."""
     torch.manual_seed(seed)
-    net, x, target = make_problem()
-    add_lora2(net, ["0", "2", "4", "6"], k=8, r=8, alpha=8, init="orthonormal")
-    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0)
-    pruner = RankPruner(net, target_rank=1, total_steps=steps, warmup=30, final=90, interval=5)
-    floor = orthogonality_floor(8, 8)
+    net = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(),
+                        nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
+    x = torch.randn(512, 32)
+    change = torch.randn(32, 4) @ torch.randn(4, 32) / 32  # of rank 4, for layer 4
+    for layer in (net[0], net[2], net[4], net[6]):
+        nn.init.normal_(layer.weight, std=0.4)
+    net[4].weight.data += change
+    target = net(x).detach()
+    net[4].weight.data -= change
 
-    print("planted: a change of rank 4 in layer 4")
+    add_lora2(net, ["0", "2", "4", "6"], k=8, r=8, alpha=8, init="orthonormal")
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01, weight_decay=0)  # frozen ones stay
+    pruner = RankPruner(net, target_rank=1, total_steps=steps, warmup=30, final=90, interval=5)
     print("step     loss  R - floor  kept in layers 0, 2, 4, 6")
     for step in range(1, steps + 1):
         loss = nn.functional.mse_loss(net(x), target)
@@ -50,8 +43,9 @@ def main(seed=0, steps=300, gamma=0.1):
         optimizer.step()
         pruner.step()
         optimizer.zero_grad()
-        if step in (1, 30, 60, 90, 150, 210, steps):
-            print(f"{step:4d}  {loss:.5f}  {R - floor:9.5f}  {list(pruner.kept().values())}")
+        if step in (1, 60, 150, steps):
+            over = R - orthogonality_floor(8, 8)
+            print(f"{step:4d}  {loss:.5f}  {over:9.5f}  {list(pruner.kept().values())}")
 
     y = net(x)
     A, B = net[4].to_lora()

@@ -64,12 +64,11 @@ class LoRALinear(LoRA2Linear):
         with torch.autocast(down.device.type, enabled=False):
             return self.scale * (down @ up).T
 
+    @torch.no_grad()
     def to_lora(self):
-        """ΔW = B @ A as a plain LoRA: detached copies of A (r, d_in) and B (d_out, r)."""
+        """ΔW = B @ A as a plain LoRA: copies of A (r, d_in) and B (d_out, r)."""
         down, up = self.down_up()
-        A = down.T
-        B = (self.scale * up).T
-        return A.detach().clone(), B.detach().clone()
+        return down.T.clone(), (self.scale * up).T.clone()
 
     def forward(self, x):
         """x (..., d_in) → (..., d_out)."""
@@ -138,7 +137,7 @@ class SparseGates(nn.Module):
         """Shrink all gates. Returns None: only kept() asks the device how many still live."""
         gates = [layer.gate for _, layer in self.layers]
         shrunk = nn.functional.softshrink(torch.stack(gates), self.threshold)  # (n, r)
-        torch._foreach_copy_(gates, list(shrunk.unbind()))
+        torch._foreach_copy_(gates, shrunk.unbind())
 
     def kept(self):
         """{adapter: gates that are not 0}."""
@@ -169,22 +168,15 @@ def add_method(method, model, targets, head, k, r, alpha, init):
 
 def train_some(method, model, head):
     """Freeze all parameters but those that "full", "bitfit" or "head" trains, in place."""
-    require(method in METHODS,
-            f"there is no method {method!r}: the methods are {', '.join(METHODS)}")
     parameters = dict(model.named_parameters())
     in_head = {name for name in parameters if not set(head).isdisjoint(name.split("."))}
-    if method == "full":
-        chosen = set(parameters)
-        problem = "it has no parameters"
-    elif method == "bitfit":
-        chosen = {name for name in parameters if name.endswith("bias")} - in_head
-        problem = "there is no bias outside the head"
-    else:
-        chosen = in_head
-        problem = f"no parameter is under {head}"
-    require(chosen, f"{method} finds nothing to train: {problem}")
+    biases = {name for name in parameters if name.endswith("bias")} - in_head
+    choices = {"full": set(parameters), "bitfit": biases, "head": in_head}
+    require(method in choices, f"there is no method {method!r}: give one of {', '.join(METHODS)}")
+    require(choices[method], f"{method} finds nothing to train: the model has no parameter under "
+            f"{head}, or no bias outside of it")
     for name, parameter in parameters.items():
-        parameter.requires_grad_(name in chosen or name in in_head)
+        parameter.requires_grad_(name in choices[method] or name in in_head)
 
 
 def regulariser(method, model, terms):
@@ -200,8 +192,7 @@ def regulariser(method, model, terms):
     grams = []
     for _, layer in lora2_layers(model):
         with torch.autocast(layer.P.device.type, enabled=False):
-            grams.append(layer.P.T @ layer.P)
-            grams.append(layer.Q @ layer.Q.T)
+            grams += [layer.P.T @ layer.P, layer.Q @ layer.Q.T]
     grams = torch.stack(grams)  # (2n, r, r)
     identity = torch.eye(grams.shape[-1], device=grams.device)
     return (grams - identity).norm(dim=(1, 2)).mean()
@@ -209,9 +200,7 @@ def regulariser(method, model, terms):
 
 def regulariser_floor(method, k, r, terms):
     """The least value of regulariser(): what is shown to the user is the distance from it."""
-    if method == "lora2":
-        return orthogonality_floor(k, r, terms)
-    return 0.0
+    return orthogonality_floor(k, r, terms) if method == "lora2" else 0.0
 
 
 def make_pruner(method, model, target_rank, total_steps, warmup, final, interval, importance,
@@ -220,15 +209,13 @@ def make_pruner(method, model, target_rank, total_steps, warmup, final, interval
     "sora", with a threshold, or None."""
     if method == "sora":
         return SparseGates(model, threshold)
-    if method not in ("lora2", "adalora"):
+    kinds = {"lora2": FastRankPruner, "adalora": AdaLoRAPruner}
+    if method not in kinds:
         return None
-    kind = FastRankPruner
-    if method == "adalora":
-        require(importance != "full",
-                "importance = 'full' is Eq. 8 of LoRA²: AdaLoRA has no v and V to add")
-        kind = AdaLoRAPruner
-    return kind(model, target_rank, total_steps, warmup, final, interval,
-                importance=importance or "reduced")
+    require(method == "lora2" or importance != "full",
+            "importance = 'full' is Eq. 8 of LoRA²: AdaLoRA has no v and V to add")
+    return kinds[method](model, target_rank, total_steps, warmup, final, interval,
+                         importance=importance or "reduced")
 
 
 def surviving_parameters(model, kept, trained):

@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora2 import LoRA2Linear
-from methods.fast_lora2 import (FastLoRA2Linear, add_gradients, cast_frozen, orthogonality_loss,
-                                product_dtype, shared_updates)
+from methods.fast_lora2 import (FastLoRA2Linear, add_gradients, cast_frozen, product_dtype,
+                                shared_updates)
 from model import DisentangledSelfAttention, Encoder, SelfAttention, bucket, split_heads
 
-__all__ = ["Recorded", "add_gradients", "orthogonality_loss", "recorder", "shared_updates",
-           "speed_up"]
+__all__ = ["Recorded", "add_gradients", "recorder", "shared_updates", "speed_up"]
 
 
 def speed_up(net, dtype="fp32", compile=False):
@@ -23,9 +22,8 @@ def speed_up(net, dtype="fp32", compile=False):
 
     Only the classes of its modules change: parameters, state_dict(), merging and saving do not.
     Call it last: when adapters are added, the rest is frozen and the model is where it will run.
-    With "bf16", frozen weights must not change afterwards, and if the model is moved afterwards,
-    torch refuses to mix devices until it gets another call. Adapters that are added afterwards stay
-    plain and slow; with "bf16" they are refused.
+    With "bf16", frozen weights must not change afterwards, and a model that is moved needs another
+    call. Adapters that are added afterwards stay plain and slow; with "bf16" they are refused.
 
     net: a SequenceClassifier, changed in place.
     dtype: "fp32", or "bf16" for a model under autocast, whose frozen weights are cast here, once.
@@ -132,10 +130,8 @@ class CheapDropout(nn.Dropout):
         bits = torch.empty(math.ceil(n / 4), dtype=torch.int64)
         bits.random_(-2**63, None)                          # 4 × 16 bits in each
         numbers = bits.view(torch.int16)[:n].view(x.shape)  # −32,768 .. 32,767
-        keep = numbers >= dropped - 2**15
-        keep = keep.view(torch.int8)                        # becomes x's dtype faster than a bool
-        y = x * keep                                        # backward needs `keep`: a byte each
-        return y.mul_(2**16 / (2**16 - dropped))
+        keep = (numbers >= dropped - 2**15).view(torch.int8)  # a byte each for the backward pass
+        return (x * keep).mul_(2**16 / (2**16 - dropped))
 
 
 class FastEncoder(Encoder):
@@ -168,8 +164,7 @@ def relative_rows(T, buckets, max_position, device):
     """
     distance = torch.arange(-(T - 1), T, device="cpu")
     rows = bucket(distance, buckets, max_position) + buckets
-    first = rows[0].item()
-    last = rows[-1].item()
+    first, last = rows[0].item(), rows[-1].item()
     if last - first == 2 * T - 2:
         return first, last + 1, None
     return first, last + 1, (rows - first).to(device)

@@ -24,6 +24,7 @@ from lora2 import LoRA2Linear, RankPruner, is_quantised, lora2_layers, require
 
 class LinearWithUpdate(torch.autograd.Function):
     """y = x Wᵀ + b + (x down) up, with x (N, d_in), down (d_in, k), up (k, d_out) and y (N, d_out).
+    W and b are frozen.
 
     Autograd would compute the update, and its share of ∂L/∂x, in arrays as large as y and x and add
     them up afterwards. Here the products add into what is there (addmm_), and only x and x down are
@@ -42,15 +43,11 @@ class LinearWithUpdate(torch.autograd.Function):
     @torch.autograd.function.once_differentiable  # z is kept as a number: no gradient of a gradient
     def backward(ctx, dy):
         x, W, z, down, up = ctx.saved_tensors
-        dx = dW = db = None
+        dx = None
         dz = up @ dy.T  # (k, N)
         if ctx.needs_input_grad[0]:
             dx = (dy @ W).addmm_(dz.T, down.T)  # (N, d_in)
-        if ctx.needs_input_grad[1]:  # W and b are frozen, as a rule
-            dW = dy.T @ x
-        if ctx.needs_input_grad[2]:
-            db = dy.sum(0)
-        return dx, dW, db, (dz @ x).T, z @ dy
+        return dx, None, None, (dz @ x).T, z @ dy
 
 
 def product_dtype(x):
@@ -61,7 +58,7 @@ def product_dtype(x):
 
 
 def is_plain(base, x):
-    """Whether base(x) is all that an nn.Linear is asked for, so that nobody misses the call.
+    """Whether base(x) is no more than a frozen product, so that nobody misses the call.
 
     Hooks, or a forward() that was put in the place of its own, want to be called, and quantised
     weights are no Parameter of torch. Mixed dtypes are for torch to refuse.
@@ -70,7 +67,8 @@ def is_plain(base, x):
     hooks = (base._forward_hooks or base._forward_pre_hooks
              or base._backward_hooks or base._backward_pre_hooks)
     mixed = base.weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)
-    return plain and not hooks and not mixed
+    trained = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
+    return plain and not hooks and not mixed and not trained
 
 
 def linear_with_update(base, x, down, up, cast=None):
@@ -98,7 +96,7 @@ class FastLoRA2Linear(LoRA2Linear):
     """LoRA2Linear with another order of the same products: down = v, up = C V."""
 
     shared: tuple[torch.Tensor, torch.Tensor] | None = None  # in shared_updates(): (down, up)
-    cast: tuple | None = None  # (W, b), what cast_frozen() made: gone with the adapter
+    cast: tuple | None = None  # (W, b), what cast_frozen() made
 
     def forward(self, x):
         if self.shared is not None:
@@ -154,21 +152,15 @@ def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
     groups = by_shape([layer for _, layer in lora2_layers(model)])
     require(groups and terms and set(terms) <= {"uv", "UV", "PQ"},
             f"terms = {terms!r}: list some of 'uv', 'UV', 'PQ', on a model with LoRA² adapters")
-    layers, Gv, GV = [], [], []  # from here on in the order of the groups
-    with torch.autocast(groups[0][0].u.device.type, enabled=False):
-        for group in groups:
-            v = stacked(group, "v")
-            V = stacked(group, "V")
-            layers += group
-            Gv.append(torch.bmm(v.mT, v))
-            GV.append(torch.bmm(V, V.mT))
-        Gv = torch.cat(Gv)  # (n, k, k)
-        GV = torch.cat(GV)
-        u = stacked(layers, "u")  # (n, k, r)
-        U = stacked(layers, "U")  # (n, r, k)
-        Gu = torch.bmm(u, u.mT)  # (n, k, k)
-        GU = torch.bmm(U.mT, U)
-        k, r = u.shape[1:]
+    layers = []  # in the order of the groups, as all that follows
+    for group in groups:
+        layers += group
+    k, r = layers[0].k, layers[0].r
+    with torch.autocast(layers[0].u.device.type, enabled=False):
+        Gv = torch.cat([gram(stacked(group, "v").mT) for group in groups])  # (n, k, k)
+        GV = torch.cat([gram(stacked(group, "V")) for group in groups])
+        Gu = gram(stacked(layers, "u"))
+        GU = gram(stacked(layers, "U").mT)
         grams, offset = [], 0
         if "uv" in terms:
             grams += [Gv, Gu]
@@ -180,6 +172,11 @@ def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
         E = torch.cat(grams)  # (2n, 4n or 6n, k, k)
         E = E - torch.eye(k, dtype=E.dtype, device=E.device)
         return (E * E.mT).sum() / len(layers) + offset
+
+
+def gram(A):
+    """A Aᵀ of each of n matrices: (n, a, b) → (n, a, a)."""
+    return torch.bmm(A, A.mT)
 
 
 class FastRankPruner(RankPruner):
@@ -259,12 +256,10 @@ def cast_frozen(model, dtype):
         is_linear = type(layer) in (nn.Linear, FrozenLinear) and not is_quantised(layer)
         if not is_linear or layer.weight.requires_grad:
             continue
-        W, b = layer.weight.to(dtype), layer.bias
-        trains_bias = b is not None and b.requires_grad
-        if b is not None and not trains_bias:
+        b = layer.bias
+        if b is not None and not b.requires_grad:
             b = b.to(dtype)
         if layer not in adapters:
             layer.__class__ = FrozenLinear
-            layer.cast = W, b
-        elif not trains_bias:
-            adapters[layer].cast = W, b  # it goes with the adapter
+        keeper = adapters.get(layer, layer)  # an adapter's copy goes with the adapter
+        keeper.cast = layer.weight.to(dtype), b

@@ -73,24 +73,6 @@ def adapt(method, base, r=3, k=None, alpha=6.0):
     return model
 
 
-def losses(model, x, y, steps=8, gamma=0.0, method=None, pruner=None):
-    """The loss before each of `steps` steps of AdamW, in the order of train.py's loop."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
-    values = []
-    for _ in range(steps):
-        loss = F.mse_loss(model(x), y)
-        values.append(loss.item())
-        loss.backward()
-        if gamma:
-            (gamma * baselines.regulariser(method, model, ("uv", "UV", "PQ"))).backward()
-        optimizer.step()
-        if pruner:
-            pruner.step()
-        optimizer.zero_grad()
-    assert values[-1] < values[0]
-    return values
-
-
 # --- counts -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("config, method, k, r, targets, count", [
@@ -294,21 +276,6 @@ def test_sparse_gates_are_the_proximal_step():
     assert sparsifier.kept() == {"0": 2, "2": 1, "4": 3}   # 0.5 and 0.31 live: 0.2 and 0.01 are below ξ
 
 
-def test_adalora_regulariser():
-    """Oracle: by hand. P and Q with orthonormal columns and rows give 0; P = Q = 0 give ‖I_r‖ = √r."""
-    model = adapt("adalora", net()[0], r=4)
-    for _, layer in lora2_layers(model):
-        nn.init.zeros_(layer.P), nn.init.zeros_(layer.Q)
-    assert baselines.regulariser("adalora", model, None).item() == pytest.approx(2)
-    for _, layer in lora2_layers(model):
-        nn.init.orthogonal_(layer.P), nn.init.orthogonal_(layer.Q)
-    assert baselines.regulariser("adalora", model, None).item() == pytest.approx(0, abs=1e-12)
-    nn.init.zeros_(lora2_layers(model)[0][1].P)            # one of 2N = 6 matrices: the mean, not the sum
-    assert baselines.regulariser("adalora", model, None).item() == pytest.approx(2 / 6)
-    assert baselines.regulariser_floor("adalora", None, 4, None) == 0
-    assert baselines.regulariser("lora", model, None) is None is baselines.regulariser("sora", model, None)
-
-
 @pytest.mark.parametrize("method", ADAPTERS)
 def test_autocast_does_not_round_the_update(method):
     """Oracle: the same calls outside autocast, bit for bit: ΔW, export and the regulariser."""
@@ -344,72 +311,6 @@ def test_one_formula(method):
     expected = torch.zeros(8, 6, dtype=torch.float64)
     expected[0, 0] = (-3.0) ** len(ones) * 2               # scale = alpha / r = 6 / 3
     assert torch.equal(layer.delta_weight(), expected)
-
-
-# --- where the methods coincide -----------------------------------------------------------------------------
-
-def inner_identity(base, r=4, alpha=8.0):
-    """LoRA² with k = r and u = U = I, frozen, and AdaLoRA whose P, Λ, Q are its v, Λ, V."""
-    two, ada = adapt("lora2", base, r=r, k=r, alpha=alpha), adapt("adalora", base, r=r, alpha=alpha)
-    for (_, a), (_, b) in zip(lora2_layers(two), lora2_layers(ada)):
-        for factor in (a.u, a.U):
-            nn.init.eye_(factor.requires_grad_(False))
-        b.P.data, b.lam.data, b.Q.data = a.v.data.clone(), a.lam.data.clone(), a.V.data.clone()
-    return two, ada
-
-
-def test_lora2_with_identity_inside_is_adalora():
-    """Oracle: v I Λ I V = P Λ Q: the same output, gradients, ΔW and, over 8 steps, the same losses."""
-    base, x, y = net()
-    two, ada = inner_identity(base)
-    for (_, a), (_, b) in zip(lora2_layers(two), lora2_layers(ada)):
-        a.lam.data = torch.linspace(-1, 2, 4, dtype=torch.float64)
-        b.lam.data = a.lam.data.clone()
-    for model in (two, ada):
-        F.mse_loss(model(x), y).backward()
-    torch.testing.assert_close(two(x), ada(x), rtol=1e-10, atol=1e-10)
-    for (_, a), (_, b) in zip(lora2_layers(two), lora2_layers(ada)):
-        same_gradients([(a.v, b.P), (a.lam, b.lam), (a.V, b.Q)])
-        torch.testing.assert_close(a.delta_weight(), b.delta_weight(), rtol=1e-10, atol=1e-12)
-    two, ada = inner_identity(base)
-    assert losses(two, x, y) == pytest.approx(losses(ada, x, y), rel=1e-8)
-
-
-@pytest.mark.parametrize("method, diagonal", [("sora", "gate"), ("adalora", "lam")])
-def test_with_ones_in_the_middle_it_is_lora(method, diagonal):
-    """Oracle: LoRA from the same A, or Aᵀ = P, and B = 0. With g = 1 or Λ = 1, held, ξ = 0 and Q = 0 the losses
-    are LoRA's over 8 steps."""
-    base, x, y = net()
-    model, lora = adapt(method, base), adapt("lora", base)
-    for (_, a), (_, b) in zip(lora2_layers(model), lora2_layers(lora)):
-        nn.init.ones_(getattr(a, diagonal).requires_grad_(False))
-        if method == "adalora":
-            nn.init.zeros_(a.Q)
-        b.A.data = (a.A.data if method == "sora" else a.P.data.T).clone(memory_format=torch.contiguous_format)
-    pruner = baselines.SparseGates(model, 0) if method == "sora" else None
-    assert losses(model, x, y, pruner=pruner) == pytest.approx(losses(lora, x, y), rel=1e-10)
-
-
-@pytest.mark.parametrize("method", ["lora2", "adalora", "sora"])
-def test_extras_switched_off(method):
-    """Oracle: the loop without the extra. gamma = 0 and target = r, or ξ = 0, give the same losses, bit for
-    bit; with the extra on they differ (so that the comparison can fail)."""
-    base, x, y = net()
-
-    def run(gamma, extra):
-        model = adapt(method, base, r=4, k=2)
-        if extra is None:
-            pruner = None
-        elif method == "sora":
-            pruner = baselines.SparseGates(model, extra)
-        else:
-            pruner = baselines.make_pruner(method, model, extra, 8, 1, 2, 1, None)
-        return losses(model, x, y, 8, gamma, method, pruner)
-
-    off, on = (0, 0.1) if method == "sora" else (4, 1)
-    plain = run(0.0, None)
-    assert run(0.0, off) == plain != run(0.0, on)
-    assert method == "sora" or run(0.5, off) != plain
 
 
 # --- saving, loading, merging, pruning ----------------------------------------------------------------------
@@ -452,46 +353,6 @@ def test_base_in_half_precision(method, dtype):
     torch.testing.assert_close(y.float(), same(x.to(dtype).float()), rtol=0.05, atol=0.1)
 
 
-def test_adalora_prunes_to_its_budget_and_holds_it():
-    """Oracle: the budget of Algorithm 1, N · target, after the run, with every other Λ exactly 0 under
-    AdamW's momentum and decay; the pruner's state gives another the same scores and counts."""
-    base, x, y = net()
-    model = adapt("adalora", base, r=4)
-    pruner = baselines.make_pruner("adalora", model, 2, 12, 2, 5, 1, "reduced")
-    losses(model, x, y, 12, 0.1, "adalora", pruner)
-    assert pruner.kept_total == sum(pruner.kept().values()) == 6
-    for i, (_, layer) in enumerate(lora2_layers(model)):
-        assert ((layer.lam != 0) == pruner.keep[i]).all()
-    other = baselines.make_pruner("adalora", model, 2, 12, 2, 5, 1, "reduced")
-    other.load_state_dict(pruner.state_dict())
-    assert other.kept() == pruner.kept() and torch.equal(other.scores(), pruner.scores())
-
-
-def test_adalora_scores():
-    """Oracle: S = Ī Ū and AdaLoRA's triplet score, element by element in plain Python, for three shapes."""
-    base, x, y = net()
-    model = adapt("adalora", base, r=2)
-    pruner = baselines.make_pruner("adalora", model, 1, 100, 1, 1, 1, None)
-    smooth = {}
-    for _ in range(3):
-        stir(model, seed=len(smooth))
-        model.zero_grad()
-        F.mse_loss(model(x), y).backward()
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                I = (p * p.grad).detach().abs()
-                mean, spread = smooth.get(name, (0 * I, 0 * I))
-                mean = 0.85 * mean + 0.15 * I
-                smooth[name] = mean, 0.85 * spread + 0.15 * (I - mean).abs()
-        pruner.step()
-    S = {name: mean * spread for name, (mean, spread) in smooth.items()}
-    for row, name in zip(pruner.scores(), ("0", "2", "4")):
-        for i in range(2):
-            P, Q = S[f"{name}.P"][:, i].tolist(), S[f"{name}.Q"][i].tolist()
-            by_hand = S[f"{name}.lam"][i].item() + sum(P) / len(P) + sum(Q) / len(Q)
-            assert row[i].item() == pytest.approx(by_hand, rel=1e-9)
-
-
 # --- mistakes -----------------------------------------------------------------------------------------------
 
 def test_mistakes_are_named():
@@ -499,9 +360,9 @@ def test_mistakes_are_named():
     model = bert()
     with pytest.raises(ValueError, match="no method 'dora'"):
         baselines.add_method("dora", model, [], HEAD, None, None, None, None)
-    with pytest.raises(ValueError, match="head finds nothing to train: no parameter is under"):
+    with pytest.raises(ValueError, match="head finds nothing to train: .* under .'nothing'"):
         baselines.add_method("head", model, [], ["nothing"], None, None, None, None)
-    with pytest.raises(ValueError, match="bitfit finds nothing to train: there is no bias"):
+    with pytest.raises(ValueError, match="bitfit finds nothing to train: .* no bias"):
         unbiased = nn.Sequential(nn.Linear(2, 2, bias=False))
         baselines.add_method("bitfit", unbiased, [], [], None, None, None, None)
     with pytest.raises(ValueError, match="r = 25"):
@@ -524,6 +385,8 @@ def test_lora2_goes_through_unchanged():
     assert isinstance(layer, LoRA2Linear) and type(layer).delta_weight is LoRA2Linear.delta_weight
     assert torch.equal(baselines.regulariser("lora2", model, ("uv",)), fast.orthogonality_loss(model, ("uv",)))
     assert baselines.regulariser_floor("lora2", 1, 8, ("uv", "UV", "PQ")) == 14
+    assert baselines.regulariser_floor("adalora", None, 8, None) == 0
+    assert baselines.regulariser("lora", model, None) is None is baselines.regulariser("sora", model, None)
     pruner = baselines.make_pruner("lora2", model, 1, 10, 1, 1, 1, "full")
     assert type(pruner) is fast.FastRankPruner and list(pruner.factors) == ["lam", "u", "U", "v", "V"]
     assert list(baselines.make_pruner("lora2", model, 1, 10, 1, 1, 1, None).factors) == ["lam", "u", "U"]

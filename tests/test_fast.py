@@ -7,7 +7,6 @@ import pickle
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,7 +15,7 @@ from lora2 import (LoRA2Linear, RankPruner, add_lora2, lora2_layers, lora2_state
 from methods import baselines
 from methods import fast_lora2 as fast
 from methods.fast_lora2 import (FastLoRA2Linear, FastRankPruner, LinearWithUpdate, add_gradients, cast_frozen,
-                                linear_with_update, shared_updates)
+                                shared_updates)
 from tests.checkpoints import Operations
 
 
@@ -82,10 +81,11 @@ def test_same_function_and_gradients(shape, k, r, bias):
 
 
 def test_gradients_by_finite_differences():
-    """Oracle: torch.autograd.gradcheck, of all five arguments. A gradient of a gradient is refused."""
+    """Oracle: torch.autograd.gradcheck, of what is not frozen. A gradient of a gradient is refused."""
     torch.manual_seed(0)
-    given = [torch.randn(shape, dtype=torch.float64, requires_grad=True)
-             for shape in ((4, 5), (3, 5), (3,), (5, 2), (2, 3))]
+    given = [torch.randn(shape, dtype=torch.float64) for shape in ((4, 5), (3, 5), (3,), (5, 2), (2, 3))]
+    for i in (0, 3, 4):
+        given[i].requires_grad_()
     assert torch.autograd.gradcheck(LinearWithUpdate.apply, given)
     (dx,) = torch.autograd.grad(LinearWithUpdate.apply(*given).square().sum(), given[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -94,35 +94,15 @@ def test_gradients_by_finite_differences():
 
 def test_a_base_that_is_trained_too():
     """Oracle: LoRA2Linear: add_lora2(..., trainable=["bias"]) trains the biases of adapted layers as well."""
-    plain, quick = network(LoRA2Linear, ["bias"]), network(FastLoRA2Linear, ["bias"])
-    assert len([name for name, p in quick.named_parameters() if "base.bias" in name and p.requires_grad]) == 3
     x = torch.linspace(-1, 1, 30, dtype=torch.float64).view(5, 6)
-    assert_close(passed(quick, x), passed(plain, x))
-
-
-def test_frozen_weights_are_cast_once():
-    """Oracle: the same pass without it, to the bit; by hand: six copies fewer, W and b of three layers. What
-    is trained is still cast each time, and in another dtype nothing changes."""
-    net, x = network().float(), torch.randn(5, 6)
-
-    def autocast(x, call=net):
-        with torch.autocast("cpu", torch.bfloat16), operations:
-            return call(x)
-
-    operations = Operations()
-    expected, before = passed(net, x, autocast), len(operations.casts())
-    plain = net(x)
-    cast_frozen(net, torch.bfloat16)
-    operations = Operations()
-    assert_close(passed(net, x, autocast), expected, rtol=0, atol=0)
-    assert before - len(operations.casts()) == 6
-    assert torch.equal(net(x), plain) and not any("cast" in name for name in net.state_dict())
-    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(compiled(x), expected[0])
-    trained = network(FastLoRA2Linear, ["bias"])
-    cast_frozen(trained, torch.bfloat16)
-    assert not any(layer.cast for _, layer in lora2_layers(trained))
+    for words in (["bias"], ["weight", "bias"]):
+        plain, quick = network(LoRA2Linear), network(FastLoRA2Linear)
+        for net in (plain, quick):
+            for name, p in net.named_parameters():
+                p.requires_grad_(p.requires_grad or name.rpartition(".")[2] in words)
+        cast_frozen(quick, torch.bfloat16)
+        assert len(passed(quick, x)) == 1 + 15 + 3 * len(words)
+        assert_close(passed(quick, x), passed(plain, x))
 
 
 def test_what_was_cast_is_gone_with_the_adapter():
@@ -153,23 +133,16 @@ def test_precisions(base_dtype, autocast):
     assert layers[1].v.grad.dtype == torch.promote_types(base_dtype, torch.float32)
 
 
-def test_hooks_see_the_base():
-    """Oracle: the base layer alone."""
-    _, fast = twins()
-    x, seen = torch.randn(5, 6, dtype=torch.float64), []
-    free = fast(x)
-    handle = fast.base.register_forward_hook(lambda module, args, y: seen.append(y))
-    hooked = fast(x)
-    assert torch.allclose(hooked, free)
-    assert torch.equal(seen[0], F.linear(x, fast.base.weight, fast.base.bias))
-    handle.remove()
-    fast.base.register_forward_pre_hook(lambda module, args: seen.append(args))
-    fast(x)
-    assert len(seen) == 2
-
-
 def test_what_nn_linear_would_do_is_done():
-    """Oracle: LoRA2Linear: a forward put in the place of the base's is called, mixed dtypes are an error."""
+    """Oracle: LoRA2Linear: hooks see the base, a forward put in its place is called, mixed dtypes are an error."""
+    for layer in twins():
+        x, seen = torch.randn(5, 6, dtype=torch.float64), []
+        free = layer(x)
+        handle = layer.base.register_forward_pre_hook(lambda module, args: seen.append(*args))
+        assert torch.allclose(layer(x), free) and torch.equal(seen[0], x)
+        handle.remove()
+        layer.base.register_forward_hook(lambda module, args, y: seen.append(y))
+        assert torch.allclose(layer(x), free) and torch.equal(seen[1], layer.base(x))
     for layer in twins():
         x, plain = torch.randn(5, 6, dtype=torch.float64), layer.base.forward
         before = layer(x)
@@ -186,8 +159,13 @@ def test_dynamo_of_torch_2_6_can_trace_it():
 
 
 def test_shared_updates():
-    """Oracle: the same passes without it. Afterwards nothing is left; other adapters are left alone."""
+    """Oracle: the same passes without it, also where two adapters of one shape have other scales. Afterwards nothing
+    is left, whatever went wrong; other adapters are left alone."""
     net, x = network(), torch.randn(5, 6, dtype=torch.float64)
+    net.insert(3, copy.deepcopy(net[2]))
+    net[3].scale *= 9
+    for p in net.parameters():
+        p.data *= 0.3                                      # else tanh is ±1, whatever the scale
     apart = passed(net, x)
 
     def together(x):
@@ -204,33 +182,10 @@ def test_shared_updates():
     assert torch.equal(net(x), base(x))
     with shared_updates(network(LoRA2Linear)), shared_updates(nn.Linear(2, 2)):
         pass
-
-
-def test_shared_updates_of_different_scales():
-    """Oracle: the same pass without it, where two adapters of one shape have another alpha."""
-    net, x = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).double(), torch.randn(5, 6, dtype=torch.float64)
-    for name, alpha in (("0", 1), ("1", 100)):
-        net[int(name)] = FastLoRA2Linear(net[int(name)], 2, 3, alpha)
-        nn.init.normal_(net[int(name)].lam)
-    apart = net(x)
-    with shared_updates(net):
-        assert torch.allclose(net(x), apart, rtol=0, atol=1e-12)
-
-
-def test_shared_updates_that_cannot_be_made(monkeypatch):
-    """Oracle: by hand: memory runs out at the second shape; no adapter keeps what the first one got."""
-    net, stack, calls = network(), torch.stack, []
-
-    def scarce(tensors):
-        calls.append(1)
-        if len(calls) > 5:                                 # the five matrices of the first shape
-            raise MemoryError
-        return stack(tensors)
-
-    monkeypatch.setattr(torch, "stack", scarce)
-    with pytest.raises(MemoryError), shared_updates(net):
+    net[-1].U = None                                       # of the last shape: its factors cannot be stacked
+    with pytest.raises(TypeError), shared_updates(net):
         pass
-    assert len(calls) == 6 and all(layer.shared is None for _, layer in lora2_layers(net))
+    assert all(layer.shared is None for _, layer in lora2_layers(net))
 
 
 TERMS = [terms for n in (1, 2, 3) for terms in itertools.combinations(("uv", "UV", "PQ"), n)]
@@ -437,16 +392,3 @@ def test_fewer_passes_over_large_arrays():
             y.backward(dy)
         counts.append((large(forward, 60 * 40), large(backward, 60 * 40)))
     assert counts == [(3, 3), (2, 2)]
-
-
-@pytest.mark.parametrize("method", ["lora", "adalora", "sora"])
-def test_the_other_methods_use_it(method, monkeypatch):
-    """Oracle: delta_weight(), the dense update, and that linear_with_update() is what was called."""
-    layer = baselines.LAYERS[method](nn.Linear(6, 9, dtype=torch.float64), r=3)
-    for p in layer.parameters():
-        nn.init.normal_(p)
-    calls, x = [], torch.randn(4, 6, dtype=torch.float64)
-    monkeypatch.setattr(baselines, "linear_with_update",
-                        lambda *args: calls.append(1) or linear_with_update(*args))
-    y = layer(x)
-    assert torch.allclose(y, layer.base(x) + x @ layer.delta_weight().T, rtol=0, atol=1e-12) and calls == [1]

@@ -162,19 +162,6 @@ def test_rows_of_the_table(buckets, longest):
         assert plans[0][2] is None and plans[1][2] is not None
 
 
-def test_along_diagonals():
-    """Oracle: its docstring's formula, cell by cell, and the gradient of a plain index."""
-    H, B, T = 2, 3, 5
-    S = torch.randn(H, B * T, 2 * T - 1, dtype=torch.float64, requires_grad=True)
-    view = fast.along_diagonals(S, T).view(H, B, T, T)
-    index = torch.tensor([[T - 1 - i + j for j in range(T)] for i in range(T)]).expand(H, B, T, T)
-    expected = S.view(H, B, T, -1).gather(3, index)
-    assert torch.equal(view, expected) and view.data_ptr() == S.data_ptr() + 8 * (T - 1)
-    weight = torch.randn_like(expected)
-    gradient, = torch.autograd.grad((view * weight).sum(), S)
-    assert torch.equal(gradient, torch.autograd.grad((expected * weight).sum(), S)[0])
-
-
 # --- frozen weights in bf16 --------------------------------------------------------------------------------
 
 def bf16_step(net, batch):

@@ -96,7 +96,7 @@ def distance(a, b):
 
 # --- what runs -------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.ci)])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("method", METHODS)
 def test_recorded_is_eager_and_nothing_waits(gpu, method, dtype):
     """Oracle: --eager, bit for bit, with dropout, pruning and two parts to a batch; in a step that logs nothing the
@@ -177,7 +177,6 @@ def test_the_simulated_gpu_refuses(gpu, what):
 
 # --- the script for a real one ---------------------------------------------------------------------------------
 
-@pytest.mark.ci
 def test_the_script_for_a_real_gpu_still_runs(tmp_path, one_thread, monkeypatch, capsys):
     """Oracle: each item's own assertions, on a CPU."""
     monkeypatch.setattr(toy, "language", made_once)
