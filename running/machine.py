@@ -18,11 +18,11 @@ class Machine(NamedTuple):
     """Where a run runs."""
     device: torch.device
     dtype: str                       # of the products: "fp32", or "bf16" by autocast
-    rank: int                        # of this process; the one of rank 0 speaks and writes
+    rank: int                        # of this process; the one of rank 0 is_main and writes
     world: int                       # number of processes
 
     @property
-    def speaks(self):
+    def is_main(self):
         """Whether this process prints and writes files."""
         return self.rank == 0
 
@@ -182,6 +182,15 @@ def set_random_state(here, state):
         getattr(torch, kind).set_rng_state(state[kind])
 
 
+def is_random_state(state, here):
+    """Whether a file's dict can be random_state(): by setting it, since torch alone can tell."""
+    try:
+        set_random_state(here, state)
+    except (KeyError, TypeError, RuntimeError):
+        return False
+    return True
+
+
 # --- several processes --------------------------------------------------------------------
 
 def together(operation, *arguments):
@@ -272,7 +281,7 @@ class Signals:
         if highest:
             raise Stopped(int(highest))
 
-    def watch(self, batches, total):
+    def wrap(self, batches, total):
         """The batches of an evaluation; several processes look at signals every tenth batch."""
         for i, batch in enumerate(batches):
             if self.here.world == 1 or i % 10 == 0:

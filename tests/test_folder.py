@@ -22,7 +22,7 @@ from safetensors import safe_open
 
 import train
 from formats import disk
-from running import folder, machine, options, progress
+from running import folder, inputs, machine, options, progress, saving
 from tests.conftest import SMALL, outcome, write_checkpoint
 from tests.cli import child, refused, write_task
 
@@ -230,7 +230,7 @@ def test_stop_at_survives_a_kill(cli, monkeypatch):
     """Oracle: the unbroken run, which ends at its first evaluation; the one killed after it must end too."""
     words = "--method head --stop-at 0.1 --eval-steps 2"
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(folder.RunFolder, "finish", die)
+        patch.setattr(saving.RunFolder, "finish", die)
         cli.tiny(words)
     goes_on(cli, words)
     assert outcome("run")["result.json"]["steps"] == 2
@@ -294,12 +294,12 @@ def test_resume_refuses_another_base(stopped, tmp_path):
 
 def test_the_same_base_may_come_from_another_place(stopped, monkeypatch):
     """Oracle: the run that was never stopped. It began with a name on the Hub and goes on with a folder."""
-    def named(files, best, facts=folder.RunFolder.facts):
-        stored = facts(files, best)
+    def named(identity, best, facts=folder.facts_of):
+        stored = facts(identity, best)
         return stored | {"settings": stored["settings"] | {"model": "someone/tiny"}}
 
     with monkeypatch.context() as patch:
-        patch.setattr(folder.RunFolder, "facts", named)
+        patch.setattr(folder, "facts_of", named)
         stop(stopped.tiny, "--eval-steps 2 --out hub")
     assert folder.load_adapter("hub/adapter.safetensors")[1]["settings"]["model"] == "someone/tiny"
     assert stopped("--resume hub --model", stopped.models["deberta"]).status == 0
@@ -342,11 +342,11 @@ def test_an_option_that_a_state_lacks_is_named(stopped, monkeypatch):
 def test_only_the_first_process_looks_at_what_it_overwrites(tmp_path, monkeypatch):
     """Oracle: the promise: while it removes an older run, another process must not judge the half that is left."""
     (tmp_path / "adapter.safetensors").write_bytes(b"half removed")
-    files = folder.RunFolder({"settings": {"out": tmp_path}}, machine.Machine(torch.device("cpu"), "fp32", 1, 2), None,
-                             None, None, None, None)
-    monkeypatch.setattr(files, "save", lambda: None)
+    second = machine.Machine(torch.device("cpu"), "fp32", 1, 2)
+    run_folder = saving.RunFolder({"settings": {"out": tmp_path}}, None, second, dict)
     o = options.resolve({"task": "demo", "out": str(tmp_path), "overwrite": True})
-    assert files.begin(o) is files.state and (tmp_path / "adapter.safetensors").exists()
+    run_folder.begin(o)
+    assert (tmp_path / "adapter.safetensors").exists()
 
 
 def test_a_cut_state_beside_a_result_is_a_run_of_ours(cli):
@@ -684,8 +684,8 @@ def test_all_processes_wait_for_a_fetched_task(rank, there, tmp_path, monkeypatc
     """Oracle: one barrier for each process, whether it comes before or after the folder is there: one that
     passes by would leave the others waiting. The first one alone fetches, and only what is missing."""
     calls = []
-    monkeypatch.setattr(train.glue, "fetch_task", lambda task, folder: calls.append("fetch"))
-    monkeypatch.setattr(train.machine, "wait_for_all", lambda: calls.append("wait"))
+    monkeypatch.setattr(inputs.glue, "fetch_task", lambda task, folder: calls.append("fetch"))
+    monkeypatch.setattr(inputs.machine, "wait_for_all", lambda: calls.append("wait"))
     for name, path in write_task("rte", tmp_path).items():
         if name not in there:
             path.unlink()
@@ -693,7 +693,7 @@ def test_all_processes_wait_for_a_fetched_task(rank, there, tmp_path, monkeypatc
     here = machine.Machine(torch.device("cpu"), "fp32", rank, 2)
     whole = len(there) == 2
     with contextlib.nullcontext() if whole else pytest.raises(FileNotFoundError):
-        splits, _ = train.load_splits(o, here, None)
+        splits, _ = inputs.load_splits(o, here, None)
         assert {name: len(split.texts) for name, split in splits.items()} == {"train": 2, "dev": 3}
     assert calls == ["fetch"] * (rank == 0 and not whole) + ["wait"]
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import train
-from running import demo, export, folder, machine, options, progress
+from running import demo, export, folder, inputs, machine, options, progress, saving, schedule
 from tests.cli import refused, write_task
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_every_option_is_read():
     """Oracle: the source: each option is used as o.NAME, settings["NAME"] or given["NAME"]."""
-    source = "".join(inspect.getsource(module) for module in (train, folder, progress, export, demo))
+    source = "".join(inspect.getsource(module) for module in (train, inputs, saving, schedule, progress, export))
     source += inspect.getsource(options).split("# --- from words to options")[1]
     used = re.findall(r"""\bo\.(\w+)|\b(?:settings|given)\[["'](\w+)""", source)
     assert not options.TABLE.keys() - {name for pair in used for name in pair}

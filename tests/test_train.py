@@ -17,7 +17,7 @@ from tests.conftest import SMALL, frozen, opened, outcome, write_checkpoint
 import data
 import model as models
 import train
-from running import export, folder, machine, options, progress
+from running import export, folder, machine, options, progress, schedule
 from running.errors import Stopped
 from lora2 import RankPruner, add_lora2, load_lora2_state_dict, lora2_layers, orthogonality_loss
 
@@ -97,7 +97,7 @@ def test_an_absent_gradient_reaches_the_pruner():
 def test_lr_by_hand():
     """Oracle: the values worked out by hand: up to the peak at the end of the warm-up, then down to 1/6."""
     def factors(warmup, T):
-        plan = options.Plan(T, T, warmup, 0, 0, 1, None, None, None)
+        plan = schedule.Plan(T, T, warmup, 0, 0, 1, None, None, None)
         return [plan.lr_factor(step) for step in range(1, T + 1)]
 
     assert factors(4, 10) == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
@@ -116,11 +116,11 @@ def test_presets_resolve_to_the_authors_steps(task):
     """Oracle: the released scripts' numbers of steps, and T = epochs · ceil(official rows / 32)."""
     T, *steps = SCHEDULES[task]
     rows = data.TASKS[task].rows["train"]
-    plan = options.plan(options.resolve({"task": task, "max_steps": T}), rows)
+    plan = schedule.plan(options.resolve({"task": task, "max_steps": T}), rows)
     assert [plan.lr_warmup, plan.prune_warmup, plan.prune_final, plan.prune_interval] == steps
-    full = options.plan(options.resolve({"task": task}), rows).steps
+    full = schedule.plan(options.resolve({"task": task}), rows).steps
     assert abs(full - T) <= 7                              # MNLI: 85,904 is 7 short of its epochs
-    short = options.plan(options.resolve({"task": task, "max_steps": 5}), rows)
+    short = schedule.plan(options.resolve({"task": task, "max_steps": 5}), rows)
     assert short.prune_warmup + short.prune_final < 5 and short.lr_warmup < 5 and short.prune_interval == 1
 
 
@@ -173,8 +173,8 @@ for i in (2, 4):
 
 def accuracy(run):
     """Of the dev rows, as --eval computes it."""
-    watch = progress.bar_on(run.here)
-    scores, _ = train.evaluate(run.net, run.examples, run.task, run.o.batch_size, run.here, watch)
+    bar = progress.bar_on(run.here)
+    scores, _ = train.evaluate(run.net, run.examples, run.task, run.o.batch_size, run.here, bar)
     return scores["dev"]["accuracy"]
 
 
@@ -184,7 +184,7 @@ def test_a_fresh_process_gives_the_same_score_and_logits(cli, tiny):
     expected, given = [], []
     for model, method in (("deberta", "lora2"), ("bert", "full")):
         words = f"--task demo --model {tiny[model]} --method {method} --out {method} {SMALL}"
-        net = train.train(options.resolve(options.parse(words.split())))[-1]
+        net = train.train(options.resolve(options.parse(words.split())))
         score, adapter = result(method)["best"]["score"], f"{method}/adapter.safetensors"
         load_lora2_state_dict(net, tensors(method))
         run = opened(eval=adapter, model=str(tiny[model]))
@@ -259,7 +259,7 @@ def test_merged_zeros_are_the_base(cli, tiny):
     for _, layer in lora2_layers(run.net):
         layer.lam.data.zero_()
     run.o.merge = "merged"
-    export.hand_out(run.o, "run", run.task, run.net, predicted=None)
+    export.write_outputs(run.o, "run", run.task, run.net, predicted=None)
     merged, base = (models.hub.read_weights(path) for path in ("merged", tiny["deberta"]))
     assert all(torch.equal(merged[name], base[name]) for name in base) and len(merged) > len(base)
 
