@@ -59,11 +59,7 @@ def join(name=None, dtype=None):
     if device.type == "cpu":
         keep_freed_memory()
     if world > 1 and not dist.is_initialized():
-        check_environment(world)
-        patience = timedelta(hours=6)                      # the others wait while one downloads
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        own_gpu = device if device.type == "cuda" else None
-        dist.init_process_group(backend, device_id=own_gpu, timeout=patience)
+        find_others(device, world)
     rank = dist.get_rank() if world > 1 else 0
     imitated = emulates_bf16(device.type)
     if dtype is None:
@@ -83,13 +79,20 @@ def number_from(variable, default):
     return int(text)
 
 
-def check_environment(world):
-    """ValueError unless that is set by which several processes find each other."""
+def find_others(device, world):
+    """Let the processes of a run know each other; ValueError where they cannot."""
     names = ("RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if not os.environ.get(name)]
     if missing or number_from("RANK", 0) >= world or not number_from("MASTER_PORT", 0):
         raise ValueError(f"the environment says WORLD_SIZE={world}, without a "
                          f"fitting {', '.join(missing or names)}: unset it, or start with torchrun")
+    own_gpu = device if device.type == "cuda" else None
+    patience = timedelta(hours=6)                          # the others wait while one downloads
+    try:
+        dist.init_process_group("nccl" if own_gpu else "gloo", device_id=own_gpu, timeout=patience)
+    except RuntimeError as e:                              # such as: two of them have one GPU
+        raise ValueError(f"the processes do not find each other ({one_line(e)}): start them with "
+                         "torchrun, each with a GPU of its own") from e
 
 
 def find_device(name, local, world):
@@ -97,6 +100,9 @@ def find_device(name, local, world):
     has_mps = torch.backends.mps.is_available() and world == 1                 # gloo knows no mps
     found = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     wanted, gpus = name or found, torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible and "," not in visible:
+        local = 0                                          # a launcher shows each process its own
     if wanted == "cuda" and 0 < gpus <= local:
         raise ValueError(f"process {local} has no GPU, there are {gpus}: give "
                          f"--nproc_per_node={gpus}")

@@ -288,13 +288,6 @@ def place_of(name):
     raise ValueError(f"{name} is no matrix of an encoder layer")
 
 
-def show_result(result, kept, folder):
-    """The map of kept singular values, if any, and the table of a run that has just ended."""
-    if kept:
-        print(kept_map(kept, result["settings"]["r"]))
-    print(summary(result, folder), flush=True)
-
-
 def summary(result, folder):
     """The table of a finished run, from its result.json, and how to evaluate its adapter."""
     lines = []

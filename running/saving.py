@@ -22,7 +22,7 @@ import torch
 
 from formats import disk, glue
 from formats.disk import digest
-from lora2 import lora2_layers, lora2_state_dict
+from lora2 import lora2_state_dict
 from methods.baselines import surviving_parameters
 from running import folder, machine, progress
 from running.errors import Stopped, user_errors
@@ -189,7 +189,7 @@ class RunFolder:
         """
         first = next(iter(scores.values()))
         evaluation = {"step": state.step, "scores": scores, "score": first[task.metrics[0]]}
-        if self.budget(net) is not None:
+        if self.settings["target_rank"] is not None:
             evaluation["kept"] = sum(pruner.kept().values())
         state.evaluations.append(evaluation)
         if state.best is not None and evaluation["score"] < state.best["score"]:
@@ -201,16 +201,12 @@ class RunFolder:
             facts = folder.facts_of(self.identity, state.best)
             state.adapter = folder.write_adapter(self.path, lora2_state_dict(net), facts)
 
-    def budget(self, net):
-        """How many singular values pruning leaves; None for a method without such a number."""
-        target = self.settings["target_rank"]
-        return None if target is None else len(lora2_layers(net)) * target
-
     def finish(self, state, net, pruner, task):
         """Write and print ranks.json and result.json."""
         settings, numbers = self.settings, progress.counts(net)
         kept = pruner.kept() if pruner else None
-        budget = self.budget(net)
+        target = settings["target_rank"]                   # None: it does not prune to a number
+        budget = None if target is None else len(kept) * target
         peak = machine.peak_memory(self.here.device)
         result = {
             "task": settings["task"], "method": settings["method"], "settings": settings,
@@ -231,6 +227,7 @@ class RunFolder:
         if self.here.is_main:
             if kept:
                 disk.write_json(self.path / "ranks.json", kept)
+                print(progress.kept_map(kept, settings["r"]))
             hash_ = digest(json.dumps(result, sort_keys=True))
             disk.write_json(self.path / "result.json", result | {"hash": hash_})
-            progress.show_result(result, kept, self.path)
+            print(progress.summary(result, self.path), flush=True)

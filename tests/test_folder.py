@@ -24,7 +24,7 @@ import train
 from formats import disk
 from running import folder, inputs, machine, options, progress, saving
 from tests.conftest import SMALL, outcome, write_checkpoint
-from tests.cli import child, refused, write_task
+from tests.cli import child, refused, soon, write_task
 
 on_unix = pytest.mark.skipif(os.name == "nt", reason="signals, fork and terminals as Unix has them")
 
@@ -622,18 +622,38 @@ def test_map_of_kept_values():
 
 # --- several processes, terminals ---------------------------------------------------------------------------
 
-def processes(words, last=contextlib.nullcontext(), n=2):
-    """n processes as torchrun makes them: [(status, output, errors)]. last: in what the last one runs."""
+def processes(words, last=contextlib.nullcontext(), n=2, seconds=120):
+    """n processes as torchrun makes them: [(status, output, errors)]. last: in what the last one runs.
+
+    AssertionError, and no process is left, if they take longer.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    pids = []
+    pids, ends = [], []
     for i in range(n):
         within = last if i == n - 1 else contextlib.nullcontext()
         pids.append(child(words, f"{i}.out", f"{i}.err", within, RANK=str(i), LOCAL_RANK=str(i),
                           WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
-    ends = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    try:
+        with soon("one of the processes", seconds):
+            for pid in pids:
+                ends.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    finally:
+        for pid in pids[len(ends):]:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
     return [(end, *(Path(f"{i}.{kind}").read_text() for kind in ("out", "err"))) for i, end in enumerate(ends)]
+
+
+@on_unix
+def test_processes_that_never_agree_are_ended(cli):
+    """Oracle: the clock and the system: the tests go on, and no child is left, though one rank waits for ever."""
+    words = f"--task demo --model {cli.models['deberta']} {SMALL} --out run"
+    with pytest.raises(AssertionError, match="one of the processes hangs"):
+        processes(words, at_step(3, lambda: time.sleep(1000)), seconds=5)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
 
 
 @on_unix
