@@ -27,10 +27,7 @@ from running.errors import FiniteCheck, exit_status, user_errors
 # --- one run ------------------------------------------------------------------------------
 
 def train(o, saved=None):
-    """Train from the start or a saved state to the end; returns the model.
-
-    o: all options, from options.resolve().
-    """
+    """Train from the start or a saved state to the end, as the options say; returns the model."""
     with user_errors():                                    # what a user can have wrong: one line
         here = machine.join(o.device, o.dtype)
         task, examples, unseen, net, identity = prepare(o, here)
@@ -93,11 +90,8 @@ def fit(o, here, task, examples, net, identity, saved=None):
 # --- what last.pt holds -------------------------------------------------------------------
 
 def snapshot(state, net, optimizer, pruner, finite, here):
-    """All on which the rest of a run depends, a dict of tensors and plain values, for last.pt.
-
-    FloatingPointError after a step that was not finite.
-    """
-    finite.check()
+    """All on which the rest of a run depends: a dict of tensors and plain values."""
+    finite.check()                                         # no bad step is saved
     return {"step": state.step, "tokens": state.tokens, "seconds": state.elapsed(),
             "evaluations": state.evaluations, "adapter": state.adapter,
             "weights": lora2_state_dict(net),
@@ -129,7 +123,6 @@ def prepare(o, here, stored=None):
 
     stored: what the adapter that is to be evaluated says of itself; None to train.
     Returns (task, {split: Examples}, Examples of --predict or None, model, identity of the run).
-    ValueError, TypeError or OSError with one sentence for whatever does not fit.
     """
     saving.check_destinations(o)
     task, examples, tokenizer = inputs.load_examples(o, here, stored)
@@ -183,7 +176,7 @@ def gradients(net, batch, task, here, accum, recorded=None):
 
     A part's loss is weighted by its share of the rows, so that gradients and loss, summed over
     parts and processes, are those of the mean over the batch. R is the same in each process: it
-    is added afterwards, once. recorded: on a GPU a fast.Recorded, which does the same.
+    is added afterwards, once. recorded: on a GPU a fast.Recorded, which does the same faster.
     """
     loss = torch.zeros((), device=here.device)
     for part in parts_of(batch, here.rank, here.world, accum):

@@ -269,36 +269,26 @@ def test_merged_zeros_are_the_base(cli, tiny):
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_non_finite_step_is_not_taken(cli, monkeypatch, where):
     """Oracle: weights and moments before the bad step; a run that never met one. Step 10 is logged."""
-    make, gradients, regulariser = train.make_optimizer, train.gradients, train.baselines.regulariser
-    states = []                                            # before each update
+    usual, states = train.update, []                       # before each update, and after the last one
 
-    def make_optimizer(net, *rest):
-        nonlocal state
-        optimizer, parameters = make(net, *rest)
+    def state(optimizer, parameters):                      # Λ apart, which the pruner's choice sets to 0
+        return frozen([[p for p in parameters if p.shape != (8,)], optimizer.state_dict()["state"]])
 
-        def state():                                       # Λ apart, which the pruner's choice sets to 0
-            weights = {name: p for name, p in net.named_parameters() if not name.endswith(".lam")}
-            return frozen([weights, optimizer.state_dict()["state"]])
-        return optimizer, parameters
+    def update(optimizer, parameters, loss, plan, step, *rest):
+        states.append(state(optimizer, parameters))
+        if step == 9 and where == "gradient":
+            parameters[0].grad.fill_(math.inf)
+        usual(optimizer, parameters, loss * (math.inf if step == 9 and where == "loss" else 1), plan, step, *rest)
+        if step == 10:
+            states.append(state(optimizer, parameters))
 
-    def bad_loss(*arguments):                              # called once a step
-        states.append(state())
-        return gradients(*arguments) * (math.inf if where == "loss" and len(states) == 9 else 1)
-
-    def bad_gradient(method, net, terms):                  # of a root at 0: infinite, while R stays finite
-        R = regulariser(method, net, terms)
-        first = next(p for p in net.parameters() if p.requires_grad)
-        return R + (first * 0).square().sum().sqrt() if where == "gradient" and len(states) == 9 else R
-
-    state, words = None, "--save-steps 4 --eval-steps 5"
+    words = "--save-steps 4 --eval-steps 5"
     with monkeypatch.context() as patch:
-        patch.setattr(train, "make_optimizer", make_optimizer)
-        patch.setattr(train, "gradients", bad_loss)
-        patch.setattr(train.baselines, "regulariser", bad_gradient)
+        patch.setattr(train, "update", update)
         stopped = cli.tiny(words)
     assert stopped.status == 1 and len(stopped.errors) == 1
     assert "at step 9;" in stopped.err and "run/last.pt" in stopped.err
-    assert len(states) == 10 and state() == states[8] != states[7]
+    assert len(states) == 11 and states[10] == states[8] != states[7]
     assert folder.load_state("run")["step"] == 8
     assert cli("--resume run").status == 0 and outcome("run") == cli.whole(words)
 
@@ -371,25 +361,6 @@ def test_an_adapter_knows_its_task_on_another_file(cli, tiny):
         Path("run/STS-B.tsv").unlink()
     assert said[0] == said[1] and said[0].startswith("20 rows of dev; a score\ndev pearson ")
     assert files[0] == files[1]
-
-
-def test_labels_have_names(cli, tiny, monkeypatch):
-    """Oracle: the predictions of a fresh evaluation, label by label. Class 0 of the head is what class 0 was
-    called when it was trained: a table with another order is refused."""
-    paths, labels = write_task("mnli"), ("entailment", "neutral", "contradiction")
-    words = "--task mnli --max-len 32 --batch-size 16 --max-steps 5 --lr 0.02 --out run --model"
-    assert cli(words, tiny["bert"]).status == 0
-    paths["train"].unlink()                                # not needed any more
-    for split, file in (("test_matched", "MNLI-m.tsv"), ("test_mismatched", "MNLI-mm.tsv")):
-        again = cli("--eval run/adapter.safetensors --model", tiny["bert"], "--predict", paths[split])
-        assert again.status == 0 and f"run/{file}" in again.out
-        lines = [line.split("\t")[1] for line in Path("run", file).read_text().splitlines()[1:]]
-        run = opened(eval="run/adapter.safetensors", model=str(tiny["bert"]), predict=str(paths[split]), out="x")
-        predictions, _ = train.predict(run.net, run.unseen, run.task, 16, run.here, progress.bar_on(run.here))
-        assert lines == [labels[i] for i in predictions]
-    other = data.TASKS["mnli"]._replace(labels=labels[::-1])
-    monkeypatch.setitem(data.TASKS, "mnli", other)         # as in models of other people
-    refused(cli("--eval run/adapter.safetensors --model", tiny["bert"]), "'entailment', 'neutral'")
 
 
 @pytest.mark.parametrize("kind", ["classes", "pairs", "score"])
@@ -601,25 +572,28 @@ def test_threads_may_change_on_the_way(cli):
 
 # --- predictions --------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("task", ["rte", "mnli"])
-def test_probabilities_on_request(cli, tiny, task):
-    """Oracle: the softmax of the logits, a column for each class under its name; the same labels as without."""
-    paths = write_task(task)
-    name = [split for split in paths if split.startswith("test")][-1]
-    words = f"--max-len 32 --batch-size 16 --model {tiny['bert']} --predict {paths[name]}"
+@pytest.mark.parametrize("task, split", [("rte", "test"), ("mnli", "test_matched"), ("mnli", "test_mismatched")])
+def test_labels_have_names_and_probabilities(cli, tiny, monkeypatch, task, split):
+    """Oracle: argmax and softmax of a fresh evaluation's logits, a column for each class under its name; the same
+    labels as without. Class 0 of the head is what class 0 was called when it was trained: a table with another order
+    is refused."""
+    paths, labels, file = write_task(task), data.TASKS[task].labels, data.TASKS[task].submissions[split]
+    words = f"--max-len 32 --batch-size 16 --model {tiny['bert']} --predict {paths[split]}"
     assert cli(words, f"--task {task} --max-steps 5 --lr 0.02 --out run --predict-scores").status == 0
-    evaluation = f"--eval run/adapter.safetensors --model {tiny['bert']} --out plain --predict"
-    assert cli(evaluation, paths[name]).status == 0
-    with_, without = [[line.split("\t") for line in Path(out, submission(task)).read_text().splitlines()]
-                      for out in ("run", "plain")]
-    labels = data.TASKS[task].labels
+    paths["train"].unlink()                                # not needed any more
+    evaluation = f"--eval run/adapter.safetensors --model {tiny['bert']} --out plain --predict {paths[split]}"
+    again = cli(evaluation)
+    assert again.status == 0 and f"plain/{file}" in again.out
+    with_, without = [[line.split("\t") for line in Path(out, file).read_text().splitlines()] for out in ("run", "plain")]
     assert with_[0] == ["index", "prediction", *labels] and [row[:2] for row in with_] == without
-    run = opened(eval="run/adapter.safetensors", model=str(tiny["bert"]), predict=str(paths[name]), out="x")
-    _, outputs = train.predict(run.net, run.unseen, run.task, 16, run.here, progress.bar_on(run.here))
-    right = outputs.softmax(1)
+    run = opened(eval="run/adapter.safetensors", model=str(tiny["bert"]), predict=str(paths[split]), out="x")
+    predictions, outputs = train.predict(run.net, run.unseen, run.task, 16, run.here, progress.bar_on(run.here))
     found = torch.tensor([[float(number) for number in row[2:]] for row in with_[1:]])
-    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-6)
-    assert [row[1] for row in with_[1:]] == [labels[i] for i in right.argmax(1)]
+    torch.testing.assert_close(found, outputs.softmax(1), rtol=1e-4, atol=1e-6)
+    assert [row[1] for row in with_[1:]] == [labels[i] for i in predictions]
+    other = data.TASKS[task]._replace(labels=labels[::-1])
+    monkeypatch.setitem(data.TASKS, task, other)           # as in models of other people
+    refused(cli(evaluation.replace("plain", "new")), repr(labels[0]), repr(labels[1]))
 
 
 def test_predictions_replace_nothing(cli, monkeypatch):
