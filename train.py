@@ -39,6 +39,64 @@ def train(o, saved=None):
     return net
 
 
+# --- data → model → adapters → optimizer --------------------------------------------------
+
+def prepare(o, here, stored=None):
+    """What a user's mistake can break, before anything is written: data, model and adapters.
+
+    stored: what the adapter that is to be evaluated says of itself; None to train.
+    Returns (task, {split: Examples}, Examples of --predict or None, model, identity of the run).
+    """
+    saving.check_destinations(o)
+    task, examples, tokenizer = inputs.load_examples(o, here, stored)
+    torch.manual_seed(o.seed)                              # before head and adapters are drawn
+    net = models.from_pretrained(o.model, max(1, len(task.labels)), o.head_dropout, task.labels)
+    if o.max_len > net.max_len:
+        raise ValueError(f"--max-len {o.max_len}: this model takes {net.max_len} tokens at most")
+    data.check_ids(examples, net.config, o.model)
+    unseen = examples.pop("to predict", None)
+    identity = folder.identity_of(o, here, task, net, tokenizer, examples)
+    if stored:
+        folder.check_adapter(stored, identity, o.eval)
+
+    targets = models.target_modules(net, o.targets) if o.targets else []
+    baselines.add_method(o.method, net, targets, net.head, o.k, o.r, o.alpha, o.init)
+    if here.rank > 0:
+        torch.manual_seed(o.seed + here.rank)              # each process drops other units
+    net.to(here.device)
+    fast.speed_up(net, here.dtype, o.compile)  # from here on the twins of methods/ compute
+    return task, examples, unseen, net, identity
+
+
+def make_optimizer(net, lr, head_lr, weight_decay, outer_lr=None):
+    """(AdamW, its parameters): a group for each pair of peak learning rate and weight decay.
+
+    Biases and LayerNorms do not decay; head and outer factors may have learning rates of their own.
+    """
+    groups = {}                                            # (peak, decay) → parameters
+    for name, p in net.named_parameters():
+        if p.requires_grad:
+            peak = head_lr if models.in_head(name, net.head) else lr
+            if outer_lr is not None and name.endswith(baselines.OUTER):
+                peak = outer_lr
+            decay = 0.0 if name.endswith("bias") or "LayerNorm" in name else weight_decay
+            groups.setdefault((peak, decay), []).append(p)
+    settings, parameters = [], []
+    for (peak, decay), group in groups.items():
+        settings.append({"params": group, "peak": peak, "lr": peak, "weight_decay": decay})
+        parameters += group
+    return torch.optim.AdamW(settings, fused=True), parameters
+
+
+def start_along_gradient(o, plan, task, examples, net, here):
+    """--init gradient: let v and V begin along W0's first gradient."""
+    in_fp32 = here._replace(dtype="fp32")                  # copies of W0 in bf16 have no gradient
+    start_at_gradient(net, lambda batch: gradients(net, batch, task, in_fp32, o.accum),
+                      stream(examples["train"], o, plan, 0, net, here))
+
+
+# --- the loop -----------------------------------------------------------------------------
+
 def fit(o, here, task, examples, net, identity, saved=None):
     """The loop, and all that it writes into the run folder."""
     with user_errors():
@@ -85,88 +143,6 @@ def fit(o, here, task, examples, net, identity, saved=None):
             state.tokens += int(batch.attention_mask.sum())
             log.training(state, loss, R, kept, optimizer, pruner)  # a line every ten steps
         run_folder.finish(state, net, pruner, task)
-
-
-# --- what last.pt holds -------------------------------------------------------------------
-
-def snapshot(state, net, optimizer, pruner, finite, here):
-    """All on which the rest of a run depends: a dict of tensors and plain values."""
-    finite.check()                                         # no bad step is saved
-    return {"step": state.step, "tokens": state.tokens, "seconds": state.elapsed(),
-            "evaluations": state.evaluations, "adapter": state.adapter,
-            "weights": lora2_state_dict(net),
-            "optimizer": optimizer.state_dict(),
-            "pruner": dict(pruner.state_dict()) if pruner else {},
-            "rng": machine.gathered(machine.random_state(here), here)}
-
-
-@user_errors()
-def restore(saved, state, net, optimizer, pruner, here):
-    """Put back what snapshot() gave, in place; AdamW's settings stay this run's own."""
-    state.step = saved["step"]
-    state.tokens = saved["tokens"]
-    state.seconds = saved["seconds"]
-    state.evaluations = saved["evaluations"]
-    load_lora2_state_dict(net, saved["weights"])
-    moments = saved["optimizer"]["state"]
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
-    if pruner:
-        pruner.load_state_dict(saved["pruner"])
-    machine.set_random_state(here, saved["rng"][here.rank])
-    saved.clear()                                          # its tensors are copied: free them
-
-
-# --- data → model → adapters → optimizer --------------------------------------------------
-
-def prepare(o, here, stored=None):
-    """What a user's mistake can break, before anything is written: data, model and adapters.
-
-    stored: what the adapter that is to be evaluated says of itself; None to train.
-    Returns (task, {split: Examples}, Examples of --predict or None, model, identity of the run).
-    """
-    saving.check_destinations(o)
-    task, examples, tokenizer = inputs.load_examples(o, here, stored)
-    torch.manual_seed(o.seed)                              # before head and adapters are drawn
-    net = models.from_pretrained(o.model, max(1, len(task.labels)), o.head_dropout, task.labels)
-    if o.max_len > net.max_len:
-        raise ValueError(f"--max-len {o.max_len}: this model takes {net.max_len} tokens at most")
-    data.check_ids(examples, net.config, o.model)
-    unseen = examples.pop("to predict", None)
-    identity = folder.identity_of(o, here, task, net, tokenizer, examples)
-    if stored:
-        folder.check_adapter(stored, identity, o.eval)
-
-    targets = models.target_modules(net, o.targets) if o.targets else []
-    baselines.add_method(o.method, net, targets, net.head, o.k, o.r, o.alpha, o.init)
-    machine.seed_dropout(o.seed, here)
-    net.to(here.device)
-    fast.speed_up(net, here.dtype, o.compile)  # from here on the twins of methods/ compute
-    return task, examples, unseen, net, identity
-
-
-def make_optimizer(net, lr, head_lr, weight_decay, outer_lr=None):
-    """(AdamW, its parameters): a group for each pair of peak learning rate and weight decay.
-
-    Biases and LayerNorms do not decay; head and outer factors may have learning rates of their own.
-    """
-    groups = {}                                            # (peak, decay) → parameters
-    for name, p in net.named_parameters():
-        if p.requires_grad:
-            peak = head_lr if models.in_head(name, net.head) else lr
-            if outer_lr is not None and name.endswith(baselines.OUTER):
-                peak = outer_lr
-            decay = 0.0 if name.endswith("bias") or "LayerNorm" in name else weight_decay
-            groups.setdefault((peak, decay), []).append(p)
-    settings = [{"params": group, "peak": peak, "lr": peak, "weight_decay": decay}
-                for (peak, decay), group in groups.items()]
-    return torch.optim.AdamW(settings, fused=True), [p for group in groups.values() for p in group]
-
-
-def start_along_gradient(o, plan, task, examples, net, here):
-    """--init gradient: let v and V begin along W0's first gradient."""
-    in_fp32 = here._replace(dtype="fp32")                  # copies of W0 in bf16 have no gradient
-    start_at_gradient(net, lambda batch: gradients(net, batch, task, in_fp32, o.accum),
-                      stream(examples["train"], o, plan, 0, net, here))
 
 
 # --- the parts of a step: the benchmark times these very functions ------------------------
@@ -291,6 +267,35 @@ def evaluate(net, examples, task, batch_size, here, wrap):
             predictions[name], _ = predict(net, split, task, batch_size, here, wrap)
             scores[name] = data.metrics(task, predictions[name], split.labels)
     return scores, predictions
+
+
+# --- what last.pt holds -------------------------------------------------------------------
+
+def snapshot(state, net, optimizer, pruner, finite, here):
+    """All on which the rest of a run depends: a dict of tensors and plain values."""
+    finite.check()                                         # no bad step is saved
+    return {"step": state.step, "tokens": state.tokens, "seconds": state.elapsed(),
+            "evaluations": state.evaluations, "adapter": state.adapter,
+            "weights": lora2_state_dict(net),
+            "optimizer": optimizer.state_dict(),
+            "pruner": dict(pruner.state_dict()) if pruner else {},
+            "rng": machine.gathered(machine.random_state(here), here)}
+
+
+@user_errors()
+def restore(saved, state, net, optimizer, pruner, here):
+    """Put back what snapshot() gave, in place; AdamW's settings stay this run's own."""
+    state.step = saved["step"]
+    state.tokens = saved["tokens"]
+    state.seconds = saved["seconds"]
+    state.evaluations = saved["evaluations"]
+    load_lora2_state_dict(net, saved["weights"])
+    moments = saved["optimizer"]["state"]
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+    if pruner:
+        pruner.load_state_dict(saved["pruner"])
+    machine.set_random_state(here, saved["rng"][here.rank])
+    saved.clear()                                          # its tensors are copied: free them
 
 
 # --- from the command line ----------------------------------------------------------------

@@ -18,7 +18,7 @@ class Machine(NamedTuple):
     """Where a run runs."""
     device: torch.device
     dtype: str                       # of the products: "fp32", or "bf16" by autocast
-    rank: int                        # of this process; the one of rank 0 is_main and writes
+    rank: int                        # of this process; the one of rank 0 speaks and writes
     world: int                       # number of processes
 
     @property
@@ -165,12 +165,6 @@ def peak_memory(device):
 
 
 # --- random numbers -----------------------------------------------------------------------
-
-def seed_dropout(seed, here):
-    """Give each process but the first, which has the run's own, another dropout mask."""
-    if here.rank > 0:
-        torch.manual_seed(seed + here.rank)
-
 
 def random_state(here):
     """What dropout's generators hold: {"cpu": state, perhaps "cuda" or "mps": state}."""

@@ -1,6 +1,6 @@
 """What a person sees of a run: settings and counts, bar or lines, the table and the map.
 
-Of several processes the first one is_main and writes.
+Of several processes the first one speaks and writes.
 """
 import json
 import math
