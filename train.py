@@ -122,7 +122,7 @@ def fit(o, here, task, examples, net, identity, saved=None):
         while True:
             if plan.evaluates(state):
                 finite.check()
-                scores, predicted = evaluate(net, examples, task, o.batch_size, here, signals.wrap)
+                scores, predicted = evaluate(net, examples, task, o.batch_size, here, signals)
                 run_folder.keep_best(state, net, pruner, task, scores, predicted)
                 log.evaluation(state, scores, predicted)
             if plan.saves(state):
@@ -234,18 +234,19 @@ def parts_of(batch, rank, world, accum):
 # --- evaluation ---------------------------------------------------------------------------
 
 @torch.no_grad()
-def predict(net, examples, task, batch_size, here, wrap):
+def predict(net, examples, task, batch_size, here, signals=None):
     """For a split, on the CPU: class ids or scores in the task's unit, (N,); outputs (N, labels).
 
-    Processes share the batches. wrap(batches, how many) gives the batches on, as tqdm does, and
-    meanwhile shows a bar or looks at signals.
+    Processes share the batches. signals: what raises Stopped after a Ctrl-C.
     """
     N = len(examples.starts) - 1
     outputs = torch.zeros(N, net.num_labels, device=here.device)
     batches = data.batches(examples, batch_size, net.config["pad_token_id"],
                            multiple=here.multiple)
     net.eval()
-    for i, batch in enumerate(wrap(batches, math.ceil(N / batch_size))):
+    for i, batch in enumerate(progress.bar_around(batches, math.ceil(N / batch_size), here)):
+        if signals:
+            signals.check_batch(i)
         if i % here.world == here.rank:
             [rows] = here.copies(batch.rows)
             outputs[rows] = predict_batch(net, batch, here)
@@ -259,12 +260,12 @@ def predict(net, examples, task, batch_size, here, wrap):
     return predicted, outputs
 
 
-def evaluate(net, examples, task, batch_size, here, wrap):
+def evaluate(net, examples, task, batch_size, here, signals=None):
     """({dev split: {metric: value}}, {dev split: predictions (N,)})."""
     scores, predictions = {}, {}
     for name, split in examples.items():
         if name != "train":
-            predictions[name], _ = predict(net, split, task, batch_size, here, wrap)
+            predictions[name], _ = predict(net, split, task, batch_size, here, signals)
             scores[name] = data.metrics(task, predictions[name], split.labels)
     return scores, predictions
 
@@ -308,7 +309,7 @@ def evaluate_adapter(given):
         here = machine.join(o.device, o.dtype)
         task, examples, unseen, net, _ = prepare(o, here, stored)
         load_lora2_state_dict(net, tensors)
-    scores, predictions = evaluate(net, examples, task, o.batch_size, here, progress.bar_on(here))
+    scores, predictions = evaluate(net, examples, task, o.batch_size, here)
     if here.is_main:
         progress.show_scores(examples, task, scores, predictions)
     write_outputs(o, here, task, unseen, net)
@@ -318,7 +319,7 @@ def write_outputs(o, here, task, unseen, net):
     """--predict, --merge and --export-peft, of the adapters that the model now holds."""
     predicted, outputs = None, None
     if unseen is not None:
-        predicted, outputs = predict(net, unseen, task, o.batch_size, here, progress.bar_on(here))
+        predicted, outputs = predict(net, unseen, task, o.batch_size, here)
     if here.is_main:
         export.write_outputs(o, o.out, task, net, predicted, outputs)
 
@@ -332,8 +333,7 @@ def act(argv):
         evaluate_adapter(given)
     elif "resume" not in given:
         train(options.resolve(given))
-    elif folder.is_finished(given["resume"]):
-        result = folder.load_result(given["resume"])
+    elif result := folder.load_result(given["resume"]):    # it has ended
         if wanted := progress.finished(given, result):     # more is asked of its adapter
             evaluate_adapter(wanted)
     else:

@@ -273,15 +273,12 @@ def check_adapter(stored, identity, name):
 
 # --- result.json --------------------------------------------------------------------------
 
-def is_finished(folder):
-    """Whether the run in a folder has ended."""
-    return (Path(folder) / "result.json").exists()
-
-
 @user_errors()
 def load_result(folder):
-    """What result.json of a finished run holds; it and the adapter beside it have to be whole."""
+    """What result.json holds, None before a run has ended; the adapter has to be whole too."""
     path = Path(folder) / "result.json"
+    if not path.exists():
+        return None
     with disk.reading(path, f"remove it, and --resume {folder} makes it anew"):
         result = json.loads(disk.read_bytes(path))
         if result.pop("hash", None) != digest(json.dumps(result, sort_keys=True)):

@@ -281,12 +281,10 @@ class Signals:
         if highest:
             raise Stopped(int(highest))
 
-    def wrap(self, batches, total):
-        """The batches of an evaluation; several processes look at signals every tenth batch."""
-        for i, batch in enumerate(batches):
-            if self.here.world == 1 or i % 10 == 0:
-                self.check(step=0)
-            yield batch
+    def check_batch(self, i):
+        """check() before batch i of an evaluation; several processes do so every tenth batch."""
+        if self.here.world == 1 or i % 10 == 0:
+            self.check(step=0)
 
     def __exit__(self, *exception):
         for number, handler in self.previous.items():

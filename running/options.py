@@ -239,9 +239,8 @@ def task_of(given):
     if own and (task != "own" or not given.keys() >= {"train_file", "dev_file"}):
         raise ValueError("your own data need both --train-file and --dev-file, and no --task")
     if not own and task not in TASKS:
-        what = "there is no --task" if task is None else f"--task {task} is unknown"
-        raise ValueError(f"{what}: give one of {', '.join(TASKS)}, or your own --train-file and "
-                         "--dev-file")
+        raise ValueError(f"there is no --task {task or 'given'}: give one of {', '.join(TASKS)}, "
+                         "or your own --train-file and --dev-file")
     return task
 
 

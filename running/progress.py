@@ -217,12 +217,10 @@ class Log:
             print(text, flush=True)
 
 
-def bar_on(here):
-    """A function that puts a bar around batches that are predicted, if there is a terminal."""
-    def bar(batches, total):
-        return tqdm(batches, "predicting", total, leave=False, unit="batch", dynamic_ncols=True,
-                    disable=not here.is_main or not sys.stderr.isatty())
-    return bar
+def bar_around(batches, total, here):
+    """The batches, which are predicted, with a bar if there is a terminal."""
+    return tqdm(batches, "predicting", total, leave=False, unit="batch", dynamic_ncols=True,
+                disable=not here.is_main or not sys.stderr.isatty())
 
 
 def warn_if_equal(predictions, warned=None):

@@ -133,7 +133,7 @@ def outcome(folder):
     folder = Path(folder)
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     result = json.loads((folder / "result.json").read_text())
-    volatile = ("tokens_per_second", "tokens", "seconds", "date", "peak_memory_gb", "out", "save_steps", "hash")
+    volatile = ("tokens_per_second", "seconds", "date", "peak_memory_gb", "out", "save_steps", "hash")
     for record in lines + [result, result["settings"]]:
         for name in volatile:
             record.pop(name, None)

@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.cli import child, refused, sentences, write_task
+from tests.test_folder import at_step, ctrl_c
 from tests.conftest import SMALL, frozen, opened, outcome, write_checkpoint
 
 import data
 import model as models
 import train
-from running import export, folder, machine, options, progress, schedule
-from running.errors import Stopped
+from running import export, folder, machine, options, schedule
 from lora2 import RankPruner, add_lora2, load_lora2_state_dict, lora2_layers, orthogonality_loss
 
 ROOT = Path(__file__).parents[1]
@@ -173,8 +173,7 @@ for i in (2, 4):
 
 def accuracy(run):
     """Of the dev rows, as --eval computes it."""
-    bar = progress.bar_on(run.here)
-    scores, _ = train.evaluate(run.net, run.examples, run.task, run.o.batch_size, run.here, bar)
+    scores, _ = train.evaluate(run.net, run.examples, run.task, run.o.batch_size, run.here)
     return scores["dev"]["accuracy"]
 
 
@@ -555,13 +554,8 @@ def test_two_seeds_at_once(cli):
 
 def test_threads_may_change_on_the_way(cli):
     """Oracle: the unbroken run on one thread, within float error."""
-    def stop(signals, step):
-        if step == 4:
-            raise Stopped(2)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(machine.Signals, "check", stop)
-        torch.set_num_threads(2)
+    torch.set_num_threads(2)
+    with at_step(4, ctrl_c):
         assert cli.tiny().status == 130
     torch.set_num_threads(1)
     assert cli("--resume run").status == 0
@@ -587,7 +581,7 @@ def test_labels_have_names_and_probabilities(cli, tiny, monkeypatch, task, split
     with_, without = [[line.split("\t") for line in Path(out, file).read_text().splitlines()] for out in ("run", "plain")]
     assert with_[0] == ["index", "prediction", *labels] and [row[:2] for row in with_] == without
     run = opened(eval="run/adapter.safetensors", model=str(tiny["bert"]), predict=str(paths[split]), out="x")
-    predictions, outputs = train.predict(run.net, run.unseen, run.task, 16, run.here, progress.bar_on(run.here))
+    predictions, outputs = train.predict(run.net, run.unseen, run.task, 16, run.here)
     found = torch.tensor([[float(number) for number in row[2:]] for row in with_[1:]])
     torch.testing.assert_close(found, outputs.softmax(1), rtol=1e-4, atol=1e-6)
     assert [row[1] for row in with_[1:]] == [labels[i] for i in predictions]
