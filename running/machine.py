@@ -183,12 +183,15 @@ def set_random_state(here, state):
 
 
 def is_random_state(state, here):
-    """Whether a file's dict can be random_state(): by setting it, since torch alone can tell."""
+    """Whether a file's dict can be random_state(); it is tried, since torch alone can tell."""
+    before = random_state(here)
     try:
         set_random_state(here, state)
+        return True
     except (KeyError, TypeError, RuntimeError):
         return False
-    return True
+    finally:
+        set_random_state(here, before)
 
 
 # --- several processes --------------------------------------------------------------------

@@ -265,9 +265,10 @@ def test_merged_zeros_are_the_base(cli, tiny):
 
 # --- what keeps wrong numbers out ---------------------------------------------------------------------------
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_non_finite_step_is_not_taken(cli, monkeypatch, where):
-    """Oracle: weights and moments before the bad step; a run that never met one. Step 10 is logged."""
+@pytest.mark.parametrize("where, save_steps, last", [("loss", 4, 8), ("gradient", 4, 8), ("loss", 3, 6)])
+def test_a_non_finite_step_is_not_taken(cli, monkeypatch, where, save_steps, last):
+    """Oracle: weights and moments before the bad step; a run that never met one. Step 10 is logged; with
+    --save-steps 3 a state would be saved before that."""
     usual, states = train.update, []                       # before each update, and after the last one
 
     def state(optimizer, parameters):                      # Λ apart, which the pruner's choice sets to 0
@@ -281,14 +282,14 @@ def test_a_non_finite_step_is_not_taken(cli, monkeypatch, where):
         if step == 10:
             states.append(state(optimizer, parameters))
 
-    words = "--save-steps 4 --eval-steps 5"
+    words = f"--save-steps {save_steps} --eval-steps 5"
     with monkeypatch.context() as patch:
         patch.setattr(train, "update", update)
         stopped = cli.tiny(words)
     assert stopped.status == 1 and len(stopped.errors) == 1
     assert "at step 9;" in stopped.err and "run/last.pt" in stopped.err
-    assert len(states) == 11 and states[10] == states[8] != states[7]
-    assert folder.load_state("run")["step"] == 8
+    assert states[-1] == states[8] != states[7] and len(states) == (11 if last == 8 else 9)
+    assert folder.load_state("run")["step"] == last
     assert cli("--resume run").status == 0 and outcome("run") == cli.whole(words)
 
 
