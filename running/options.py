@@ -13,8 +13,7 @@ from running.errors import user_errors
 
 # The authors' released settings: batch 32, AdamW, clip 1.0, linear decay after a warm-up, dropout
 # 0.1 in the backbone. Warm-up and pruning (Algorithm 1's t_i, t_f, ΔT) are steps of all T steps of
-# a full-length run; runs of another length use the same fractions of theirs. QNLI has the longest
-# texts; MRPC and RTE choose anew at every step.
+# a full-length run; runs of another length use the same fractions of theirs.
 SCHEDULE = ("warmup", "prune_warmup", "prune_final", "prune_interval")
 COLUMNS = ("lr", "epochs", "all_steps", "warmup", "max_len", "head_dropout", "weight_decay",
            "alpha", *SCHEDULE[1:], "r", "target_rank", "reg", "seed")
@@ -32,9 +31,8 @@ ROWS = {
     "own":  (8e-4,   10, 1000,   60,    128, .10, .01,  32,  120,   450,  10, 8, 2,    .1, 0),
 }
 PRESETS = {task: dict(zip(COLUMNS, row)) for task, row in ROWS.items()}
-# What a method, or a method on one task, wants otherwise. alpha 16 at r = 8 is scale 2, the setting
-# of LoRA's and SoRA's authors (LoRA at alpha 32 collapsed on CoLA); full fine-tuning needs small
-# steps; SoRA's authors clip at 0.1.
+# What a method, or a method on one task, wants otherwise. alpha 16 at r = 8 is scale 2, as LoRA's
+# and SoRA's authors have it (LoRA at alpha 32 collapsed on CoLA); SoRA's authors clip at 0.1.
 EXCEPTIONS = {
     "full": {"lr": 2e-5}, "lora": {"r": 8, "alpha": 16}, "adalora": {"r": 2, "target_rank": 1},
     "sora": {"r": 8, "alpha": 16, "weight_decay": .1, "warmup": .06, "clip": .1},
@@ -158,8 +156,7 @@ class Parser(argparse.ArgumentParser):
 def number_of_steps(text):
     """The type of an option that counts steps: a whole number, or a fraction below 1."""
     value = float(text)
-    is_whole = 1 <= value < COUNT[1] and value == int(value)
-    if not (0 <= value < 1 or is_whole):
+    if not 0 <= value < COUNT[1] or (value >= 1 and value % 1 > 0):
         raise argparse.ArgumentTypeError(f"{text} is neither a number of steps nor a fraction "
                                          "below 1")
     return value
@@ -273,14 +270,13 @@ def resumed(stored, given):
 
     Where to write is taken from there alone: no file chooses it.
     """
-    folder = given["resume"]
-    check_stored(folder, TABLE.keys(), stored)
+    check_stored(given["resume"], TABLE.keys(), stored)
     for name in sorted(AFTERWARDS - given.keys()):
         if stored[name] is not None:
             warn(f"this run began with {flag(name)} {stored[name]}: --resume does that only if it "
                  "is given again")
     places = dict.fromkeys(AFTERWARDS) | {"eval": None, "overwrite": False}
-    places |= beside_resume(stored, given) | {"out": folder}
+    places |= beside_resume(stored, given) | {"out": given["resume"]}
     return checked(stored | places)
 
 

@@ -5,6 +5,7 @@
 import importlib
 import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -61,17 +62,10 @@ def run(name, *args, **options):
                 torch.testing.assert_close(self.layers[0].u.grad, seen.expected, rtol=1e-4, atol=1e-6)
         return step(self)
 
-    hooks = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
-    example.add_lora2 = off_the_floor
-    lora2.RankPruner.__init__, lora2.RankPruner.step = made, stepped
-    try:
-        result = example.main(*args, **options)
-    finally:
-        lora2.RankPruner.__init__, lora2.RankPruner.step = make, step
-        example.add_lora2 = add
-        for hook in hooks:
-            hook.remove()
-    return result, seen
+    with (register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after),
+          mock.patch.object(example, "add_lora2", off_the_floor), mock.patch.object(lora2.RankPruner, "__init__", made),
+          mock.patch.object(lora2.RankPruner, "step", stepped)):
+        return example.main(*args, **options), seen
 
 
 def check(seen, total):
