@@ -8,7 +8,6 @@
     python train.py --train-file mine.tsv --dev-file dev.tsv  # with columns sentence, label
     torchrun --nproc_per_node=2 train.py --task mnli --k 8    # several devices, the same batches
 """
-# here: device, dtype, rank and world of this process (running/machine.py).
 import math
 import sys
 from functools import partial
@@ -29,9 +28,12 @@ from running.errors import FiniteCheck, exit_status, user_errors
 def train(o, saved=None):
     """Train from the start or a saved state to the end, as the options say; returns the model."""
     with user_errors():                                    # what a user can have wrong: one line
-        here = machine.join(o.device, o.dtype)
+        here = machine.join(o.device, o.dtype)             # device, dtype, rank, world
         task, examples, unseen, net, identity = prepare(o, here)
-    fit(o, here, task, examples, net, identity, saved)
+        plan = schedule.plan(o, rows=len(examples["train"].labels))
+        pruner = baselines.make_pruner(o.method, net, o.target_rank, *plan.pruning(), o.importance,
+                                       o.sora_threshold)   # LoRA²: RankPruner
+    fit(o, here, plan, task, examples, net, pruner, identity, saved)
     if o.predict or o.merge or o.export_peft:
         tensors, _ = folder.load_adapter(f"{o.out}/adapter.safetensors")
         load_lora2_state_dict(net, tensors)                # the best, not the last
@@ -97,12 +99,8 @@ def start_along_gradient(o, plan, task, examples, net, here):
 
 # --- the loop -----------------------------------------------------------------------------
 
-def fit(o, here, task, examples, net, identity, saved=None):
-    """The loop, and all that it writes into the run folder."""
-    with user_errors():
-        plan = schedule.plan(o, rows=len(examples["train"].labels))
-        pruner = baselines.make_pruner(o.method, net, o.target_rank, *plan.pruning(), o.importance,
-                                       o.sora_threshold)   # LoRA²: RankPruner
+def fit(o, here, plan, task, examples, net, pruner, identity, saved=None):
+    """The loop, which writes into the run folder."""
     optimizer, parameters = make_optimizer(net, o.lr, o.head_lr, o.weight_decay, o.outer_lr)
     if o.init == "gradient" and saved is None:
         start_along_gradient(o, plan, task, examples, net, here)
@@ -209,8 +207,6 @@ def task_loss(logits, labels, task):
     return F.mse_loss(logits.squeeze(1), labels)
 
 
-# --- batches ------------------------------------------------------------------------------
-
 def stream(examples, o, plan, step, net, here):
     """Batches without end, from after that step on; epoch e's order is drawn from seed and e."""
     epoch, skip = divmod(step, plan.per_epoch)
@@ -291,8 +287,7 @@ def restore(saved, state, net, optimizer, pruner, here):
     state.seconds = saved["seconds"]
     state.evaluations = saved["evaluations"]
     load_lora2_state_dict(net, saved["weights"])
-    moments = saved["optimizer"]["state"]
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["optimizer"]["state"]})
     if pruner:
         pruner.load_state_dict(saved["pruner"])
     machine.set_random_state(here, saved["rng"][here.rank])
