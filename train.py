@@ -186,7 +186,7 @@ def update(optimizer, parameters, loss, plan, step, max_norm, finite):
     After a first step that is not finite AdamW changes nothing any more: see FiniteCheck.
     """
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    optimizer.found_inf = finite.note(loss + norm, step)     # GradScaler's hook: 1: AdamW skips
+    optimizer.found_inf = finite.note(loss + norm, step)     # GradScaler's hook: at 1 no update
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * plan.lr_factor(step)
     optimizer.step()
