@@ -133,7 +133,10 @@ def fit(o, here, plan, task, examples, net, pruner, identity, saved=None):
             batch = next(batches)
             state.step += 1
             loss = gradients(net, batch, task, here, o.accum, recorded)  # forward, backward
-            R = regularise(o, net, parameters)                       # LoRA²: Eq. 5, its gradients
+            R = baselines.regulariser(o.method, net, o.reg_terms)    # LoRA²: Eq. 5
+            if R is not None:
+                fast.add_gradients(o.reg * R, parameters)            # as (γ R).backward() does
+                R = R.detach()
             update(optimizer, parameters, loss, plan, state.step, o.clip, finite)
             kept = pruner.step() if pruner else None                 # LoRA²: Algorithm 1
             optimizer.zero_grad()
@@ -169,15 +172,6 @@ def gradients(net, batch, task, here, accum, recorded=None):
 def part_loss(net, task, here, part, share):
     """The loss of a part of a batch, times its share of the batch's rows: a scalar."""
     return task_loss(predict_batch(net, part, here), part.labels, task) * share
-
-
-def regularise(o, net, parameters):
-    """Add γ R to what the gradients are of. Returns R, a scalar; None for methods without one."""
-    R = baselines.regulariser(o.method, net, o.reg_terms)
-    if R is None:
-        return None
-    fast.add_gradients(o.reg * R, parameters)              # as (γ R).backward() does
-    return R.detach()
 
 
 def update(optimizer, parameters, loss, plan, step, max_norm, finite):
