@@ -31,7 +31,8 @@ def train(o, saved=None):
         here = machine.join(o.device, o.dtype)             # device, dtype, rank, world
         task, examples, unseen, net, identity = prepare(o, here)
         plan = schedule.plan(o, rows=len(examples["train"].labels))
-        pruner = baselines.make_pruner(o.method, net, o.target_rank, *plan.pruning(), o.importance,
+        pruner = baselines.make_pruner(o.method, net, o.target_rank, plan.steps, plan.prune_warmup,
+                                       plan.prune_final, plan.prune_interval, o.importance,
                                        o.sora_threshold)   # LoRA²: RankPruner
     fit(o, here, plan, task, examples, net, pruner, identity, saved)
     if o.predict or o.merge or o.export_peft:

@@ -17,10 +17,6 @@ class Plan(NamedTuple):
     save_steps: Optional[int]
     stop_at: Optional[float]         # a score
 
-    def pruning(self):
-        """What RankPruner is told: T, t_i, t_f and ΔT."""
-        return self.steps, self.prune_warmup, self.prune_final, self.prune_interval
-
     def lr_factor(self, step):
         """Linear up over the warm-up, then linear down; not 0 at any of the steps 1 .. T."""
         if step <= self.lr_warmup:
