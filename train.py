@@ -8,11 +8,6 @@
     python train.py --train-file mine.tsv --dev-file dev.tsv  # with columns sentence, label
     torchrun --nproc_per_node=2 train.py --task mnli --k 8    # several devices, the same batches
 """
-# In this file: o, the options · here, the machine: device, dtype, rank, world · plan, when things
-# happen · files, the run folder · signals, Ctrl-C · guard, which remembers the first step that was
-# not finite · refusing(), which makes a user's mistake one line. All of them are in running/.
-# To change the loss, see task_loss() · the regulariser, regularise() · the schedule, options.plan()
-# · the method, methods/baselines.py · what is logged, progress.Log.
 import math
 import sys
 from functools import partial
@@ -22,60 +17,29 @@ import torch.nn.functional as F
 
 import data
 import model as models
-from formats import glue
-from lora2 import load_lora2_state_dict
+from lora2 import load_lora2_state_dict, lora2_state_dict
 from methods import baselines, fast
 from methods.first_gradient import start_at_gradient
-from running import demo, export, folder, machine, options, progress
-from running.errors import Guard, refusing, told
+from running import demo, export, folder, inputs, machine, options, progress, saving, schedule
+from running.errors import FiniteCheck, exit_status, user_errors
 
 # --- one run ------------------------------------------------------------------------------
 
 def train(o, saved=None):
-    """Train to the end, from the start or a saved state: (Machine, task, unseen, model)."""
-    with refusing():                                       # around what a user can have wrong
-        here = machine.join(o.device, o.dtype)
+    """Train from the start or a saved state to the end, as the options say; returns the model."""
+    with user_errors():                                    # what a user can have wrong: one line
+        here = machine.join(o.device, o.dtype)             # device, dtype, rank, world
         task, examples, unseen, net, identity = prepare(o, here)
-        plan = options.plan(o, rows=len(examples["train"].labels))
-        pruner = baselines.make_pruner(o.method, net, o.target_rank, *plan.pruning(), o.importance,
+        plan = schedule.plan(o, rows=len(examples["train"].labels))
+        pruner = baselines.make_pruner(o.method, net, o.target_rank, plan.steps, plan.prune_warmup,
+                                       plan.prune_final, plan.prune_interval, o.importance,
                                        o.sora_threshold)   # LoRA²: RankPruner
-    optimizer, parameters = make_optimizer(net, o.lr, o.head_lr, o.weight_decay, o.outer_lr)
-    if o.init == "gradient" and saved is None:             # v and V along W0's first gradient
-        in_fp32 = here._replace(dtype="fp32")              # copies of W0 in bf16 have no gradient
-        start_at_gradient(net, lambda batch: gradients(net, batch, task, in_fp32, o.accum),
-                          stream(examples["train"], o, plan, 0, net, here))
-    guard = Guard(here.device, o.out)
-    recorded = None if o.eager else fast.recorder(partial(part_loss, net, task, here), net)
-    with (folder.RunFolder(identity, here, plan, net, optimizer, pruner, guard) as files,
-          machine.Signals(here) as signals, progress.Log(o, plan, here, task, net, guard) as log):
-        state = files.begin(o) if saved is None else files.restore(saved)
-        log.start(state, examples)
-        batches = stream(examples["train"], o, plan, state.step, net, here)
-        while True:
-            if plan.evaluates(state):
-                guard.check()
-                scores, predicted = evaluate(net, examples, task, o.batch_size, here, signals.watch)
-                files.keep_best(task, scores, predicted)
-                log.evaluation(state, scores, predicted)
-            if plan.saves(state):
-                files.save()
-            if plan.is_over(state):
-                break
-            signals.check(state.step)                      # Ctrl-C: on its way out files saves
-
-            # ---- one training step -------------------------------------------------------
-            batch = next(batches)
-            state.step += 1
-            loss = gradients(net, batch, task, here, o.accum, recorded)  # forward, backward
-            R = regularise(o, net, parameters)                       # LoRA²: Eq. 5, its gradients
-            update(optimizer, parameters, loss, plan, state.step, o.clip, guard)
-            kept = pruner.step() if pruner else None                 # LoRA²: Algorithm 1
-            optimizer.zero_grad()
-            # ------------------------------------------------------------------------------
-            state.tokens += int(batch.attention_mask.sum())
-            log.training(state, loss, R, kept, optimizer, pruner)  # a line every ten steps
-        files.finish(task, progress.counts(net))
-    return here, task, unseen, net
+    fit(o, here, plan, task, examples, net, pruner, identity, saved)
+    if o.predict or o.merge or o.export_peft:
+        tensors, _ = folder.load_adapter(f"{o.out}/adapter.safetensors")
+        load_lora2_state_dict(net, tensors)                # the best, not the last
+        write_outputs(o, here, task, unseen, net)
+    return net
 
 
 # --- data → model → adapters → optimizer --------------------------------------------------
@@ -85,55 +49,26 @@ def prepare(o, here, stored=None):
 
     stored: what the adapter that is to be evaluated says of itself; None to train.
     Returns (task, {split: Examples}, Examples of --predict or None, model, identity of the run).
-    ValueError, TypeError or OSError with one sentence for whatever does not fit.
     """
-    folder.check_destinations(o)
-    splits, task = load_splits(o, here, stored)
-    folder.check_predictions(o, task)
-    if o.predict:
-        splits["to predict"] = glue.read_split(o.predict, task, labelled=False)
-    tokenizer = data.load_tokenizer(o.model)
-    examples = {name: data.encode(tokenizer, split, o.max_len, name)
-                for name, split in splits.items()}
-    if o.task == "own" and here.speaks and not stored:
-        print(progress.first_look(examples, task, tokenizer), flush=True)
+    saving.check_destinations(o)
+    task, examples, tokenizer = inputs.load_examples(o, here, stored)
     torch.manual_seed(o.seed)                              # before head and adapters are drawn
     net = models.from_pretrained(o.model, max(1, len(task.labels)), o.head_dropout, task.labels)
     if o.max_len > net.max_len:
         raise ValueError(f"--max-len {o.max_len}: this model takes {net.max_len} tokens at most")
-    identity = folder.identity_of(o, here, task, net, tokenizer)
-    if stored:
-        folder.check_adapter(stored, identity, o.eval)
     data.check_ids(examples, net.config, o.model)
     unseen = examples.pop("to predict", None)
-    identity["rows"] = folder.hash_of_data(examples)
+    identity = folder.identity_of(o, here, task, net, tokenizer, examples)
+    if stored:
+        folder.check_adapter(stored, identity, o.eval)
 
     targets = models.target_modules(net, o.targets) if o.targets else []
     baselines.add_method(o.method, net, targets, net.head, o.k, o.r, o.alpha, o.init)
-    machine.seed_dropout(o.seed, here)
+    if here.rank > 0:
+        torch.manual_seed(o.seed + here.rank)              # each process drops other units
     net.to(here.device)
     fast.speed_up(net, here.dtype, o.compile)  # from here on the twins of methods/ compute
     return task, examples, unseen, net, identity
-
-
-def load_splits(o, here, stored):
-    """({split: texts and labels}, task) of a GLUE task or of the user's files.
-
-    A missing task is fetched by one of the processes. To evaluate there is no split "train".
-    """
-    if o.dev_file and stored:
-        splits, task = data.load_dev(o.dev_file, o.task, stored["columns"])
-    elif o.dev_file:
-        splits, task = data.load_own(o.train_file, o.dev_file)
-    else:
-        task = data.get_task(o.task)
-        if here.speaks and not o.resume and data.is_missing(task, o.data_dir, train=not stored):
-            glue.fetch_task(task, o.data_dir)              # --resume: a file says where data are
-        machine.wait_for_all()                             # whatever each finds there by now
-        splits = data.load_task(task, o.data_dir, train=not stored)
-    limits = {"train": o.limit_train}
-    return {name: split.part(0, limits.get(name, o.limit_dev))
-            for name, split in splits.items()}, task
 
 
 def make_optimizer(net, lr, head_lr, weight_decay, outer_lr=None):
@@ -149,9 +84,67 @@ def make_optimizer(net, lr, head_lr, weight_decay, outer_lr=None):
                 peak = outer_lr
             decay = 0.0 if name.endswith("bias") or "LayerNorm" in name else weight_decay
             groups.setdefault((peak, decay), []).append(p)
-    settings = [{"params": group, "peak": peak, "lr": peak, "weight_decay": decay}
-                for (peak, decay), group in groups.items()]
-    return torch.optim.AdamW(settings, fused=True), [p for group in groups.values() for p in group]
+    settings, parameters = [], []
+    for (peak, decay), group in groups.items():
+        settings.append({"params": group, "peak": peak, "lr": peak, "weight_decay": decay})
+        parameters += group
+    return torch.optim.AdamW(settings, fused=True), parameters
+
+
+def start_along_gradient(o, plan, task, examples, net, here):
+    """--init gradient: let v and V begin along W0's first gradient."""
+    in_fp32 = here._replace(dtype="fp32")                  # copies of W0 in bf16 have no gradient
+    start_at_gradient(net, lambda batch: gradients(net, batch, task, in_fp32, o.accum),
+                      stream(examples["train"], o, plan, 0, net, here))
+
+
+# --- the loop -----------------------------------------------------------------------------
+
+def fit(o, here, plan, task, examples, net, pruner, identity, saved=None):
+    """The loop, which writes into the run folder."""
+    optimizer, parameters = make_optimizer(net, o.lr, o.head_lr, o.weight_decay, o.outer_lr)
+    if o.init == "gradient" and saved is None:
+        start_along_gradient(o, plan, task, examples, net, here)
+    state = schedule.State()
+    finite = FiniteCheck(here.device, o.out)
+    recorded = None if o.eager else fast.recorder(partial(part_loss, net, task, here), net)
+    last_pt = partial(snapshot, state, net, optimizer, pruner, finite, here)
+    with (saving.RunFolder(identity, plan, here, last_pt) as run_folder,
+          machine.Signals(here) as signals, progress.Log(o, plan, here, task, net, finite) as log):
+        if saved is None:
+            run_folder.begin(o)
+        else:
+            state.best, state.adapter = run_folder.reopen(saved, optimizer)
+            restore(saved, state, net, optimizer, pruner, here)
+        log.start(state, examples)
+        batches = stream(examples["train"], o, plan, state.step, net, here)
+        while True:
+            if plan.evaluates(state):
+                finite.check()
+                scores, predicted = evaluate(net, examples, task, o.batch_size, here, signals)
+                run_folder.keep_best(state, net, pruner, task, scores, predicted)
+                log.evaluation(state, scores, predicted)
+            if plan.saves(state):
+                run_folder.save()
+            if plan.is_over(state):
+                break
+            signals.check(state.step)              # Ctrl-C: on its way out run_folder saves
+
+            # ---- one training step -------------------------------------------------------
+            batch = next(batches)
+            state.step += 1
+            loss = gradients(net, batch, task, here, o.accum, recorded)  # forward, backward
+            R = baselines.regulariser(o.method, net, o.reg_terms)    # LoRA²: Eq. 5
+            if R is not None:
+                fast.add_gradients(o.reg * R, parameters)            # as (γ R).backward() does
+                R = R.detach()
+            update(optimizer, parameters, loss, plan, state.step, o.clip, finite)
+            kept = pruner.step() if pruner else None                 # LoRA²: Algorithm 1
+            optimizer.zero_grad()
+            # ------------------------------------------------------------------------------
+            state.tokens += int(batch.attention_mask.sum())
+            log.training(state, loss, R, kept, optimizer, pruner)  # a line every ten steps
+        run_folder.finish(state, net, pruner, task)
 
 
 # --- the parts of a step: the benchmark times these very functions ------------------------
@@ -161,7 +154,7 @@ def gradients(net, batch, task, here, accum, recorded=None):
 
     A part's loss is weighted by its share of the rows, so that gradients and loss, summed over
     parts and processes, are those of the mean over the batch. R is the same in each process: it
-    is added afterwards, once. recorded: on a GPU a fast.Recorded, which does the same.
+    is added afterwards, once. recorded: on a GPU a fast.Recorded, which does the same faster.
     """
     loss = torch.zeros((), device=here.device)
     for part in parts_of(batch, here.rank, here.world, accum):
@@ -182,22 +175,13 @@ def part_loss(net, task, here, part, share):
     return task_loss(predict_batch(net, part, here), part.labels, task) * share
 
 
-def regularise(o, net, parameters):
-    """Add γ R to what the gradients are of. Returns R, a scalar; None for methods without one."""
-    R = baselines.regulariser(o.method, net, o.reg_terms)
-    if R is None:
-        return None
-    fast.add_gradients(o.reg * R, parameters)              # as (γ R).backward() does
-    return R.detach()
-
-
-def update(optimizer, parameters, loss, plan, step, max_norm, guard):
+def update(optimizer, parameters, loss, plan, step, max_norm, finite):
     """Clip the gradients to a norm, set the learning rates of this step, AdamW.
 
-    After a first step that is not finite AdamW changes nothing any more: see Guard.
+    After a first step that is not finite AdamW changes nothing any more: see FiniteCheck.
     """
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    optimizer.found_inf = guard.see(loss + norm, step)  # GradScaler's hook in fused AdamW: 1 = skip
+    optimizer.found_inf = finite.note(loss + norm, step)     # GradScaler's hook: at 1 no update
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * plan.lr_factor(step)
     optimizer.step()
@@ -217,8 +201,6 @@ def task_loss(logits, labels, task):
         return F.cross_entropy(logits, labels)
     return F.mse_loss(logits.squeeze(1), labels)
 
-
-# --- batches ------------------------------------------------------------------------------
 
 def stream(examples, o, plan, step, net, here):
     """Batches without end, from after that step on; epoch e's order is drawn from seed and e."""
@@ -243,18 +225,19 @@ def parts_of(batch, rank, world, accum):
 # --- evaluation ---------------------------------------------------------------------------
 
 @torch.no_grad()
-def predict(net, examples, task, batch_size, here, watch):
+def predict(net, examples, task, batch_size, here, signals=None):
     """For a split, on the CPU: class ids or scores in the task's unit, (N,); outputs (N, labels).
 
-    Processes share the batches. watch(batches, how many) gives the batches on, and meanwhile
-    looks at signals or shows a bar.
+    Processes share the batches. signals: what raises Stopped after a Ctrl-C.
     """
     N = len(examples.starts) - 1
     outputs = torch.zeros(N, net.num_labels, device=here.device)
     batches = data.batches(examples, batch_size, net.config["pad_token_id"],
                            multiple=here.multiple)
     net.eval()
-    for i, batch in enumerate(watch(batches, math.ceil(N / batch_size))):
+    for i, batch in enumerate(progress.bar_around(batches, math.ceil(N / batch_size), here)):
+        if signals:
+            signals.check_batch(i)
         if i % here.world == here.rank:
             [rows] = here.copies(batch.rows)
             outputs[rows] = predict_batch(net, batch, here)
@@ -268,50 +251,67 @@ def predict(net, examples, task, batch_size, here, watch):
     return predicted, outputs
 
 
-def evaluate(net, examples, task, batch_size, here, watch):
+def evaluate(net, examples, task, batch_size, here, signals=None):
     """({dev split: {metric: value}}, {dev split: predictions (N,)})."""
     scores, predictions = {}, {}
     for name, split in examples.items():
         if name != "train":
-            predictions[name], _ = predict(net, split, task, batch_size, here, watch)
+            predictions[name], _ = predict(net, split, task, batch_size, here, signals)
             scores[name] = data.metrics(task, predictions[name], split.labels)
     return scores, predictions
 
 
+# --- what last.pt holds -------------------------------------------------------------------
+
+def snapshot(state, net, optimizer, pruner, finite, here):
+    """All on which the rest of a run depends: a dict of tensors and plain values."""
+    finite.check()                                         # no bad step is saved
+    return {"step": state.step, "tokens": state.tokens, "seconds": state.elapsed(),
+            "evaluations": state.evaluations, "adapter": state.adapter,
+            "weights": lora2_state_dict(net),
+            "optimizer": optimizer.state_dict(),
+            "pruner": dict(pruner.state_dict()) if pruner else {},
+            "rng": machine.gathered(machine.random_state(here), here)}
+
+
+@user_errors()
+def restore(saved, state, net, optimizer, pruner, here):
+    """Put back what snapshot() gave, in place; AdamW's settings stay this run's own."""
+    state.step = saved["step"]
+    state.tokens = saved["tokens"]
+    state.seconds = saved["seconds"]
+    state.evaluations = saved["evaluations"]
+    load_lora2_state_dict(net, saved["weights"])
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["optimizer"]["state"]})
+    if pruner:
+        pruner.load_state_dict(saved["pruner"])
+    machine.set_random_state(here, saved["rng"][here.rank])
+    saved.clear()                                          # its tensors are copied: free them
+
+
 # --- from the command line ----------------------------------------------------------------
 
-def train_and_hand_out(o, saved=None):
-    """One run, and of its best adapter what is asked for."""
-    here, task, unseen, net = train(o, saved)
-    if o.predict or o.merge or o.export_peft:
-        tensors, _ = folder.load_adapter(f"{o.out}/adapter.safetensors")
-        load_lora2_state_dict(net, tensors)
-    hand_out(o, here, task, unseen, net)
-
-
 def evaluate_adapter(given):
-    """--eval: show the scores of an adapter, and hand out what is asked for."""
-    with refusing():
+    """--eval: show the scores of an adapter, and write what is asked for."""
+    with user_errors():
         tensors, stored = folder.load_adapter(given["eval"])
         o = options.evaluating(stored["settings"], given)
         here = machine.join(o.device, o.dtype)
         task, examples, unseen, net, _ = prepare(o, here, stored)
         load_lora2_state_dict(net, tensors)
-    scores, predictions = evaluate(net, examples, task, o.batch_size, here, progress.bar_on(here))
-    if here.speaks:
-        progress.warn_if_equal(predictions)
-        print(progress.rows(examples, task))
-        print(progress.scores_text(scores))
-    hand_out(o, here, task, unseen, net)
+    scores, predictions = evaluate(net, examples, task, o.batch_size, here)
+    if here.is_main:
+        progress.show_scores(examples, task, scores, predictions)
+    write_outputs(o, here, task, unseen, net)
 
 
-def hand_out(o, here, task, unseen, net):
+def write_outputs(o, here, task, unseen, net):
     """--predict, --merge and --export-peft, of the adapters that the model now holds."""
     predicted, outputs = None, None
     if unseen is not None:
-        predicted, outputs = predict(net, unseen, task, o.batch_size, here, progress.bar_on(here))
-    if here.speaks:
-        export.hand_out(o, o.out, task, net, predicted, outputs)
+        predicted, outputs = predict(net, unseen, task, o.batch_size, here)
+    if here.is_main:
+        export.write_outputs(o, o.out, task, net, predicted, outputs)
 
 
 def act(argv):
@@ -322,20 +322,19 @@ def act(argv):
     elif "eval" in given:
         evaluate_adapter(given)
     elif "resume" not in given:
-        train_and_hand_out(options.resolve(given))
-    elif folder.is_finished(given["resume"]):
-        result = folder.load_result(given["resume"])
+        train(options.resolve(given))
+    elif result := folder.load_result(given["resume"]):    # it has ended
         if wanted := progress.finished(given, result):     # more is asked of its adapter
             evaluate_adapter(wanted)
     else:
         saved = folder.load_run(given["resume"])
-        train_and_hand_out(options.resumed(saved["settings"], given), saved)
+        train(options.resumed(saved["settings"], given), saved)
     machine.leave()
 
 
 def main(argv=None):
     """The command line; returns the exit status. A user's mistake is one line, a bug is not."""
-    return told(act, argv)
+    return exit_status(act, argv)
 
 
 if __name__ == "__main__":

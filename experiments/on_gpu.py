@@ -303,7 +303,7 @@ def out_of_memory(job):
 
     torch.cuda.empty_cache()
     left = (torch.cuda.memory_reserved() + 2**28) / total
-    step = heard_within(left, errors.told, large_step)
+    step = heard_within(left, errors.exit_status, large_step)
     words = ["--model", small_model(job), "--device", "cuda", "--out", job.work / "oom",
              "--overwrite", "--batch-size", "100000"]
     whole = heard_within(1e-6, train.main, [*SHORT, *map(str, words)])

@@ -1,1 +1,1 @@
-"""What stands around the training loop: options, machine, run folder, progress, exports, errors."""
+"""What stands around the loop: options, inputs, machine, schedule, saving, progress, errors."""

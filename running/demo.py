@@ -13,8 +13,8 @@ import torch
 import model as models
 from formats import disk, toy
 from formats.config import check_config
-from running import folder, machine, options
-from running.errors import refusing
+from running import folder, machine, options, saving
+from running.errors import user_errors
 
 # A feed-forward layer this narrow cannot hold what all six roles say and choose between them later.
 # So the model learns to attend to the word that the cue names, and its output says nothing of the
@@ -93,7 +93,7 @@ def main(given, train):
     return results
 
 
-@refusing()
+@user_errors()
 def place_and_seed(given):
     """Where the demo runs, and its seed. Refused: other options, a folder of somebody else."""
     strange = given.keys() - {"task", "out", "seed", "overwrite"}
@@ -102,7 +102,7 @@ def place_and_seed(given):
     if strange or machine.number_from("WORLD_SIZE", 1) > 1:
         raise ValueError("the demo is one process and takes --out and --seed alone: for more, run "
                          f"it first, then give its model as --model {out / 'base'}")
-    folder.check_destinations(o)
+    saving.check_destinations(o)
     return out, o.seed
 
 

@@ -24,7 +24,7 @@ class Stopped(Exception):
 
 
 @contextlib.contextmanager
-def refusing():
+def user_errors():
     """Around all that a user's mistake can break and nothing else: a bug shall look like one."""
     try:
         yield
@@ -32,8 +32,8 @@ def refusing():
         raise Refused(one_line(error, 2000)) from error
 
 
-def told(action, *arguments):
-    """Run an action of the command line, tell what goes wrong; returns the exit status."""
+def exit_status(action, *arguments):
+    """Run an action of the command line, print what goes wrong; returns the exit status."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # no run shall end for a Λ that a console lacks
@@ -57,10 +57,10 @@ def told(action, *arguments):
     return status
 
 
-class Guard:
+class FiniteCheck:
     """Remembers, on the device, the first step whose loss or gradients were not finite.
 
-    No step waits for the device: see() only sets a flag there, and check() reads it before
+    No step waits for the device: note() only sets a flag there, and check() reads it before
     anything is logged or written. out: the run folder, for the message.
     """
 
@@ -68,7 +68,7 @@ class Guard:
         self.bad_step = torch.zeros((), device=device)     # 0: none
         self.out = out
 
-    def see(self, value, step):
+    def note(self, value, step):
         """1.0 if this scalar or one before was not finite, else 0.0: a scalar on the device."""
         is_first = (self.bad_step == 0) & ~torch.isfinite(value)
         self.bad_step = torch.where(is_first, float(step), self.bad_step)

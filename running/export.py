@@ -10,7 +10,7 @@ from formats.disk import writing
 from lora2 import lora2_layers, merge_lora2
 
 
-def hand_out(o, folder, task, net, predicted, outputs=None):
+def write_outputs(o, folder, task, net, predicted, outputs=None):
     """--predict, --export-peft and --merge, in this order, of the adapters the model now holds.
 
     folder: where predictions go. predicted: for the file of --predict, (N,), and with it the

@@ -22,7 +22,7 @@ class Machine(NamedTuple):
     world: int                       # number of processes
 
     @property
-    def speaks(self):
+    def is_main(self):
         """Whether this process prints and writes files."""
         return self.rank == 0
 
@@ -59,11 +59,7 @@ def join(name=None, dtype=None):
     if device.type == "cpu":
         keep_freed_memory()
     if world > 1 and not dist.is_initialized():
-        check_environment(world)
-        patience = timedelta(hours=6)                      # the others wait while one downloads
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        own_gpu = device if device.type == "cuda" else None
-        dist.init_process_group(backend, device_id=own_gpu, timeout=patience)
+        find_others(device, world)
     rank = dist.get_rank() if world > 1 else 0
     imitated = emulates_bf16(device.type)
     if dtype is None:
@@ -83,13 +79,20 @@ def number_from(variable, default):
     return int(text)
 
 
-def check_environment(world):
-    """ValueError unless that is set by which several processes find each other."""
+def find_others(device, world):
+    """Let the processes of a run know each other; ValueError where they cannot."""
     names = ("RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if not os.environ.get(name)]
     if missing or number_from("RANK", 0) >= world or not number_from("MASTER_PORT", 0):
         raise ValueError(f"the environment says WORLD_SIZE={world}, without a "
                          f"fitting {', '.join(missing or names)}: unset it, or start with torchrun")
+    own_gpu = device if device.type == "cuda" else None
+    patience = timedelta(hours=6)                          # the others wait while one downloads
+    try:
+        dist.init_process_group("nccl" if own_gpu else "gloo", device_id=own_gpu, timeout=patience)
+    except RuntimeError as e:                              # such as: two of them have one GPU
+        raise ValueError(f"the processes do not find each other ({one_line(e)}): start them with "
+                         "torchrun, each with a GPU of its own") from e
 
 
 def find_device(name, local, world):
@@ -97,6 +100,9 @@ def find_device(name, local, world):
     has_mps = torch.backends.mps.is_available() and world == 1                 # gloo knows no mps
     found = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     wanted, gpus = name or found, torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible and "," not in visible:
+        local = 0                                          # a launcher shows each process its own
     if wanted == "cuda" and 0 < gpus <= local:
         raise ValueError(f"process {local} has no GPU, there are {gpus}: give "
                          f"--nproc_per_node={gpus}")
@@ -160,12 +166,6 @@ def peak_memory(device):
 
 # --- random numbers -----------------------------------------------------------------------
 
-def seed_dropout(seed, here):
-    """Give each process but the first, which has the run's own, another dropout mask."""
-    if here.rank > 0:
-        torch.manual_seed(seed + here.rank)
-
-
 def random_state(here):
     """What dropout's generators hold: {"cpu": state, perhaps "cuda" or "mps": state}."""
     state, kind = {"cpu": torch.get_rng_state()}, here.device.type
@@ -180,6 +180,18 @@ def set_random_state(here, state):
     kind = here.device.type
     if kind != "cpu" and kind in state:
         getattr(torch, kind).set_rng_state(state[kind])
+
+
+def is_random_state(state, here):
+    """Whether a file's dict can be random_state(); it is tried, since torch alone can tell."""
+    before = random_state(here)
+    try:
+        set_random_state(here, state)
+        return True
+    except (KeyError, TypeError, RuntimeError):
+        return False
+    finally:
+        set_random_state(here, before)
 
 
 # --- several processes --------------------------------------------------------------------
@@ -272,12 +284,10 @@ class Signals:
         if highest:
             raise Stopped(int(highest))
 
-    def watch(self, batches, total):
-        """The batches of an evaluation; several processes look at signals every tenth batch."""
-        for i, batch in enumerate(batches):
-            if self.here.world == 1 or i % 10 == 0:
-                self.check(step=0)
-            yield batch
+    def check_batch(self, i):
+        """check() before batch i of an evaluation; several processes do so every tenth batch."""
+        if self.here.world == 1 or i % 10 == 0:
+            self.check(step=0)
 
     def __exit__(self, *exception):
         for number, handler in self.previous.items():

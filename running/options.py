@@ -1,20 +1,19 @@
-"""The command line of train.py: presets, the table of options, how they resolve, a run's plan."""
+"""The command line of train.py: presets, the table of options, how they resolve."""
 import argparse
 import math
 import os
 from argparse import Namespace
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 from data import TASKS
 from formats.disk import warn
 from methods import baselines
-from running.errors import refusing
+from running.errors import user_errors
 
 # The authors' released settings: batch 32, AdamW, clip 1.0, linear decay after a warm-up, dropout
 # 0.1 in the backbone. Warm-up and pruning (Algorithm 1's t_i, t_f, ΔT) are steps of all T steps of
-# a full-length run; runs of another length use the same fractions of theirs. QNLI has the longest
-# texts; MRPC and RTE choose anew at every step.
+# a full-length run; runs of another length use the same fractions of theirs.
 SCHEDULE = ("warmup", "prune_warmup", "prune_final", "prune_interval")
 COLUMNS = ("lr", "epochs", "all_steps", "warmup", "max_len", "head_dropout", "weight_decay",
            "alpha", *SCHEDULE[1:], "r", "target_rank", "reg", "seed")
@@ -32,9 +31,8 @@ ROWS = {
     "own":  (8e-4,   10, 1000,   60,    128, .10, .01,  32,  120,   450,  10, 8, 2,    .1, 0),
 }
 PRESETS = {task: dict(zip(COLUMNS, row)) for task, row in ROWS.items()}
-# What a method, or a method on one task, wants otherwise. alpha 16 at r = 8 is scale 2, the setting
-# of LoRA's and SoRA's authors (LoRA at alpha 32 collapsed on CoLA); full fine-tuning needs small
-# steps; SoRA's authors clip at 0.1.
+# What a method, or a method on one task, wants otherwise. alpha 16 at r = 8 is scale 2, as LoRA's
+# and SoRA's authors have it (LoRA at alpha 32 collapsed on CoLA); SoRA's authors clip at 0.1.
 EXCEPTIONS = {
     "full": {"lr": 2e-5}, "lora": {"r": 8, "alpha": 16}, "adalora": {"r": 2, "target_rank": 1},
     "sora": {"r": 8, "alpha": 16, "weight_decay": .1, "warmup": .06, "clip": .1},
@@ -158,8 +156,7 @@ class Parser(argparse.ArgumentParser):
 def number_of_steps(text):
     """The type of an option that counts steps: a whole number, or a fraction below 1."""
     value = float(text)
-    is_whole = 1 <= value < COUNT[1] and value == int(value)
-    if not (0 <= value < 1 or is_whole):
+    if not 0 <= value < COUNT[1] or (value >= 1 and value % 1 > 0):
         raise argparse.ArgumentTypeError(f"{text} is neither a number of steps nor a fraction "
                                          "below 1")
     return value
@@ -185,7 +182,7 @@ KINDS = {"steps": {"type": number_of_steps, "metavar": "S"},
          str: {"metavar": "NAME"}}
 
 
-@refusing()
+@user_errors()
 def parse(argv, description=None):
     """Command line → {name: value} of the options that were given. Refused on a mistake."""
     parser = Parser(prog="train.py", usage="python train.py [options]", description=description,
@@ -239,13 +236,12 @@ def task_of(given):
     if own and (task != "own" or not given.keys() >= {"train_file", "dev_file"}):
         raise ValueError("your own data need both --train-file and --dev-file, and no --task")
     if not own and task not in TASKS:
-        what = "there is no --task" if task is None else f"--task {task} is unknown"
-        raise ValueError(f"{what}: give one of {', '.join(TASKS)}, or your own --train-file and "
-                         "--dev-file")
+        raise ValueError(f"there is no --task {task or 'given'}: give one of {', '.join(TASKS)}, "
+                         "or your own --train-file and --dev-file")
     return task
 
 
-@refusing()
+@user_errors()
 def resolve(given):
     """Options given, {name: value} → all settings of a new run. Refused for what cannot be."""
     task, method = task_of(given), given.get("method", "lora2")
@@ -268,20 +264,19 @@ def resolve(given):
     return checked(settings)
 
 
-@refusing()
+@user_errors()
 def resumed(stored, given):
     """The settings of an interrupted run, with what may differ taken from the command line.
 
     Where to write is taken from there alone: no file chooses it.
     """
-    folder = given["resume"]
-    check_stored(folder, TABLE.keys(), stored)
+    check_stored(given["resume"], TABLE.keys(), stored)
     for name in sorted(AFTERWARDS - given.keys()):
         if stored[name] is not None:
             warn(f"this run began with {flag(name)} {stored[name]}: --resume does that only if it "
                  "is given again")
     places = dict.fromkeys(AFTERWARDS) | {"eval": None, "overwrite": False}
-    places |= beside_resume(stored, given) | {"out": folder}
+    places |= beside_resume(stored, given) | {"out": given["resume"]}
     return checked(stored | places)
 
 
@@ -292,7 +287,7 @@ def beside_resume(stored, given):
     return agreed(fixed, given, "resume", unread)
 
 
-@refusing()
+@user_errors()
 def evaluating(stored, given):
     """The settings with which to evaluate an adapter that stores its own."""
     check_stored(given["eval"], STORED, stored)
@@ -383,72 +378,3 @@ def checked(settings):
         if settings[name] and os.path.exists(settings[name]):  # or a name on the Hub
             settings[name] = os.path.abspath(settings[name])   # --resume may be elsewhere
     return Namespace(**settings)
-
-
-# --- when things happen -------------------------------------------------------------------
-
-class Plan(NamedTuple):
-    """When things happen in a run: all numbers are optimizer steps, counted from 1."""
-    steps: int                       # T
-    per_epoch: int
-    lr_warmup: int
-    prune_warmup: int                # t_i
-    prune_final: int                 # t_f
-    prune_interval: int              # ΔT
-    eval_steps: Optional[int]        # between evaluations besides those after each epoch
-    save_steps: Optional[int]
-    stop_at: Optional[float]         # a score
-
-    def pruning(self):
-        """What RankPruner is told: T, t_i, t_f and ΔT."""
-        return self.steps, self.prune_warmup, self.prune_final, self.prune_interval
-
-    def lr_factor(self, step):
-        """Linear up over the warm-up, then linear down to the end; not 0 at any of the steps 1 ..
-        T."""
-        if step <= self.lr_warmup:
-            return step / self.lr_warmup
-        return (self.steps - step + 1) / (self.steps - self.lr_warmup)
-
-    def evaluates(self, state):
-        """Whether an evaluation belongs after step state.step and has not been made."""
-        last = state.evaluations[-1]["step"] if state.evaluations else 0
-        at_end = state.step == self.steps or state.step % self.per_epoch == 0
-        in_between = self.eval_steps is not None and state.step % self.eval_steps == 0
-        return state.step > last and (at_end or in_between)
-
-    def saves(self, state):
-        """Whether last.pt is written after this step: after evaluations, and for --save-steps."""
-        evaluated = bool(state.evaluations) and state.evaluations[-1]["step"] == state.step
-        return evaluated or (self.save_steps is not None and state.step % self.save_steps == 0)
-
-    def is_over(self, state):
-        """Whether this was the last step: of all, or because --stop-at is reached."""
-        reached = self.stop_at is not None and state.evaluations and (
-            state.evaluations[-1]["score"] >= self.stop_at)
-        return state.step == self.steps or bool(reached)
-
-
-def plan(o, rows):
-    """The Plan of a run on that many training rows. ValueError if its phases do not fit."""
-    per_epoch = math.ceil(rows / o.batch_size)
-    T = o.max_steps or o.epochs * per_epoch
-    warmup, start = steps_of(o.warmup, T), steps_of(o.prune_warmup, T)
-    final, interval = steps_of(o.prune_final, T), steps_of(o.prune_interval, T)
-    if warmup >= T:
-        raise ValueError(f"--warmup {warmup} must be less than the {T} steps of this run")
-    if start + final >= T:
-        raise ValueError(f"--prune-warmup {start} and --prune-final {final} together must be less "
-                         f"than the {T} steps of this run")
-    return Plan(T, per_epoch, warmup, start, final, max(1, interval), o.eval_steps, o.save_steps,
-                o.stop_at)
-
-
-def steps_of(value, T):
-    """A number of steps, from a number, a fraction of T or None (nothing to the method: 0).
-
-    Fractions are rounded down, so that a sum of them that is below 1 stays below T.
-    """
-    if value is None:
-        return 0
-    return int(round(value * T, 6)) if value < 1 else int(value)

@@ -17,7 +17,7 @@ from formats import disk, glue
 from lora2 import lora2_layers
 from methods import baselines
 from running import options
-from running.errors import refusing
+from running.errors import user_errors
 
 LOG_STEPS = 10                                             # between two lines of the log
 
@@ -118,12 +118,12 @@ def counts(net):
 class Log:
     """What is said before the first step; then log.jsonl, and a bar or about 20 lines.
 
-    guard: its check() is called before a line about a step.
+    finite: its check() is called before a line about a step.
     """
 
-    def __init__(self, o, plan, here, task, net, guard):
+    def __init__(self, o, plan, here, task, net, finite):
         self.o, self.plan, self.here, self.task, self.net = o, plan, here, task, net
-        self.guard = guard
+        self.finite = finite
         self.path = Path(o.out) / "log.jsonl"
         self.floor = baselines.regulariser_floor(o.method, o.k, o.r, o.reg_terms)
         self.bar = None
@@ -133,7 +133,7 @@ class Log:
         """Announce the run, which goes on from this state."""
         self.first_step, self.first_tokens = state.step, state.tokens
         self.started = time.perf_counter()                 # finer than others on Windows
-        if not self.here.speaks:
+        if not self.here.is_main:
             return
         announce(self.o, self.here, self.plan, self.task, examples, self.net)
         if sys.stderr.isatty():
@@ -166,8 +166,8 @@ class Log:
         """
         if not self.is_due(state.step):
             return
-        self.guard.check()
-        if not self.here.speaks:
+        self.finite.check()
+        if not self.here.is_main:
             return
         seconds = time.perf_counter() - self.started       # of this process, for the rates
         rate = round((state.tokens - self.first_tokens) / seconds)
@@ -204,7 +204,7 @@ class Log:
 
         scores: {dev split: {metric: value}}; predictions: {dev split: (N,)}.
         """
-        if not self.here.speaks:
+        if not self.here.is_main:
             return
         warn_if_equal(predictions, self.warned)
         evaluation = state.evaluations[-1]
@@ -217,12 +217,10 @@ class Log:
             print(text, flush=True)
 
 
-def bar_on(here):
-    """A function that puts a bar around batches that are predicted, if there is a terminal."""
-    def bar(batches, total):
-        return tqdm(batches, "predicting", total, leave=False, unit="batch", dynamic_ncols=True,
-                    disable=not here.speaks or not sys.stderr.isatty())
-    return bar
+def bar_around(batches, total, here):
+    """The batches, which are predicted, with a bar if there is a terminal."""
+    return tqdm(batches, "predicting", total, leave=False, unit="batch", dynamic_ncols=True,
+                disable=not here.is_main or not sys.stderr.isatty())
 
 
 def warn_if_equal(predictions, warned=None):
@@ -236,6 +234,13 @@ def warn_if_equal(predictions, warned=None):
             warned.add(name)
             disk.warn(f"all {len(p)} predictions for {name} are equal: the model may have "
                       "collapsed; a smaller --lr or a longer --warmup may help")
+
+
+def show_scores(examples, task, scores, predictions):
+    """What --eval says: data and scores, {dev split: {metric: value}}."""
+    warn_if_equal(predictions)
+    print(rows(examples, task))
+    print(scores_text(scores))
 
 
 def scores_text(splits):
@@ -281,13 +286,6 @@ def place_of(name):
     raise ValueError(f"{name} is no matrix of an encoder layer")
 
 
-def show_result(result, kept, folder):
-    """The map of kept singular values, if any, and the table of a run that has just ended."""
-    if kept:
-        print(kept_map(kept, result["settings"]["r"]))
-    print(summary(result, folder), flush=True)
-
-
 def summary(result, folder):
     """The table of a finished run, from its result.json, and how to evaluate its adapter."""
     lines = []
@@ -314,7 +312,7 @@ def evaluation_of(result, folder):
     return given | {name: settings[name] for name in places}
 
 
-@refusing()
+@user_errors()
 def finished(given, result):
     """Show the finished run of --resume; the options for what more is asked of it, or {}.
 

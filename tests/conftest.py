@@ -18,7 +18,7 @@ import model as models
 import train
 from lora2 import load_lora2_state_dict
 from running import folder, machine, options
-from running.errors import refusing
+from running.errors import user_errors
 
 # A shell that starts the tests in the background has them, and the programs they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -110,7 +110,7 @@ def cli(tiny, wholes, tmp_path, monkeypatch, capsys, one_thread):
 
 def opened(**given):
     """What --eval works with, from its options: a namespace of o, here, task, examples, unseen and net."""
-    with refusing():
+    with user_errors():
         tensors, stored = folder.load_adapter(given["eval"])
         o = options.evaluating(stored["settings"], given)
         here = machine.join(o.device, o.dtype)
@@ -133,7 +133,7 @@ def outcome(folder):
     folder = Path(folder)
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     result = json.loads((folder / "result.json").read_text())
-    volatile = ("tokens_per_second", "tokens", "seconds", "date", "peak_memory_gb", "out", "save_steps", "hash")
+    volatile = ("tokens_per_second", "seconds", "date", "peak_memory_gb", "out", "save_steps", "hash")
     for record in lines + [result, result["settings"]]:
         for name in volatile:
             record.pop(name, None)

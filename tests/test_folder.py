@@ -20,11 +20,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import data
 import train
 from formats import disk
-from running import folder, machine, options, progress
+from running import folder, inputs, machine, options, progress, saving
 from tests.conftest import SMALL, outcome, write_checkpoint
-from tests.cli import child, refused, write_task
+from tests.cli import child, refused, soon, write_task
 
 on_unix = pytest.mark.skipif(os.name == "nt", reason="signals, fork and terminals as Unix has them")
 
@@ -71,8 +72,11 @@ def at_step(step, action, where="task_loss"):
 
 
 def goes_on(cli, words=BUSY):
-    """--resume, and the outcome of the unbroken run, byte for byte."""
+    """--resume, and the outcome of the unbroken run, byte for byte; seconds never go back."""
     assert cli("--resume run").status == 0 and outcome("run") == cli.whole(words)
+    lines = map(json.loads, Path("run/log.jsonl").read_text().splitlines())
+    seconds = [line["seconds"] for line in lines if "seconds" in line]
+    assert seconds and seconds == sorted(seconds)
 
 
 # --- killed, stopped, and gone on ---------------------------------------------------------------------------
@@ -145,22 +149,6 @@ def test_sigkill(cli, n):
 
 
 @on_unix
-@pytest.mark.parametrize("name, where", [("SIGINT", "task_loss"), ("SIGINT", "evaluate"),
-                                         ("SIGTERM", "predict_batch"), ("SIGHUP", "predict_batch")])
-def test_signals_save_first(cli, name, where):
-    """Oracle: the unbroken run. Ctrl-C or a lost terminal in a step, before or in its evaluation; --resume."""
-    number = getattr(signal, name)
-    with at_step(6, lambda: signal.raise_signal(number), where):
-        stopped = cli.tiny(BUSY)
-    assert stopped.status == 128 + number and "--resume run goes on" in stopped.errors[-1]
-    state = folder.load_state("run")                       # the evaluation of step 6 was not waited for
-    assert state["step"] == 6 and [e["step"] for e in state["evaluations"]] == [3]
-    assert not Path("run/result.json").exists()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    goes_on(cli)
-
-
-@on_unix
 def test_nohup_is_left_to_work(cli):
     """Oracle: the unbroken run: a lost terminal is nothing to a run that was started to outlive it."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -186,43 +174,52 @@ def small_disk():
         limit(None)
 
 
-def twice(_):
-    ctrl_c()
-    ctrl_c()
+def signalled(*numbers):
+    """An action: these signals arrive."""
+    def action(_):
+        for number in numbers:
+            signal.raise_signal(getattr(signal, number))
+    return action
 
 
-def full_gpu(_):
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
-
-
-def full_mac(_):
-    raise RuntimeError("MPS backend out of memory (MPS allocated: ...)")
-
-
-def full_for_cublas(_):
-    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+def failed(error):
+    """An action: this error, as of torch."""
+    def action(_):
+        raise error
+    return action
 
 
 def full_disk(small_disk):
     small_disk(10_000)
 
 
-# Step, what happens in it, the status, what is said, the step of the state from which the run goes on.
-ACCIDENTS = [(5, twice, 130, "what was written before is whole", 4), (3, full_gpu, 1, "--accum 2", 2),
-             (3, full_mac, 1, "--accum 2", 2), (3, full_for_cublas, 1, "--accum 2", 2), (4, full_disk, 1, "could not be written", 3),
-             (5, full_disk, 1, "could not be written", 4), (6, full_disk, 1, "could not be written", 4)]
+# Step, where in it, what happens, the status, what is said, the step of the state from which the run goes on.
+GOES_ON = "--resume run goes on"
+ENDS = [
+    (6, "task_loss", signalled("SIGINT"), 130, GOES_ON, 6), (6, "evaluate", signalled("SIGINT"), 130, GOES_ON, 6),
+    (6, "predict_batch", signalled("SIGTERM"), 143, GOES_ON, 6), (6, "predict_batch", signalled("SIGHUP"), 129, GOES_ON, 6),
+    (5, "task_loss", signalled("SIGINT", "SIGINT"), 130, "what was written before is whole", 4),
+    (3, "task_loss", failed(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")), 1, "--accum 2", 2),
+    (3, "task_loss", failed(RuntimeError("MPS backend out of memory (MPS allocated: ...)")), 1, "--accum 2", 2),
+    (3, "task_loss", failed(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling ...")), 1, "--accum 2", 2),
+    *((step, "task_loss", full_disk, 1, "could not be written", last) for step, last in ((4, 3), (5, 4), (6, 4)))]
 
 
-@pytest.mark.parametrize("step, action, status, says, last", ACCIDENTS)
-def test_accidents(cli, small_disk, step, action, status, says, last):
-    """Oracle: the unbroken run, from the last checkpoint, of an evaluation (3) or of --save-steps (2, 4). A
-    second Ctrl-C does not wait; torch's errors of a full GPU and the system's of a full disk are a line."""
-    with at_step(step, lambda: action(small_disk)):
+@on_unix
+@pytest.mark.parametrize("step, where, action, status, says, last", ENDS)
+def test_what_ends_a_run_early(cli, small_disk, step, where, action, status, says, last):
+    """Oracle: the unbroken run. Ctrl-C or a lost terminal in a step, before or in its evaluation, which is not waited
+    for, saves first; a second Ctrl-C does not wait; torch's errors of a full GPU and the system's of a full disk are
+    a line, and the run goes on from its last state, of an evaluation (3) or of --save-steps (2, 4)."""
+    with at_step(step, lambda: action(small_disk), where):
         done = cli.tiny(BUSY)
     if action is full_disk:
         small_disk(None)
     assert done.status == status and len(done.errors) == 1 and says in done.errors[0], done.err
-    assert folder.load_state("run")["step"] == last and not list(Path("run").glob("*.tmp"))
+    state = folder.load_state("run")
+    assert state["step"] == last and [e["step"] for e in state["evaluations"]] == [3] * (last > 2)
+    assert not Path("run/result.json").exists() and not list(Path("run").glob(".*"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     goes_on(cli)
 
 
@@ -230,7 +227,7 @@ def test_stop_at_survives_a_kill(cli, monkeypatch):
     """Oracle: the unbroken run, which ends at its first evaluation; the one killed after it must end too."""
     words = "--method head --stop-at 0.1 --eval-steps 2"
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(folder.RunFolder, "finish", die)
+        patch.setattr(saving.RunFolder, "finish", die)
         cli.tiny(words)
     goes_on(cli, words)
     assert outcome("run")["result.json"]["steps"] == 2
@@ -262,44 +259,75 @@ def test_one_run_at_a_time_in_a_folder(stopped):
     assert stopped("--resume run").status == 0 and stopped.tiny(out="new").status == 0
 
 
-def test_resume_refuses_other_settings(stopped):
-    """Oracle: each option that differs is named with both values; the run folder stays as it was."""
-    before = contents("run")
-    refused(stopped("--resume run --k 2 --lr 0.1 --seed 1"),
-            "--k 1, not 2", "--lr 0.02, not 0.1", "--seed 0, not 1")
-    refused(stopped("--resume run --out other"), "--out")
-    refused(stopped("--resume run --overwrite"), "--overwrite")
-    refused(stopped("--resume run --eval run/adapter.safetensors"))
-    refused(stopped("--resume ."), "--resume one of run")
-    refused(stopped("--resume run --train-file a.tsv"), "--train-file")
-    refused(stopped("--resume run --dev-file a.tsv"), "--dev-file")
-    assert contents("run") == before and not Path("other").exists()
-    assert stopped("--resume run --k 1 --lr 0.02 --save-steps 5").status == 0
+def of_format_1(stopped):
+    """last.pt as it was: torch.save's bytes, then a hash that was made otherwise."""
+    content = io.BytesIO()
+    torch.save({"format": 1, "step": 4}, content)
+    whole = content.getvalue()
+    Path("run/last.pt").write_bytes(whole + folder.digest(whole).encode())
+
+
+def of_fewer_options(stopped):
+    """last.pt from before an option was there."""
+    state = folder.load_state("run")
+    del state["settings"]["clip"]
+    folder.write_state("run", state)
+
+
+def of_another_run(stopped):
+    """The adapter of another seed."""
+    stop(stopped.tiny, "--eval-steps 2 --seed 9 --out other --overwrite")
+    shutil.copy("other/adapter.safetensors", "run/adapter.safetensors")
+
+
+def gone(stopped):
+    """No adapter, though there was an evaluation."""
+    Path("run/adapter.safetensors").unlink()
+
+
+# What becomes of the folder, what is given beside --resume run, what is said.
+REFUSALS = [
+    (None, "--k 2 --lr 0.1 --seed 1", ["--k 1, not 2", "--lr 0.02, not 0.1", "--seed 0, not 1"]),
+    (None, "--out other", ["--out"]), (None, "--overwrite", ["--overwrite"]), (None, "--eval run/adapter.safetensors", []),
+    (None, "--train-file a.tsv", ["--train-file"]), (None, "--dev-file a.tsv", ["--dev-file"]),
+    (None, "--model base", ["base is not the model"]), (None, "--model link", ["link is not the model"]),
+    (of_format_1, "", ["run/last.pt", "another version of this program"]),
+    (of_fewer_options, "", ["another version of this program", "--clip is new"]),
+    (of_another_run, "", ["run/adapter.safetensors"]), (gone, "", ["run/adapter.safetensors"])]
+
+
+def test_what_resume_refuses(stopped, tmp_path):
+    """Oracle: the promise: each option that differs is named with both values; base model (also behind a link), state
+    and adapter have to be this run's; the folder stays as it was, and the run goes on from it."""
+    write_checkpoint(tmp_path / "base", "deberta", seed=1)
+    Path("link").symlink_to("base")
+    shutil.copytree(stopped.models["deberta"], "copy")
+    whole = contents("run")
+    for change, words, says in REFUSALS:
+        if change:
+            change(stopped)
+        before = contents("run")
+        refused(stopped("--resume run", words), *says)
+        assert contents("run") == before
+        for name, content in whole.items():
+            Path("run", name).write_bytes(content)
+    refused(stopped("--resume ."), "--resume one of ")
+    refused(stopped("--eval run/adapter.safetensors --model link"), "link is not the model")
+    assert stopped("--eval run/adapter.safetensors --model copy").status == 0
+    assert stopped("--resume run --model copy --k 1 --lr 0.02 --save-steps 5").status == 0
     refused(stopped("--resume run --k 2 --lr 0.1"), "--k 1, not 2", "--lr 0.02, not 0.1")  # also if finished
     assert stopped("--resume run --k 1").out.startswith("this run is finished:")
     assert stopped("--resume run --save-steps 3 --merge merged").status == 0 and Path("merged").exists()
 
 
-def test_resume_refuses_another_base(stopped, tmp_path):
-    """Oracle: a checkpoint of another seed, also behind a link. A copy of the right one is fine."""
-    other = write_checkpoint(tmp_path / "other", "deberta", seed=1)
-    shutil.copytree(stopped.models["deberta"], "copy")
-    refused(stopped("--resume run --model", other), "other is not the model")
-    Path("link").symlink_to(other)
-    refused(stopped("--resume run --model link"), "link is not the model")
-    refused(stopped("--eval run/adapter.safetensors --model link"), "link is not the model")
-    assert stopped("--eval run/adapter.safetensors --model copy").status == 0
-    assert stopped("--resume run --model copy").status == 0
-
-
 def test_the_same_base_may_come_from_another_place(stopped, monkeypatch):
     """Oracle: the run that was never stopped. It began with a name on the Hub and goes on with a folder."""
-    def named(files, best, facts=folder.RunFolder.facts):
-        stored = facts(files, best)
+    def named(identity, best, facts=folder.facts_of):
+        stored = facts(identity, best)
         return stored | {"settings": stored["settings"] | {"model": "someone/tiny"}}
 
     with monkeypatch.context() as patch:
-        patch.setattr(folder.RunFolder, "facts", named)
+        patch.setattr(folder, "facts_of", named)
         stop(stopped.tiny, "--eval-steps 2 --out hub")
     assert folder.load_adapter("hub/adapter.safetensors")[1]["settings"]["model"] == "someone/tiny"
     assert stopped("--resume hub --model", stopped.models["deberta"]).status == 0
@@ -322,31 +350,14 @@ def test_the_random_state_of_a_gpu_is_kept(monkeypatch, name):
     assert seen == ["of the GPU"] and torch.equal(torch.get_rng_state(), state["cpu"])
 
 
-def test_a_state_of_the_first_format_is_refused(stopped):
-    """Oracle: last.pt as format 1 had it: torch.save's bytes, then a hash that was made otherwise."""
-    content = io.BytesIO()
-    torch.save({"format": 1, "step": 4}, content)
-    whole = content.getvalue()
-    Path("run/last.pt").write_bytes(whole + folder.digest(whole).encode())
-    refused(stopped("--resume run"), "run/last.pt", "another version of this program")
-
-
-def test_an_option_that_a_state_lacks_is_named(stopped, monkeypatch):
-    """Oracle: by hand: last.pt from before an option was there: its name, and no traceback."""
-    state = folder.load_state("run")
-    del state["settings"]["clip"]
-    folder.write_state("run", state)
-    refused(stopped("--resume run"), "another version of this program", "--clip is new")
-
-
 def test_only_the_first_process_looks_at_what_it_overwrites(tmp_path, monkeypatch):
     """Oracle: the promise: while it removes an older run, another process must not judge the half that is left."""
     (tmp_path / "adapter.safetensors").write_bytes(b"half removed")
-    files = folder.RunFolder({"settings": {"out": tmp_path}}, machine.Machine(torch.device("cpu"), "fp32", 1, 2), None,
-                             None, None, None, None)
-    monkeypatch.setattr(files, "save", lambda: None)
+    second = machine.Machine(torch.device("cpu"), "fp32", 1, 2)
+    run_folder = saving.RunFolder({"settings": {"out": tmp_path}}, None, second, dict)
     o = options.resolve({"task": "demo", "out": str(tmp_path), "overwrite": True})
-    assert files.begin(o) is files.state and (tmp_path / "adapter.safetensors").exists()
+    run_folder.begin(o)
+    assert (tmp_path / "adapter.safetensors").exists()
 
 
 def test_a_cut_state_beside_a_result_is_a_run_of_ours(cli):
@@ -408,27 +419,9 @@ def test_resume_refuses_other_data(cli):
     assert cli("--resume run").status == 0
 
 
-def test_resume_refuses_another_adapter_in_its_folder(stopped):
-    """Oracle: the promise. The best adapter so far is part of the state; another run's is not it."""
-    stop(stopped.tiny, "--eval-steps 2 --seed 9 --out other")
-    mine = Path("run/adapter.safetensors").read_bytes()
-    shutil.copy("other/adapter.safetensors", "run/adapter.safetensors")
-    refused(stopped("--resume run"), "run/adapter.safetensors")
-    Path("run/adapter.safetensors").unlink()
-    refused(stopped("--resume run"), "run/adapter.safetensors")
-    Path("run/adapter.safetensors").write_bytes(mine)
-    assert stopped("--resume run").status == 0
-
-
 def test_checkpoints_hold_tensors_and_plain_values(stopped, tmp_path):
-    """Oracle: the types themselves; torch's reader that executes nothing; no trace of place in an adapter."""
-    def plain(value):
-        if isinstance(value, dict):
-            return all(plain(key) and plain(item) for key, item in value.items())
-        if isinstance(value, (list, tuple)):
-            return all(map(plain, value))
-        return value is None or type(value) in (torch.Tensor, str, int, float, bool)
-    assert plain(torch.load("run/last.pt", weights_only=True))
+    """Oracle: torch's reader that executes nothing; no trace of place in an adapter."""
+    assert torch.load("run/last.pt", weights_only=True)
     with safe_open("run/adapter.safetensors", "pt") as file:
         text = json.dumps(file.metadata())
     for secret in (str(tmp_path), os.uname().nodename, time.strftime("%Y-%m-%d"), "cpu", "run"):
@@ -482,15 +475,11 @@ def test_overwrite_leaves_other_peoples_files_alone(cli):
         assert "predictions_dev.tsv stays" not in done.err and Path("mine/predictions_dev.tsv").exists()
 
 
-def test_tokens_and_seconds_go_on(stopped):
-    """Oracle: the run that was never stopped: as many tokens at each step; seconds never go back."""
-    assert stopped("--resume run").status == 0 and stopped.tiny("--eval-steps 2", out="whole").status == 0
-    lines = [[json.loads(line) for line in Path(name, "log.jsonl").read_text().splitlines()]
-             for name in ("run", "whole")]
-    steps = [[(line["step"], line["tokens"]) for line in log if "tokens" in line] for log in lines]
-    assert steps[0] == steps[1] and len(steps[0]) == 3
-    seconds = [line["seconds"] for line in lines[0] if "seconds" in line]
-    assert seconds == sorted(seconds)
+def test_all_that_a_run_writes_may_be_replaced(cli):
+    """Oracle: the folder of a run, and the dev splits of all tasks: --overwrite knows each file."""
+    assert cli.tiny("--max-steps 2").status == 0
+    splits = {split for task in data.TASKS.values() for split in data.labelled_splits(task, train=False)}
+    assert {f"predictions_{split}.tsv" for split in splits} | set(contents("run")) == set(saving.FILES)
 
 
 def test_a_state_is_in_memory_once(tmp_path):
@@ -622,18 +611,38 @@ def test_map_of_kept_values():
 
 # --- several processes, terminals ---------------------------------------------------------------------------
 
-def processes(words, last=contextlib.nullcontext(), n=2):
-    """n processes as torchrun makes them: [(status, output, errors)]. last: in what the last one runs."""
+def processes(words, last=contextlib.nullcontext(), n=2, seconds=120):
+    """n processes as torchrun makes them: [(status, output, errors)]. last: in what the last one runs.
+
+    AssertionError, and no process is left, if they take longer.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    pids = []
+    pids, ends = [], []
     for i in range(n):
         within = last if i == n - 1 else contextlib.nullcontext()
         pids.append(child(words, f"{i}.out", f"{i}.err", within, RANK=str(i), LOCAL_RANK=str(i),
                           WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
-    ends = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    try:
+        with soon("one of the processes", seconds):
+            for pid in pids:
+                ends.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    finally:
+        for pid in pids[len(ends):]:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
     return [(end, *(Path(f"{i}.{kind}").read_text() for kind in ("out", "err"))) for i, end in enumerate(ends)]
+
+
+@on_unix
+def test_processes_that_never_agree_are_ended(cli):
+    """Oracle: the clock and the system: the tests go on, and no child is left, though one rank waits for ever."""
+    words = f"--task demo --model {cli.models['deberta']} {SMALL} --out run"
+    with pytest.raises(AssertionError, match="one of the processes hangs"):
+        processes(words, at_step(3, lambda: time.sleep(1000)), seconds=5)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
 
 
 @on_unix
@@ -684,8 +693,8 @@ def test_all_processes_wait_for_a_fetched_task(rank, there, tmp_path, monkeypatc
     """Oracle: one barrier for each process, whether it comes before or after the folder is there: one that
     passes by would leave the others waiting. The first one alone fetches, and only what is missing."""
     calls = []
-    monkeypatch.setattr(train.glue, "fetch_task", lambda task, folder: calls.append("fetch"))
-    monkeypatch.setattr(train.machine, "wait_for_all", lambda: calls.append("wait"))
+    monkeypatch.setattr(inputs.glue, "fetch_task", lambda task, folder: calls.append("fetch"))
+    monkeypatch.setattr(inputs.machine, "wait_for_all", lambda: calls.append("wait"))
     for name, path in write_task("rte", tmp_path).items():
         if name not in there:
             path.unlink()
@@ -693,7 +702,7 @@ def test_all_processes_wait_for_a_fetched_task(rank, there, tmp_path, monkeypatc
     here = machine.Machine(torch.device("cpu"), "fp32", rank, 2)
     whole = len(there) == 2
     with contextlib.nullcontext() if whole else pytest.raises(FileNotFoundError):
-        splits, _ = train.load_splits(o, here, None)
+        splits, _ = inputs.load_splits(o, here, None)
         assert {name: len(split.texts) for name, split in splits.items()} == {"train": 2, "dev": 3}
     assert calls == ["fetch"] * (rank == 0 and not whole) + ["wait"]
 

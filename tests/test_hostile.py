@@ -26,7 +26,7 @@ import model as models
 import train
 from data import TASKS
 from formats import disk, glue, hub, spm
-from running import folder, options
+from running import folder, options, saving
 from tests.cli import child, refused, sentences, soon, write_task
 from tests.conftest import SMALL, outcome
 from tests.test_folder import BUSY, at_step, contents, ctrl_c
@@ -783,7 +783,7 @@ def test_without_locks_it_is_said(tmp_path, monkeypatch, capsys):
 
 def test_two_that_resume_at_once(stopped, monkeypatch):
     """Oracle: the run that was whole first: the slower one finds another last.pt than it began with."""
-    turns, real = [], folder.RunFolder.__enter__
+    turns, real = [], saving.RunFolder.__enter__
 
     def late(files):
         if not turns:
@@ -791,7 +791,7 @@ def test_two_that_resume_at_once(stopped, monkeypatch):
             assert stopped("--resume run").status == 0     # from beginning to end, in between
         return real(files)
 
-    monkeypatch.setattr(folder.RunFolder, "__enter__", late)
+    monkeypatch.setattr(saving.RunFolder, "__enter__", late)
     done = stopped("--resume run")
     refused(done, "another train.py has gone on")
     assert outcome("run") == stopped.whole(BUSY)

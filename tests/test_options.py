@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import train
-from running import demo, export, folder, machine, options, progress
+from running import demo, export, folder, inputs, machine, options, progress, saving, schedule
 from tests.cli import refused, write_task
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_every_option_is_read():
     """Oracle: the source: each option is used as o.NAME, settings["NAME"] or given["NAME"]."""
-    source = "".join(inspect.getsource(module) for module in (train, folder, progress, export, demo))
+    source = "".join(inspect.getsource(module) for module in (train, inputs, saving, schedule, progress, export))
     source += inspect.getsource(options).split("# --- from words to options")[1]
     used = re.findall(r"""\bo\.(\w+)|\b(?:settings|given)\[["'](\w+)""", source)
     assert not options.TABLE.keys() - {name for pair in used for name in pair}
@@ -105,46 +105,69 @@ def test_steps(text, value):
     assert options.parse(["--warmup", text]) == {"warmup": value}
 
 
-@pytest.mark.parametrize("cuda, mps, wanted",
-                         [(True, True, "cuda:1"), (False, True, "mps"), (False, False, "cpu")])
-def test_the_device_is_the_first_there_is(monkeypatch, cuda, mps, wanted):
-    """Oracle: cuda → mps → cpu by what torch reports, with a GPU for each process of a machine."""
-    asked, zeros = [], torch.zeros
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    monkeypatch.setattr(torch, "zeros", lambda n, device: asked.append(device) or zeros(n))
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    assert machine.join(None, "fp32") == (torch.device("cpu"), "fp32", 0, 1)
-    assert machine.join("cpu").device.type == "cpu" and asked == [wanted, "cpu"]
-
-
-@pytest.mark.parametrize("text, world", [("", 1), ("1", 1), (None, 1)])
-def test_an_empty_environment_is_none(monkeypatch, text, world):
-    """Oracle: by hand: WORLD_SIZE="" is a single process; what is no number is named."""
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    if text is not None:
-        monkeypatch.setenv("WORLD_SIZE", text)
-    assert machine.join("cpu").world == world
-    monkeypatch.setenv("LOCAL_RANK", "one")
-    with pytest.raises(ValueError, match="LOCAL_RANK=one, which is no number"):
-        machine.join("cpu")
-
-
-@pytest.mark.parametrize("words, says", [
-    ("", "RANK, MASTER_ADDR, MASTER_PORT"), ("RANK=0 MASTER_PORT=9", "MASTER_ADDR"),
-    ("RANK= MASTER_ADDR=here MASTER_PORT=9", "fitting RANK:"),
-    ("RANK=2 MASTER_ADDR=here MASTER_PORT=9", "fitting RANK, "),
-    ("RANK=x MASTER_ADDR=here MASTER_PORT=9", "RANK=x, which is no number"),
-    ("RANK=0 MASTER_ADDR=here MASTER_PORT=nine", "MASTER_PORT=nine")])
-def test_half_an_environment_is_named(cli, monkeypatch, words, says):
-    """Oracle: by hand: what torchrun would set and is not there, at once and not after a wait for others."""
-    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+@pytest.fixture
+def machine_with(monkeypatch):
+    """machine_with(gpus, mps, environment): torch reports that; returns the list of devices that are tried."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    for word in words.split():
-        monkeypatch.setenv(*word.split("="))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(cli.tiny(), says, "torchrun")
+
+    def pretend(gpus, mps, environment, works=True):
+        tried, zeros = [], torch.zeros
+
+        def try_device(n, device):
+            tried.append(device)
+            if not works:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+            return zeros(n)
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        monkeypatch.setattr(torch, "zeros", try_device)
+        for word in environment.split():
+            monkeypatch.setenv(*word.split("="))
+        return tried
+    return pretend
+
+
+@pytest.mark.parametrize("gpus, mps, environment, name, device", [
+    (4, True, "LOCAL_RANK=1", None, "cuda:1"), (0, True, "", None, "mps"), (0, False, "", None, "cpu"),
+    (4, True, "", "cpu", "cpu"), (0, False, "WORLD_SIZE=", None, "cpu"), (0, False, "WORLD_SIZE=1", None, "cpu"),
+    (0, True, "WORLD_SIZE=2", None, "cpu"),                # torch.distributed has no backend for mps
+    (1, False, "LOCAL_RANK=3 CUDA_VISIBLE_DEVICES=3", None, "cuda:0"),
+    (1, False, "LOCAL_RANK=3 CUDA_VISIBLE_DEVICES=GPU-8a1", "cuda", "cuda:0"),
+    (2, False, "LOCAL_RANK=1 CUDA_VISIBLE_DEVICES=5,7", None, "cuda:1")])
+def test_the_device_is_the_first_there_is(machine_with, monkeypatch, gpus, mps, environment, name, device):
+    """Oracle: by hand: cuda → mps → cpu by what torch reports, with a GPU for each process of a machine; device 0
+    where a launcher shows each process its own GPU alone."""
+    tried = machine_with(gpus, mps, environment)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    world = 2 if "WORLD_SIZE=2" in environment else 1
+    assert machine.join(name, "fp32") == (torch.device("cpu"), "fp32", world - 1, world) and tried == [device]
+
+
+@pytest.mark.parametrize("gpus, environment, works, says", [
+    (2, "LOCAL_RANK=2", True, "process 2 has no GPU, there are 2: give --nproc_per_node=2"),
+    (1, "LOCAL_RANK=1", True, "process 1 has no GPU, there are 1: give --nproc_per_node=1"),
+    (1, "", False, "--device cuda .*out of memory.*: give another, such as cpu"),
+    (0, "LOCAL_RANK=one", True, "LOCAL_RANK=one, which is no number"),
+    (0, "WORLD_SIZE=2", True, "fitting RANK, MASTER_ADDR, MASTER_PORT: .*torchrun"),
+    (0, "WORLD_SIZE=2 RANK=0 MASTER_PORT=9", True, "fitting MASTER_ADDR: "),
+    (0, "WORLD_SIZE=2 RANK= MASTER_ADDR=here MASTER_PORT=9", True, "fitting RANK: "),
+    (0, "WORLD_SIZE=2 RANK=2 MASTER_ADDR=here MASTER_PORT=9", True, "fitting RANK, "),
+    (0, "WORLD_SIZE=2 RANK=x MASTER_ADDR=here MASTER_PORT=9", True, "RANK=x, which is no number"),
+    (0, "WORLD_SIZE=2 RANK=0 MASTER_ADDR=here MASTER_PORT=nine", True, "MASTER_PORT=nine"),
+    (0, "WORLD_SIZE=2 RANK=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=9", True, "do not find each other .Duplicate GPU")])
+def test_no_device_and_no_others(machine_with, monkeypatch, gpus, environment, works, says):
+    """Oracle: by hand: what torchrun would set and is not there, a GPU that is not there or full: a way out that is
+    not the same once more, and at once, not after a wait for others."""
+    def as_nccl(*_, **__):
+        raise RuntimeError("Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1000")
+    machine_with(gpus, False, environment, works)
+    monkeypatch.setattr(torch.distributed, "init_process_group", as_nccl)
+    with pytest.raises(ValueError, match=says):
+        machine.join()
 
 
 def test_paths_survive_a_change_of_folder(cli, tmp_path, monkeypatch):
@@ -163,34 +186,6 @@ def test_paths_survive_a_change_of_folder(cli, tmp_path, monkeypatch):
     config = json.loads(Path("../peft/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] is None       # a folder's name is not for others
     assert options.resolve({"task": "rte", "model": "someone/base"}).model == "someone/base"
-
-
-def test_torchrun_on_a_mac_takes_the_cpu(monkeypatch):
-    """Oracle: torch.distributed's table of backends: none of them knows mps."""
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert machine.join(None) == (torch.device("cpu"), "fp32", 1, 2)
-
-
-def test_a_gpu_that_is_full(monkeypatch):
-    """Oracle: torch's own words for why, and a way out that is not the same device once more."""
-    def zeros(n, device):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "zeros", zeros)
-    with pytest.raises(ValueError, match="--device cuda .*out of memory.*: give another, such as cpu"):
-        machine.join(None)
-
-
-def test_more_processes_than_gpus(monkeypatch):
-    """Oracle: by hand: the third process of a machine with two GPUs, before anything is asked of them."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match="process 2 has no GPU, there are 2: give --nproc_per_node=2"):
-        machine.join(None)
 
 
 def test_a_cpu_that_imitates_bf16_is_told(cli, monkeypatch):

@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.cli import child, refused, sentences, write_task
+from tests.test_folder import at_step, ctrl_c
 from tests.conftest import SMALL, frozen, opened, outcome, write_checkpoint
 
 import data
 import model as models
 import train
-from running import export, folder, machine, options, progress
-from running.errors import Stopped
+from running import export, folder, machine, options, schedule
 from lora2 import RankPruner, add_lora2, load_lora2_state_dict, lora2_layers, orthogonality_loss
 
 ROOT = Path(__file__).parents[1]
@@ -97,7 +97,7 @@ def test_an_absent_gradient_reaches_the_pruner():
 def test_lr_by_hand():
     """Oracle: the values worked out by hand: up to the peak at the end of the warm-up, then down to 1/6."""
     def factors(warmup, T):
-        plan = options.Plan(T, T, warmup, 0, 0, 1, None, None, None)
+        plan = schedule.Plan(T, T, warmup, 0, 0, 1, None, None, None)
         return [plan.lr_factor(step) for step in range(1, T + 1)]
 
     assert factors(4, 10) == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
@@ -116,11 +116,11 @@ def test_presets_resolve_to_the_authors_steps(task):
     """Oracle: the released scripts' numbers of steps, and T = epochs · ceil(official rows / 32)."""
     T, *steps = SCHEDULES[task]
     rows = data.TASKS[task].rows["train"]
-    plan = options.plan(options.resolve({"task": task, "max_steps": T}), rows)
+    plan = schedule.plan(options.resolve({"task": task, "max_steps": T}), rows)
     assert [plan.lr_warmup, plan.prune_warmup, plan.prune_final, plan.prune_interval] == steps
-    full = options.plan(options.resolve({"task": task}), rows).steps
+    full = schedule.plan(options.resolve({"task": task}), rows).steps
     assert abs(full - T) <= 7                              # MNLI: 85,904 is 7 short of its epochs
-    short = options.plan(options.resolve({"task": task, "max_steps": 5}), rows)
+    short = schedule.plan(options.resolve({"task": task, "max_steps": 5}), rows)
     assert short.prune_warmup + short.prune_final < 5 and short.lr_warmup < 5 and short.prune_interval == 1
 
 
@@ -173,8 +173,7 @@ for i in (2, 4):
 
 def accuracy(run):
     """Of the dev rows, as --eval computes it."""
-    watch = progress.bar_on(run.here)
-    scores, _ = train.evaluate(run.net, run.examples, run.task, run.o.batch_size, run.here, watch)
+    scores, _ = train.evaluate(run.net, run.examples, run.task, run.o.batch_size, run.here)
     return scores["dev"]["accuracy"]
 
 
@@ -184,7 +183,7 @@ def test_a_fresh_process_gives_the_same_score_and_logits(cli, tiny):
     expected, given = [], []
     for model, method in (("deberta", "lora2"), ("bert", "full")):
         words = f"--task demo --model {tiny[model]} --method {method} --out {method} {SMALL}"
-        net = train.train(options.resolve(options.parse(words.split())))[-1]
+        net = train.train(options.resolve(options.parse(words.split())))
         score, adapter = result(method)["best"]["score"], f"{method}/adapter.safetensors"
         load_lora2_state_dict(net, tensors(method))
         run = opened(eval=adapter, model=str(tiny[model]))
@@ -259,47 +258,38 @@ def test_merged_zeros_are_the_base(cli, tiny):
     for _, layer in lora2_layers(run.net):
         layer.lam.data.zero_()
     run.o.merge = "merged"
-    export.hand_out(run.o, "run", run.task, run.net, predicted=None)
+    export.write_outputs(run.o, "run", run.task, run.net, predicted=None)
     merged, base = (models.hub.read_weights(path) for path in ("merged", tiny["deberta"]))
     assert all(torch.equal(merged[name], base[name]) for name in base) and len(merged) > len(base)
 
 
 # --- what keeps wrong numbers out ---------------------------------------------------------------------------
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_non_finite_step_is_not_taken(cli, monkeypatch, where):
-    """Oracle: weights and moments before the bad step; a run that never met one. Step 10 is logged."""
-    make, gradients, regulariser = train.make_optimizer, train.gradients, train.baselines.regulariser
-    states = []                                            # before each update
+@pytest.mark.parametrize("where, save_steps, last", [("loss", 4, 8), ("gradient", 4, 8), ("loss", 3, 6)])
+def test_a_non_finite_step_is_not_taken(cli, monkeypatch, where, save_steps, last):
+    """Oracle: weights and moments before the bad step; a run that never met one. Step 10 is logged; with
+    --save-steps 3 a state would be saved before that."""
+    usual, states = train.update, []                       # before each update, and after the last one
 
-    def make_optimizer(net, *rest):
-        nonlocal state
-        optimizer, parameters = make(net, *rest)
+    def state(optimizer, parameters):                      # Λ apart, which the pruner's choice sets to 0
+        return frozen([[p for p in parameters if p.shape != (8,)], optimizer.state_dict()["state"]])
 
-        def state():                                       # Λ apart, which the pruner's choice sets to 0
-            weights = {name: p for name, p in net.named_parameters() if not name.endswith(".lam")}
-            return frozen([weights, optimizer.state_dict()["state"]])
-        return optimizer, parameters
+    def update(optimizer, parameters, loss, plan, step, *rest):
+        states.append(state(optimizer, parameters))
+        if step == 9 and where == "gradient":
+            parameters[0].grad.fill_(math.inf)
+        usual(optimizer, parameters, loss * (math.inf if step == 9 and where == "loss" else 1), plan, step, *rest)
+        if step == 10:
+            states.append(state(optimizer, parameters))
 
-    def bad_loss(*arguments):                              # called once a step
-        states.append(state())
-        return gradients(*arguments) * (math.inf if where == "loss" and len(states) == 9 else 1)
-
-    def bad_gradient(method, net, terms):                  # of a root at 0: infinite, while R stays finite
-        R = regulariser(method, net, terms)
-        first = next(p for p in net.parameters() if p.requires_grad)
-        return R + (first * 0).square().sum().sqrt() if where == "gradient" and len(states) == 9 else R
-
-    state, words = None, "--save-steps 4 --eval-steps 5"
+    words = f"--save-steps {save_steps} --eval-steps 5"
     with monkeypatch.context() as patch:
-        patch.setattr(train, "make_optimizer", make_optimizer)
-        patch.setattr(train, "gradients", bad_loss)
-        patch.setattr(train.baselines, "regulariser", bad_gradient)
+        patch.setattr(train, "update", update)
         stopped = cli.tiny(words)
     assert stopped.status == 1 and len(stopped.errors) == 1
     assert "at step 9;" in stopped.err and "run/last.pt" in stopped.err
-    assert len(states) == 10 and state() == states[8] != states[7]
-    assert folder.load_state("run")["step"] == 8
+    assert states[-1] == states[8] != states[7] and len(states) == (11 if last == 8 else 9)
+    assert folder.load_state("run")["step"] == last
     assert cli("--resume run").status == 0 and outcome("run") == cli.whole(words)
 
 
@@ -371,25 +361,6 @@ def test_an_adapter_knows_its_task_on_another_file(cli, tiny):
         Path("run/STS-B.tsv").unlink()
     assert said[0] == said[1] and said[0].startswith("20 rows of dev; a score\ndev pearson ")
     assert files[0] == files[1]
-
-
-def test_labels_have_names(cli, tiny, monkeypatch):
-    """Oracle: the predictions of a fresh evaluation, label by label. Class 0 of the head is what class 0 was
-    called when it was trained: a table with another order is refused."""
-    paths, labels = write_task("mnli"), ("entailment", "neutral", "contradiction")
-    words = "--task mnli --max-len 32 --batch-size 16 --max-steps 5 --lr 0.02 --out run --model"
-    assert cli(words, tiny["bert"]).status == 0
-    paths["train"].unlink()                                # not needed any more
-    for split, file in (("test_matched", "MNLI-m.tsv"), ("test_mismatched", "MNLI-mm.tsv")):
-        again = cli("--eval run/adapter.safetensors --model", tiny["bert"], "--predict", paths[split])
-        assert again.status == 0 and f"run/{file}" in again.out
-        lines = [line.split("\t")[1] for line in Path("run", file).read_text().splitlines()[1:]]
-        run = opened(eval="run/adapter.safetensors", model=str(tiny["bert"]), predict=str(paths[split]), out="x")
-        predictions, _ = train.predict(run.net, run.unseen, run.task, 16, run.here, progress.bar_on(run.here))
-        assert lines == [labels[i] for i in predictions]
-    other = data.TASKS["mnli"]._replace(labels=labels[::-1])
-    monkeypatch.setitem(data.TASKS, "mnli", other)         # as in models of other people
-    refused(cli("--eval run/adapter.safetensors --model", tiny["bert"]), "'entailment', 'neutral'")
 
 
 @pytest.mark.parametrize("kind", ["classes", "pairs", "score"])
@@ -584,13 +555,8 @@ def test_two_seeds_at_once(cli):
 
 def test_threads_may_change_on_the_way(cli):
     """Oracle: the unbroken run on one thread, within float error."""
-    def stop(signals, step):
-        if step == 4:
-            raise Stopped(2)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(machine.Signals, "check", stop)
-        torch.set_num_threads(2)
+    torch.set_num_threads(2)
+    with at_step(4, ctrl_c):
         assert cli.tiny().status == 130
     torch.set_num_threads(1)
     assert cli("--resume run").status == 0
@@ -601,25 +567,28 @@ def test_threads_may_change_on_the_way(cli):
 
 # --- predictions --------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("task", ["rte", "mnli"])
-def test_probabilities_on_request(cli, tiny, task):
-    """Oracle: the softmax of the logits, a column for each class under its name; the same labels as without."""
-    paths = write_task(task)
-    name = [split for split in paths if split.startswith("test")][-1]
-    words = f"--max-len 32 --batch-size 16 --model {tiny['bert']} --predict {paths[name]}"
+@pytest.mark.parametrize("task, split", [("rte", "test"), ("mnli", "test_matched"), ("mnli", "test_mismatched")])
+def test_labels_have_names_and_probabilities(cli, tiny, monkeypatch, task, split):
+    """Oracle: argmax and softmax of a fresh evaluation's logits, a column for each class under its name; the same
+    labels as without. Class 0 of the head is what class 0 was called when it was trained: a table with another order
+    is refused."""
+    paths, labels, file = write_task(task), data.TASKS[task].labels, data.TASKS[task].submissions[split]
+    words = f"--max-len 32 --batch-size 16 --model {tiny['bert']} --predict {paths[split]}"
     assert cli(words, f"--task {task} --max-steps 5 --lr 0.02 --out run --predict-scores").status == 0
-    evaluation = f"--eval run/adapter.safetensors --model {tiny['bert']} --out plain --predict"
-    assert cli(evaluation, paths[name]).status == 0
-    with_, without = [[line.split("\t") for line in Path(out, submission(task)).read_text().splitlines()]
-                      for out in ("run", "plain")]
-    labels = data.TASKS[task].labels
+    paths["train"].unlink()                                # not needed any more
+    evaluation = f"--eval run/adapter.safetensors --model {tiny['bert']} --out plain --predict {paths[split]}"
+    again = cli(evaluation)
+    assert again.status == 0 and f"plain/{file}" in again.out
+    with_, without = [[line.split("\t") for line in Path(out, file).read_text().splitlines()] for out in ("run", "plain")]
     assert with_[0] == ["index", "prediction", *labels] and [row[:2] for row in with_] == without
-    run = opened(eval="run/adapter.safetensors", model=str(tiny["bert"]), predict=str(paths[name]), out="x")
-    _, outputs = train.predict(run.net, run.unseen, run.task, 16, run.here, progress.bar_on(run.here))
-    right = outputs.softmax(1)
+    run = opened(eval="run/adapter.safetensors", model=str(tiny["bert"]), predict=str(paths[split]), out="x")
+    predictions, outputs = train.predict(run.net, run.unseen, run.task, 16, run.here)
     found = torch.tensor([[float(number) for number in row[2:]] for row in with_[1:]])
-    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-6)
-    assert [row[1] for row in with_[1:]] == [labels[i] for i in right.argmax(1)]
+    torch.testing.assert_close(found, outputs.softmax(1), rtol=1e-4, atol=1e-6)
+    assert [row[1] for row in with_[1:]] == [labels[i] for i in predictions]
+    other = data.TASKS[task]._replace(labels=labels[::-1])
+    monkeypatch.setitem(data.TASKS, task, other)           # as in models of other people
+    refused(cli(evaluation.replace("plain", "new")), repr(labels[0]), repr(labels[1]))
 
 
 def test_predictions_replace_nothing(cli, monkeypatch):

@@ -7,6 +7,7 @@ import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -63,17 +64,10 @@ def run(name):
                 torch.testing.assert_close(self.layers[0].u.grad, seen.expected, rtol=1e-4, atol=1e-6)
         return step(self)
 
-    hooks = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
-    lora2.add_lora2 = off_the_floor
-    lora2.RankPruner.__init__, lora2.RankPruner.step = made, stepped
-    try:
-        variables = runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
-    finally:
-        lora2.RankPruner.__init__, lora2.RankPruner.step = make, step
-        lora2.add_lora2 = add
-        for hook in hooks:
-            hook.remove()
-    return variables, seen
+    with (register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after),
+          mock.patch.object(lora2, "add_lora2", off_the_floor), mock.patch.object(lora2.RankPruner, "__init__", made),
+          mock.patch.object(lora2.RankPruner, "step", stepped)):
+        return runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__"), seen
 
 
 def check(seen):

@@ -19,7 +19,7 @@ import model as models
 import train
 from formats import disk
 from methods import baselines, fast
-from running import errors, machine, options
+from running import errors, machine, schedule
 
 # config.json of the released models, but for the vocabulary, whose 128,100 rows take no part in a
 # step. "narrow" is for counting operations, which do not depend on width; "tiny" for the tests.
@@ -111,12 +111,12 @@ class OwnStep:
         self.recorded = None if eager else fast.recorder(loss_of, net)
         if method == "frozen":
             return
-        self.plan = options.Plan(1000, 1000, 0, 0, 10, 1, None, None, None)
+        self.plan = schedule.Plan(1000, 1000, 0, 0, 10, 1, None, None, None)
         self.step = 0
         self.pruner = None
         if extras:
             self.pruner = baselines.make_pruner(method, net, max(1, r // 2), 1000, 0, 10, 1, None)
-        self.guard = errors.Guard(self.here.device, ".")
+        self.finite = errors.FiniteCheck(self.here.device, ".")
 
     def loss(self):
         """The loss of the batch, with all that the forward pass of a step does."""
@@ -138,7 +138,7 @@ class OwnStep:
                 fast.add_gradients(0.1 * R, self.parameters)
         with part("clip, AdamW"):
             train.update(self.optimizer, self.parameters, loss, self.plan, self.step, 1.0,
-                         self.guard)
+                         self.finite)
         with part("importance, selection"):
             if self.pruner:
                 self.pruner.step()

@@ -1,0 +1,38 @@
+"""What a run reads: the rows of its task, or of a user's own files, as numbers."""
+import data
+from formats import glue
+from running import machine, progress, saving
+
+
+def load_examples(o, here, stored):
+    """(task, {split: Examples}, tokenizer), with a split "to predict" if --predict is given."""
+    splits, task = load_splits(o, here, stored)
+    saving.check_predictions(o, task)
+    if o.predict:
+        splits["to predict"] = glue.read_split(o.predict, task, labelled=False)
+    tokenizer = data.load_tokenizer(o.model)
+    examples = {name: data.encode(tokenizer, split, o.max_len, name)
+                for name, split in splits.items()}
+    if o.task == "own" and here.is_main and not stored:
+        print(progress.first_look(examples, task, tokenizer), flush=True)
+    return task, examples, tokenizer
+
+
+def load_splits(o, here, stored):
+    """({split: texts and labels}, task) of a GLUE task or of the user's files.
+
+    A missing task is fetched by one of the processes. To evaluate there is no split "train".
+    """
+    if o.dev_file and stored:
+        splits, task = data.load_dev(o.dev_file, o.task, stored["columns"])
+    elif o.dev_file:
+        splits, task = data.load_own(o.train_file, o.dev_file)
+    else:
+        task = data.get_task(o.task)
+        if here.is_main and not o.resume and data.is_missing(task, o.data_dir, train=not stored):
+            glue.fetch_task(task, o.data_dir)              # --resume: a file says where data are
+        machine.wait_for_all()                             # whatever each finds there by now
+        splits = data.load_task(task, o.data_dir, train=not stored)
+    limits = {"train": o.limit_train}
+    return {name: split.part(0, limits.get(name, o.limit_dev))
+            for name, split in splits.items()}, task
