@@ -117,7 +117,7 @@ def labelled_splits(task, train):
 
 
 def is_missing(task, data_dir, train=True):
-    """Whether load_task() would find no file where glue.fetch_task() can get one."""
+    """Whether load_task() would find no file where fetch.fetch_task() can get one."""
     paths = [glue.find_split(task, data_dir, name) for name in labelled_splits(task, train)]
     return bool(task.downloads) and None in paths
 

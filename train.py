@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 import data
 import model as models
-from formats import glue
+from formats import fetch, glue
 from lora2 import load_lora2_state_dict
 from methods import baselines, fast
 from methods.first_gradient import start_at_gradient
@@ -128,7 +128,7 @@ def load_splits(o, here, stored):
     else:
         task = data.get_task(o.task)
         if here.speaks and not o.resume and data.is_missing(task, o.data_dir, train=not stored):
-            glue.fetch_task(task, o.data_dir)              # --resume: a file says where data are
+            fetch.fetch_task(task, o.data_dir)             # --resume: a file says where data are
         machine.wait_for_all()                             # whatever each finds there by now
         splits = data.load_task(task, o.data_dir, train=not stored)
     limits = {"train": o.limit_train}

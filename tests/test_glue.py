@@ -19,7 +19,7 @@ import torch
 
 import data
 from data import TASKS
-from formats import disk, glue
+from formats import disk, fetch, glue
 from formats.glue import Split
 
 GLUE = Path(__file__).parents[2] / "shared" / "glue"
@@ -171,7 +171,7 @@ def test_odd_but_legal_text(tmp_path):
     (b"sentence1\tsentence2\tlabel\na\tb\tentailment\n\na\tb\tentailment\n", 3, "1 tab-separated columns"),
     (b"sentence1\tsentence2\tlabel\na\tb\tneutral\n", 2, "'neutral' where one of 'entailment', 'not_"),
     (b"sentence1\tsentence2\tlabel\na\tb\t\n", 2, "''"),
-    (b"sentence1\tsentence2\tlabel\na\tb\tentailment\na\t\0b\tentailment\n", 3, "NUL"),
+    (b"sentence1\tsentence2\tlabel\na\tb\tentailment\na\t\0b\tentailment\n", 3, "not UTF-8"),
     (b"sentence1\tsentence2\tlabel\na\tb\tentailment\na\t\xe9b\tentailment\n", 3, "UTF-8"),
     ("sentence1\tsentence2\tlabel\n".encode("utf-16"), 1, "UTF-8")])
 def test_bad_files(content, line, says, tmp_path):
@@ -349,9 +349,8 @@ QUOTED = [HEAD, ("plain", "a"), ('He said "no"', "b"), ('"', "a")]
     ("sentence\tlabel\rx\ta\ry\tb\r", 1, "old Macs"),
     ("sentence\tlabel\nx\t1\ny\t\"1\"\n", 3, "spell each label in one way"),
     ("sentence\tlabel\tscore\nx\ta\t1\n", 1, "both a column label (classes) and a column score"),
-    *[("sentence\tlabel\nx\ta\n".encode(kind), 1, says) for kind, says in
-      (("utf-16", "is UTF-16"), ("utf-16-le", "or UTF-16"), ("utf-16-be", "or UTF-16"))],
-    ("\ufeffsentence\tlabel\nx\ta\n".encode("utf-16-be"), 1, "is UTF-16")])
+    *[("sentence\tlabel\nx\ta\n".encode(kind), 1, "UTF-16") for kind in ("utf-16", "utf-16-le", "utf-16-be")],
+    ("\ufeffsentence\tlabel\nx\ta\n".encode("utf-16-be"), 1, "UTF-16")])
 def test_what_other_programs_make_of_own_files(content, line, says, tmp_path):
     """Oracle: Python's csv as the writer; the cause, the column and the line by hand. Nothing is read wrongly."""
     path = tmp_path / "own.tsv"
@@ -445,7 +444,7 @@ def test_fetch(server, tmp_path, capsys):
                                    ("sst2", "SST-2.zip", "SST")):
             body = rte_zip(inside)
             pages[f"/glue/data/{file}"] = (200, body, len(body) if length else None)
-            glue.fetch_task(TASKS[task], tmp_path / f"{length}", address)
+            fetch.fetch_task(TASKS[task], tmp_path / f"{length}", address)
             folder = tmp_path / f"{length}" / TASKS[task].folder
             assert sorted(p.name for p in folder.iterdir()) == ["dev.tsv", "test.tsv", "train.tsv"]
             assert "something else" not in (folder / "train.tsv").read_text()
@@ -453,14 +452,14 @@ def test_fetch(server, tmp_path, capsys):
     assert data.load_task("rte", tmp_path / "right")["dev"] == Split([("a", "b")], [0])
     body = zipped({"RTE/train.tsv": "", "RTE/dev.tsv": ""})  # an archive need not hold the test split
     pages["/glue/data/RTE.zip"] = (200, body, len(body))
-    glue.fetch_task(TASKS["rte"], tmp_path / "no test", address)
+    fetch.fetch_task(TASKS["rte"], tmp_path / "no test", address)
     assert sorted(p.name for p in (tmp_path / "no test" / "RTE").iterdir()) == ["dev.tsv", "train.tsv"]
     pages["/glue/data/RTE.zip"] = (200, rte_zip(), None)
     # a file that is there stays, whatever the archive holds
     folder = tmp_path / "right" / "RTE"
     rte_file(folder / "dev.tsv", 7)
     (folder / "train.tsv").unlink()
-    glue.fetch_task(TASKS["rte"], tmp_path / "right", address)
+    fetch.fetch_task(TASKS["rte"], tmp_path / "right", address)
     assert [len(s.texts) for s in data.load_task("rte", tmp_path / "right").values()] == [1, 7]
 
 
@@ -472,23 +471,14 @@ def test_fetch_mrpc(server, tmp_path):
     for path, body in (("/senteval/senteval_data/msr_paraphrase_train.txt", line),
                        ("/senteval/senteval_data/msr_paraphrase_test.txt", line),
                        ("/glue/data/mrpc_dev_ids.tsv", b"7\t8\n")):
-        assert f"{address}{path}" in refusal(OSError, glue.fetch_task, TASKS["mrpc"], tmp_path, address)
+        assert f"{address}{path}" in refusal(OSError, fetch.fetch_task, TASKS["mrpc"], tmp_path, address)
         assert list(tmp_path.iterdir()) == []
         pages[path] = (200, body, len(body))
-    glue.fetch_task(TASKS["mrpc"], tmp_path, address)
+    fetch.fetch_task(TASKS["mrpc"], tmp_path, address)
     assert data.load_task("mrpc", tmp_path) == {"train": Split([("a", "b")], [1]),
                                                 "dev": Split([("c", "d")], [0])}
     test = glue.read_split(tmp_path / "MRPC" / "test.tsv", TASKS["mrpc"], labelled=False)
     assert test == Split([("a", "b"), ("c", "d")], None)
-
-
-def symlink_zip():
-    info = zipfile.ZipInfo("RTE/link")
-    info.external_attr = 0o120777 << 16
-    buffer = io.BytesIO(rte_zip())
-    with zipfile.ZipFile(buffer, "a") as file:
-        file.writestr(info, "/etc/passwd")
-    return buffer.getvalue()
 
 
 def spoilt_zip():
@@ -504,18 +494,34 @@ def spoilt_zip():
     (OSError, 200, rte_zip(), "many"), (ValueError, 200, b"<html>moved</html>", 18),
     (ValueError, 200, b"", 0),
     (ValueError, 200, rte_zip()[:-30], None), (ValueError, 200, spoilt_zip(), None),
-    (ValueError, 200, symlink_zip(), None), (ValueError, 200, zipped({"RTE/train.tsv": "x"}), None),
-    (ValueError, 200, rte_zip(**{"train.tsv": "x"}), None)]
-    + [(ValueError, 200, rte_zip(**{name: "x"}), None) for name in
-       ("../train.tsv", "/tmp/x.tsv", "RTE/../../x", "..\\x", "C:\\x.tsv", "\\x")])
+    (ValueError, 200, zipped({"RTE/train.tsv": "x"}), None),
+    *((ValueError, 200, rte_zip(**{name: "x"}), None) for name in ("train.tsv", "../train.tsv", "\\train.tsv"))])
 def test_fetch_refuses(server, tmp_path, kind, status, body, length):
     """Oracle: one sentence with the address and the way out, and no file left in the folder or beside."""
     address, pages, _ = server
     pages["/glue/data/RTE.zip"] = (status, body, length)
-    message = refusal(kind, glue.fetch_task, TASKS["rte"], tmp_path / "glue", address)
+    message = refusal(kind, fetch.fetch_task, TASKS["rte"], tmp_path / "glue", address)
     assert f"{address}/glue/data/RTE.zip" in message and str(tmp_path / "glue" / "RTE") in message
     assert "by hand" in message
     assert [p for p in tmp_path.rglob("*") if p != tmp_path / "glue"] == []
+
+
+@pytest.mark.parametrize("name", ["../x.tsv", "../../train.tsv", "/tmp/train.tsv", "RTE/../../dev.tsv", "..\\..\\dev.tsv",
+                                  "C:\\x.tsv", "\\x", "a link", "a link as a table"])
+def test_no_member_leads_out_of_the_folder(server, tmp_path, name):
+    """Oracle: the files of the archive: only its tables are unpacked, to their names; a link is a text there."""
+    address, pages, _ = server
+    buffer, link = io.BytesIO(rte_zip()), zipfile.ZipInfo("RTE/link" if name == "a link" else "RTE/test.tsv")
+    if "link" in name:
+        link.external_attr = 0o120777 << 16
+        buffer = buffer if name == "a link" else io.BytesIO(zipped({"train.tsv": "x", "dev.tsv": "x"}))
+    with zipfile.ZipFile(buffer, "a") as file:
+        file.writestr(link if "link" in name else name, "../../outside")
+    pages["/glue/data/RTE.zip"] = (200, buffer.getvalue(), None)
+    fetch.fetch_task(TASKS["rte"], tmp_path / "glue", address)
+    files = [path for path in tmp_path.rglob("*") if not path.is_dir() or path.is_symlink()]
+    assert sorted(files) == [tmp_path / "glue" / "RTE" / f"{split}.tsv" for split in ("dev", "test", "train")]
+    assert not any(path.is_symlink() for path in files)
 
 
 def test_fetch_without_server(server, tmp_path):
@@ -524,11 +530,11 @@ def test_fetch_without_server(server, tmp_path):
     web.shutdown()
     web.server_close()
     for base in (address, "http://", "nonsense"):
-        message = refusal(OSError, glue.fetch_task, TASKS["rte"], tmp_path, base)
+        message = refusal(OSError, fetch.fetch_task, TASKS["rte"], tmp_path, base)
         assert f"could not fetch {base}/glue" in message
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
-    message = refusal(OSError, glue.fetch_task, TASKS["rte"], tmp_path / "file", address)
+    message = refusal(OSError, fetch.fetch_task, TASKS["rte"], tmp_path / "file", address)
     assert str(tmp_path / "file") in message
 
 
@@ -540,9 +546,9 @@ def test_interrupted_fetch_leaves_nothing(server, tmp_path, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(glue, "extract", interrupt)
+    monkeypatch.setattr(fetch, "extract", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        glue.fetch_task(TASKS["rte"], tmp_path, address)
+        fetch.fetch_task(TASKS["rte"], tmp_path, address)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -551,9 +557,9 @@ def fork_that_fetches(task, data_dir, address, before):
     pid = os.fork()
     if pid == 0:
         try:
-            glue.tqdm.set_lock(threading.RLock())          # tqdm's own is shared with its parent
+            fetch.tqdm.set_lock(threading.RLock())          # tqdm's own is shared with its parent
             before()
-            glue.fetch_task(task, data_dir, address)
+            fetch.fetch_task(task, data_dir, address)
         finally:
             os._exit(0)
     return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
@@ -584,7 +590,7 @@ def check_after_a_kill(task, data_dir, address, files):
     """What train.py does next: fetch what is missing. Then the folder holds these {name: bytes}."""
     folder = data_dir / task.folder
     if data.is_missing(task, data_dir):
-        glue.fetch_task(task, data_dir, address)
+        fetch.fetch_task(task, data_dir, address)
         assert [path.name for path in data_dir.iterdir()] == [task.folder]     # nor is a private folder left
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
     assert not data.is_missing(task, data_dir)
@@ -651,18 +657,18 @@ def test_a_fetch_killed_at_random_goes_on(two_tasks, tmp_path):
 def test_only_what_is_missing_is_fetched(two_tasks, tmp_path, monkeypatch):
     """Oracle: the addresses that are asked. Nothing for a folder that holds all that training needs."""
     (_, (task, files)), address = two_tasks
-    asked, download = [], glue.download
+    asked, download = [], fetch.download
 
     def noted(url, *args):
         asked.append(url.rsplit("/", 1)[-1])
         download(url, *args)
 
-    monkeypatch.setattr(glue, "download", noted)
+    monkeypatch.setattr(fetch, "download", noted)
     folder = tmp_path / "MRPC"
     folder.mkdir()
     (folder / "msr_paraphrase_train.txt").write_bytes(b"mine")
     assert data.is_missing(task, tmp_path) and not data.is_missing(TASKS["demo"], tmp_path)
-    glue.fetch_task(task, tmp_path, address)
+    fetch.fetch_task(task, tmp_path, address)
     assert sorted(asked) == ["mrpc_dev_ids.tsv", "msr_paraphrase_test.txt"]
     assert (folder / "msr_paraphrase_train.txt").read_bytes() == b"mine"
     (folder / "test.tsv").unlink()                         # is optional
@@ -679,11 +685,11 @@ def test_two_processes_fetch_at_once(two_tasks, tmp_path, monkeypatch):
 
     def late(source, target):
         monkeypatch.setattr(os, "rename", rename)
-        glue.fetch_task(task, tmp_path, address)
+        fetch.fetch_task(task, tmp_path, address)
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", late)
-    glue.fetch_task(task, tmp_path, address)
+    fetch.fetch_task(task, tmp_path, address)
     assert {path.name: path.read_bytes() for path in (tmp_path / "RTE").iterdir()} == files
     assert [path.name for path in tmp_path.iterdir()] == ["RTE"]
 

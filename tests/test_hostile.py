@@ -25,7 +25,7 @@ import data
 import model as models
 import train
 from data import TASKS
-from formats import disk, glue, hub, spm
+from formats import disk, fetch, glue, hub, spm
 from running import folder, options
 from tests.cli import child, refused, sentences, soon, write_task
 from tests.conftest import SMALL, outcome
@@ -213,7 +213,7 @@ def test_data_are_not_fetched_to_where_a_result_says(cli, monkeypatch):
     words = f"--task rte --max-steps 2 --max-len 32 --data-dir there --out run --model {cli.models['bert']}"
     with at_step(1, ctrl_c):
         assert cli(words).status == 130
-    monkeypatch.setattr(glue, "fetch_task", lambda *_: pytest.fail("fetched"))
+    monkeypatch.setattr(fetch, "fetch_task", lambda *_: pytest.fail("fetched"))
     shutil.move("there", "away")
     refused(cli("--resume run"), "there/RTE")
     shutil.move("away", "there")
@@ -299,7 +299,7 @@ def test_links_in_a_data_folder_are_not_written_through(tmp_path):
         made.mkdir()
     (beside / "train.tsv").write_text("new")
     (place / "train.tsv").symlink_to(outside)
-    glue.move_files(beside, place)
+    fetch.move_files(beside, place)
     assert not outside.exists() and (place / "train.tsv").read_text() == "new"
 
 
@@ -507,18 +507,29 @@ def test_hostile_servers(hostile, tmp_path, name):
     address, pages = hostile
     pages["/glue/data/RTE.zip"], says = SERVERS[name]
     with soon(name, 20), pytest.raises((OSError, ValueError), match=says) as info:
-        glue.fetch_task(TASKS["rte"], tmp_path, address)
+        fetch.fetch_task(TASKS["rte"], tmp_path, address)
     assert f"{address}/glue/data/RTE.zip" in str(info.value) and "\n" not in str(info.value)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_download_has_an_end(hostile, tmp_path, monkeypatch):
-    """Oracle: the promise: a server that sends a byte now and then does not hold the program for ever."""
+def dripping(begin):
+    """A page that begins so, raw, and goes on with a byte now and then."""
+    def page(handler):
+        handler.wfile.write(begin)
+        for byte in slow():
+            handler.wfile.write(byte)
+    return page
+
+
+@pytest.mark.parametrize("begin", [b"", b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\n\r\n",
+                                   b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"])
+def test_a_download_has_an_end(hostile, tmp_path, monkeypatch, begin):
+    """Oracle: the promise: a server that sends a byte now and then, from whatever place on, holds nobody for ever."""
     address, pages = hostile
-    pages["/glue/data/RTE.zip"] = answer(slow)
-    monkeypatch.setattr(glue, "HOURS", 0.5 / 3600)
+    pages["/glue/data/RTE.zip"] = dripping(begin)
+    monkeypatch.setattr(fetch, "MINUTES", 0.01)
     with soon("a download", 10), pytest.raises(OSError, match="takes more than"):
-        glue.fetch_task(TASKS["rte"], tmp_path, address)
+        fetch.fetch_task(TASKS["rte"], tmp_path, address)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -530,7 +541,7 @@ def test_a_download_has_an_end(hostile, tmp_path, monkeypatch):
 def test_only_https_is_followed(url, before, fine):
     """Oracle: by hand: from https to https alone; http from this machine to itself."""
     try:
-        glue.check_address(url, before)
+        fetch.check_address(url, before)
         assert fine
     except ValueError:
         assert not fine
@@ -547,7 +558,7 @@ def test_a_login_page_is_no_data(hostile, tmp_path, page):
         for name, content in (right | {spoilt: page}).items():
             pages[f"/{name}"] = answer(content)
         with pytest.raises(ValueError, match="gives something else than .*by hand") as info:
-            glue.fetch_task(TASKS["mrpc"], tmp_path, address)
+            fetch.fetch_task(TASKS["mrpc"], tmp_path, address)
         assert spoilt in str(info.value) and list(tmp_path.iterdir()) == []
 
 
