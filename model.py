@@ -341,7 +341,7 @@ def from_pretrained(name_or_dir, num_labels, head_dropout=None, labels=None):
     config = check_config(read_object(path), path)
     if head_dropout is not None:
         config[HEAD_DROPOUT[config["model_type"]]] = head_dropout
-    weights = hub.read_weights(name_or_dir)
+    weights = hub.read_weights(name_or_dir, config)
     check_size(config, weights, name_or_dir)
     with torch.device("meta"):                              # no numbers: they come from the file
         model = SequenceClassifier(config, num_labels)

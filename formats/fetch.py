@@ -19,8 +19,8 @@ ROW_BYTES = 4096                             # of an official row at most, on av
 MINUTES = 360                                # for a file at most, from the question to its end
 
 
-def within(minutes, work, *arguments):
-    """What work(*arguments) returns or raises; OSError if that takes longer than so many minutes.
+def within(minutes, work, *arguments, **named):
+    """What work(...) returns or raises; OSError if that takes longer than so many minutes.
 
     It runs in a thread that is then left alone: a server that sends a byte now and then, of headers
     or of anything else, never lets a socket's timeout pass.
@@ -29,7 +29,7 @@ def within(minutes, work, *arguments):
 
     def run():
         try:
-            future.set_result(work(*arguments))
+            future.set_result(work(*arguments, **named))
         except BaseException as error:
             future.set_exception(error)
 

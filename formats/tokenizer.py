@@ -7,6 +7,7 @@ change it: an option that changes ids is obeyed, or is an error that names the f
 import base64
 import contextlib
 import json
+import re
 from typing import NamedTuple
 
 from tokenizers import AddedToken, Tokenizer
@@ -18,6 +19,14 @@ from formats.spm import LONGEST_PIECE
 
 DEFINING = ("tokenizer.json", "spm.model", "vocab.txt", "vocab.json")   # the first one counts
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
+
+
+# A pattern of a tokenizer.json that takes no more time than a text is long: alternatives of letters
+# and [classes], of which the first may be absent and the last one repeated. GPT-2's is one with this:
+SPACES = r"\s+(?!\S)|\s+"
+LETTER = r"(\\[a-zA-Z](\{\w{1,20}\})?|\[\^?(\\.|[^][\\]){1,50}\]|[^][\\(){}|*+?.^$])"
+BRANCH = rf"({LETTER}\?)?{LETTER}{{1,20}}([*+]|\{{\d(,\d?)?\}})?"
+LINEAR = re.compile(rf"{BRANCH}(\|{BRANCH}){{0,20}}")
 
 
 class Kind(NamedTuple):
@@ -196,11 +205,17 @@ def read_json_tokenizer(path):
     """tokenizer.json; an error of any kind where it is damaged, or takes more than it may."""
     content = read_bytes(path, 64 * MEGABYTE)
     parts = json.loads(content)
-    if growth([parts.get("normalizer"), parts.get("pre_tokenizer")]) > 1000:
+    steps = [parts.get(name) for name in ("normalizer", "pre_tokenizer", "post_processor")]
+    if growth(steps) > 1000:
         raise ValueError("its replacements make a text more than 1000 times as long")
-    pieces = parts["model"]["vocab"]
-    if isinstance(pieces, list) and max(len(piece) for piece, _ in pieces) > LONGEST_PIECE:
+    if json.dumps(steps).count('"type": ') > 100:
+        raise ValueError("it has more than 100 steps for a text")
+    model = parts["model"]
+    pieces = [piece for piece, _ in model["vocab"]] if isinstance(model["vocab"], list) else [""]
+    if max(map(len, pieces)) > LONGEST_PIECE:
         raise ValueError(f"a piece is longer than {LONGEST_PIECE} letters")
+    if model.get("max_input_chars_per_word", 0) > LONGEST_PIECE:       # takes its square of time
+        raise ValueError(f"max_input_chars_per_word is more than {LONGEST_PIECE}")
     tokenizer = Tokenizer.from_buffer(content)
     tokenizer.no_padding()                         # which may be to a billion tokens
     if tokenizer.num_special_tokens_to_add(True) > 100:
@@ -212,11 +227,18 @@ def read_json_tokenizer(path):
 
 
 def growth(part):
-    """How many times as long a part of tokenizer.json can make a text: each step multiplies."""
+    """How many times as long a part of tokenizer.json can make a text: each step multiplies.
+
+    ValueError for a pattern that may take any time.
+    """
     if isinstance(part, list):
         part = dict(enumerate(part))
     if not isinstance(part, dict):
         return 1
+    if "Regex" in part and not LINEAR.fullmatch(part["Regex"].replace(SPACES, r"\s+")):
+        raise ValueError(f"its pattern {part['Regex'][:60]!r} is none of those whose time is known")
+    if len(part.get("String", "")) > 1000:
+        raise ValueError("a text to replace is longer than 1000 letters")
     times = 1
     kind = part.get("type")
     if kind in ("Replace", "Prepend"):             # a pattern can match before each letter
