@@ -62,8 +62,8 @@ def read_lines(path):
         except UnicodeDecodeError:
             line = b"\0"
         if b"\0" in line:
-            raise ValueError(f"{path}:{number}: this line is not UTF-8: it is damaged, or UTF-16 as "
-                             "Excel and Notepad write it: save the file as UTF-8")
+            raise ValueError(f"{path}:{number}: this line is not UTF-8: it is damaged, or UTF-16 "
+                             "as Excel and Notepad write it: save the file as UTF-8")
     lines[0] = lines[0].removeprefix("\ufeff")             # a byte order mark, as MRPC's files have
     return lines
 

@@ -20,13 +20,14 @@ from formats.tokenizer import BESIDE, DEFINING, to_write
 WAYS_OUT = ("download its files by hand and give --model FOLDER, or run once where the Hub can be "
             "reached (a proxy or HF_ENDPOINT may help); a complete cached copy works without it, "
             "also under HF_HUB_OFFLINE=1")
-HINTS = {                                           # the client's error → what to do; the first counts
+HINTS = {                                           # the client's error → what to do; first counts
     errors.GatedRepoError: "it is gated: accept its terms on the Hub and run `hf auth login`",
     errors.RepositoryNotFoundError: "there is neither a folder here nor a repository of this name "
                                     "that this account can read: look at the spelling; `hf auth "
                                     "login` if it is private",
     errors.HFValidationError: "it is neither a folder nor a Hub name like "
                               "microsoft/deberta-v3-base"}
+MINUTES_TO_ANSWER = 1                               # for the Hub to say what a file is
 POINTER = b"version https://git-lfs.github.com"     # what Git LFS has in place of a large file
 
 
@@ -91,9 +92,9 @@ def download(repository, filename, revision, most):
     # Asked once first: hf_hub_download repeats a question without an answer for 23 seconds.
     with contextlib.suppress(errors.EntryNotFoundError):
         url = hf_hub_url(repository, filename, revision=revision)
-        size = within(1, get_hf_file_metadata, url).size or 0
+        size = within(MINUTES_TO_ANSWER, get_hf_file_metadata, url).size or 0
         if size > most:
-            raise ValueError(f"it has {size:,} bytes there, where {most:,} are the most it can need")
+            raise ValueError(f"it has {size:,} bytes, where {most:,} are the most it can need")
     try:
         return within(MINUTES, hf_hub_download, repository, filename, revision=revision)
     except errors.LocalEntryNotFoundError:         # an EntryNotFoundError that means no answer

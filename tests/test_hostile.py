@@ -3,6 +3,7 @@
 What is only mangled: test_fuzz.py. A run that is killed or stopped: test_folder.py.
 """
 import base64
+import contextlib
 import copy
 import errno
 import http.server
@@ -12,6 +13,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import threading
 import time
 import zipfile
@@ -440,9 +442,11 @@ def hostile():
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             try:
-                pages[self.path](self)
+                pages.get(self.path, answer(b"", 404))(self)
             except (BrokenPipeError, ConnectionResetError):
                 pass
+
+        do_HEAD = do_GET
 
         def log_message(self, *_):
             pass
@@ -531,6 +535,26 @@ def test_a_download_has_an_end(hostile, tmp_path, monkeypatch, begin):
     with soon("a download", 10), pytest.raises(OSError, match="takes more than"):
         fetch.fetch_task(TASKS["rte"], tmp_path, address)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("page, says", [
+    (answer(b"", Content_Length=10**9, ETag='"x"', X_Repo_Commit="0" * 40), "has 1,000,000,000 bytes, where "),
+    (dripping(b"HTTP/1.1 200 OK\r\nX: "), "takes more than 0.01 minutes"), (dripping(b""), "takes more than")])
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_hub_without_end(hostile, tiny, tmp_path, monkeypatch, file, page, says):
+    """Oracle: the promise: no file is fetched that is announced with more bytes than it can need, by its kind or by
+    config.json, and no answer is waited for without end; one sentence names the file, and nothing is on the disk."""
+    address, pages = hostile
+    pages[f"/{file}"] = page
+    monkeypatch.setattr(hub, "hf_hub_url", lambda _, name, revision: f"{address}/{name}")
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hub, "MINUTES_TO_ANSWER", 0.01)
+    config = models.from_pretrained(tiny["bert"], 2).config
+    with soon("the Hub", 10), pytest.raises(OSError, match=f"some/model/{file} .*{says}"):
+        if file == "model.safetensors":
+            hub.read_weights("some/model", config)
+        hub.find("some/model", file)
+    assert not list(tmp_path.rglob(file))
 
 
 @pytest.mark.parametrize("url, before, fine", [
@@ -636,6 +660,10 @@ TOKENIZERS = [
     {"pre_tokenizer": steps(*[{"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                                "use_regex": False}] * 33)},
     {"normalizer": {"type": "Precompiled", "precompiled_charsmap": BLOB}},
+    *({"normalizer": TWICE | {"pattern": {"Regex": pattern}}} for pattern in (
+        "(a+)+b", "a*a*b", "(a|aa)+$", "(.*)*", "a?a?aa", "a{99999}", r"(\\w+\\s?)*$", r"\\1", "[[a]-b]+c", "a+(?!b)")),
+    {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "a+b"}, "behavior": "Isolated", "invert": False}},
+    {"normalizer": steps(*[{"type": "NFC"}] * 200)}, {"normalizer": TWICE | {"pattern": {"String": "a" * 10**6}}},
     {"post_processor": {"type": "TemplateProcessing", "special_tokens": {}, "single": [{"Sequence": {
         "id": "A", "type_id": 0}}] * 5000, "pair": [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]}},
     {"post_processor": {"type": "TemplateProcessing", "pair": [], "single": [],
@@ -670,9 +698,13 @@ def test_a_piece_of_a_megabyte(tiny, tmp_path, kind):
 def test_a_tokenizer_that_pads(tiny, tmp_path, little_memory):
     """Oracle: the ids without padding; and an honest chain of replacements is none that swells."""
     whole = json.loads((tiny["bert"] / "tokenizer.json").read_text())
+    gpt2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
     honest = steps(*[TWICE | {"pattern": {"String": word}, "content": "x"} for word in ("``", "''", "\u2014")],
                    {"type": "Prepend", "prepend": "\u2581"}, {"type": "NFKC"})
-    for change in ({"padding": PADDING}, {"normalizer": honest}):
+    for change in ({"padding": PADDING}, {"normalizer": honest},
+                   *({"normalizer": TWICE | {"pattern": {"Regex": word}}} for word in (" {2,}", r"\s{2,}|[\n\r\t]")),
+                   {"pre_tokenizer": steps({"type": "Split", "pattern": {"Regex": gpt2}, "behavior": "Isolated",
+                                            "invert": False})}):
         (tmp_path / "tokenizer.json").write_text(json.dumps(whole | change))
         assert len(data.load_tokenizer(tmp_path).encode("cue0").ids) < 9
 
@@ -839,6 +871,59 @@ def test_a_folder_that_can_no_more_be_written(cli, monkeypatch, error):
     assert done.status == 1 and len(done.errors) == 1 and os.strerror(error) in done.errors[0]
     monkeypatch.setattr(disk.tempfile, "mkdtemp", mkdtemp)
     assert cli("--resume run").status == 0 and outcome("run") == cli.whole(BUSY)
+
+
+@pytest.fixture
+def disk_of_a_megabyte(tmp_path):
+    """A folder that is a disk of its own, and mount(options) for it. Skips where nobody may mount one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(options):
+        words = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+        return subprocess.run(words, capture_output=True).returncode == 0
+
+    if shutil.which("mount") is None or not mount("size=1m"):
+        pytest.skip("no disk can be mounted here")
+    yield place, mount
+    subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.parametrize("fault, says", [("full", "No space left"), ("read-only", "Read-only file system")])
+def test_a_disk_that_fails_half_way(cli, hostile, disk_of_a_megabyte, fault, says):
+    """Oracle: the unbroken run, on a real disk of 1 MB that is full, or becomes read-only, after some steps: one
+    line with the cause; what was there is as before and goes on later. So for what is handed out and fetched."""
+    place, mount = disk_of_a_megabyte
+    address, pages = hostile
+    filler = place / "filler"
+
+    def fail():
+        if fault == "read-only":
+            assert mount("remount,ro")
+        else:
+            with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+
+    def mend():
+        mount("remount,rw")
+        filler.unlink(missing_ok=True)
+
+    with at_step(5, fail):
+        done = cli.tiny(BUSY, out=place / "run")
+    assert done.status == 1 and len(done.errors) == 1 and says in done.errors[0], done.err
+    before = contents(place / "run")
+    for words in (f"--resume {place}/run", f"--eval {place}/run/adapter.safetensors --merge {place}/m --model "
+                  + str(cli.models["deberta"])):
+        done = cli(words)
+        assert done.status in (1, 2) and len(done.errors) == 1, done.err
+        assert says in done.errors[0] or "no folder to write to" in done.errors[0], done.err
+        assert contents(place / "run") == before and {path.name for path in place.iterdir()} <= {"run", "filler", "m"}
+    pages["/glue/data/RTE.zip"] = answer(bytes(10**6))
+    with pytest.raises(OSError, match=says):
+        fetch.fetch_task(TASKS["rte"], place / "glue", address)
+    mend()
+    assert cli(f"--resume {place}/run").status == 0 and outcome(place / "run") == cli.whole(BUSY)
 
 
 @on_unix
