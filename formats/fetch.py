@@ -50,14 +50,13 @@ def fetch_task(task, data_dir="glue", base_url=BASE_URL):
     with contextlib.ExitStack() as stack:
         with writing(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            beside = stack.enter_context(private_folder(folder.parent)) / folder.name
-            beside.mkdir()
+            private = stack.enter_context(private_folder(folder.parent))
         for address, name in task.downloads.items():
             if not name or not (folder / name).exists():
                 advice = f"try again, or {by_hand(task, folder)}"
-                fetch_file(task, f"{base_url}/{address}", beside / (name or ARCHIVE), advice)
+                fetch_file(task, f"{base_url}/{address}", private / (name or ARCHIVE), advice)
         with writing(folder):
-            move_files(beside, folder)
+            move_files(private, folder)
 
 
 def fetch_file(task, url, path, advice):
@@ -79,17 +78,14 @@ def fetch_file(task, url, path, advice):
         raise ValueError(f"{url} gives something else than its data ({cause}): {advice}") from None
 
 
-def move_files(beside, folder):
-    """Move a folder's files to where `folder` is, or to where it has none of that name.
+def move_files(source, folder):
+    """Move the files of one folder to another, where there is none of that name.
 
-    A new folder appears whole. In one that is there the test files come first: if this is ended
-    on the way, a file that find_split() looks for in training is missing, and is fetched again.
+    Those of the test come first: if this is ended on the way, a file that find_split() looks for in
+    training is missing, and is fetched again.
     """
-    if not folder.exists():
-        with contextlib.suppress(OSError):   # another process was faster
-            os.rename(beside, folder)
-            return
-    for path in sorted(beside.iterdir(), key=lambda path: not path.name.startswith("test")):
+    folder.mkdir(exist_ok=True)
+    for path in sorted(source.iterdir(), key=lambda path: not path.name.startswith("test")):
         if not (folder / path.name).exists():
             os.replace(path, folder / path.name)
 

@@ -36,7 +36,6 @@ NORMALIZER = {2: ("precompiled_charsmap", b""), 3: ("add_dummy_prefix", True),
               4: ("remove_extra_whitespaces", True), 5: ("escape_whitespaces", True)}
 MODEL = {1: ("pieces", [PIECE]), 2: ("trainer_spec", TRAINER), 3: ("normalizer_spec", NORMALIZER)}
 WIRE_TYPES = {int: 0, bool: 0, float: 5}     # all others: 2
-MODEL_TYPES = {2: "BPE", 3: "WORD", 4: "CHAR"}                       # 1: UNIGRAM
 LONGEST_PIECE = 1000                         # letters; `tokenizers` frees a tree by a call a letter
 LONGEST_RULE = 255                           # bytes of a replacement; NFKC's longest has 33
 WHOLE = Regex("(?m:.++)")                    # Oniguruma's m: "." is a line end too
@@ -256,9 +255,8 @@ def read_spm(path):
 def reasons_against(pieces, trainer, normalizer, charsmap):
     """What in a sound model would lead to other ids than SentencePiece's: a list of texts."""
     reasons = []
-    model_type = trainer["model_type"]
-    if model_type != 1:
-        reasons.append(f"its model_type is {MODEL_TYPES.get(model_type, model_type)}, not UNIGRAM")
+    if trainer["model_type"] != 1:
+        reasons.append(f"its model_type is {trainer['model_type']}, not UNIGRAM")
     if trainer["treat_whitespace_as_suffix"]:
         reasons.append("treat_whitespace_as_suffix is on")
     if not normalizer["escape_whitespaces"]:
