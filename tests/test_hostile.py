@@ -6,7 +6,6 @@ import base64
 import contextlib
 import copy
 import errno
-import http.server
 import io
 import json
 import os
@@ -14,7 +13,6 @@ import random
 import shutil
 import signal
 import subprocess
-import threading
 import time
 import zipfile
 from pathlib import Path
@@ -31,6 +29,7 @@ from formats import disk, fetch, glue, hub, spm
 from running import folder, options
 from tests.cli import child, refused, sentences, soon, write_task
 from tests.conftest import SMALL, outcome
+from tests.test_fetch import ZIP, answer, server
 from tests.test_folder import BUSY, at_step, contents, ctrl_c
 from tests.test_spm import A, HAS_LEAF, KEY_A, LEAF, charsmap, field, model
 
@@ -432,160 +431,6 @@ def test_a_base_that_changes_meanwhile(cli, tmp_path):
     assert mine["adapter.safetensors"] == whole["adapter.safetensors"]
 
 
-# --- servers ------------------------------------------------------------------------------------------------
-
-@pytest.fixture
-def hostile():
-    """(address, {path: function(handler)}) of a web server that does as it is told."""
-    pages = {}
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            try:
-                pages.get(self.path, answer(b"", 404))(self)
-            except (BrokenPipeError, ConnectionResetError):
-                pass
-
-        do_HEAD = do_GET
-
-        def log_message(self, *_):
-            pass
-
-    web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    web.daemon_threads = True
-    threading.Thread(target=web.serve_forever, kwargs={"poll_interval": .01}, daemon=True).start()
-    yield f"http://127.0.0.1:{web.server_port}", pages
-    web.shutdown()
-    web.server_close()
-
-
-def answer(body, status=200, **headers):
-    """A page: these bytes, again and again if they come from a generator."""
-    def page(handler):
-        handler.send_response(status)
-        for name, value in headers.items():
-            handler.send_header(name.replace("_", "-"), value)
-        handler.end_headers()
-        for part in [body] if isinstance(body, bytes) else body():
-            handler.wfile.write(part)
-    return page
-
-
-def endless():
-    while True:
-        yield bytes(1 << 16)
-
-
-def slow():
-    while True:
-        yield b"x"
-        time.sleep(0.02)
-
-
-def bomb(size, kind=zipfile.ZIP_DEFLATED, name="RTE/train.tsv"):
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", kind) as file:
-        file.writestr("RTE/dev.tsv", "x")
-        with file.open(name, "w") as member:
-            for _ in range(size >> 20):
-                member.write(bytes(1 << 20))
-    return buffer.getvalue()
-
-
-SERVERS = {
-    "to ftp": (answer(b"", 302, Location="ftp://127.0.0.1/x"), "is not https"),
-    "to a file": (answer(b"", 302, Location="file:///etc/passwd"), "is not https|not allowed"),
-    "to http": (answer(b"", 302, Location="http://example.org/x"), "is not https"),
-    "to data": (answer(b"", 302, Location="data:,x"), "is not https|not allowed"),
-    "to itself": (answer(b"", 302, Location="/glue/data/RTE.zip"), "loop|redirect"),
-    "endless": (answer(endless), "larger than the 23,"), "announced": (answer(b"", Content_Length=10**12), "larger"),
-    "less than announced": (answer(b"x", Content_Length=2), "after 1 of 2 bytes"),
-    "negative": (answer(b"x", Content_Length=-1), "bytes|RTE.zip"),
-    "a bomb": (answer(bomb(100 << 20)), "unpacks to more"), "another packing": (
-        answer(bomb(1 << 20, zipfile.ZIP_LZMA)), "packed in a way")}
-
-
-@pytest.mark.parametrize("name", SERVERS)
-def test_hostile_servers(hostile, tmp_path, name):
-    """Oracle: the promise: one sentence with address and cause, soon, and nothing on the disk."""
-    address, pages = hostile
-    pages["/glue/data/RTE.zip"], says = SERVERS[name]
-    with soon(name, 20), pytest.raises((OSError, ValueError), match=says) as info:
-        fetch.fetch_task(TASKS["rte"], tmp_path, address)
-    assert f"{address}/glue/data/RTE.zip" in str(info.value) and "\n" not in str(info.value)
-    assert list(tmp_path.iterdir()) == []
-
-
-def dripping(begin):
-    """A page that begins so, raw, and goes on with a byte now and then."""
-    def page(handler):
-        handler.wfile.write(begin)
-        for byte in slow():
-            handler.wfile.write(byte)
-    return page
-
-
-@pytest.mark.parametrize("begin", [b"", b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\n\r\n",
-                                   b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"])
-def test_a_download_has_an_end(hostile, tmp_path, monkeypatch, begin):
-    """Oracle: the promise: a server that sends a byte now and then, from whatever place on, holds nobody for ever."""
-    address, pages = hostile
-    pages["/glue/data/RTE.zip"] = dripping(begin)
-    monkeypatch.setattr(fetch, "MINUTES", 0.01)
-    with soon("a download", 10), pytest.raises(OSError, match="takes more than"):
-        fetch.fetch_task(TASKS["rte"], tmp_path, address)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("page, says", [
-    (answer(b"", Content_Length=10**9, ETag='"x"', X_Repo_Commit="0" * 40), "has 1,000,000,000 bytes, where "),
-    (dripping(b"HTTP/1.1 200 OK\r\nX: "), "takes more than 0.01 minutes"), (dripping(b""), "takes more than")])
-@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "model.safetensors"])
-def test_a_hub_without_end(hostile, tiny, tmp_path, monkeypatch, file, page, says):
-    """Oracle: the promise: no file is fetched that is announced with more bytes than it can need, by its kind or by
-    config.json, and no answer is waited for without end; one sentence names the file, and nothing is on the disk."""
-    address, pages = hostile
-    pages[f"/{file}"] = page
-    monkeypatch.setattr(hub, "hf_hub_url", lambda _, name, revision: f"{address}/{name}")
-    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(hub, "MINUTES_TO_ANSWER", 0.01)
-    config = models.from_pretrained(tiny["bert"], 2).config
-    with soon("the Hub", 10), pytest.raises(OSError, match=f"some/model/{file} .*{says}"):
-        if file == "model.safetensors":
-            hub.read_weights("some/model", config)
-        hub.find("some/model", file)
-    assert not list(tmp_path.rglob(file))
-
-
-@pytest.mark.parametrize("url, before, fine", [
-    ("https://a.org/x", "https://b.org/x", True), ("http://a.org/x", "https://a.org/x", False),
-    ("http://127.0.0.1/x", "https://a.org/x", False), ("http://localhost:8/x", "http://127.0.0.1:9/x", True),
-    ("http://127.0.0.1@a.org/x", "http://127.0.0.1/x", False), ("ftp://127.0.0.1/x", "ftp://127.0.0.1/x", False),
-    ("file:///x", "file:///x", False), ("HTTPS://a.org/x", "https://a.org/x", True), ("//a.org/x", "", False)])
-def test_only_https_is_followed(url, before, fine):
-    """Oracle: by hand: from https to https alone; http from this machine to itself."""
-    try:
-        fetch.check_address(url, before)
-        assert fine
-    except ValueError:
-        assert not fine
-
-
-@pytest.mark.parametrize("page", [b"<html>Please log in</html>", b"Access denied\n", b"", b"a\tb\n", b"\0\1\2",
-                                  b"Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t5\t6\ta"])
-def test_a_login_page_is_no_data(hostile, tmp_path, page):
-    """Oracle: the folder: MRPC's files are no archive, but tables; what is none, or is cut, is not installed."""
-    address, pages = hostile
-    table = b"Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t5\t6\ta\tb\n"
-    right = dict(zip(TASKS["mrpc"].downloads, (table, table, b"5\t6\n")))
-    for spoilt in right:
-        for name, content in (right | {spoilt: page}).items():
-            pages[f"/{name}"] = answer(content)
-        with pytest.raises(ValueError, match="gives something else than .*by hand") as info:
-            fetch.fetch_task(TASKS["mrpc"], tmp_path, address)
-        assert spoilt in str(info.value) and list(tmp_path.iterdir()) == []
-
-
 @on_unix
 def test_what_killed_processes_left_is_removed(tmp_path):
     """Oracle: the folder: left folders go, but not one that a process that lives is writing in."""
@@ -890,11 +735,11 @@ def disk_of_a_megabyte(tmp_path):
 
 
 @pytest.mark.parametrize("fault, says", [("full", "No space left"), ("read-only", "Read-only file system")])
-def test_a_disk_that_fails_half_way(cli, hostile, disk_of_a_megabyte, fault, says):
+def test_a_disk_that_fails_half_way(cli, server, disk_of_a_megabyte, fault, says):
     """Oracle: the unbroken run, on a real disk of 1 MB that is full, or becomes read-only, after some steps: one
     line with the cause; what was there is as before and goes on later. So for what is handed out and fetched."""
     place, mount = disk_of_a_megabyte
-    address, pages = hostile
+    address, pages = server
     filler = place / "filler"
 
     def fail():
@@ -919,7 +764,7 @@ def test_a_disk_that_fails_half_way(cli, hostile, disk_of_a_megabyte, fault, say
         assert done.status in (1, 2) and len(done.errors) == 1, done.err
         assert says in done.errors[0] or "no folder to write to" in done.errors[0], done.err
         assert contents(place / "run") == before and {path.name for path in place.iterdir()} <= {"run", "filler", "m"}
-    pages["/glue/data/RTE.zip"] = answer(bytes(10**6))
+    pages[ZIP] = answer(bytes(10**6))
     with pytest.raises(OSError, match=says):
         fetch.fetch_task(TASKS["rte"], place / "glue", address)
     mend()
