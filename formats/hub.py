@@ -256,7 +256,7 @@ def convert(weights, prefix, keys, source):
     """
     converted = {}
     other_head = []
-    for name, tensor in unwrapped(weights, prefix, keys).items():
+    for name, tensor in unwrapped(weights, prefix).items():
         key = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
         key = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", key)
         if f"{prefix}.{key}" in keys:
@@ -277,16 +277,15 @@ def convert(weights, prefix, keys, source):
     return converted
 
 
-def unwrapped(weights, prefix, keys):
+def unwrapped(weights, prefix):
     """Weights without what a wrapper has put before all their keys, as module. or _orig_mod. is."""
     weights = {str(name): tensor for name, tensor in weights.items()}
-    found = weights
-    while not any(name in keys or f"{prefix}.{name}" in keys for name in found):
-        fronts = {name.partition(".")[0] for name in found}
-        if len(fronts) != 1 or not all("." in name for name in found):
-            return weights
-        found = {name.partition(".")[2]: tensor for name, tensor in found.items()}
-    return found
+    words = "embeddings.word_embeddings.weight"    # which every model has
+    fronts = [name.removesuffix(words) for name in weights if name.endswith(words)]
+    wrapper = fronts[0].removesuffix(f"{prefix}.") if fronts else ""
+    if not all(name.startswith(wrapper) for name in weights):
+        return weights
+    return {name.removeprefix(wrapper): tensor for name, tensor in weights.items()}
 
 
 def check_weights(weights, model_weights, source):

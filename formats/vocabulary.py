@@ -17,7 +17,7 @@ from formats.spm import LONGEST_PIECE
 DEFINING = ("tokenizer.json", "spm.model", "vocab.txt", "vocab.json")   # the first one counts
 
 # A pattern of a tokenizer.json that takes no more time than a text is long: alternatives of letters
-# and [classes], of which the first may be absent and the last one repeated. GPT-2's is one with this:
+# and [classes], of which the first may be absent and the last repeated. GPT-2's is one with this:
 SPACES = r"\s+(?!\S)|\s+"
 LETTER = r"(\\[a-zA-Z](\{\w{1,20}\})?|\[\^?(\\.|[^][\\]){1,50}\]|[^][\\(){}|*+?.^$])"
 BRANCH = rf"({LETTER}\?)?{LETTER}{{1,20}}([*+]|\{{\d(,\d?)?\}})?"

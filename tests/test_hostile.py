@@ -27,7 +27,7 @@ import train
 from data import TASKS
 from formats import disk, fetch, glue, hub, spm
 from running import folder, options
-from tests.cli import child, refused, sentences, soon, write_task
+from tests.cli import child, refused, soon, write_task
 from tests.conftest import SMALL, outcome
 from tests.test_fetch import ZIP, answer, server
 from tests.test_folder import BUSY, at_step, contents, ctrl_c
