@@ -3,6 +3,7 @@
 A `task` is a row of the table in data.py: no code below asks which one it is. What a user can have
 wrong raises ValueError or OSError with one finished sentence.
 """
+import contextlib
 import math
 import re
 import sys
@@ -146,11 +147,10 @@ def parse_label(task, text):
                              "expected")
         return task.labels.index(text)
     low, high = task.score_range or (-sys.float_info.max, sys.float_info.max)
-    is_decimal = text.isascii() and "_" not in text   # float() takes "1_0" and Arabic digits too
-    try:
-        score = float(text) if is_decimal else math.nan
-    except ValueError:
-        score = math.nan
+    score = math.nan
+    if text.isascii() and "_" not in text:   # float() takes "1_0" and Arabic digits too
+        with contextlib.suppress(ValueError):
+            score = float(text)
     if not low <= score <= high:
         expected = f"a number from {low:g} to {high:g}" if task.score_range else "a finite number"
         raise ValueError(f"the score is {text[:60]!r} where {expected} is expected")

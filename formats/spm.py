@@ -21,8 +21,7 @@ import math
 import re
 import struct
 
-from tokenizers import Regex, Tokenizer
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from formats.disk import read_bytes
 
@@ -38,7 +37,6 @@ MODEL = {1: ("pieces", [PIECE]), 2: ("trainer_spec", TRAINER), 3: ("normalizer_s
 WIRE_TYPES = {int: 0, bool: 0, float: 5}     # all others: 2
 LONGEST_PIECE = 1000                         # letters; `tokenizers` frees a tree by a call a letter
 LONGEST_RULE = 255                           # bytes of a replacement; NFKC's longest has 33
-WHOLE = Regex("(?m:.++)")                    # Oniguruma's m: "." is a line end too
 SPACE = "▁"                                  # U+2581 is a space inside pieces
 
 
@@ -220,10 +218,6 @@ class SpmNormalizer:
                 end = place + 1
         return end, new
 
-    def normalize(self, part):
-        """Called by `tokenizers`, after normalize_between(), for each text between added tokens."""
-        part.replace(WHOLE, self.apply(part.normalized))
-
     def decode_chain(self, tokens):
         """Called by `tokenizers` to make a text of tokens again."""
         return ["".join(tokens).replace(SPACE, " ").strip(" ")]
@@ -305,7 +299,6 @@ def build_tokenizer(pieces, byte_fallback, normalizer):
         special_tokens=[("[CLS]", special["[CLS]"]), ("[SEP]", special["[SEP]"])])
     # A custom decoder makes saving and copying an error: what they give would not normalise.
     tokenizer.decoder = decoders.Decoder.custom(normalizer)
-    tokenizer.rules = normalizer
     normalize_first(tokenizer, normalizer.apply)
     return tokenizer
 
@@ -326,21 +319,11 @@ def normalize_first(tokenizer, apply):
 
     def normalizing(encode):
         def first_normalize(*texts, **named):
-            if tokenizer.normalizer is None:                     # see normalize_between()
-                texts = normalized(texts)
-                named = {name: normalized(value) for name, value in named.items()}
-            return encode(*texts, **named)
+            named = {name: normalized(value) for name, value in named.items()}
+            return encode(*normalized(texts), **named)
         return first_normalize
 
     methods = ["encode", "encode_batch", "encode_batch_fast"]
     for name in methods + [f"async_{name}" for name in methods]:
         if hasattr(tokenizer, name):                             # some are new in tokenizers 0.21
             setattr(tokenizer, name, normalizing(getattr(tokenizer, name)))
-
-
-def normalize_between(tokenizer):
-    """For a tokenizer of read_spm() that finds added tokens in texts: normalise between them.
-
-    Only the library's own place for a normaliser comes after its search for added tokens.
-    """
-    tokenizer.normalizer = normalizers.Normalizer.custom(tokenizer.rules)

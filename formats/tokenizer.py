@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 from tokenizers import AddedToken, processors
 
-from formats import spm
 from formats.disk import one_line, read_object
 from formats.vocabulary import DEFINING, read_definition
 
@@ -97,11 +96,11 @@ def read_tokenizer(files):
     kind = kind_of(tokenizer, options)
     obey(tokenizer, kind, options)
     check_model(tokenizer, options)
-    new = add_tokens(tokenizer, kind, options, added)
-    if new or "split_special_tokens" in options:   # else spm.model's, where their text stays text
+    add_tokens(tokenizer, kind, options, added)
+    if path.name != "spm.model":                   # where the text of a special token stays text
         tokenizer.encode_special_tokens = options.get("split_special_tokens", False)
-        if path.name == "spm.model":
-            spm.normalize_between(tokenizer)
+    elif options.get("split_special_tokens", True) is not True:
+        raise options.refusal("split_special_tokens", False, "is not implemented for spm.model")
     set_template(tokenizer, kind, options)
     return tokenizer
 
@@ -171,8 +170,8 @@ def kind_of(tokenizer, options):
     fitting = {name: kind for name, kind in KINDS.items()
                if kind.parts.get("model", any_model) == model}
     given = options.get("tokenizer_class")
-    if given is None:                              # the demo's WordLevel is of none of them
-        return next(iter(fitting.values()), AS_IT_IS)
+    if given is None:
+        return next(iter(fitting.values()))
     name = str(given).removesuffix("Fast")
     if name not in fitting:
         raise options.refusal("tokenizer_class", given, "is not implemented for "
@@ -229,9 +228,9 @@ def check_model(tokenizer, options):
 
 
 def add_tokens(tokenizer, kind, options, added):
-    """Add the tokens that the options name; returns how many were not in the file.
+    """Add the tokens that the options name: text that spells one is that token.
 
-    Text that spells one is that token. ValueError if one would not have the id that is listed.
+    ValueError if one would not have the id that is listed, and for a new one of an spm.model.
     """
     name = options.path.name
     before = tokenizer.get_added_tokens_decoder()
@@ -240,17 +239,22 @@ def add_tokens(tokenizer, kind, options, added):
         text = before[min(missing)].content
         raise options.refusal("added_tokens_decoder", sorted(added),
                               f"lacks {text!r} of {name}: complete it")
-    # The own tokens of an spm.model are as they have to be.
-    listed = [] if name == "spm.model" else [added[number] for number in sorted(added)]
-    known = {token.content for token in [*before.values(), *listed]}
+    own = {token.content for token in before.values()}
+    tokens = [added[number] for number in sorted(added)]
+    listed = {token.content for token in tokens}
     named = named_tokens(kind.tokens | options, options)
-    tokenizer.add_tokens(listed + [named[text] for text in named if text not in known])
+    tokens += [token for text, token in named.items() if text not in own | listed]
+    new = [token.content for token in tokens if token.content not in own]
+    if name != "spm.model":
+        tokenizer.add_tokens(tokens)
     for number, token in added.items():
         found = tokenizer.token_to_id(token.content)
         if found != number:
             raise ValueError(f"{options.where['added_tokens_decoder']}: {token.content} = {number} "
                              f"here, {found} by {name}: get a checkpoint with tokenizer.json")
-    return len(tokenizer.get_added_tokens_decoder()) - len(before)
+    if name == "spm.model" and new:
+        raise ValueError(f"{options.path}: {new[0]} is a special token by the files beside it, but "
+                         "none of its own: get a checkpoint with tokenizer.json")
 
 
 def set_template(tokenizer, kind, options):
@@ -301,8 +305,7 @@ def to_write(files):
     if "model_max_length" in options:
         config["model_max_length"] = options["model_max_length"]
     if "tokenizer.json" not in files and "spm.model" in files:
-        names = ("spm.model", "special_tokens_map.json", "added_tokens.json")
-        written = {name: files[name].read_bytes() for name in names if name in files}
+        written = {"spm.model": files["spm.model"].read_bytes()}
         options.pop("name_or_path", None)          # a place on this machine
         config = options | config | {"tokenizer_class": "DebertaV2Tokenizer"}
     else:
