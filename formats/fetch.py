@@ -1,6 +1,5 @@
 """Fetching from servers that nobody vouches for: an end to the time, to the bytes, https alone."""
 import concurrent.futures
-import contextlib
 import http.client
 import os
 import re
@@ -47,10 +46,9 @@ def fetch_task(task, data_dir="glue", base_url=BASE_URL):
     nothing. Raises OSError or ValueError that names the address and says what to do instead.
     """
     folder = Path(data_dir) / task.folder
-    with contextlib.ExitStack() as stack:
-        with writing(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            private = stack.enter_context(private_folder(folder.parent))
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with private_folder(folder.parent) as private:
         for address, name in task.downloads.items():
             if not name or not (folder / name).exists():
                 advice = f"try again, or {by_hand(task, folder)}"

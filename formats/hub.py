@@ -117,14 +117,14 @@ def advice(name_or_dir):
     whole = "give a whole checkpoint, a folder or a Hub name"
     if not folder.is_dir():
         return whole
-    names = sorted(str(path.relative_to(folder)) for path in folder.glob("*"))
-    names += sorted(str(path.relative_to(folder)) for path in folder.glob("*/config.json"))
+    names = sorted(path.name for path in folder.iterdir())
+    inner = sorted(f"{path.parent.name}/{path.name}" for path in folder.glob("*/config.json"))
     if {"adapter.safetensors", "last.pt"} & set(names):
         return (f"it is the folder of a run: give --resume {folder}, or --eval "
                 f"{folder / 'adapter.safetensors'}, or as --model the one that the run began with")
     if not names:
         return f"{whole}; this folder is empty, and while it is there the Hub is not asked"
-    return f"{whole}; in this folder there is {', '.join(names[-5:])}"
+    return f"{whole}; in this folder there is {', '.join((inner or names)[:5])}"
 
 
 def find_first(name_or_dir, names, network=True, most=64 * MEGABYTE):

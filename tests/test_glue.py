@@ -12,7 +12,7 @@ import torch
 
 import data
 from data import TASKS
-from formats import disk, glue
+from formats import glue
 from formats.glue import Split
 
 GLUE = Path(__file__).parents[2] / "shared" / "glue"
@@ -237,20 +237,6 @@ def test_unknown_and_missing(tmp_path):
         assert str(path) in refusal(OSError, own_task, path)
 
 
-def test_limits(tmp_path, capsys):
-    """Oracle: the first rows of the whole."""
-    for split, n in (("train", 5), ("dev_matched", 4), ("dev_mismatched", 3)):
-        rows = [[f"{split}{i}"] * 11 + ["neutral"] for i in range(n)]
-        write(tmp_path / "MNLI" / f"{split}.tsv", [HEADERS["mnli"].split()] + rows)
-    whole = data.load_task("mnli", tmp_path)
-    assert list(whole) == ["train", "dev_matched", "dev_mismatched"]
-    for key, n in (("train", 2), ("dev_matched", 4), ("dev_mismatched", 9)):
-        assert whole[key].part(0, n) == Split(whole[key].texts[:n], whole[key].labels[:n])
-    assert whole["train"].part(0, None) == whole["train"] and len(whole["train"].texts) == 5
-    unlabelled = glue.read_split(tmp_path / "MNLI" / "train.tsv", TASKS["mnli"], labelled=False)
-    assert unlabelled.part(0, 3).labels is None
-
-
 def test_own_files(tmp_path):
     """Oracle: the documented rule, by hand."""
     path = tmp_path / "own.tsv"
@@ -407,17 +393,3 @@ def test_submissions(tmp_path, capsys):
     assert not [p for p in (tmp_path / "out").iterdir() if p.name.startswith(".")]
     glue.write_submission(tmp_path, TASKS["rte"], [0])
     assert "1 predictions where the official split test has 3000" in capsys.readouterr().err
-
-
-def test_a_failed_submission_leaves_the_old_one(tmp_path, monkeypatch):
-    """Oracle: the file as it was, and nothing beside it, when the disk is full in the middle of writing."""
-    path = glue.write_submission(tmp_path, TASKS["rte"], [0, 1], "mine")
-    before = path.read_bytes()
-
-    def full(*args):
-        raise OSError("no space")
-
-    monkeypatch.setattr(disk.os, "fsync", full)
-    message = refusal(OSError, glue.write_submission, tmp_path, TASKS["rte"], [1, 1], "mine")
-    assert message.startswith(f"{path} could not be written (no space)") and "make room" in message
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

@@ -305,7 +305,7 @@ def test_a_git_lfs_pointer_is_named(tmp_path, file):
     (("last.pt", "log.jsonl"), "is the folder of a run: give --resume base, or --eval base.adapter.safetensors"),
     (("adapter.safetensors", "result.json"), "is the folder of a run: give --resume base"),
     (("adapter_config.json", "adapter_model.safetensors"), "in this folder there is adapter_config.json, adapter_model"),
-    (("first/config.json", "second/config.json"), "there is first, second, first.config.json, second.config.json"),
+    (("first/config.json", "second/config.json"), "in this folder there is first.config.json, second.config.json"),
     (("train.tsv", "dev.tsv"), "in this folder there is dev.tsv, train.tsv")])
 def test_a_wrong_folder_gets_a_message_that_fits(tmp_path, monkeypatch, files, says):
     """Oracle: the sentence: what the folder is, and what to give instead; model and tokenizer say the same."""

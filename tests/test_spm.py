@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from tokenizers import normalizers
 
 import data as tasks
 from formats import glue
@@ -317,14 +316,6 @@ def test_special_tokens_and_pairs():
     assert tokenizer.padding is None and tokenizer.truncation is None
 
 
-def test_special_tokens_spelt_out_are_text():
-    """Oracle: SentencePiece's rule that no text makes a control piece."""
-    tokenizer = read_spm(SMALL)
-    for name in ("[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"):
-        for text in (name, f"a {name} b", f"a{name}b", f" {name}"):
-            assert not {0, 1, 2, 400} & set(tokenizer.encode(text, add_special_tokens=False).ids), text
-
-
 def test_mask_of_the_file_is_used(read):
     """Oracle: by hand; a model that has its own [MASK] piece keeps its id."""
     for kind in (CONTROL, USER_DEFINED):
@@ -434,16 +425,6 @@ def test_charsmap_holds_the_rules_it_was_made_of():
         assert normalizer.apply(text) == replacement.replace(" ", "\u2581"), ascii(text)
 
 
-def test_the_precompiled_normaliser_of_tokenizers_would_not_do():
-    """Oracle: the rules. Longest match needs the custom normaliser; when this fails, Precompiled may do."""
-    _, _, normalizer, charsmap = read_model(SMALL.read_bytes())
-    precompiled = normalizers.Precompiled(normalizer["precompiled_charsmap"])
-    exact = SpmNormalizer(charsmap, add_dummy_prefix=False)
-    assert exact.apply("a\u0302\u0301") == "\u1ea5" and exact.apply("\u304b\u3099") == "\u304c"
-    assert precompiled.normalize_str("a\u0302\u0301") != "\u1ea5"
-    assert precompiled.normalize_str("\u304b\u3099") != "\u304c"
-
-
 def test_normaliser_is_longest_match_for_any_rules():
     """Oracle: normalizer.cc's loop, character by character, on random rules, symbols and texts."""
     pick = random.Random(0)
@@ -474,12 +455,6 @@ def test_normaliser_is_longest_match_for_any_rules():
             assert normalizer.apply(text) == by_the_book(text, rules, symbols, prefix, squeeze), (text, rules)
 
 
-def test_no_charsmap_no_rules():
-    """Oracle: by hand."""
-    assert rules_of(read_charsmap(b"")) == {} == rules_of(read_charsmap(charsmap({0: 0})))
-    assert rules_of(read_charsmap(charsmap(KEY_A))) == {"a": "x"}
-
-
 # ---- files that cannot be read -------------------------------------------------------------------
 
 def refuses(read, data, *words):
@@ -490,14 +465,6 @@ def refuses(read, data, *words):
     folder, name, message = str(caught.value).partition("spm.model")
     assert name and all(word in message for word in words), message
     assert "download it again" in message or "tokenizer.json" in message
-
-
-def test_missing_file(tmp_path):
-    """Oracle: open()."""
-    with pytest.raises(FileNotFoundError):
-        read_spm(tmp_path / "spm.model")
-    with pytest.raises(OSError):
-        read_spm(tmp_path)
 
 
 def test_truncated_files(read):
@@ -584,13 +551,6 @@ def test_models_with_damaged_pieces(read, data, words):
 def test_models_of_another_kind(read, data, words):
     """Sound models that would get other ids than SentencePiece's are refused by name."""
     refuses(read, data, words, "tokenizer.json")
-
-
-def test_other_kinds_from_the_trainer(read):
-    """Oracle: SentencePiece's own models of the other types."""
-    pytest.importorskip("sentencepiece")
-    for model_type in ("bpe", "word", "char"):
-        refuses(read, train(TEXT, vocab_size=300, model_type=model_type), "not UNIGRAM")
 
 
 def test_fields_we_do_not_know_are_skipped(read):
