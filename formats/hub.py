@@ -185,13 +185,8 @@ def read_weights(name_or_dir, config=None):
         raise ValueError(f"{name_or_dir} has no model.safetensors and no pytorch_model.bin: "
                          f"{advice(name_or_dir)}")
     read = read_safetensors if path.name.startswith("model.safetensors") else read_bin
-    files = [path]
-    if path.suffix == ".json":
-        files = [find(name_or_dir, name, most=most) for name in names_of_shards(path)]
-        if None in files:
-            raise ValueError(f"{path} names weight files that are not there: download them again")
     weights = {}
-    for file in files:
+    for file in find_shards(name_or_dir, path, most) if path.suffix == ".json" else [path]:
         try:
             weights.update(read(file))
         except Exception as e:                     # whatever a damaged file makes its parser raise
@@ -200,13 +195,15 @@ def read_weights(name_or_dir, config=None):
     return weights
 
 
-def names_of_shards(index):
-    """Names of the weight files that an index names; ValueError for one outside its folder."""
+def find_shards(name_or_dir, index, most):
+    """Paths of the weight files that an index names."""
     weight_map = read_object(index).get("weight_map")
     names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
-    if not names or not all(Path(name).name == name for name in names):
-        raise ValueError(f"{index} names no weight files of its folder: download it again")
-    return names
+    is_plain = all(Path(name).name == name for name in names)            # none leads outside
+    paths = [find(name_or_dir, name, most=most) for name in names if is_plain]
+    if not paths or None in paths:
+        raise ValueError(f"{index} names weight files that are not there: download them again")
+    return paths
 
 
 def read_safetensors(path):
