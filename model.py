@@ -356,7 +356,7 @@ def from_pretrained(name_or_dir, num_labels, head_dropout=None, labels=None):
     wanted = model.state_dict()
     head = {name: model.get_submodule(name) for name in model.head_layers}
 
-    weights = hub.read_weights(name_or_dir)
+    weights = hub.read_weights(name_or_dir, config)
     weights = hub.convert(weights, PREFIX[model.kind], wanted.keys(), name_or_dir)
     fit_head(weights, head, config, labels, name_or_dir)
     for name in head:

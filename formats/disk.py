@@ -40,18 +40,13 @@ def warn(text):
     print(f"warning: {text}", file=sys.stderr)
 
 
-def cause_of(error):
-    """What the system says of an OSError."""
-    return error.strerror or one_line(error)
-
-
 @contextlib.contextmanager
 def reading(path, advice):
     """A missing or damaged file becomes OSError or ValueError of a sentence that ends in advice."""
     try:
         yield
     except OSError as e:
-        raise OSError(f"{path} cannot be read ({cause_of(e)}): {advice}") from e
+        raise OSError(f"{path} cannot be read ({e.strerror or one_line(e)}): {advice}") from e
     except Exception as e:
         cause = one_line(e, 100)
         raise ValueError(f"{path} is damaged or another kind of file ({cause}): {advice}") from e
@@ -74,6 +69,14 @@ def read_json(path, advice):
     """The content of a JSON file; OSError or ValueError of a sentence that ends in the advice."""
     with reading(path, advice):
         return json.loads(read_bytes(path))
+
+
+def read_object(path):
+    """The object in a JSON file of a checkpoint; OSError or ValueError of one sentence if not."""
+    content = read_json(path, "download it again")
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold a JSON object: download it again")
+    return content
 
 
 def load_pickle(path):
@@ -129,24 +132,13 @@ def digest(*parts):
     return hasher.hexdigest()
 
 
-def read_object(path):
-    """The object in a JSON file; ValueError that names the file if it is not one."""
-    try:
-        content = json.loads(read_bytes(path).decode())
-    except (ValueError, RecursionError) as e:      # no UTF-8, no JSON, a million digits, [[[[[...
-        raise ValueError(f"{path} is not valid JSON ({one_line(e)}): download it again") from e
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a JSON object: download it again")
-    return content
-
-
 @contextlib.contextmanager
 def writing(path, advice="make room or give another folder; what was there is untouched"):
     """What a full disk or a lost folder makes its writer raise becomes one sentence: OSError."""
     try:
         yield
     except OSError as e:
-        raise OSError(f"{path} could not be written ({cause_of(e)}): {advice}") from e
+        raise OSError(f"{path} could not be written ({e.strerror or one_line(e)}): {advice}") from e
 
 
 @contextlib.contextmanager

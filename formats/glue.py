@@ -1,35 +1,25 @@
-"""GLUE's files as they are: reading TSV, fetching and unpacking, files of predictions.
+"""GLUE's files as they are: tables of texts and labels, and files of predictions.
 
 A `task` is a row of the table in data.py: no code below asks which one it is. What a user can have
 wrong raises ValueError or OSError with one finished sentence.
 """
 import contextlib
-import http.client
 import math
-import os
 import re
-import stat
 import sys
-import time
-import urllib.request
-import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple, Optional
 
 import torch
-from tqdm import tqdm
 
-from formats.disk import one_line, private_folder, reading, warn, write_file, writing
+from formats.disk import reading, warn, write_file, writing
 
 BASE_URL = "https://dl.fbaipublicfiles.com"  # the GLUE authors' downloads
-ARCHIVE = "archive.zip"                      # while it is unpacked
 DEV_IDS = "dev_ids.tsv"                      # MRPC: the ids of the original file's dev rows
 ID_COLUMNS = ("#1 ID", "#2 ID")              # a line of DEV_IDS is such a pair
 NO_LABEL = ("-", "-1", "nan", "null", "n/a", "?")  # as SNLI, the Hub, pandas and others write it
 LONGEST = 1_000_000                          # bytes of a line; a tokenizer takes 150 times as much
-ROW_BYTES = 4096                             # of an official row at most, on average; MNLI's: 900
-HOURS = 2                                    # for a download at most
 
 
 class Split(NamedTuple):
@@ -56,6 +46,11 @@ def read_lines(path):
     with reading(path, "a tab-separated file is expected"), open(path, "rb") as file:
         while not lines or 0 < len(lines[-1]) <= LONGEST:
             lines.append(file.readline(LONGEST + 1))
+    while lines and lines[-1] in (b"", b"\n", b"\r\n"):
+        lines.pop()
+    if not lines:
+        raise ValueError(f"{path}:1: the file is empty: a tab-separated file with one example a "
+                         "line is due")
     if b"\r" in lines[0] and b"\n" not in lines[0]:
         raise ValueError(f"{path}:1: its lines end as on old Macs, in \\r alone: save it with the "
                          "line ends of Unix or Windows")
@@ -64,20 +59,13 @@ def read_lines(path):
             raise ValueError(f"{path}:{number}: this line is longer than {LONGEST:,} bytes: "
                              "shorten its text")
         try:
-            text = line.decode()
+            lines[number - 1] = line.decode().removesuffix("\n").removesuffix("\r")
         except UnicodeDecodeError:
-            raise ValueError(f"{path}:{number}: this line is UTF-16, as of Excel or Notepad, or in "
-                             "another encoding: save the file as UTF-8") from None
-        if "\0" in text:
-            raise ValueError(f"{path}:{number}: this line holds a NUL byte: the file is damaged "
-                             "or UTF-16: get it again, or save it as UTF-8")
-        lines[number - 1] = text.removesuffix("\n").removesuffix("\r")
+            line = b"\0"
+        if b"\0" in line:
+            raise ValueError(f"{path}:{number}: this line is not UTF-8: it is damaged, or UTF-16 "
+                             "as Excel and Notepad write it: save the file as UTF-8")
     lines[0] = lines[0].removeprefix("\ufeff")             # a byte order mark, as MRPC's files have
-    while lines and not lines[-1]:
-        lines.pop()
-    if not lines:
-        raise ValueError(f"{path}:1: the file is empty: a tab-separated file with one example a "
-                         "line is due")
     return lines
 
 
@@ -159,11 +147,10 @@ def parse_label(task, text):
                              "expected")
         return task.labels.index(text)
     low, high = task.score_range or (-sys.float_info.max, sys.float_info.max)
-    is_decimal = text.isascii() and "_" not in text   # float() takes "1_0" and Arabic digits too
-    try:
-        score = float(text) if is_decimal else math.nan
-    except ValueError:
-        score = math.nan
+    score = math.nan
+    if text.isascii() and "_" not in text:   # float() takes "1_0" and Arabic digits too
+        with contextlib.suppress(ValueError):
+            score = float(text)
     if not low <= score <= high:
         expected = f"a number from {low:g} to {high:g}" if task.score_range else "a finite number"
         raise ValueError(f"the score is {text[:60]!r} where {expected} is expected")
@@ -366,129 +353,3 @@ def write_submission(folder, task, predictions, name="test", probabilities=None)
         path.parent.mkdir(parents=True, exist_ok=True)
     write_predictions(path, task, predictions, probabilities, clip=True)
     return path
-
-
-# ---- fetching ----------------------------------------------------------------------------------
-def fetch_task(task, data_dir="glue", base_url=BASE_URL):
-    """Fetch a task's files into <data_dir>/<folder>, with a progress bar; what is there stays.
-
-    All is written to a private folder beside and moved when complete: a cut download leaves
-    nothing. Raises OSError or ValueError that names the address and says what to do instead.
-    """
-    folder = Path(data_dir) / task.folder
-    with contextlib.ExitStack() as stack:
-        with writing(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            beside = stack.enter_context(private_folder(folder.parent)) / folder.name
-            beside.mkdir()
-        for address, name in task.downloads.items():
-            if not name or not (folder / name).exists():
-                advice = f"try again, or {by_hand(task, folder)}"
-                fetch_file(task, f"{base_url}/{address}", beside / (name or ARCHIVE), advice)
-        with writing(folder):
-            move_files(beside, folder)
-
-
-def fetch_file(task, url, path, advice):
-    """Fetch a table of a task to this path, or its archive, whose tables are put beside it."""
-    most = ROW_BYTES * sum(task.rows.values())             # bytes, packed and unpacked
-    try:
-        download(url, path, most)
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise OSError(f"could not fetch {url} ({one_line(error)}): {advice}") from None
-    try:
-        if path.name == ARCHIVE:
-            extract(path, task, most)
-        elif path.name != DEV_IDS:
-            read_split(path, task, labelled=False)
-        elif not all(re.fullmatch("[0-9]+\t[0-9]+", line) for line in read_lines(path)):
-            raise ValueError("its lines are no pairs of numbers")
-    except Exception as error:               # a broken archive makes zlib, struct and others raise
-        cause = one_line(error).replace(f"{path.parent}{os.sep}", "")
-        raise ValueError(f"{url} gives something else than its data ({cause}): {advice}") from None
-
-
-def move_files(beside, folder):
-    """Move a folder's files to where `folder` is, or to where it has none of that name.
-
-    A new folder appears whole. In one that is there the test files come first: if this is ended
-    on the way, a file that find_split() looks for in training is missing, and is fetched again.
-    """
-    if not folder.exists():
-        with contextlib.suppress(OSError):   # another process was faster
-            os.rename(beside, folder)
-            return
-    for path in sorted(beside.iterdir(), key=lambda path: not path.name.startswith("test")):
-        if not (folder / path.name).exists():
-            os.replace(path, folder / path.name)
-
-
-class HttpsAlone(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to https; on this machine itself, as in tests, to http too."""
-
-    def redirect_request(self, request, file, code, message, headers, url):
-        check_address(url, request.full_url)
-        return super().redirect_request(request, file, code, message, headers, url)
-
-
-def check_address(url, before):
-    """ValueError for an address that is not https, nor, as the one before it, of this machine."""
-    local = "http://(127[.]0[.]0[.]1|localhost)(:[0-9]+)?/"
-    is_local = re.match(local, url) and re.match(local, before)
-    if not is_local and not url.lower().startswith("https://"):
-        raise ValueError(f"{url} is not https")
-
-
-def download(url, path, most):
-    """Fetch one address into a file, of at most so many bytes; OSError or ValueError if cut."""
-    end = time.monotonic() + HOURS * 3600
-    check_address(url, url)
-    opener = urllib.request.build_opener(HttpsAlone)
-    with opener.open(url, timeout=60) as response, open(path, "wb") as file:
-        length = int(response.headers.get("Content-Length") or 0)
-        # disable=None: silent where stderr is no terminal
-        with tqdm(total=length or None, unit="B", unit_scale=True, disable=None,
-                  desc=url.rsplit("/", 1)[-1]) as bar:
-            while max(length, file.tell()) <= most and (chunk := response.read1(1 << 16)):
-                bar.update(file.write(chunk))
-                if time.monotonic() > end:
-                    raise OSError(f"it takes more than {HOURS} hours")
-        if max(length, file.tell()) > most:
-            raise OSError(f"it is larger than the {most:,} bytes that the task can need")
-        if length and file.tell() != length:
-            raise OSError(f"the connection ended after {file.tell()} of {length} bytes")
-
-
-def extract(archive, task, most):
-    """Replace an archive by its tables, of at most so many bytes; the test splits may be missing.
-
-    What makes an archive unusable or dangerous raises ValueError, or what zipfile raises.
-    """
-    with zipfile.ZipFile(archive) as zipped:
-        members = find_members(zipped, [f"{split}.tsv" for split in task.rows])
-        for split in task.rows:
-            if f"{split}.tsv" not in members and not split.startswith("test"):
-                raise ValueError(f"it does not hold {split}.tsv")
-        if sum(member.file_size for member in members.values()) > most:
-            raise ValueError(f"it unpacks to more than the {most:,} bytes that the task can need")
-        for name, member in members.items():
-            member.filename = name           # not below the archive's own top folder
-            zipped.extract(member, archive.parent)
-    archive.unlink()
-
-
-def find_members(zipped, names):
-    """{name: its member of an open zip file}, whatever the archive's top folder is called."""
-    members = {}
-    for info in zipped.infolist():
-        *folders, name = re.split(r"[/\\]", info.filename)
-        is_link = stat.S_ISLNK(info.external_attr >> 16)   # the upper bits are a Unix mode
-        if is_link or re.match(r"[/\\]|\w:", info.filename) or ".." in [*folders, name]:
-            raise ValueError(f"its member {info.filename[:100]!r} points out of the folder")
-        if name in names and len(folders) < 2:       # QQP-clean.zip has QQP/original/train.tsv too
-            if name in members:
-                raise ValueError(f"it holds more than one {name}")
-            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise ValueError(f"{name} is packed in a way that can take any memory")
-            members[name] = info
-    return members

@@ -1,6 +1,7 @@
 """The files of a checkpoint: from a folder, the cache or the Hugging Face Hub, in that order."""
 import contextlib
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -11,21 +12,32 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from formats.disk import digest, load_pickle, one_line, read_object, replacing, warn
+from formats.config import SLACK, count_weights
+from formats.disk import MEGABYTE, digest, load_pickle, one_line, read_object, replacing, warn
+from formats.fetch import MINUTES, within
 from formats.tokenizer import BESIDE, DEFINING, to_write
 
 WAYS_OUT = ("download its files by hand and give --model FOLDER, or run once where the Hub can be "
             "reached (a proxy or HF_ENDPOINT may help); a complete cached copy works without it, "
             "also under HF_HUB_OFFLINE=1")
+HINTS = {                                           # the client's error → what to do; first counts
+    errors.GatedRepoError: "it is gated: accept its terms on the Hub and run `hf auth login`",
+    errors.RepositoryNotFoundError: "there is neither a folder here nor a repository of this name "
+                                    "that this account can read: look at the spelling; `hf auth "
+                                    "login` if it is private",
+    errors.HFValidationError: "it is neither a folder nor a Hub name like "
+                              "microsoft/deberta-v3-base"}
+MINUTES_TO_ANSWER = 1                               # for the Hub to say what a file is
 POINTER = b"version https://git-lfs.github.com"     # what Git LFS has in place of a large file
 
 
-def find(name_or_dir, filename, network=True):
+def find(name_or_dir, filename, network=True, most=64 * MEGABYTE):
     """Path of `filename` in a folder or Hub repository; None if that exists but has no such file.
 
     A Hub name may end in @revision: a branch, a tag or a commit. The cache is asked before the
-    network, so a second run contacts nobody; network=False never does. OSError with one sentence
-    where folder, repository or network are not to be had; ValueError for a Git LFS pointer.
+    network, so a second run contacts nobody; network=False never does. most: bytes that such a file
+    may have, to be fetched. OSError with one sentence where folder, repository or network are not
+    to be had; ValueError for a Git LFS pointer.
     """
     name = str(name_or_dir)
     folder = Path(os.path.expanduser(name_or_dir))
@@ -42,22 +54,14 @@ def find(name_or_dir, filename, network=True):
     try:
         cached = try_to_load_from_cache(repository, filename, revision=revision)
         if cached is None and network:
-            cached = download(repository, filename, revision)
-    except errors.GatedRepoError as e:
-        raise OSError(f"{name} is gated: accept its terms on the Hub and run `hf auth login`; or "
-                      f"{WAYS_OUT}") from e
-    except errors.RepositoryNotFoundError as e:
-        raise OSError(f"{name} is neither a folder here nor a repository on the Hub that this "
-                      "account can read (look at the spelling; `hf auth login` if it is private); "
-                      f"or {WAYS_OUT}") from e
-    except errors.HFValidationError as e:
-        raise OSError(f"{name!r} is neither a folder nor a Hub name like "
-                      f"microsoft/deberta-v3-base; correct it, or {WAYS_OUT}") from e
+            cached = download(repository, filename, revision, most)
     except Exception as e:                         # no network, a server error, a full disk ...
-        cause = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else one_line(e)
+        hints = [hint for kind, hint in HINTS.items() if isinstance(e, kind)]
+        if constants.HF_HUB_OFFLINE:
+            hints.append("HF_HUB_OFFLINE is set")
         raise OSError(f"{name}/{filename} is not in the cache and did not arrive from "
-                      f"{one_line(constants.ENDPOINT)} ({cause}): {cached_commits(repository)}"
-                      f"{WAYS_OUT}") from e
+                      f"{one_line(constants.ENDPOINT)} ({[*hints, one_line(e)][0]}): "
+                      f"{cached_commits(repository)}{WAYS_OUT}") from e
     return checked(Path(cached)) if isinstance(cached, str) else None   # or "known not to be there"
 
 
@@ -83,13 +87,16 @@ def checked(path):
     return path
 
 
-def download(repository, filename, revision=None):
+def download(repository, filename, revision, most):
     """Path of a file that is in the cache from now on; None, also from now on, if there is none."""
     # Asked once first: hf_hub_download repeats a question without an answer for 23 seconds.
     with contextlib.suppress(errors.EntryNotFoundError):
-        get_hf_file_metadata(hf_hub_url(repository, filename, revision=revision))
+        url = hf_hub_url(repository, filename, revision=revision)
+        size = within(MINUTES_TO_ANSWER, get_hf_file_metadata, url).size or 0
+        if size > most:
+            raise ValueError(f"it has {size:,} bytes, where {most:,} are the most it can need")
     try:
-        return hf_hub_download(repository, filename, revision=revision)
+        return within(MINUTES, hf_hub_download, repository, filename, revision=revision)
     except errors.LocalEntryNotFoundError:         # an EntryNotFoundError that means no answer
         raise
     except errors.EntryNotFoundError:
@@ -111,26 +118,24 @@ def advice(name_or_dir):
     if not folder.is_dir():
         return whole
     names = sorted(path.name for path in folder.iterdir())
-    inner = sorted(folder.glob("*/config.json"))
+    inner = sorted(f"{path.parent.name}/{path.name}" for path in folder.glob("*/config.json"))
     if {"adapter.safetensors", "last.pt"} & set(names):
         return (f"it is the folder of a run: give --resume {folder}, or --eval "
                 f"{folder / 'adapter.safetensors'}, or as --model the one that the run began with")
-    if "adapter_config.json" in names:
-        return "it holds an adapter for peft: give the model that this belongs to"
-    if inner:
-        return f"{whole}, such as {inner[-1].parent} in it"
-    if names:
-        more = ", ..." if len(names) > 5 else ""
-        return f"{whole}; in this folder there is {', '.join(names[:5])}{more}"
-    return f"{whole}; this folder is empty, and while it is there the Hub is not asked"
+    if not names:
+        return f"{whole}; this folder is empty, and while it is there the Hub is not asked"
+    return f"{whole}; in this folder there is {', '.join((inner or names)[:5])}"
 
 
-def find_first(name_or_dir, names, network=True):
+def find_first(name_or_dir, names, network=True, most=64 * MEGABYTE):
     """Path of the first of these files that find() finds, or None."""
     # All in the cache first: one that was filled at once does not know which files the Hub has not.
-    places = (False, True) if network else (False,)
-    found = (find(name_or_dir, name, place) for place in places for name in names)
-    return next((path for path in found if path is not None), None)
+    for place in (False, True) if network else (False,):
+        for name in names:
+            path = find(name_or_dir, name, place, most)
+            if path is not None:
+                return path
+    return None
 
 
 def tokenizer_files(name_or_dir, network=True):
@@ -167,17 +172,21 @@ def check_link(path):
         raise ValueError(f"{path} is a link out of its folder: put the file itself there")
 
 
-def read_weights(name_or_dir):
-    """{key: tensor} of a checkpoint's weights, whole or in shards; safetensors before .bin."""
+def read_weights(name_or_dir, config=None):
+    """{key: tensor} of a checkpoint's weights, whole or in shards; safetensors before .bin.
+
+    config: a checked one; no file is fetched that is far larger than the model that it describes.
+    """
     names = ("model.safetensors", "model.safetensors.index.json",
              "pytorch_model.bin", "pytorch_model.bin.index.json")
-    path = find_first(name_or_dir, names)
+    most = 4 * SLACK * count_weights(config) + MEGABYTE if config else math.inf
+    path = find_first(name_or_dir, names, most=most)
     if path is None:
         raise ValueError(f"{name_or_dir} has no model.safetensors and no pytorch_model.bin: "
                          f"{advice(name_or_dir)}")
     read = read_safetensors if path.name.startswith("model.safetensors") else read_bin
     weights = {}
-    for file in find_shards(name_or_dir, path) if path.suffix == ".json" else [path]:
+    for file in find_shards(name_or_dir, path, most) if path.suffix == ".json" else [path]:
         try:
             weights.update(read(file))
         except Exception as e:                     # whatever a damaged file makes its parser raise
@@ -186,13 +195,13 @@ def read_weights(name_or_dir):
     return weights
 
 
-def find_shards(name_or_dir, index):
+def find_shards(name_or_dir, index, most):
     """Paths of the weight files that an index names."""
     weight_map = read_object(index).get("weight_map")
-    shards = weight_map.values() if isinstance(weight_map, dict) else []
-    names = sorted(set(map(str, shards)))
-    paths = [find(name_or_dir, name) for name in names if Path(name).name == name]   # none outside
-    if not names or len(paths) < len(names) or None in paths:
+    names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
+    is_plain = all(Path(name).name == name for name in names)            # none leads outside
+    paths = [find(name_or_dir, name, most=most) for name in names if is_plain]
+    if not paths or None in paths:
         raise ValueError(f"{index} names weight files that are not there: download them again")
     return paths
 
@@ -244,7 +253,7 @@ def convert(weights, prefix, keys, source):
     """
     converted = {}
     other_head = []
-    for name, tensor in unwrapped(weights, prefix, keys).items():
+    for name, tensor in unwrapped(weights, prefix).items():
         key = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
         key = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", key)
         if f"{prefix}.{key}" in keys:
@@ -265,16 +274,15 @@ def convert(weights, prefix, keys, source):
     return converted
 
 
-def unwrapped(weights, prefix, keys):
+def unwrapped(weights, prefix):
     """Weights without what a wrapper has put before all their keys, as module. or _orig_mod. is."""
     weights = {str(name): tensor for name, tensor in weights.items()}
-    found = weights
-    while not any(name in keys or f"{prefix}.{name}" in keys for name in found):
-        fronts = {name.partition(".")[0] for name in found}
-        if len(fronts) != 1 or not all("." in name for name in found):
-            return weights
-        found = {name.partition(".")[2]: tensor for name, tensor in found.items()}
-    return found
+    words = "embeddings.word_embeddings.weight"    # which every model has
+    fronts = [name.removesuffix(words) for name in weights if name.endswith(words)]
+    wrapper = fronts[0].removesuffix(f"{prefix}.") if fronts else ""
+    if not all(name.startswith(wrapper) for name in weights):
+        return weights
+    return {name.removeprefix(wrapper): tensor for name, tensor in weights.items()}
 
 
 def check_weights(weights, model_weights, source):

@@ -21,8 +21,7 @@ import math
 import re
 import struct
 
-from tokenizers import Regex, Tokenizer
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from formats.disk import read_bytes
 
@@ -36,10 +35,8 @@ NORMALIZER = {2: ("precompiled_charsmap", b""), 3: ("add_dummy_prefix", True),
               4: ("remove_extra_whitespaces", True), 5: ("escape_whitespaces", True)}
 MODEL = {1: ("pieces", [PIECE]), 2: ("trainer_spec", TRAINER), 3: ("normalizer_spec", NORMALIZER)}
 WIRE_TYPES = {int: 0, bool: 0, float: 5}     # all others: 2
-MODEL_TYPES = {2: "BPE", 3: "WORD", 4: "CHAR"}                       # 1: UNIGRAM
 LONGEST_PIECE = 1000                         # letters; `tokenizers` frees a tree by a call a letter
 LONGEST_RULE = 255                           # bytes of a replacement; NFKC's longest has 33
-WHOLE = Regex("(?m:.++)")                    # Oniguruma's m: "." is a line end too
 SPACE = "▁"                                  # U+2581 is a space inside pieces
 
 
@@ -221,10 +218,6 @@ class SpmNormalizer:
                 end = place + 1
         return end, new
 
-    def normalize(self, part):
-        """Called by `tokenizers`, after normalize_between(), for each text between added tokens."""
-        part.replace(WHOLE, self.apply(part.normalized))
-
     def decode_chain(self, tokens):
         """Called by `tokenizers` to make a text of tokens again."""
         return ["".join(tokens).replace(SPACE, " ").strip(" ")]
@@ -256,9 +249,8 @@ def read_spm(path):
 def reasons_against(pieces, trainer, normalizer, charsmap):
     """What in a sound model would lead to other ids than SentencePiece's: a list of texts."""
     reasons = []
-    model_type = trainer["model_type"]
-    if model_type != 1:
-        reasons.append(f"its model_type is {MODEL_TYPES.get(model_type, model_type)}, not UNIGRAM")
+    if trainer["model_type"] != 1:
+        reasons.append(f"its model_type is {trainer['model_type']}, not UNIGRAM")
     if trainer["treat_whitespace_as_suffix"]:
         reasons.append("treat_whitespace_as_suffix is on")
     if not normalizer["escape_whitespaces"]:
@@ -307,36 +299,31 @@ def build_tokenizer(pieces, byte_fallback, normalizer):
         special_tokens=[("[CLS]", special["[CLS]"]), ("[SEP]", special["[SEP]"])])
     # A custom decoder makes saving and copying an error: what they give would not normalise.
     tokenizer.decoder = decoders.Decoder.custom(normalizer)
-    tokenizer.rules = normalizer
     normalize_first(tokenizer, normalizer.apply)
     return tokenizer
 
 
 def normalize_first(tokenizer, apply):
-    """Have a tokenizer pass every text through `apply` before it encodes it.
+    """Replace a tokenizer's encode methods by ones that pass each text through `apply` before.
 
-    A custom normaliser would be called from threads that Python did not start: it settles in them
-    anew for each text, which takes longer than all of `apply`.
+    The library has a place for that, a custom Normalizer, and calls it from threads of its own.
+    Python prepares itself for such a thread at every call: half of all the time to encode. Here all
+    texts of a call are normalised first, in the thread that calls.
     """
-    def prepare(given):
+    def normalized(given):
         if isinstance(given, str):
             return apply(given)
-        is_several = isinstance(given, (list, tuple))            # a pair, a batch, words
-        return type(given)(map(prepare, given)) if is_several else given
+        if isinstance(given, (list, tuple)):                     # a pair, a batch, words
+            return [normalized(inner) for inner in given]
+        return given                                             # an option
 
-    def prepared(method):
-        def encode(*given, **named):
-            if tokenizer.normalizer is None:                     # see normalize_between()
-                given = prepare(given)
-                named = {name: prepare(value) for name, value in named.items()}
-            return method(*given, **named)
-        return encode
+    def normalizing(encode):
+        def first_normalize(*texts, **named):
+            named = {name: normalized(value) for name, value in named.items()}
+            return encode(*normalized(texts), **named)
+        return first_normalize
 
-    for name in dir(tokenizer):
-        if "encode" in name and callable(getattr(tokenizer, name)):
-            setattr(tokenizer, name, prepared(getattr(tokenizer, name)))
-
-
-def normalize_between(tokenizer):
-    """For a tokenizer of read_spm() that finds added tokens in texts: normalise between them."""
-    tokenizer.normalizer = normalizers.Normalizer.custom(tokenizer.rules)
+    methods = ["encode", "encode_batch", "encode_batch_fast"]
+    for name in methods + [f"async_{name}" for name in methods]:
+        if hasattr(tokenizer, name):                             # some are new in tokenizers 0.21
+            setattr(tokenizer, name, normalizing(getattr(tokenizer, name)))

@@ -4,19 +4,15 @@ One file defines it, tokenizer.json, spm.model (DeBERTa), vocab.txt (BERT) or vo
 merges.txt (RoBERTa). tokenizer_config.json, special_tokens_map.json and added_tokens.json may
 change it: an option that changes ids is obeyed, or is an error that names the file and the option.
 """
-import base64
 import contextlib
 import json
 from typing import NamedTuple
 
-from tokenizers import AddedToken, Tokenizer
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, processors
 
-from formats import spm
-from formats.disk import MEGABYTE, one_line, read_bytes, read_object
-from formats.spm import LONGEST_PIECE
+from formats.disk import one_line, read_object
+from formats.vocabulary import DEFINING, read_definition
 
-DEFINING = ("tokenizer.json", "spm.model", "vocab.txt", "vocab.json")   # the first one counts
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
 
 
@@ -94,17 +90,17 @@ def read_tokenizer(files):
     """
     path = next(files[name] for name in DEFINING if name in files)
     options, added = read_options(files, path)
-    tokenizer = read_definition(files, path)
+    tokenizer = read_definition(files)
     tokenizer.no_padding()                         # either can be baked into a tokenizer.json
     tokenizer.no_truncation()
     kind = kind_of(tokenizer, options)
     obey(tokenizer, kind, options)
     check_model(tokenizer, options)
-    new = add_tokens(tokenizer, kind, options, added)
-    if new or "split_special_tokens" in options:   # else spm.model's, where their text stays text
+    add_tokens(tokenizer, kind, options, added)
+    if path.name != "spm.model":                   # where the text of a special token stays text
         tokenizer.encode_special_tokens = options.get("split_special_tokens", False)
-        if path.name == "spm.model":
-            spm.normalize_between(tokenizer)
+    elif options.get("split_special_tokens", True) is not True:
+        raise options.refusal("split_special_tokens", False, "is not implemented for spm.model")
     set_template(tokenizer, kind, options)
     return tokenizer
 
@@ -165,72 +161,6 @@ def as_token(value, option, options):
     raise options.refusal(option, value, "does not describe a token")
 
 
-def read_definition(files, path):
-    """The Tokenizer of the defining file; of a vocabulary without a template."""
-    if path.name == "spm.model":
-        return spm.read_spm(path)
-    if path.name == "vocab.json" and "merges.txt" not in files:
-        raise ValueError(f"{path} has no merges.txt beside it: put it there")
-    try:
-        if path.name == "tokenizer.json":
-            return read_json_tokenizer(path)
-        if path.name == "vocab.txt":
-            tokenizer = Tokenizer(models.WordPiece.from_file(str(path), unk_token="[UNK]"))
-            tokenizer.normalizer = normalizers.BertNormalizer()
-            tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-            tokenizer.decoder = decoders.WordPiece()
-        else:
-            tokenizer = Tokenizer(models.BPE.from_file(str(path), str(files["merges.txt"])))
-            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-            tokenizer.decoder = decoders.ByteLevel()
-        return tokenizer
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as e:                     # Rust's PanicException, which is no Exception
-        both = " (with merges.txt)" if path.name == "vocab.json" else ""
-        raise ValueError(f"{path}{both} is not a tokenizer file ({one_line(e)}): get it "
-                         "again") from None
-
-
-def read_json_tokenizer(path):
-    """tokenizer.json; an error of any kind where it is damaged, or takes more than it may."""
-    content = read_bytes(path, 64 * MEGABYTE)
-    parts = json.loads(content)
-    if growth([parts.get("normalizer"), parts.get("pre_tokenizer")]) > 1000:
-        raise ValueError("its replacements make a text more than 1000 times as long")
-    pieces = parts["model"]["vocab"]
-    if isinstance(pieces, list) and max(len(piece) for piece, _ in pieces) > LONGEST_PIECE:
-        raise ValueError(f"a piece is longer than {LONGEST_PIECE} letters")
-    tokenizer = Tokenizer.from_buffer(content)
-    tokenizer.no_padding()                         # which may be to a billion tokens
-    if tokenizer.num_special_tokens_to_add(True) > 100:
-        raise ValueError("it adds more than 100 special tokens to a text")
-    # A template may name a token that is not there, or repeat the text.
-    if len(tokenizer.encode("a", "b").ids + tokenizer.encode("a").ids) > 100:
-        raise ValueError("it makes more than 100 tokens of three letters")
-    return tokenizer
-
-
-def growth(part):
-    """How many times as long a part of tokenizer.json can make a text: each step multiplies."""
-    if isinstance(part, list):
-        part = dict(enumerate(part))
-    if not isinstance(part, dict):
-        return 1
-    times = 1
-    kind = part.get("type")
-    if kind in ("Replace", "Prepend"):             # a pattern can match before each letter
-        times += len(str(part.get("content", part.get("prepend"))))
-    if kind == "ByteLevel":                        # a letter for each byte
-        times = 2
-    if kind == "Precompiled":                      # as in spm.model
-        blob = base64.b64decode(part.get("precompiled_charsmap") or "")
-        times = max(map(len, spm.read_charsmap(blob)[2].split(b"\0"))) or 1
-    for inner in part.values():
-        times = min(times * growth(inner), 10**9)
-    return times
-
-
 # --- options ------------------------------------------------------------------------------------
 
 def kind_of(tokenizer, options):
@@ -240,8 +170,8 @@ def kind_of(tokenizer, options):
     fitting = {name: kind for name, kind in KINDS.items()
                if kind.parts.get("model", any_model) == model}
     given = options.get("tokenizer_class")
-    if given is None:                              # the demo's WordLevel is of none of them
-        return next(iter(fitting.values()), AS_IT_IS)
+    if given is None:
+        return next(iter(fitting.values()))
     name = str(given).removesuffix("Fast")
     if name not in fitting:
         raise options.refusal("tokenizer_class", given, "is not implemented for "
@@ -298,9 +228,9 @@ def check_model(tokenizer, options):
 
 
 def add_tokens(tokenizer, kind, options, added):
-    """Add the tokens that the options name; returns how many were not in the file.
+    """Add the tokens that the options name: text that spells one is that token.
 
-    Text that spells one is that token. ValueError if one would not have the id that is listed.
+    ValueError if one would not have the id that is listed, and for a new one of an spm.model.
     """
     name = options.path.name
     before = tokenizer.get_added_tokens_decoder()
@@ -309,17 +239,22 @@ def add_tokens(tokenizer, kind, options, added):
         text = before[min(missing)].content
         raise options.refusal("added_tokens_decoder", sorted(added),
                               f"lacks {text!r} of {name}: complete it")
-    # The own tokens of an spm.model are as they have to be.
-    listed = [] if name == "spm.model" else [added[number] for number in sorted(added)]
-    known = {token.content for token in [*before.values(), *listed]}
+    own = {token.content for token in before.values()}
+    tokens = [added[number] for number in sorted(added)]
+    listed = {token.content for token in tokens}
     named = named_tokens(kind.tokens | options, options)
-    tokenizer.add_tokens(listed + [named[text] for text in named if text not in known])
+    tokens += [token for text, token in named.items() if text not in own | listed]
+    new = [token.content for token in tokens if token.content not in own]
+    if name != "spm.model":
+        tokenizer.add_tokens(tokens)
     for number, token in added.items():
         found = tokenizer.token_to_id(token.content)
         if found != number:
             raise ValueError(f"{options.where['added_tokens_decoder']}: {token.content} = {number} "
                              f"here, {found} by {name}: get a checkpoint with tokenizer.json")
-    return len(tokenizer.get_added_tokens_decoder()) - len(before)
+    if name == "spm.model" and new:
+        raise ValueError(f"{options.path}: {new[0]} is a special token by the files beside it, but "
+                         "none of its own: get a checkpoint with tokenizer.json")
 
 
 def set_template(tokenizer, kind, options):
@@ -370,8 +305,7 @@ def to_write(files):
     if "model_max_length" in options:
         config["model_max_length"] = options["model_max_length"]
     if "tokenizer.json" not in files and "spm.model" in files:
-        names = ("spm.model", "special_tokens_map.json", "added_tokens.json")
-        written = {name: files[name].read_bytes() for name in names if name in files}
+        written = {"spm.model": files["spm.model"].read_bytes()}
         options.pop("name_or_path", None)          # a place on this machine
         config = options | config | {"tokenizer_class": "DebertaV2Tokenizer"}
     else:

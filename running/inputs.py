@@ -1,6 +1,6 @@
 """What a run reads: the rows of its task, or of a user's own files, as numbers."""
 import data
-from formats import glue
+from formats import fetch, glue
 from running import machine, progress, saving
 
 
@@ -30,7 +30,7 @@ def load_splits(o, here, stored):
     else:
         task = data.get_task(o.task)
         if here.is_main and not o.resume and data.is_missing(task, o.data_dir, train=not stored):
-            glue.fetch_task(task, o.data_dir)              # --resume: a file says where data are
+            fetch.fetch_task(task, o.data_dir)             # --resume: a file says where data are
         machine.wait_for_all()                             # whatever each finds there by now
         splits = data.load_task(task, o.data_dir, train=not stored)
     limits = {"train": o.limit_train}

@@ -11,16 +11,14 @@ import pytest
 import tokenizers
 import torch
 from tests.cli import sentences, soon, write_task
-from tests.conftest import frozen, opened, outcome
+from tests.conftest import frozen, opened
 from tests.test_train import logits
 
 import data
 from data import TASKS
-from formats import glue
-from formats import hub
+from formats import glue, hub
 from running import folder
 from running.errors import Refused
-import train
 
 pytestmark = pytest.mark.ci                                # half a minute: in CI only
 
@@ -408,28 +406,3 @@ def test_spoilt_files_to_predict(finished):
                     assert done.status == 2 and len(done.errors) == 1 and not written.exists(), done.err
                     assert "new.tsv" in done.err or expected is not None  # read, but of no known word
     assert min(outcomes.values()) > 20, outcomes
-
-
-# --- 40 through the command line ----------------------------------------------------------------------------
-
-def test_spoilt_files_from_the_command_line(finished):
-    """Oracle: the promise, 40 times: it works, or says one line and ends with 2 or, on NaN, 1."""
-    rng, outcomes, before = random.Random(5), Counter(), outcome("run-bert")
-    new = f"{OWN} --model bert --out new --overwrite --max-steps 2"
-    evaluation = "--eval run-bert/adapter.safetensors --dev-file dev.tsv --model bert"
-    places = {"train.tsv": (new, insert, flip, cut, columns, line_ends),
-              "dev.tsv": (new, insert, flip, cut, columns, encoding),
-              "bert/config.json": (new, value, flip, cut), "bert/tokenizer.json": (new, value, flip, cut),
-              "bert/model.safetensors": (new, flip, cut, insert),
-              "run-bert/adapter.safetensors": (evaluation, flip, cut, resize),
-              "run-bert/result.json": ("--resume run-bert", value, flip, cut),
-              "run-bert/last.pt": ("--resume run-bert", flip, cut)}
-    with soon("the command line", 120):
-        for name, (command, *ways) in places.items():
-            for path in spoilt(rng, Path(name), ways, 5):
-                done = finished(command)
-                assert done.status in (0, 1, 2) and len(done.errors) == (done.status > 0), (path, done)
-                assert all(line.startswith("error: ") for line in done.errors), done.err
-                assert done.status != 1 or "not finite" in done.err
-                outcomes[done.status] += 1
-    assert outcome("run-bert") == before and outcomes[2] > 15, outcomes

@@ -3,16 +3,16 @@
 What is only mangled: test_fuzz.py. A run that is killed or stopped: test_folder.py.
 """
 import base64
+import contextlib
 import copy
 import errno
-import http.server
 import io
 import json
 import os
 import random
 import shutil
 import signal
-import threading
+import subprocess
 import time
 import zipfile
 from pathlib import Path
@@ -25,10 +25,11 @@ import data
 import model as models
 import train
 from data import TASKS
-from formats import disk, glue, hub, spm
+from formats import disk, fetch, glue, hub, spm
 from running import folder, options, saving
 from tests.cli import child, refused, sentences, soon, write_task
 from tests.conftest import SMALL, outcome
+from tests.test_fetch import ZIP, answer, server
 from tests.test_folder import BUSY, at_step, contents, ctrl_c
 from tests.test_spm import A, HAS_LEAF, KEY_A, LEAF, charsmap, field, model
 
@@ -213,7 +214,7 @@ def test_data_are_not_fetched_to_where_a_result_says(cli, monkeypatch):
     words = f"--task rte --max-steps 2 --max-len 32 --data-dir there --out run --model {cli.models['bert']}"
     with at_step(1, ctrl_c):
         assert cli(words).status == 130
-    monkeypatch.setattr(glue, "fetch_task", lambda *_: pytest.fail("fetched"))
+    monkeypatch.setattr(fetch, "fetch_task", lambda *_: pytest.fail("fetched"))
     shutil.move("there", "away")
     refused(cli("--resume run"), "there/RTE")
     shutil.move("away", "there")
@@ -299,7 +300,7 @@ def test_links_in_a_data_folder_are_not_written_through(tmp_path):
         made.mkdir()
     (beside / "train.tsv").write_text("new")
     (place / "train.tsv").symlink_to(outside)
-    glue.move_files(beside, place)
+    fetch.move_files(beside, place)
     assert not outside.exists() and (place / "train.tsv").read_text() == "new"
 
 
@@ -430,127 +431,6 @@ def test_a_base_that_changes_meanwhile(cli, tmp_path):
     assert mine["adapter.safetensors"] == whole["adapter.safetensors"]
 
 
-# --- servers ------------------------------------------------------------------------------------------------
-
-@pytest.fixture
-def hostile():
-    """(address, {path: function(handler)}) of a web server that does as it is told."""
-    pages = {}
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            try:
-                pages[self.path](self)
-            except (BrokenPipeError, ConnectionResetError):
-                pass
-
-        def log_message(self, *_):
-            pass
-
-    web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    web.daemon_threads = True
-    threading.Thread(target=web.serve_forever, kwargs={"poll_interval": .01}, daemon=True).start()
-    yield f"http://127.0.0.1:{web.server_port}", pages
-    web.shutdown()
-    web.server_close()
-
-
-def answer(body, status=200, **headers):
-    """A page: these bytes, again and again if they come from a generator."""
-    def page(handler):
-        handler.send_response(status)
-        for name, value in headers.items():
-            handler.send_header(name.replace("_", "-"), value)
-        handler.end_headers()
-        for part in [body] if isinstance(body, bytes) else body():
-            handler.wfile.write(part)
-    return page
-
-
-def endless():
-    while True:
-        yield bytes(1 << 16)
-
-
-def slow():
-    while True:
-        yield b"x"
-        time.sleep(0.02)
-
-
-def bomb(size, kind=zipfile.ZIP_DEFLATED, name="RTE/train.tsv"):
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", kind) as file:
-        file.writestr("RTE/dev.tsv", "x")
-        with file.open(name, "w") as member:
-            for _ in range(size >> 20):
-                member.write(bytes(1 << 20))
-    return buffer.getvalue()
-
-
-SERVERS = {
-    "to ftp": (answer(b"", 302, Location="ftp://127.0.0.1/x"), "is not https"),
-    "to a file": (answer(b"", 302, Location="file:///etc/passwd"), "is not https|not allowed"),
-    "to http": (answer(b"", 302, Location="http://example.org/x"), "is not https"),
-    "to data": (answer(b"", 302, Location="data:,x"), "is not https|not allowed"),
-    "to itself": (answer(b"", 302, Location="/glue/data/RTE.zip"), "loop|redirect"),
-    "endless": (answer(endless), "larger than the 23,"), "announced": (answer(b"", Content_Length=10**12), "larger"),
-    "less than announced": (answer(b"x", Content_Length=2), "after 1 of 2 bytes"),
-    "negative": (answer(b"x", Content_Length=-1), "bytes|RTE.zip"),
-    "a bomb": (answer(bomb(100 << 20)), "unpacks to more"), "another packing": (
-        answer(bomb(1 << 20, zipfile.ZIP_LZMA)), "packed in a way")}
-
-
-@pytest.mark.parametrize("name", SERVERS)
-def test_hostile_servers(hostile, tmp_path, name):
-    """Oracle: the promise: one sentence with address and cause, soon, and nothing on the disk."""
-    address, pages = hostile
-    pages["/glue/data/RTE.zip"], says = SERVERS[name]
-    with soon(name, 20), pytest.raises((OSError, ValueError), match=says) as info:
-        glue.fetch_task(TASKS["rte"], tmp_path, address)
-    assert f"{address}/glue/data/RTE.zip" in str(info.value) and "\n" not in str(info.value)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_download_has_an_end(hostile, tmp_path, monkeypatch):
-    """Oracle: the promise: a server that sends a byte now and then does not hold the program for ever."""
-    address, pages = hostile
-    pages["/glue/data/RTE.zip"] = answer(slow)
-    monkeypatch.setattr(glue, "HOURS", 0.5 / 3600)
-    with soon("a download", 10), pytest.raises(OSError, match="takes more than"):
-        glue.fetch_task(TASKS["rte"], tmp_path, address)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("url, before, fine", [
-    ("https://a.org/x", "https://b.org/x", True), ("http://a.org/x", "https://a.org/x", False),
-    ("http://127.0.0.1/x", "https://a.org/x", False), ("http://localhost:8/x", "http://127.0.0.1:9/x", True),
-    ("http://127.0.0.1@a.org/x", "http://127.0.0.1/x", False), ("ftp://127.0.0.1/x", "ftp://127.0.0.1/x", False),
-    ("file:///x", "file:///x", False), ("HTTPS://a.org/x", "https://a.org/x", True), ("//a.org/x", "", False)])
-def test_only_https_is_followed(url, before, fine):
-    """Oracle: by hand: from https to https alone; http from this machine to itself."""
-    try:
-        glue.check_address(url, before)
-        assert fine
-    except ValueError:
-        assert not fine
-
-
-@pytest.mark.parametrize("page", [b"<html>Please log in</html>", b"Access denied\n", b"", b"a\tb\n", b"\0\1\2",
-                                  b"Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t5\t6\ta"])
-def test_a_login_page_is_no_data(hostile, tmp_path, page):
-    """Oracle: the folder: MRPC's files are no archive, but tables; what is none, or is cut, is not installed."""
-    address, pages = hostile
-    table = b"Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t5\t6\ta\tb\n"
-    right = dict(zip(TASKS["mrpc"].downloads, (table, table, b"5\t6\n")))
-    for spoilt in right:
-        for name, content in (right | {spoilt: page}).items():
-            pages[f"/{name}"] = answer(content)
-        with pytest.raises(ValueError, match="gives something else than .*by hand") as info:
-            glue.fetch_task(TASKS["mrpc"], tmp_path, address)
-        assert spoilt in str(info.value) and list(tmp_path.iterdir()) == []
-
-
 @on_unix
 def test_what_killed_processes_left_is_removed(tmp_path):
     """Oracle: the folder: left folders go, but not one that a process that lives is writing in."""
@@ -625,6 +505,10 @@ TOKENIZERS = [
     {"pre_tokenizer": steps(*[{"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                                "use_regex": False}] * 33)},
     {"normalizer": {"type": "Precompiled", "precompiled_charsmap": BLOB}},
+    *({"normalizer": TWICE | {"pattern": {"Regex": pattern}}} for pattern in (
+        "(a+)+b", "a*a*b", "(a|aa)+$", "(.*)*", "a?a?aa", "a{99999}", r"(\\w+\\s?)*$", r"\\1", "[[a]-b]+c", "a+(?!b)")),
+    {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "a+b"}, "behavior": "Isolated", "invert": False}},
+    {"normalizer": steps(*[{"type": "NFC"}] * 200)}, {"normalizer": TWICE | {"pattern": {"String": "a" * 10**6}}},
     {"post_processor": {"type": "TemplateProcessing", "special_tokens": {}, "single": [{"Sequence": {
         "id": "A", "type_id": 0}}] * 5000, "pair": [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]}},
     {"post_processor": {"type": "TemplateProcessing", "pair": [], "single": [],
@@ -659,9 +543,13 @@ def test_a_piece_of_a_megabyte(tiny, tmp_path, kind):
 def test_a_tokenizer_that_pads(tiny, tmp_path, little_memory):
     """Oracle: the ids without padding; and an honest chain of replacements is none that swells."""
     whole = json.loads((tiny["bert"] / "tokenizer.json").read_text())
+    gpt2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
     honest = steps(*[TWICE | {"pattern": {"String": word}, "content": "x"} for word in ("``", "''", "\u2014")],
                    {"type": "Prepend", "prepend": "\u2581"}, {"type": "NFKC"})
-    for change in ({"padding": PADDING}, {"normalizer": honest}):
+    for change in ({"padding": PADDING}, {"normalizer": honest},
+                   *({"normalizer": TWICE | {"pattern": {"Regex": word}}} for word in (" {2,}", r"\s{2,}|[\n\r\t]")),
+                   {"pre_tokenizer": steps({"type": "Split", "pattern": {"Regex": gpt2}, "behavior": "Isolated",
+                                            "invert": False})}):
         (tmp_path / "tokenizer.json").write_text(json.dumps(whole | change))
         assert len(data.load_tokenizer(tmp_path).encode("cue0").ids) < 9
 
@@ -828,6 +716,59 @@ def test_a_folder_that_can_no_more_be_written(cli, monkeypatch, error):
     assert done.status == 1 and len(done.errors) == 1 and os.strerror(error) in done.errors[0]
     monkeypatch.setattr(disk.tempfile, "mkdtemp", mkdtemp)
     assert cli("--resume run").status == 0 and outcome("run") == cli.whole(BUSY)
+
+
+@pytest.fixture
+def disk_of_a_megabyte(tmp_path):
+    """A folder that is a disk of its own, and mount(options) for it. Skips where nobody may mount one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(options):
+        words = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+        return subprocess.run(words, capture_output=True).returncode == 0
+
+    if shutil.which("mount") is None or not mount("size=1m"):
+        pytest.skip("no disk can be mounted here")
+    yield place, mount
+    subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.parametrize("fault, says", [("full", "No space left"), ("read-only", "Read-only file system")])
+def test_a_disk_that_fails_half_way(cli, server, disk_of_a_megabyte, fault, says):
+    """Oracle: the unbroken run, on a real disk of 1 MB that is full, or becomes read-only, after some steps: one
+    line with the cause; what was there is as before and goes on later. So for what is handed out and fetched."""
+    place, mount = disk_of_a_megabyte
+    address, pages = server
+    filler = place / "filler"
+
+    def fail():
+        if fault == "read-only":
+            assert mount("remount,ro")
+        else:
+            with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+
+    def mend():
+        mount("remount,rw")
+        filler.unlink(missing_ok=True)
+
+    with at_step(5, fail):
+        done = cli.tiny(BUSY, out=place / "run")
+    assert done.status == 1 and len(done.errors) == 1 and says in done.errors[0], done.err
+    before = contents(place / "run")
+    for words in (f"--resume {place}/run", f"--eval {place}/run/adapter.safetensors --merge {place}/m --model "
+                  + str(cli.models["deberta"])):
+        done = cli(words)
+        assert done.status in (1, 2) and len(done.errors) == 1, done.err
+        assert says in done.errors[0] or "no folder to write to" in done.errors[0], done.err
+        assert contents(place / "run") == before and {path.name for path in place.iterdir()} <= {"run", "filler", "m"}
+    pages[ZIP] = answer(bytes(10**6))
+    with pytest.raises(OSError, match=says):
+        fetch.fetch_task(TASKS["rte"], place / "glue", address)
+    mend()
+    assert cli(f"--resume {place}/run").status == 0 and outcome(place / "run") == cli.whole(BUSY)
 
 
 @on_unix

@@ -807,7 +807,7 @@ def test_folders_with_something_missing(tmp_path):
             refused(ValueError, f"{file} cannot be read as weights")
     for content in (b"", b"{", b"[1]", b"\xff\xfe", b"[" * 10**5, b'{"a": ' + b"1" * 10**5 + b"}"):
         (tmp_path / "config.json").write_bytes(content)
-        refused(ValueError, "config.json (is not valid JSON|does not hold a JSON object)")
+        refused(ValueError, "config.json (is damaged|does not hold a JSON object)")
 
 
 MEASURE = """

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from tokenizers import normalizers
 
 import data as tasks
 from formats import glue
@@ -198,13 +197,6 @@ def test_golden_ids():
         assert tokenizer.encode(text, add_special_tokens=False).ids == ids, repr(text)
 
 
-def test_golden_ids_are_sentencepieces():
-    """Oracle: the SentencePiece library, as installed, on the committed model."""
-    sentencepiece = pytest.importorskip("sentencepiece")
-    oracle = sentencepiece.SentencePieceProcessor(model_file=str(SMALL))
-    assert oracle.encode(HARD) == json.loads((DATA / "spm_small.json").read_text())["ids"]
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_ids_and_normalised_text_of_every_kind_of_model(read, name):
     """Oracle: SentencePiece's normalize() and encode(), on hard and on random texts."""
@@ -221,15 +213,6 @@ def test_ids_and_normalised_text_of_every_kind_of_model(read, name):
     if name == "byte_fallback":
         texts = [text for text in texts if not BYTE_TEXT.search(text)]
     assert_sentencepiece_ids(data, tokenizer, texts, ties=3 * (name != "byte_fallback"))
-
-
-def test_ids_of_glue(read):
-    """Oracle: SentencePiece on every column of every line of the GLUE files, with a model trained on them."""
-    pytest.importorskip("sentencepiece")
-    lines, columns = glue_texts()
-    data = train([text for text in columns if len(text) > 20], **{**MODELS["nmt_nfkc"], "vocab_size": 8000})
-    assert len(lines) > 30000
-    assert_sentencepiece_ids(data, read(data), columns, ties=100)
 
 
 @pytest.mark.slow
@@ -331,14 +314,6 @@ def test_special_tokens_and_pairs():
     assert pair.type_ids == [0] * (len(a) + 2) + [1] * (len(b) + 1)
     assert tokenizer.encode("").ids == [1, 2] and tokenizer.encode("", "").ids == [1, 2, 2]
     assert tokenizer.padding is None and tokenizer.truncation is None
-
-
-def test_special_tokens_spelt_out_are_text():
-    """Oracle: SentencePiece's rule that no text makes a control piece."""
-    tokenizer = read_spm(SMALL)
-    for name in ("[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"):
-        for text in (name, f"a {name} b", f"a{name}b", f" {name}"):
-            assert not {0, 1, 2, 400} & set(tokenizer.encode(text, add_special_tokens=False).ids), text
 
 
 def test_mask_of_the_file_is_used(read):
@@ -450,16 +425,6 @@ def test_charsmap_holds_the_rules_it_was_made_of():
         assert normalizer.apply(text) == replacement.replace(" ", "\u2581"), ascii(text)
 
 
-def test_the_precompiled_normaliser_of_tokenizers_would_not_do():
-    """Oracle: the rules. Longest match needs the custom normaliser; when this fails, Precompiled may do."""
-    _, _, normalizer, charsmap = read_model(SMALL.read_bytes())
-    precompiled = normalizers.Precompiled(normalizer["precompiled_charsmap"])
-    exact = SpmNormalizer(charsmap, add_dummy_prefix=False)
-    assert exact.apply("a\u0302\u0301") == "\u1ea5" and exact.apply("\u304b\u3099") == "\u304c"
-    assert precompiled.normalize_str("a\u0302\u0301") != "\u1ea5"
-    assert precompiled.normalize_str("\u304b\u3099") != "\u304c"
-
-
 def test_normaliser_is_longest_match_for_any_rules():
     """Oracle: normalizer.cc's loop, character by character, on random rules, symbols and texts."""
     pick = random.Random(0)
@@ -490,12 +455,6 @@ def test_normaliser_is_longest_match_for_any_rules():
             assert normalizer.apply(text) == by_the_book(text, rules, symbols, prefix, squeeze), (text, rules)
 
 
-def test_no_charsmap_no_rules():
-    """Oracle: by hand."""
-    assert rules_of(read_charsmap(b"")) == {} == rules_of(read_charsmap(charsmap({0: 0})))
-    assert rules_of(read_charsmap(charsmap(KEY_A))) == {"a": "x"}
-
-
 # ---- files that cannot be read -------------------------------------------------------------------
 
 def refuses(read, data, *words):
@@ -508,14 +467,6 @@ def refuses(read, data, *words):
     assert "download it again" in message or "tokenizer.json" in message
 
 
-def test_missing_file(tmp_path):
-    """Oracle: open()."""
-    with pytest.raises(FileNotFoundError):
-        read_spm(tmp_path / "spm.model")
-    with pytest.raises(OSError):
-        read_spm(tmp_path)
-
-
 def test_truncated_files(read):
     """A file cut anywhere is refused, and the message says where it ends."""
     data = SMALL.read_bytes()
@@ -524,9 +475,10 @@ def test_truncated_files(read):
 
 
 def test_files_of_another_format(read):
-    """Oracle: by hand; what a failed download leaves behind."""
+    """Oracle: by hand; what a failed download leaves behind, and random bytes."""
     for data in (b"<!DOCTYPE html><html><body>Not found</body></html>", b"version https://git-lfs", b"{}",
-                 b"PK\3\4" + bytes(100), b"\x1f\x8b\x08" + bytes(100), bytes(999), b"\xff" * 999, b"\n" * 99):
+                 b"PK\3\4" + bytes(100), b"\x1f\x8b\x08" + bytes(100), bytes(999), b"\xff" * 999, b"\n" * 99,
+                 *(random.Random(n).randbytes(n % 100) for n in range(1000))):
         refuses(read, data, "download it again")
 
 
@@ -545,13 +497,6 @@ def test_damaged_bytes(read):
             refused += 1
             assert "spm.model" in str(error)
     assert refused > 500
-
-
-def test_random_bytes(read):
-    """No file that is not a model gets through."""
-    pick = random.Random(0)
-    for _ in range(2000):
-        refuses(read, pick.randbytes(pick.randrange(100)), "download it again")
 
 
 @pytest.mark.parametrize("blob", [
@@ -598,8 +543,7 @@ def test_models_with_damaged_pieces(read, data, words):
 
 
 @pytest.mark.parametrize("data, words", [
-    (model([("a", -1.0)], trainer=field(3, 2)), "BPE"), (model([("a", -1.0)], trainer=field(3, 3)), "WORD"),
-    (model([("a", -1.0)], trainer=field(3, 4)), "CHAR"), (model([("a", -1.0)], trainer=field(3, 77)), "77"),
+    *((model([("a", -1.0)], trainer=field(3, kind)), f"{kind}, not UNIGRAM") for kind in (2, 3, 4, 77)),
     (model([("a", -1.0)], trainer=field(24, 1)), "treat_whitespace_as_suffix"),
     (model([("a", -1.0)], normalizer=field(5, 0)), "escape_whitespaces"),
     (model([("a", -1.0)]).replace(b"[CLS]", b"<cls>").replace(b"[SEP]", b"</s>!"), "no [CLS] [SEP]"),
@@ -607,13 +551,6 @@ def test_models_with_damaged_pieces(read, data, words):
 def test_models_of_another_kind(read, data, words):
     """Sound models that would get other ids than SentencePiece's are refused by name."""
     refuses(read, data, words, "tokenizer.json")
-
-
-def test_other_kinds_from_the_trainer(read):
-    """Oracle: SentencePiece's own models of the other types."""
-    pytest.importorskip("sentencepiece")
-    for model_type in ("bpe", "word", "char"):
-        refuses(read, train(TEXT, vocab_size=300, model_type=model_type), model_type.upper())
 
 
 def test_fields_we_do_not_know_are_skipped(read):

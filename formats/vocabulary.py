@@ -1,0 +1,114 @@
+"""The file that defines a tokenizer, as it is: what it may take of memory and time, and no more.
+
+tokenizer.json says all; spm.model is read by spm.py; a vocabulary alone lacks the template around
+texts, and what a text becomes before it is looked up is that of its first models, BERT or RoBERTa.
+"""
+import base64
+import json
+import re
+
+from tokenizers import Tokenizer
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from formats import spm
+from formats.disk import MEGABYTE, one_line, read_bytes
+from formats.spm import LONGEST_PIECE
+
+DEFINING = ("tokenizer.json", "spm.model", "vocab.txt", "vocab.json")   # the first one counts
+
+# A pattern of a tokenizer.json that takes no more time than a text is long: alternatives of letters
+# and [classes], of which the first may be absent and the last repeated. GPT-2's is one with this:
+SPACES = r"\s+(?!\S)|\s+"
+LETTER = r"(\\[a-zA-Z](\{\w{1,20}\})?|\[\^?(\\.|[^][\\]){1,50}\]|[^][\\(){}|*+?.^$])"
+BRANCH = rf"({LETTER}\?)?{LETTER}{{1,20}}([*+]|\{{\d(,\d?)?\}})?"
+LINEAR = re.compile(rf"{BRANCH}(\|{BRANCH}){{0,20}}")
+
+
+def read_definition(files):
+    """The Tokenizer of the first file of DEFINING in {file name: path}; ValueError if damaged."""
+    path = next(files[name] for name in DEFINING if name in files)
+    if path.name == "spm.model":
+        return spm.read_spm(path)
+    if path.name == "vocab.json" and "merges.txt" not in files:
+        raise ValueError(f"{path} has no merges.txt beside it: put it there")
+    try:
+        if path.name == "tokenizer.json":
+            return read_json(path)
+        if path.name == "vocab.txt":
+            return read_wordpiece(path)
+        return read_bpe(path, files["merges.txt"])
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:                     # Rust's PanicException, which is no Exception
+        both = " (with merges.txt)" if path.name == "vocab.json" else ""
+        raise ValueError(f"{path}{both} is not a tokenizer file ({one_line(e)}): get it "
+                         "again") from None
+
+
+def read_wordpiece(path):
+    """BERT's, of a vocab.txt."""
+    tokenizer = Tokenizer(models.WordPiece.from_file(str(path), unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
+
+
+def read_bpe(path, merges):
+    """RoBERTa's, of a vocab.json and a merges.txt."""
+    tokenizer = Tokenizer(models.BPE.from_file(str(path), str(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def read_json(path):
+    """tokenizer.json; an error of any kind where it is damaged, or takes more than it may."""
+    content = read_bytes(path, 64 * MEGABYTE)
+    parts = json.loads(content)
+    steps = [parts.get(name) for name in ("normalizer", "pre_tokenizer", "post_processor")]
+    if growth(steps) > 1000:
+        raise ValueError("its replacements make a text more than 1000 times as long")
+    if json.dumps(steps).count('"type": ') > 100:
+        raise ValueError("it has more than 100 steps for a text")
+    model = parts["model"]
+    pieces = [piece for piece, _ in model["vocab"]] if isinstance(model["vocab"], list) else [""]
+    if max(map(len, pieces)) > LONGEST_PIECE:
+        raise ValueError(f"a piece is longer than {LONGEST_PIECE} letters")
+    if model.get("max_input_chars_per_word", 0) > LONGEST_PIECE:       # takes its square of time
+        raise ValueError(f"max_input_chars_per_word is more than {LONGEST_PIECE}")
+    tokenizer = Tokenizer.from_buffer(content)
+    tokenizer.no_padding()                         # which may be to a billion tokens
+    if tokenizer.num_special_tokens_to_add(True) > 100:
+        raise ValueError("it adds more than 100 special tokens to a text")
+    # A template may name a token that is not there, or repeat the text.
+    if len(tokenizer.encode("a", "b").ids + tokenizer.encode("a").ids) > 100:
+        raise ValueError("it makes more than 100 tokens of three letters")
+    return tokenizer
+
+
+def growth(part):
+    """How many times as long a part of tokenizer.json can make a text: each step multiplies.
+
+    ValueError for a pattern that may take any time.
+    """
+    if isinstance(part, list):
+        part = dict(enumerate(part))
+    if not isinstance(part, dict):
+        return 1
+    if "Regex" in part and not LINEAR.fullmatch(part["Regex"].replace(SPACES, r"\s+")):
+        raise ValueError(f"its pattern {part['Regex'][:60]!r} is none of those whose time is known")
+    if len(part.get("String", "")) > 1000:
+        raise ValueError("a text to replace is longer than 1000 letters")
+    times = 1
+    kind = part.get("type")
+    if kind in ("Replace", "Prepend"):             # a pattern can match before each letter
+        times += len(str(part.get("content", part.get("prepend"))))
+    if kind == "ByteLevel":                        # a letter for each byte
+        times = 2
+    if kind == "Precompiled":                      # as in spm.model
+        blob = base64.b64decode(part.get("precompiled_charsmap") or "")
+        times = max(map(len, spm.read_charsmap(blob)[2].split(b"\0"))) or 1
+    for inner in part.values():
+        times = min(times * growth(inner), 10**9)
+    return times
