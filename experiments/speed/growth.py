@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import data
-from experiments import tables
+from experiments import pages
 from experiments.speed import counts, peers, steps, table
 from formats import glue, toy
 from running import machine
@@ -103,13 +103,13 @@ def markdown(content):
             for line, point in zip(lines, points):
                 line.append(f"{point[variant]['seconds']['value']:.3f}")
                 line.append(f"{point[variant]['bytes'] / 1e6:,.0f}")
-        parts.append(tables.markdown(head, lines))
+        parts.append(pages.markdown(head, lines))
     lines = []
     for file in content["data"]:
         lines.append([f"{file['rows']:,}", f"{file['tokens']:,}", f"{file['load']:.2f}",
                       f"{file['seconds']:.2f}", f"{file['GB']:.2f}"])
     head = ["rows of a file", "tokens", "s to read", "s with tokens and batches", "peak GB"]
-    parts.append(tables.markdown(head, lines))
+    parts.append(pages.markdown(head, lines))
     largest = content["data"][-1]
     fits = all(largest[name] <= limit for name, limit in LIMITS.items())
     parts.append(f"The largest is {'within' if fits else 'OVER'} {LIMITS['seconds']} s and "
