@@ -65,14 +65,15 @@ def run_all(args):
         scheduler = workers.Scheduler(args, pool, keep)
         if scheduler.waiting:
             check_known(args)
-        write(args, before)
-        return scheduler.run()
+        failures = scheduler.run()
     except BaseException:
         for process in multiprocessing.active_children():
             process.terminate()         # SIGTERM: train.py saves its state and ends
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+    write(args, before)
+    return failures
 
 
 def check_known(args):
@@ -160,13 +161,15 @@ def write(args, before):
     if grid.table == "tune":
         tasks = list(dict.fromkeys(grids.tuned_on(grid, task) for task in tasks))
         seeds = [grids.TUNE_SEED]
-    table = grids.TABLES[grid.table]
-    pairs = [[grids.full_name(row, grid.preset["base"]) for row in pair] for pair in table["pairs"]]
+    table, pairs = grids.TABLES[grid.table], []
+    for pair in table["pairs"]:
+        pair = [grids.full_name(row, grid.preset["base"]) for row in pair]
+        if set(pair) <= set(grid.rows):
+            pairs.append(pair)
     content = {"name": grid.table, "title": table["title"], "command": args.command,
                "model": Path(grid.model).name, "tasks": tasks, "seeds": seeds, "rows": labels_of(grid),
-               "pairs": [pair for pair in pairs if set(pair) <= set(grid.rows)],
-               "notes": notes_of(grid, args.preset), "paper": paper_of(grid, args.preset),
-               "runs": runs, "left_out": left_out}
+               "pairs": pairs, "notes": notes_of(grid, args.preset),
+               "paper": paper_of(grid, args.preset), "runs": runs, "left_out": left_out}
     grid.path.parent.mkdir(parents=True, exist_ok=True)
     summary.write(grid.path, content)
 
@@ -179,7 +182,7 @@ def write_page(args):
         content["rows"] = {row: content["rows"][row] for row in args.grid.rows}
     text = pages.page(content)          # before anything is written: it may be refused
     if content["name"] == "figure3":
-        plot.figure3(content, path.with_suffix(""))
+        plot.figure3(content, path.with_name("figure3"))
     disk.write_file(path.with_suffix(".md"), text)
     return path.with_suffix(".md")
 
@@ -315,7 +318,8 @@ def main(argv=None):
         except KeyboardInterrupt:
             print("\nstopped: the same command goes on", file=sys.stderr)
             status = 130
-        print(write_page(args))
+        if status == 0 or args.grid.path.exists():         # stopped before a run had ended
+            print(write_page(args))
     except (ValueError, OSError, ImportError, Refused) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
