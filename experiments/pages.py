@@ -64,12 +64,6 @@ def span(values):
     return "–".join(f"{value:,}" for value in ends) or "–"
 
 
-def point_text(point):
-    """A point of the grid as text: "0.003, 32" or, with a rate of v and V, "0.003, 32, × 0.3"."""
-    text = ", ".join(f"{point[axis]:g}" for axis in ("lr", "scale") if axis in point)
-    return text + (f", × {point['outer']:g}" if "outer" in point else "")
-
-
 # --- tables ----------------------------------------------------------------------------------
 
 def layout(content):
@@ -148,12 +142,12 @@ def worst_table(content):
 def choice_table(content):
     """What a search chose for each row, on how many points, of which so many diverged."""
     def cell(row, task):
-        points = tried(content, row, task)
+        points = search.tried(content, row, task)
         chosen = search.best(points)
         if chosen is None:
             return "–"
         lost = sum(score == -math.inf for _, score in points)
-        text = f"{point_text(chosen)} (of {len(points)}"
+        text = f"{search.point_text(chosen)} (of {len(points)}"
         text += f", {lost} diverged)" if lost else ")"
         return text if search.is_inside(points) else f"{text} unfinished"
 
@@ -257,34 +251,11 @@ def kept_tables(content):
     return texts
 
 
-# --- a search --------------------------------------------------------------------------------
-
-def tried(content, row, task):
-    """[(point, score)] of a row's tuning, in order; −inf for a run that diverged."""
-    found = []
-    for run in tables.runs_of(content, row, task):
-        if run["part"] == "tune":
-            found.append((run["tuned"], tables.final_score(run)))
-    return found
-
-
-def check_choices(content):
-    """ValueError if a reported run has another tuning than the best, or one on an edge."""
-    for run in content["runs"]:
-        if run["part"] != "reported" or run["row"] not in content["rows"]:
-            continue
-        points = tried(content, run["tuned_as"], run["task"])
-        name = f"{tables.name_of(run)} has {point_text(run['tuned'])}"
-        if run["tuned"] != search.best(points):
-            raise ValueError(f"{name}, which is not the best that was tried: give another --out")
-        if not search.is_inside(points):
-            raise ValueError(f"{name}, which is on the edge of what was tried: run the study again "
-                             "to widen its grid, or leave that row out with --rows")
-
+# --- pages -----------------------------------------------------------------------------------
 
 def study_parts(content, reported):
     """The tables of a study of the rows that have begun, and which have not."""
-    check_choices(content)
+    search.check_choices(content)
     begun = {run["row"] for run in content["runs"]}
     rows = {row: label for row, label in content["rows"].items() if row in begun}
     waiting = [label for row, label in content["rows"].items() if row not in begun]
@@ -295,8 +266,6 @@ def study_parts(content, reported):
         parts.append(f"Not run: {'; '.join(waiting)}.\n")
     return parts
 
-
-# --- pages -----------------------------------------------------------------------------------
 
 def parts_of(content, shown):
     """(the tables that docs/results.md shows, the others with their headings) of a page.

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from experiments import grid as grids
-from experiments import pages, plot, summary, tables, workers
+from experiments import pages, plot, search, summary, tables, workers
 from formats import disk
 from running import machine, options
 from running.errors import Refused
@@ -56,7 +56,7 @@ def run_all(args):
         before["left_out"].append(record)                  # write() looks whether it is shown
         write(args, before)
         result = record.get("failed") or f"{record['last']['score']:.4f}"
-        point = pages.point_text(record["tuned"])
+        point = search.point_text(record["tuned"])
         print(f"[{time.monotonic() - started:.0f} s, {left} to go] {tables.name_of(record)}"
               f"{point and ': '}{point}: {result}", flush=True)
 
