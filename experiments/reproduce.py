@@ -167,8 +167,8 @@ def write(args, before):
         if set(pair) <= set(grid.rows):
             pairs.append(pair)
     content = {"name": grid.table, "title": table["title"], "command": args.command,
-               "model": Path(grid.model).name, "tasks": tasks, "seeds": seeds, "rows": labels_of(grid),
-               "pairs": pairs, "notes": notes_of(grid, args.preset),
+               "model": Path(grid.model).name, "tasks": tasks, "seeds": seeds,
+               "rows": labels_of(grid), "pairs": pairs, "notes": notes_of(grid, args.preset),
                "paper": paper_of(grid, args.preset), "runs": runs, "left_out": left_out}
     grid.path.parent.mkdir(parents=True, exist_ok=True)
     summary.write(grid.path, content)
