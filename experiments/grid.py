@@ -229,15 +229,6 @@ def tried_points(grid, row, task):
 
 # --- what runs -------------------------------------------------------------------------------
 
-def chains(grid):
-    """[(row, task)] that are tuned: the runs of each wait for those before them."""
-    found = {}
-    for task in grid.tasks:
-        for row in grid.rows:
-            found[row_of(row)[2], tuned_on(grid, task)] = None
-    return list(found)
-
-
 def reported_cell(grid, row, task, seed, tuned):
     """A run whose score, or time, the table shows."""
     extra = {}
@@ -246,46 +237,28 @@ def reported_cell(grid, row, task, seed, tuned):
     return make_cell(grid, row, task, seed, tuned, **extra)
 
 
-def next_cells(grid, chain):
-    """[(stage, cell)]: what a chain needs next; [] for nothing.
-
-    To be asked when nothing that was asked for before is missing: first what its tuning tries,
-    then the runs of all rows with that tuning.
-    """
-    row, task = chain
-    stages = []                                            # (number, row, seeds) of the chain
-    for number, (rows, seeds) in enumerate(grid.stages):
-        stages += [(number, other, seeds) for other in rows if row_of(other)[2] == row]
-    cells, chosen = tuning_of(grid, row, task)
-    found = [(stages[0][0], cell) for cell in cells]
-    if chosen is not None and grid.table != "tune":
-        for number, other, seeds in stages:
-            for own in grid.tasks:
-                if tuned_on(grid, own) == task:
-                    for seed in seeds:
-                        found.append((number, reported_cell(grid, other, own, seed, chosen)))
-    return [(number, cell) for number, cell in found if record_of(grid, cell) is None]
-
-
 def cells_of(grid):
-    """([cell] that tune, [cell] that are reported, [(row, task)] whose tuning has yet to run).
+    """({cell that tunes: its stage}, {cell that is reported: its stage}, [(row, task)] to be tuned).
 
-    In the order of tasks, rows and seeds; each once, as two tasks may share their tuning.
+    In the order of tasks, rows and seeds; each once, as two tasks may share their tuning. A row is
+    tuned first: of those in the list no run is reported yet.
     """
     tuning, reported, later = {}, {}, []
     for task in grid.tasks:
         for row in grid.rows:
             cells, chosen = tuning_of(grid, row_of(row)[2], tuned_on(grid, task))
-            tuning |= dict.fromkeys(cells)
+            stages = [i for i, (rows, _) in enumerate(grid.stages) if row in rows]
+            for cell in cells:
+                tuning[cell] = min(stages[0], tuning.get(cell, stages[0]))
             if grid.table == "tune":
                 continue
             if chosen is None:
                 later.append((row, task))
                 continue
-            for rows, seeds in grid.stages:
-                for seed in seeds if row in rows else ():
-                    reported[reported_cell(grid, row, task, seed, chosen)] = None
-    return list(tuning), list(reported), later
+            for stage in stages:
+                for seed in grid.stages[stage][1]:
+                    reported[reported_cell(grid, row, task, seed, chosen)] = stage
+    return tuning, reported, later
 
 
 def finished(grid):
@@ -293,7 +266,7 @@ def finished(grid):
     tuning, reported, _ = cells_of(grid)
     shows_tuning = grid.starts or grid.table == "tune"
     shown, others = [], []
-    for cell in tuning + reported:
+    for cell in tuning | reported:
         run = record_of(grid, cell)
         if run and (shows_tuning or cell in reported):
             shown.append(run)

@@ -92,7 +92,7 @@ def check_known(args):
 def list_grid(grid):
     """--dry-run: the state and the command of every run."""
     tuning, reported, later = grids.cells_of(grid)
-    for cell in tuning + reported:
+    for cell in tuning | reported:
         state = "to run"
         if grids.record_of(grid, cell):
             state = "done  "

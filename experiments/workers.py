@@ -89,31 +89,35 @@ class Scheduler:
         """pool: an Executor. keep: called with each record, and how many runs are to come."""
         self.args, self.grid, self.pool, self.keep = args, args.grid, pool, keep
         self.until = time.monotonic() + args.seconds       # when the last one may begin
-        self.under_way = dict.fromkeys(grids.chains(self.grid), 0)     # how many runs of each
-        self.waiting = []               # (stage, chain, cell), in order
-        self.running = {}               # future → (chain, cell)
+        self.seen = set()               # what was ever put into the line
+        self.waiting = []               # (stage, cell), in order
+        self.running = {}               # future → cell
         self.failures = []
-        for chain in self.under_way:
-            self.ask(chain)
+        self.ask()
 
-    def ask(self, chain):
-        """Put what a chain needs next into the line."""
-        for stage, cell in grids.next_cells(self.grid, chain):
-            self.waiting.append((stage, chain, cell))
-            self.under_way[chain] += 1
+    def ask(self):
+        """Put what is needed next into the line: of a row whose tuning is under way, nothing."""
+        tuning, reported, _ = grids.cells_of(self.grid)
+        busy = {cell[:2] for cell in [*self.running.values(), *(cell for _, cell in self.waiting)]
+                if cell.seed == grids.TUNE_SEED}
+        for cell, stage in (tuning | reported).items():
+            is_busy = cell in tuning and cell[:2] in busy
+            if cell not in self.seen and not is_busy and not grids.record_of(self.grid, cell):
+                self.seen.add(cell)
+                self.waiting.append((stage, cell))
         self.waiting.sort(key=lambda entry: entry[0])      # by stage; within one as they came
 
     def hand_out(self):
         """Start runs while a worker is free and there is time."""
         while (self.waiting and len(self.running) < self.args.workers
                and time.monotonic() < self.until):
-            _, chain, cell = self.waiting.pop(0)
+            _, cell = self.waiting.pop(0)
             future = self.pool.submit(work, cell, self.grid.is_timed, self.args.keep)
-            self.running[future] = chain, cell
+            self.running[future] = cell
 
     def take_in(self, future):
-        """Keep the record of a run that has ended. A failure ends its chain alone."""
-        chain, cell = self.running.pop(future)
+        """Keep the record of a run that has ended, and ask for more."""
+        cell = self.running.pop(future)
         try:
             record = future.result()
         except BrokenExecutor:
@@ -121,15 +125,13 @@ class Scheduler:
                           "with fewer --workers") from None
         except RuntimeError as error:
             self.failures.append(str(error))
-            return                                         # its chain is never asked again
+            return                                         # it was seen: others go on
         assert grids.key_of(record["settings"]) == grids.key_of_flags(cell.flags), cell
         record = without(self.grid, record)
         record |= {"part": grids.part_of(cell.seed), "tuned": dict(cell.tuned),
-                   "tuned_as": chain[0]}
+                   "tuned_as": grids.row_of(cell.row)[2]}
         self.grid.remember(record)
-        self.under_way[chain] -= 1
-        if self.under_way[chain] == 0:
-            self.ask(chain)
+        self.ask()
         self.keep(record, len(self.waiting) + len(self.running))
 
     def run(self):

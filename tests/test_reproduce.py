@@ -147,7 +147,7 @@ def refused(argv, capsys, *says, main=reproduce.main):
 def reported(grid, tuned=None):
     """The runs that a table shows; of one that is tuned as if it had chosen that."""
     if tuned is None:
-        return grids.cells_of(grid)[1]
+        return list(grids.cells_of(grid)[1])
     return [grids.reported_cell(grid, row, task, seed, tuned) for task in grid.tasks for row in grid.rows
             for rows, seeds in grid.stages for seed in seeds if row in rows]
 
@@ -219,10 +219,10 @@ def test_every_run_is_legal(table, preset, tmp_path):
     grid = grid_of(tmp_path, table, "--preset", preset)
     tuning, shown, later = grids.cells_of(grid)
     if grid.preset["lrs"] and not grid.is_timed or grid.starts:
-        assert shown == [] and len(later) == len(grid.tasks) * len(grid.rows) * (table != "tune")
+        assert shown == {} and len(later) == len(grid.tasks) * len(grid.rows) * (table != "tune")
         adapted = [row for row in grid.rows if grids.row_of(row)[1].get("method") not in ("full", "head", "bitfit")]
         shown = reported(grid._replace(rows=adapted), POINT)
-    cells = tuning + shown
+    cells = [*tuning, *shown]
     assert len({cell.folder for cell in cells}) == len(cells) and (cells or (table, preset) == ("tune", "paper"))
     for cell in cells:
         settings = grids.settings_of(cell.flags)
@@ -274,11 +274,12 @@ def test_one_grid_for_all_methods(tmp_path):
 def test_a_search_begins_at_its_start_and_around_it(tmp_path):
     """Oracle: study.json, and train.py's own reading of options, for each row that is tuned on each task."""
     grid = grid_of(tmp_path, "study")
-    starts = grid.starts
-    for row, task in grids.chains(grid):
-        wanted = grids.next_cells(grid, (row, task))
-        assert len(wanted) == 1 + 2 * len(starts[row])
-        for _, cell in wanted:
+    tuning, begun, _ = grids.cells_of(grid)
+    assert begun == {} and {cell.row for cell in tuning} == set(grid.starts)
+    for row, task in itertools.product(grid.starts, grid.tasks):
+        wanted = [cell for cell in tuning if cell[:2] == (row, task)]
+        assert len(wanted) == 1 + 2 * len(grid.starts[row])
+        for cell in wanted:
             settings, point = grids.settings_of(cell.flags), dict(cell.tuned)
             assert settings["lr"] == point["lr"] and settings["seed"] == 1000 and settings["limit_train"] == 2000
             assert "scale" not in point or settings["alpha"] / settings["r"] == point["scale"]
@@ -359,15 +360,12 @@ def test_timings_are_interleaved(tmp_path, ran):
 
 
 def test_stages_come_in_order(study):
-    """Oracle: study.json: however rows are asked for, what is handed out first is of the first stage; no more than
-    there are workers."""
+    """Oracle: study.json: what is handed out first is of the first stage; no more than there are workers."""
     args = reproduce.parse(study("--tasks stsb,cola --workers 50"))
+    args.grid.rows.reverse()
     handed = []
     pool = SimpleNamespace(submit=lambda function, cell, *more: handed.append(cell.row) or Future())
     scheduler = workers.Scheduler(args, pool, None)
-    scheduler.waiting = []
-    for chain in reversed(list(scheduler.under_way)):
-        scheduler.ask(chain)
     scheduler.hand_out()
     first, second = (set(rows.split()) for rows, _ in grids.TABLES["study"]["stages"][:2])
     assert len(handed) == 50 and set(handed[:44]) == first and set(handed[44:]) <= second
