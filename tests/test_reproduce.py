@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -25,7 +24,7 @@ import torch
 import train
 from data import TASKS
 from experiments import grid as grids
-from experiments import pages, plot, reproduce, search, summary, tables, workers
+from experiments import reproduce, search, summary, workers
 from formats import disk
 from running import folder as runs
 from running import options
