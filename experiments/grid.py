@@ -238,10 +238,10 @@ def reported_cell(grid, row, task, seed, tuned):
 
 
 def cells_of(grid):
-    """({cell that tunes: its stage}, {cell that is reported: its stage}, [(row, task)] to be tuned).
+    """({cell that tunes: its stage}, {cell that is reported: its stage}, [(row, task)] that wait).
 
-    In the order of tasks, rows and seeds; each once, as two tasks may share their tuning. A row is
-    tuned first: of those in the list no run is reported yet.
+    In the order of tasks, rows and seeds; each once, as two tasks may share their tuning. What
+    waits has no reported cell before its tuning has run.
     """
     tuning, reported, later = {}, {}, []
     for task in grid.tasks:
