@@ -207,14 +207,6 @@ def test_a_committed_study_can_go_on(path):
     assert sorted(found, key=key) == sorted(content["runs"], key=key)
 
 
-def test_results_are_summaries():
-    """Oracle: the file system: at most 60 files, no logs, no folder of a run."""
-    folder = ROOT / "experiments" / "results"
-    found = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-    assert len(found) <= 60 and {path.suffix for path in found} == {".json", ".md", ".svg"}
-    assert {len(path.parts) for path in found} == {1, 2}
-
-
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments" / "results").glob("bench-*.json")),
                          ids=lambda path: path.stem)
 def test_the_committed_benches_follow_from_their_json(path):
