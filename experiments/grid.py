@@ -1,8 +1,8 @@
-"""Which runs of train.py the paper's tables consist of, and which of those are finished.
+"""Which runs of train.py a table consists of, which are finished, and what has to run next.
 
-tables.json says what a table has: rows and tasks. A cell is one run, of a row on a task with a
-seed, in a folder of its own. A run is finished if there is a record of it (summary.py), in that
-folder or in a TABLE.json, with the very settings that are asked for.
+tables.json and study.json say what a table has: rows, tasks, seeds. A cell is one run, of a row on
+a task with a seed. It is finished if one of the table's files (summary.py) has a record with the
+very settings that are asked for.
 """
 import functools
 from pathlib import Path
@@ -13,7 +13,6 @@ from formats import disk
 from running import options
 
 ROOT = Path(__file__).resolve().parents[1]
-TIMING = "timing"                       # the folder of Table 2's runs
 TUNE_SEED = 1000                        # of the runs that choose, never of a reported one
 # Presets: "paper" has train.py's own settings, which are the authors'. In "small", on CoLA all
 # methods are near chance after 3 epochs: too early to choose by. On RTE they are after 6, and its
@@ -22,9 +21,12 @@ TUNE_SEED = 1000                        # of the runs that choose, never of a re
 # tuned. What AdaLoRA calls r = 2 is what pruning leaves (0.32M survive): it begins with 3.
 # Variants: of the preset's base row, whose tuning they share; in a table their names alone.
 # Pairs of a table: rows whose difference it shows.
+# Stages: [rows, seeds], in the order in which they run; by default one for each seed.
+# Starts: where the search for a row's tuning begins (search.py); else a preset has "lrs", "scales".
 GIVEN = disk.read_json(ROOT / "experiments" / "tables.json", "restore it")
 PRESETS, TABLES = GIVEN["presets"], GIVEN["tables"]
 ROWS, VARIANTS = GIVEN["rows"], GIVEN["variants"]
+TABLES["study"] = disk.read_json(ROOT / "experiments" / "study.json", "restore it")
 
 
 class Cell(NamedTuple):
@@ -32,7 +34,8 @@ class Cell(NamedTuple):
     row: str
     task: str
     seed: int
-    folder: Path
+    tuned: tuple                        # its point on the grid: (("lr", 0.001), ...)
+    folder: Path                        # while it lasts
     flags: tuple                        # options of train.py: (name, value)
 
 
@@ -44,13 +47,30 @@ class Grid(NamedTuple):
     model: str
     data_dir: str
     tasks: list
-    rows: dict                          # row → its name in paper.json
-    pairs: list
-    seeds: list
-    folder: Path                        # of the table's files
+    rows: list
+    stages: list                        # [[rows], [seeds]], in the order in which they run
+    path: Path                          # of TABLE.json
     runs: Path                          # of the run folders
-    known: list                         # records of finished runs in the folder's tables
+    known: dict                         # key_of(settings) → record of a finished run
 
+    @property
+    def starts(self):
+        """{row: where its search begins}, {} for a table that does not search."""
+        return TABLES[self.table].get("starts", {})
+
+    @property
+    def is_timed(self):
+        """Whether it measures time: its runs are not tuned, and never go on after a stop."""
+        return self.table == "table2"
+
+    def remember(self, record):
+        """Have a record count as a finished run: the first, unless what was kept is asked for."""
+        key = key_of(record["settings"])
+        if key not in self.known or (self.table == "overlap" and "kept" in record):
+            self.known[key] = record
+
+
+# --- what a run is ---------------------------------------------------------------------------
 
 def full_name(row, base):
     """The row that a name in TABLES means, given the base row: "noreg" → "lora2-k1-noreg"."""
@@ -72,8 +92,15 @@ def command_line(flags):
     """((name, value), ...) as words for train.py."""
     words = []
     for name, value in flags:
-        words += [f"--{name}", str(value)]
+        words.append(f"--{name}")
+        if value is not True:
+            words.append(str(value))
     return words
+
+
+def part_of(seed):
+    """What a run is for."""
+    return "tune" if seed == TUNE_SEED else "reported"
 
 
 @functools.cache
@@ -82,8 +109,22 @@ def settings_of(flags):
     return vars(options.resolve(options.parse(command_line(flags))))
 
 
-def make_cell(grid, row, task, seed, tuned, part="reported", **extra):
-    """A row's run on a task. tuned: {"lr": ..., "scale": ...}, or {} for train.py's presets.
+def key_of(settings):
+    """Settings as something to look up by; 8 and 8.0 are the same."""
+    items = []
+    for name, value in settings.items():
+        items.append((name, tuple(value) if isinstance(value, list) else value))
+    return frozenset(items)
+
+
+@functools.cache
+def key_of_flags(flags):
+    """key_of() the settings that tell a run from others."""
+    return key_of(summary.comparable(settings_of(flags)))
+
+
+def make_cell(grid, row, task, seed, tuned, **extra):
+    """A row's run on a task. tuned: {"lr": ..., "scale": ..., "outer": ...}, or {} for presets.
 
     The folder's name says how it is tuned: runs with another choice have others.
     """
@@ -101,129 +142,134 @@ def make_cell(grid, row, task, seed, tuned, part="reported", **extra):
         flags["lr"] = tuned["lr"]
     if "scale" in tuned:
         flags["alpha"] = tuned["scale"] * r
+    if "outer" in tuned:
+        flags["outer-lr"] = float(f"{tuned['lr'] * tuned['outer']:g}")
     tag = "".join(f"-{name}{value:g}" for name, value in tuned.items())
+    part = "timing" if grid.is_timed else part_of(seed)
     folder = grid.runs / part / task / f"{row}{tag}-s{seed}"
-    return Cell(row, task, seed, folder, tuple(flags.items()))
+    return Cell(row, task, seed, tuple(tuned.items()), folder, tuple(flags.items()))
 
 
-def is_timed(cell):
-    """Whether a cell is one of Table 2's."""
-    return cell.folder.parent.parent.name == TIMING
+# --- how a row is tuned ----------------------------------------------------------------------
+
+def record_of(grid, cell):
+    """The record of a finished run, of whatever row; None without one."""
+    run = grid.known.get(key_of_flags(cell.flags))
+    if run is None:
+        return None
+    wants_kept = grid.table == "overlap" and cell.seed != TUNE_SEED
+    if wants_kept and not run.keys() & {"kept", "failed"}:
+        return None
+    return run | {"row": cell.row}
 
 
-def tuned_on(preset, task):
+def tuned_on(grid, task):
     """The task whose tuning a task has: its own, unless the preset names another."""
-    return preset["tuned_on"].get(task, task)
+    return grid.preset["tuned_on"].get(task, task)
 
 
-def tunings(grid, row, task):
-    """[(tuning, its cell)]: one grid for all rows, but for the lower rates of full fine-tuning."""
-    task = tuned_on(grid.preset, task)
+def tune_cell(grid, row, task, point):
+    """The run that tries a point."""
+    extra = grid.preset["tuning"].get(task, {})
+    return make_cell(grid, row, task, TUNE_SEED, point, **extra)
+
+
+def fixed_points(grid, row):
+    """One grid for all rows, but for the lower rates of full fine-tuning."""
     method = row_of(row)[1].get("method", "lora2")
     found = []
     for lr in grid.preset["lrs"]:
         rate = {"lr": float(f"{lr / 10:g}") if method == "full" else lr}
-        for scale in grid.preset["scales"] if method in options.ADAPTERS else [None]:
-            tuned = rate if scale is None else rate | {"scale": scale}
-            extra = grid.preset["tuning"].get(task, {})
-            found.append((tuned, make_cell(grid, row, task, TUNE_SEED, tuned, "tune", **extra)))
+        if method not in options.ADAPTERS:
+            found.append(rate)
+            continue
+        for scale in grid.preset["scales"]:
+            found.append(rate | {"scale": scale})
     return found
 
 
-def choose(grid, row, task):
-    """The tuning with the best score, the first of equals.
+def tuning_of(grid, row, task):
+    """([cell], the point that is chosen): all that the tuning of a row has tried or tries next.
 
-    {}: nothing is tuned; None: no run is finished. The score is that after the last step, as it is
-    reported: the best of many evaluations near chance is luck.
+    row, task: those whose tuning it is. The choice is the best, the first of equals; None before
+    all have run, or if the best is at an edge where a search goes on; {} if nothing is tuned.
     """
-    if not grid.preset["lrs"]:
-        return {}
-    tried = []
-    for tuned, cell in tunings(grid, row_of(row)[2], task):
-        run = record_of(grid, cell)
-        if run:
-            tried.append((tuned, run["last"]["score"]))
-    return search.best(tried)
+    if grid.is_timed:
+        return [], {}
+    if grid.starts:
+        tried = tried_points(grid, row, task)
+        points = [point for point, _ in tried]
+        points += search.missing(tried, grid.starts[row])
+        is_over = search.is_inside(tried)
+    else:
+        points, tried = fixed_points(grid, row), []
+        for point in points:
+            run = record_of(grid, tune_cell(grid, row, task, point))
+            if run:
+                tried.append((point, tables.final_score(run)))
+        is_over = True
+    cells = [tune_cell(grid, row, task, point) for point in points]
+    if not cells:
+        return [], {}
+    if not is_over or len(tried) < len(cells):
+        return cells, None
+    return cells, search.best(tried)
 
 
-def tuning_cells(grid, task):
-    """The tuning runs that the table's rows depend on, each once."""
-    rows = [] if grid.table == "table2" else dict.fromkeys(row_of(row)[2] for row in grid.rows)
-    return [cell for row in rows for _, cell in tunings(grid, row, task)]
+def tried_points(grid, row, task):
+    """[(point, score)] of what a search has tried, in the order of the file."""
+    found = []
+    for run in grid.known.values():
+        if run.get("part") == "tune" and (run["row"], run["task"]) == (row, task):
+            cell = tune_cell(grid, row, task, run["tuned"])
+            if key_of_flags(cell.flags) == key_of(run["settings"]):
+                found.append((run["tuned"], tables.final_score(run)))
+    return found
 
 
-def reported_cells(grid, task):
-    """The runs of the table's rows, without those whose tuning has yet to run."""
-    if grid.table == "tune":
-        return []
-    cells = []
-    if grid.table == "table2":          # seed by seed, one method after the other
+# --- what runs -------------------------------------------------------------------------------
+
+def reported_cell(grid, row, task, seed, tuned):
+    """A run whose score, or time, the table shows."""
+    extra = {}
+    if grid.is_timed:
         extra = {"max-steps": grid.preset["timed_steps"], "limit-dev": 32}
-        for seed in grid.seeds:
-            cells += [make_cell(grid, row, task, seed, {}, TIMING, **extra) for row in grid.rows]
-        return cells
-    for row in grid.rows:
-        tuned = choose(grid, row, task)
-        if tuned is not None:
-            cells += [make_cell(grid, row, task, seed, tuned) for seed in grid.seeds]
-    return cells
+    return make_cell(grid, row, task, seed, tuned, **extra)
 
 
-# --- what is there ---------------------------------------------------------------------------
+def cells_of(grid):
+    """({cell that tunes: its stage}, {cell that is reported: its stage}, [(row, task)] that wait).
 
-def record_of(grid, cell):
-    """The record of a finished run, in its folder or in a table; None without one.
-
-    ValueError if the folder holds a finished run with other settings.
+    In the order of tasks, rows and seeds; each once, as two tasks may share their tuning. What
+    waits has no reported cell before its tuning has run.
     """
-    asked = summary.comparable(settings_of(cell.flags))
-    path = cell.folder / "record.json"
-    if path.exists():
-        run = disk.read_json(path, f"remove {cell.folder} and run it again")
-        found = run["settings"]
-        for name in sorted(asked.keys() | found.keys()):
-            if asked.get(name) != found.get(name):
-                raise ValueError(f"{cell.folder} holds a run with {options.flag(name)} "
-                                 f"{found.get(name)}, not {asked.get(name)}: move it away, or give "
-                                 "another --runs")
-        return run
-    for run in grid.known:
-        is_enough = grid.table != "overlap" or cell.seed == TUNE_SEED or "kept" in run
-        if run["settings"] == asked and is_enough:
-            return run | {"row": cell.row}
-    return None
-
-
-def is_begun(cell):
-    """Whether a run can go on. A timed one never does: its log would be of two times of day."""
-    return (cell.folder / "last.pt").exists() and not is_timed(cell)
+    tuning, reported, later = {}, {}, []
+    for task in grid.tasks:
+        for row in grid.rows:
+            cells, chosen = tuning_of(grid, row_of(row)[2], tuned_on(grid, task))
+            stages = [i for i, (rows, _) in enumerate(grid.stages) if row in rows]
+            for cell in cells:
+                tuning[cell] = min(stages[0], tuning.get(cell, stages[0]))
+            if grid.table == "tune":
+                continue
+            if chosen is None:
+                later.append((row, task))
+                continue
+            for stage in stages:
+                for seed in grid.stages[stage][1]:
+                    reported[reported_cell(grid, row, task, seed, chosen)] = stage
+    return tuning, reported, later
 
 
 def finished(grid):
-    """The records of the table's finished runs.
-
-    ValueError if they, and the runs that chose their tuning, are not of one model and of one data
-    set for each task.
-    """
-    shown, all_runs = [], []
-    for task in grid.tasks:
-        tuned, reported = tuning_cells(grid, task), reported_cells(grid, task)
-        for cell in reported + tuned:
-            run = record_of(grid, cell)
-            if run and run not in all_runs:                # two tasks may share their tuning
-                all_runs.append(run)
-                if cell in (tuned if grid.table == "tune" else reported):
-                    shown.append(run)
-    check_sources("models", all_runs, "base")
-    for task in tables.COLUMNS:
-        check_sources(f"{task} data", [run for run in all_runs if run["task"] == task], "rows")
-    return shown
-
-
-def check_sources(what, runs, name):
-    """ValueError unless the runs that have a fingerprint of this name have the same one."""
-    known = [run for run in runs if run[name] is not None]
-    for run in known:
-        if run[name] != known[0][name]:
-            raise ValueError(f"{tables.name_of(known[0])} and {tables.name_of(run)} are runs on "
-                             f"different {what} of one name: give another --runs and --out")
+    """(the records that the table shows, those of all its runs)."""
+    tuning, reported, _ = cells_of(grid)
+    shows_tuning = grid.starts or grid.table == "tune"
+    shown, others = [], []
+    for cell in tuning | reported:
+        run = record_of(grid, cell)
+        if run and (shows_tuning or cell in reported):
+            shown.append(run)
+        elif run:
+            others.append(run)
+    return shown, shown + others

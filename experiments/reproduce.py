@@ -4,28 +4,29 @@
     python experiments/reproduce.py table1                    # DeBERTaV3-base: wants GPUs, and days
     python experiments/reproduce.py table1 --model roberta-large
     python experiments/reproduce.py table3 --tasks cola,stsb --seeds 0,1,2 --dry-run
+    python experiments/reproduce.py study --workers 12 --seconds 300
 
     tune      learning rate and scale of each method, on a seed that is never reported
     table1    the methods                    table2    time per step
     table3    groups of the regulariser      table4    adapted matrices
     figure3   kept singular values           pruning   pruned against not pruned
     overlap   what Eq. 8 and Eq. 9 keep
+    study     the methods, each with a tuning that is at no edge of what was tried
 
-Each run is one call of train.py in a folder of its own below RUNS/PRESET-MODEL (grid.py says
-which). However it was stopped, the same command goes on. What tables need of finished runs goes
-into OUT/PRESET-MODEL/TABLE.json (summary.py), from which TABLE.md is made (tables.py). A run that
-such a file lists is not run again. As many runs go at once as there are GPUs.
+Each worker is a process that calls train.py's main() for one run after the other, each in a folder
+of its own below RUNS/PRESET-MODEL, which lasts until the run is recorded. Records are in
+OUT/PRESET-MODEL/TABLE.json (summary.py), written anew after each run; TABLE.md is made of it
+(pages.py). What a file there lists is not run again. However it was stopped, the same command goes
+on. A run that diverged is recorded as that.
 """
 import argparse
+import multiprocessing
 import os
-import queue
 import shlex
 import signal
-import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,180 +34,155 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from experiments import grid as grids
-from experiments import plot, summary, tables
+from experiments import pages, plot, search, summary, tables, workers
 from formats import disk
 from running import machine, options
+from running.errors import Refused
 
-TRAIN = [sys.executable, str(grids.ROOT / "train.py")]
 PAPER = disk.read_json(grids.ROOT / "experiments" / "paper.json", "restore it")
 NOTES = disk.read_json(grids.ROOT / "experiments" / "notes.json", "restore it")
 
 
 # --- running ---------------------------------------------------------------------------------
 
-def execute(cell, resume, device, processes, stop):
-    """Run train.py to its end; (exit status, what it said last)."""
-    place = ["--resume", str(cell.folder)] if resume else ["--out", str(cell.folder), "--overwrite"]
-    env = os.environ | ({"CUDA_VISIBLE_DEVICES": device} if device else {})
-    process = subprocess.Popen(TRAIN + grids.command_line(cell.flags) + place, env=env, text=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                               start_new_session=True)     # Ctrl-C is ours
-    processes.append(process)
-    if stop.is_set():                                      # since we asked for the last time
-        process.terminate()
-    _, said = process.communicate()
-    last = (said.strip().splitlines() or ["no message"])[-1]
-    return process.returncode, last.removeprefix("error: ")
+def run_all(args):
+    """Run what is missing. Returns what went wrong, a line each.
 
-
-def tidy(cell, keep):
-    """Note what tables need of a finished run; then remove what is large, unless `keep`."""
-    record = summary.record(cell, grids.is_timed(cell))
-    disk.write_file(cell.folder / "record.json", summary.layout(record) + "\n")
-    for path in [cell.folder / "last.pt", cell.folder / "adapter.safetensors",
-                 *cell.folder.glob("predictions_*.tsv")]:
-        if not keep:
-            path.unlink(missing_ok=True)
-
-
-class Progress:
-    """A line for each run that has ended."""
-
-    def __init__(self, total):
-        self.total, self.done, self.ran, self.started = total, 0, 0, time.monotonic()
-
-    def show(self, text):
-        self.done, self.ran = self.done + 1, self.ran + 1
-        left = (time.monotonic() - self.started) / self.ran * (self.total - self.done)
-        print(f"[{self.done}/{self.total}, about {left / 3600:.1f} h left] {text}", flush=True)
-
-
-def run_one(cell, devices, processes, stop):
-    """Run a cell to its end on a device that is free; (exit status, what it said last)."""
-    device, resume = devices.get(), grids.is_begun(cell)
-    try:
-        if stop.is_set():
-            return 1, "stopped"
-        status, said = execute(cell, resume, device, processes, stop)
-        if status == 2 and resume:      # its files do not fit together: begin anew
-            status, said = execute(cell, False, device, processes, stop)
-        if status == 2:
-            stop.set()
-        return status, said
-    finally:
-        devices.put(device)
-
-
-def run_all(args, cells, progress):
-    """Run the cells that are not finished, args.jobs at once. Returns what went wrong, a line each.
-
-    A user's mistake (status 2) ends the whole grid as a ValueError. When stopped, the runs are told
-    to save.
+    A user's mistake ends it all as a ValueError. When stopped, the runs are told to save.
     """
-    waiting = [cell for cell in cells if grids.record_of(args.grid, cell) is None]
-    progress.done += len(cells) - len(waiting)
-    devices, processes, failures, stop = queue.Queue(), [], [], threading.Event()
-    for i in range(args.jobs):
-        devices.put(args.gpus[i % len(args.gpus)] if args.gpus else None)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        try:
-            futures = {}
-            for cell in waiting:
-                futures[pool.submit(run_one, cell, devices, processes, stop)] = cell
-            for future in as_completed(futures):
-                cell, (status, said) = futures[future], future.result()
-                if status == 2:
-                    raise ValueError(said)
-                if status:
-                    failures.append(f"{cell.folder}: status {status}, {said}")
-                else:
-                    tidy(cell, args.keep)
-                name = cell.folder.relative_to(args.grid.runs)
-                progress.show(f"{name} {said if status else 'done'}")
-        except BaseException:
-            stop.set()                  # what has not begun does not begin
-            for process in processes:
-                process.terminate()     # SIGTERM: train.py saves its state and ends
-            raise
+    started, before = time.monotonic(), content_of(args.grid.path)
+
+    def keep(record, left):
+        before["left_out"].append(record)                  # write() looks whether it is shown
+        write(args, before)
+        result = record.get("failed") or f"{record['last']['score']:.4f}"
+        point = search.point_text(record["tuned"])
+        print(f"[{time.monotonic() - started:.0f} s, {left} to go] {tables.name_of(record)}"
+              f"{point and ': '}{point}: {result}", flush=True)
+
+    pool = workers.make_pool(args.workers)
+    try:
+        scheduler = workers.Scheduler(args, pool, keep)
+        if scheduler.waiting:
+            check_known(args)
+        failures = scheduler.run()
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.terminate()         # SIGTERM: train.py saves its state and ends
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+    write(args, before)
     return failures
 
 
-def run_grid(args):
-    """Run what a table needs: task by task the tuning, then the rows. Returns what went wrong."""
-    grid, failures = args.grid, []
-    each = 0 if grid.table == "tune" else len(grid.rows) * len(grid.seeds)
-    progress = Progress(sum(len(grids.tuning_cells(grid, task)) + each for task in grid.tasks))
-    for task in grid.tasks:
-        failures += run_all(args, grids.tuning_cells(grid, task), progress)
-        failures += run_all(args, grids.reported_cells(grid, task), progress)
-    return failures
+def check_known(args):
+    """ValueError if what is finished is of several models, or of another device: no table shall mix
+    them."""
+    here = machine.name_of(machine.find_device(args.device, 0, 1))
+    _, known = grids.finished(args.grid)
+    tables.check_sources(known)
+    for run in known:
+        other = run.get("device", here)                    # one that diverged does not tell
+        if other != here:
+            raise ValueError(f"{args.grid.path.parent} holds runs on {other}, this is {here}: "
+                             "give another --out")
 
 
 def list_grid(grid):
     """--dry-run: the state and the command of every run."""
-    cells, later = {}, []               # a dict: two tasks may share their tuning
-    for task in grid.tasks:
-        reported = grids.reported_cells(grid, task)
-        cells |= dict.fromkeys(grids.tuning_cells(grid, task) + reported)
-        tuned = {cell.row for cell in reported}
-        if grid.table != "tune":
-            later += [f"{row} on {task}" for row in grid.rows if row not in tuned]
-    for cell in cells:
-        state = "resume" if grids.is_begun(cell) else "to run"
+    tuning, reported, later = grids.cells_of(grid)
+    for cell in tuning | reported:
+        state = "to run"
         if grids.record_of(grid, cell):
             state = "done  "
+        elif (cell.folder / "last.pt").exists() and not grid.is_timed:
+            state = "resume"
         words = [*grids.command_line(cell.flags), "--out", str(cell.folder)]
         print(state, shlex.join(["python", "train.py", *words]))
-    for what in later:
-        print(f"later  {what}, seeds {grid.seeds}: tuned by the runs above first")
+    for row, task in later:
+        print(f"later  {row} on {task}: tuned by the runs above first")
 
 
 # --- writing ---------------------------------------------------------------------------------
 
-def notes_of(args):
+def notes_of(grid, preset):
     """The sentences below a table."""
-    grid, notes = args.grid, []
+    notes = []
     if grid.table in PAPER:
         notes += [*PAPER[grid.table]["notes"], PAPER["source"]]
     notes += NOTES.get(grid.table, [])
-    if grid.table == "table2":
-        steps = grid.preset["timed_steps"]
-        return [*notes, f"{steps} steps of each run, with train.py's own settings."]
-    notes += NOTES[args.preset]
+    if grid.is_timed:
+        steps_each = grid.preset["timed_steps"]
+        return [*notes, f"{steps_each} steps of each run, with train.py's own settings."]
+    notes += NOTES[preset]
     if grid.preset["lrs"]:
         notes.append(NOTES["tuned"] if grid.table in ("tune", "table1") else NOTES["shared"])
     return notes
 
 
-def write_table(args):
-    """Write TABLE.json and TABLE.md of the finished runs; returns the path of the latter.
+def labels_of(grid):
+    """{row: what the table calls it}: in a table of variants of one row their names alone."""
+    labels = {}
+    for row in grid.rows:
+        labels[row], _, base = grids.row_of(row)
+        if row != base and grid.starts:
+            labels[row] = f"{grids.row_of(base)[0]}, {labels[row]}"
+    return labels
 
-    What TABLE.json held before and the table does not show stays in it, as "left_out".
-    """
-    grid, path = args.grid, args.grid.folder / f"{args.table}.json"
-    runs = grids.finished(grid)
-    if grid.table != "overlap":
-        runs = [{name: run[name] for name in run if name != "kept"} for run in runs]
-    before = summary.load(path) if path.exists() else {"runs": [], "left_out": []}
-    shown = [run["settings"] for run in runs]
-    left_out = [run for run in before["runs"] + before["left_out"] if run["settings"] not in shown]
-    tasks, seeds = grid.tasks, grid.seeds
+
+def paper_of(grid, base):
+    """{row, of Table 2 task: what the paper says of it}."""
+    if grid.table not in PAPER:
+        return {}
+    known = PAPER[grid.table]["rows"]
+    if grid.is_timed:
+        return known
+    names = {}
+    for row in grids.TABLES[grid.table]["rows"][base].split():
+        names[grids.full_name(row, grid.preset["base"])] = grids.full_name(row, "lora2-k1")
+    return {row: known[names[row]] for row in grid.rows if names[row] in known}
+
+
+def content_of(path):
+    """What TABLE.json holds so far."""
+    return summary.load(path) if path.exists() else {"runs": [], "left_out": []}
+
+
+def write(args, before):
+    """Write TABLE.json of the finished runs. What it held before stays in it, as "left_out"."""
+    grid = args.grid
+    runs, _ = grids.finished(grid)
+    runs = [workers.without(grid, run) for run in runs]
+    shown = {grids.key_of(run["settings"]) for run in runs}
+    left_out = [run for run in before["runs"] + before["left_out"]
+                if grids.key_of(run["settings"]) not in shown]
+    tasks, seeds = grid.tasks, sorted({seed for _, some in grid.stages for seed in some})
     if grid.table == "tune":
-        tasks = list(dict.fromkeys(grids.tuned_on(grid.preset, task) for task in tasks))
+        tasks = list(dict.fromkeys(grids.tuned_on(grid, task) for task in tasks))
         seeds = [grids.TUNE_SEED]
-    paper = PAPER.get(grid.table, {"rows": {}})["rows"]
-    if grid.table != "table2":          # whose rows are tasks
-        paper = {row: paper[name] for row, name in grid.rows.items() if name in paper}
-    labels = {row: grids.row_of(row)[0] for row in grid.rows}
-    content = {"name": grid.table, "title": grids.TABLES[grid.table]["title"],
-               "command": args.command, "model": grid.model, "tasks": tasks, "seeds": seeds,
-               "rows": labels, "pairs": grid.pairs, "notes": notes_of(args), "paper": paper,
-               "runs": runs, "left_out": left_out}
-    text = tables.page(content)         # before anything is written: it may be refused
-    grid.folder.mkdir(parents=True, exist_ok=True)
-    if grid.table == "figure3":
-        plot.figure3(content, grid.folder / grid.table)
-    summary.write(path, content)
+    table, pairs = grids.TABLES[grid.table], []
+    for pair in table["pairs"]:
+        pair = [grids.full_name(row, grid.preset["base"]) for row in pair]
+        if set(pair) <= set(grid.rows):
+            pairs.append(pair)
+    content = {"name": grid.table, "title": table["title"], "command": args.command,
+               "model": Path(grid.model).name, "tasks": tasks, "seeds": seeds,
+               "rows": labels_of(grid), "pairs": pairs, "notes": notes_of(grid, args.preset),
+               "paper": paper_of(grid, args.preset), "runs": runs, "left_out": left_out}
+    grid.path.parent.mkdir(parents=True, exist_ok=True)
+    summary.write(grid.path, content)
+
+
+def write_page(args):
+    """TABLE.md beside TABLE.json, of that file alone; returns its path."""
+    path = args.grid.path
+    content = summary.load(path)
+    if args.rows:
+        content["rows"] = {row: content["rows"][row] for row in args.grid.rows}
+    text = pages.page(content)          # before anything is written: it may be refused
+    if content["name"] == "figure3":
+        plot.figure3(content, path.with_name("figure3"))
     disk.write_file(path.with_suffix(".md"), text)
     return path.with_suffix(".md")
 
@@ -220,68 +196,102 @@ def parse(argv):
                             allow_abbrev=False)
     add = parser.add_argument
     add("table", choices=grids.TABLES)
-    add("--preset", choices=grids.PRESETS, default="paper")
+    add("--preset", choices=grids.PRESETS, help="by default the table's first: paper")
     add("--model", help="name on the Hub, or a folder; by default the preset's")
     add("--data-dir", default="glue", help="folder of the GLUE files")
     add("--tasks", help="a,b,c; by default the table's")
-    add("--seeds", default="0,1,2", help="a,b,c")
-    add("--out", default="experiments/results", help="folder for tables (experiments/results)")
+    add("--rows", help="a,b,c; by default the table's")
+    add("--seeds", help="a,b,c; by default 0,1,2, or the study's")
+    add("--out", default="experiments/results", help="folder for tables (experiments/results), or "
+        "the one file NAME.json")
     add("--runs", default="runs/reproduce", help="folder for runs (runs/reproduce)")
-    add("--jobs", type=int, help="runs at once; by default one for each visible GPU, else one")
-    add("--keep", action="store_true", help="keep adapters, last.pt, predictions of finished runs")
+    add("--workers", type=int, help="processes; by default one for each visible GPU, else one")
+    add("--device", help="cuda or cpu; by default the first there is")
+    add("--seconds", type=float, default=float("inf"), help="begin no run after so long")
+    add("--more", default="", help='options of train.py for all runs: "--limit-train 64"')
+    add("--keep", action="store_true", help="keep the folders of finished runs")
     add("--dry-run", action="store_true", help="list all runs and their state; run nothing")
-    add("--no-run", action="store_true", help="write the table from what is finished")
+    add("--no-run", action="store_true", help="write the page of TABLE.json as it is")
     args = parser.parse_args(argv)
     args.grid = make_grid(args)
-    args.gpus = visible_gpus()
-    if args.jobs is None:
-        args.jobs = max(1, len(args.gpus))
-    if args.jobs < 1:
-        raise ValueError(f"--jobs {args.jobs}: give at least 1")
-    if args.table == "table2":                             # what is timed runs alone
-        args.jobs = 1
-    args.command = shlex.join(["python", "experiments/reproduce.py", *argv])
+    if args.workers is None:
+        args.workers = max(1, len(workers.visible_gpus()))
+    if args.workers < 1:
+        raise ValueError(f"--workers {args.workers}: give at least 1")
+    if args.grid.is_timed:                                 # what is timed runs alone
+        args.workers = 1
+    places = "--model", "--data-dir", "--out", "--runs"
+    args.command = summary.command_of("reproduce.py", argv, *places)
     return args
+
+
+def chosen(words, known, what):
+    """The names in "a,b,c", each once; all that are known for None. ValueError for another one."""
+    if words is None:
+        return list(known)
+    for name in words.split(","):
+        if name not in known:
+            raise ValueError(f"there is no {what} {name!r}: there are {', '.join(known)}")
+    return list(dict.fromkeys(words.split(",")))
+
+
+def flags_of(args):
+    """The options of train.py that all runs share."""
+    flags = dict(grids.PRESETS[args.preset]["flags"])
+    for name, value in options.parse(shlex.split(args.more)).items():
+        flags[name.replace("_", "-")] = ",".join(value) if isinstance(value, list) else value
+    if args.device:
+        flags["device"] = args.device
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if flags.get("dtype") == "bf16" and machine.emulates_bf16(device):
+        flags["dtype"] = "fp32"
+    return flags
+
+
+def stages_of(args, rows):
+    """[[rows], [seeds]]: the table's stages, cut to what was asked for, or one for each seed."""
+    seeds = (args.seeds or "0,1,2").split(",")
+    if not all(seed.isdecimal() and int(seed) != grids.TUNE_SEED for seed in seeds):
+        raise ValueError(f"--seeds {args.seeds}: give numbers such as 0,1,2 and not "
+                         f"{grids.TUNE_SEED}, by which learning rates are chosen")
+    seeds = sorted(set(map(int, seeds)))
+    given = grids.TABLES[args.table].get("stages")
+    if given is None:
+        return [[rows, [seed]] for seed in seeds]
+    stages = []
+    for some, theirs in given:
+        if args.seeds:
+            theirs = [seed for seed in theirs if seed in seeds]
+        stages.append([[row for row in some.split() if row in rows], theirs])
+    return stages
 
 
 def make_grid(args):
     """The Grid that a command line asks for. ValueError with one sentence for a mistake."""
-    preset, table = grids.PRESETS[args.preset], grids.TABLES[args.table]
+    table = grids.TABLES[args.table]
+    args.preset = args.preset or next(iter(table["tasks"]))
+    if args.preset not in table["tasks"]:
+        raise ValueError(f"{args.table} has no preset {args.preset}: give --preset "
+                         f"{' or '.join(table['tasks'])}")
+    preset = grids.PRESETS[args.preset]
     tasks = table["tasks"][args.preset].split()
     if args.tasks is not None:
-        tasks = list(dict.fromkeys(args.tasks.split(",")))
-    for task in tasks:
-        if task not in tables.COLUMNS:
-            known = ", ".join(tables.COLUMNS)
-            raise ValueError(f"there is no task {task!r}: the tasks are {known}")
-    seeds = args.seeds.split(",")
-    if not all(seed.isdecimal() and int(seed) != grids.TUNE_SEED for seed in seeds):
-        raise ValueError(f"--seeds {args.seeds}: give numbers such as 0,1,2 and not "
-                         f"{grids.TUNE_SEED}, by which learning rates are chosen")
-    base = preset["base"]
-    rows, pairs = {}, []
-    for row in table["rows"][args.preset].split():
-        rows[grids.full_name(row, base)] = grids.full_name(row, "lora2-k1")
-    for pair in table["pairs"]:
-        a, b = (grids.full_name(row, base) for row in pair)
-        if a in rows and b in rows:     # a preset may lack a row
-            pairs.append([a, b])
-    flags = dict(preset["flags"])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if flags.get("dtype") == "bf16" and machine.emulates_bf16(device):
-        flags["dtype"] = "fp32"
+        tasks = chosen(args.tasks, tables.COLUMNS, "task")
+    rows = [grids.full_name(row, preset["base"]) for row in table["rows"][args.preset].split()]
+    rows = chosen(args.rows, rows, "row")
     model = args.model or preset["model"]
     name = os.path.basename(os.path.abspath(model))        # of "." too, and of a name on the Hub
-    folder = Path(args.out) / f"{args.preset}-{name}"
-    return grids.Grid(args.table, preset, flags, model, args.data_dir, tasks, rows, pairs,
-                      sorted(set(map(int, seeds))), folder,
-                      Path(args.runs) / f"{args.preset}-{name}", summary.load_all(folder))
-
-
-def visible_gpus():
-    """What to set CUDA_VISIBLE_DEVICES to for each GPU that there is for us."""
-    count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return named.split(",")[:count] if named else [str(i) for i in range(count)]
+    path = Path(args.out) / f"{args.preset}-{name}" / f"{args.table}.json"
+    others = sorted(path.parent.glob("*.json"))
+    if args.out.endswith(".json"):
+        path, others = Path(args.out), []
+    grid = grids.Grid(args.table, preset, flags_of(args), model, args.data_dir, tasks, rows,
+                      stages_of(args, rows), path, Path(args.runs) / f"{args.preset}-{name}", {})
+    for file in dict.fromkeys([path, *others]):            # the table's own records come first
+        content = content_of(file)
+        for run in content["runs"] + content["left_out"]:
+            grid.remember(run)
+    return grid
 
 
 def stop_on_signals():
@@ -304,12 +314,13 @@ def main(argv=None):
         try:
             if not args.no_run:
                 with disk.alone(args.grid.runs, "reproduce.py", "--runs"):
-                    failures = run_grid(args)
+                    failures = run_all(args)
         except KeyboardInterrupt:
             print("\nstopped: the same command goes on", file=sys.stderr)
             status = 130
-        print(write_table(args))
-    except (ValueError, OSError, ImportError) as error:
+        if status == 0 or args.grid.path.exists():         # stopped before a run had ended
+            print(write_page(args))
+    except (ValueError, OSError, ImportError, Refused) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -7,6 +7,8 @@ no edge: on each axis a smaller and a larger value were tried, and were not bett
 """
 import math
 
+from experiments import tables
+
 LADDERS = {
     "lr": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3),
     "scale": (0.03125, 0.125, 0.5, 2, 8, 32, 128, 512, 2048, 8192),
@@ -55,3 +57,34 @@ def is_inside(tried):
         return False
     around = neighbours(chosen)
     return len(around) == 2 * len(chosen) and all(point in points for point in around)
+
+
+# --- the search of a table --------------------------------------------------------------------
+
+def point_text(point):
+    """A point of the grid as text: "0.003, 32" or, with a rate of v and V, "0.003, 32, × 0.3"."""
+    text = ", ".join(f"{point[axis]:g}" for axis in ("lr", "scale") if axis in point)
+    return text + (f", × {point['outer']:g}" if "outer" in point else "")
+
+
+def tried(content, row, task):
+    """[(point, score)] of a row's tuning, in order; −inf for a run that diverged."""
+    found = []
+    for run in tables.runs_of(content, row, task):
+        if run["part"] == "tune":
+            found.append((run["tuned"], tables.final_score(run)))
+    return found
+
+
+def check_choices(content):
+    """ValueError if a reported run has another tuning than the best, or one on an edge."""
+    for run in content["runs"]:
+        if run["part"] != "reported" or run["row"] not in content["rows"]:
+            continue
+        points = tried(content, run["tuned_as"], run["task"])
+        name = f"{tables.name_of(run)} has {point_text(run['tuned'])}"
+        if run["tuned"] != best(points):
+            raise ValueError(f"{name}, which is not the best that was tried: give another --out")
+        if not is_inside(points):
+            raise ValueError(f"{name}, which is on the edge of what was tried: run the study again "
+                             "to widen its grid, or leave that row out with --rows")

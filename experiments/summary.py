@@ -1,6 +1,6 @@
-"""What is left of runs: a record of each, and TABLE.json, from which all that is printed is made.
+"""What is left of runs: a record of each, in TABLE.json, from which all that is printed is made.
 
-A record is a dict, made from the folder of a finished run of train.py, where it is record.json:
+A record is a dict, made from the folder of a finished run of train.py:
 
     row, task, seed, settings   which run it is
     best, last                  two of its evaluations: step, score, scores {split: {metric: value}}
@@ -8,10 +8,12 @@ A record is a dict, made from the folder of a finished run of train.py, where it
     ranks                       {matrix: [how many singular values each layer kept]}, if it pruned
     kept                        {matrix: [which ones each layer kept]}, of LoRA² and AdaLoRA
     tokens_per_second           of a timed run
+    failed                      of a run that diverged, in place of all since settings: how
+    part, tuned, tuned_as       "tune" or "reported", its point on the grid, the row that chose it
 
 TABLE.json says what a table shows and holds its records, one a line ("kept" in overlap.json alone).
 Settings that all of them share stand there once. Under "left_out" are records of runs that the
-table showed before.
+table does not show: of its tuning, or of another choice.
 """
 import itertools
 import json
@@ -49,15 +51,15 @@ def comparable(settings):
     return found
 
 
-def record(cell, is_timed):
+def record(cell):
     """The record of a run that has just finished. ValueError or OSError for a damaged file."""
-    folder, advice = cell.folder, f"remove {cell.folder} and run it again"
-    result = disk.read_json(folder / "result.json", advice)
-    run = {"row": cell.row, "task": cell.task, "seed": cell.seed,
-           "settings": comparable(result["settings"]),
-           "best": result["best"], "last": result["last"]}
+    folder = cell.folder
+    result = disk.read_json(folder / "result.json", f"remove {folder} and run it again")
+    run = start_of(cell, result["settings"])
+    run |= {"best": result["best"], "last": result["last"]}
     for name in FACTS:
         run[name] = result.get(name)
+    run["peak_memory_gb"] = None                           # would be that of all runs so far
     if (folder / "ranks.json").exists():
         run["ranks"] = read_ranks(folder)
         kept = {}
@@ -66,9 +68,12 @@ def record(cell, is_timed):
                 kept[name.removesuffix(".lam")] = tensor.nonzero().flatten().tolist()
         if kept:
             run["kept"] = by_place(kept)
-    if is_timed:
-        run["tokens_per_second"] = speed(folder)
     return run
+
+
+def start_of(cell, settings):
+    """How a record begins: which run it is."""
+    return {"row": cell.row, "task": cell.task, "seed": cell.seed, "settings": comparable(settings)}
 
 
 def read_ranks(folder):
@@ -114,9 +119,9 @@ def speed(folder):
 
 def write(path, content):
     """Write TABLE.json. content: a dict, with records in the lists "runs" and "left_out"."""
-    runs = content["runs"] + content["left_out"]
-    shared = dict(runs[0]["settings"]) if runs else {}
-    for run in runs:
+    records = content["runs"] + content["left_out"]
+    shared = dict(records[0]["settings"]) if records else {}
+    for run in records:
         for name in list(shared):
             if run["settings"].get(name) != shared[name]:
                 del shared[name]
@@ -139,15 +144,6 @@ def load(path):
             run["settings"] = content["settings"] | run["settings"] | {
                 "task": run["task"], "seed": run["seed"]}
     return content
-
-
-def load_all(folder):
-    """The records of all tables in a folder."""
-    records = []
-    for path in sorted(folder.glob("*.json")):
-        content = load(path)
-        records += content["runs"] + content["left_out"]
-    return records
 
 
 def layout(value, indent=""):

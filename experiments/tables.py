@@ -1,9 +1,10 @@
-"""From the records of runs to Markdown: mean ± standard deviation, averages, differences.
+"""From the records of runs to numbers: mean ± standard deviation, averages, differences, overlap.
 
 `content` is what TABLE.json holds (summary.py). Scores are in percent; a score is a list with one
 number for each of the task's columns (MNLI and QQP have two). Reads no file.
 """
 import itertools
+import math
 import statistics
 
 # Task → its name, its metrics as (dev split, metric): the columns of Table 1, in the paper's order.
@@ -15,12 +16,9 @@ COLUMNS = {
     "qnli": ("QNLI", [("dev", "accuracy")]), "rte": ("RTE", [("dev", "accuracy")])}
 MATRICES = {"q": "query", "k": "key", "v": "value", "o": "attention output", "f1": "feed-forward 1",
             "f2": "feed-forward 2"}                        # in Figure 3's order
-WHICH = {"last": "after the last step", "best": "at the best evaluation"}
-SPREAD = ("Mean ± standard deviation over the seeds; (n = ...) where it is of another number of "
-          "values. ≈: a difference, of a ratio that from 1, not larger than its own spread over "
-          "the seeds.")
-LEGEND = ("The best evaluation is chosen on the dev set itself. An average is over tasks, seed by "
-          "seed; MNLI and QQP count as the mean of their columns.")
+# Student's t: 95 % of its values are within ± this, by degrees of freedom from 1 on.
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
+       2.145, 2.131, 2.120, 2.110, 2.101, 2.093)
 
 
 # --- numbers ---------------------------------------------------------------------------------
@@ -28,6 +26,14 @@ LEGEND = ("The best evaluation is chosen on the dev set itself. An average is ov
 def score(record, which, task):
     """The score of a run, in percent: a list with a number for each column of the task."""
     return [100 * record[which]["scores"][split][metric] for split, metric in COLUMNS[task][1]]
+
+
+def final_score(record):
+    """That after the last step, by which a tuning is chosen; −inf of a run that diverged.
+
+    The best of many evaluations near chance would be luck.
+    """
+    return -math.inf if "failed" in record else record["last"]["score"]
 
 
 def mean_of(columns):
@@ -47,6 +53,14 @@ def summary(values):
         return None
     spread = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.mean(values), "std": spread, "n": len(values)}
+
+
+def half_of(part):
+    """h of a summary's 95 % interval, mean ± h; None for one value. ValueError for more than 20."""
+    n = part["n"]
+    if n > len(T95) + 1:
+        raise ValueError(f"{n} seeds: T95 knows {len(T95) + 1} at most: give fewer")
+    return None if n == 1 else T95[n - 2] * part["std"] / math.sqrt(n)
 
 
 def near(part, to=0):
@@ -111,11 +125,27 @@ def time_ratio(content, a, b, task):
                    for ours, theirs in in_both(content, a, b, task))
 
 
-# --- kept singular values --------------------------------------------------------------------
+# --- do runs belong together? -----------------------------------------------------------------
 
 def name_of(record):
     """Which run it is, for messages."""
     return f"{record['row']} on {record['task']}, seed {record['seed']}"
+
+
+def check_sources(runs):
+    """ValueError unless all runs are of one model, and those of a task of the same data."""
+    check_equal("models", runs, "base")
+    for task in COLUMNS:
+        check_equal(f"{task} data", [run for run in runs if run["task"] == task], "rows")
+
+
+def check_equal(what, runs, name):
+    """ValueError unless the runs that have a fingerprint of this name have the same one."""
+    known = [run for run in runs if run.get(name) is not None]
+    for run in known:
+        if run[name] != known[0][name]:
+            raise ValueError(f"{name_of(known[0])} and {name_of(run)} are runs on different {what} "
+                             "of one name: give another --runs and --out")
 
 
 def check_alike(runs, name):
@@ -129,8 +159,10 @@ def check_alike(runs, name):
         first = first or shape
         if not shape or shape != first:
             raise ValueError(f"{name_of(run)}: {name} is of other matrices than in the first run: "
-                             "remove its folder and run it again")
+                             "take it out of TABLE.json and run it again")
 
+
+# --- kept singular values --------------------------------------------------------------------
 
 def kept_of(record):
     """[the indices of the kept singular values] of each matrix of a run."""
@@ -188,227 +220,8 @@ def mean_ranks(runs):
     return mean
 
 
-# --- Markdown --------------------------------------------------------------------------------
-
-def markdown(head, rows):
-    """A Markdown table; cells are text."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
-def show(part, seeds, digits=2, sign=""):
-    """A summary as text, with the number of its values if that is not `seeds`."""
-    if part is None:
-        return "not run"
-    text = f"{part['mean']:{sign}.{digits}f}"
-    if part["std"] is not None:
-        text += f"±{part['std']:.{digits}f}"
-    if part["n"] != seeds:
-        text += f" (n = {part['n']})"
-    return text.replace("-", "−")
-
-
-def show_change(part, seeds, digits=2, sign="", to=0):
-    """The same, after ≈ if it is not further from a number than its own spread."""
-    mark = "≈" if near(part, to) else ""
-    return mark + show(part, seeds, digits, sign)
-
-
-def span(values):
-    """Counts, which may differ between tasks, as text: "1,560–1,640"; "–" for none."""
-    values = sorted(value for value in set(values) if value is not None)
-    ends = dict.fromkeys(values[:1] + values[-1:])
-    return "–".join(f"{value:,}" for value in ends) or "–"
-
-
-def layout(content):
-    """(tasks in the order of the paper's columns, their names, number of seeds) of a table."""
-    tasks = [task for task in COLUMNS if task in content["tasks"]]
-    return tasks, [COLUMNS[task][0] for task in tasks], len(content["seeds"])
-
-
-def table_of(content, title, cell, **last):
-    """A line for each row, of cell(row, task) for each task. last: {name: function of a row}."""
-    tasks, names, _ = layout(content)
-    lines = []
-    for row, label in content["rows"].items():
-        line = [label, *(cell(row, task) for task in tasks)]
-        lines.append([*line, *(column(row) for column in last.values())])
-    return markdown([title, *names, *last], lines)
-
-
-def score_table(content, which="last"):
-    """The scores of all rows on all tasks."""
-    seeds = len(content["seeds"])
-
-    def cell(row, task):
-        return "/".join(show(part, seeds) for part in score_of(content, row, task, which))
-
-    def average_cell(row):
-        return show(average_of(content, row, which), seeds)
-
-    return table_of(content, WHICH[which], cell, average=average_cell)
-
-
-def difference_table(content, which="last"):
-    """Pairs of rows, seed by seed."""
-    tasks, names, seeds = layout(content)
-    lines = []
-    for a, b in content["pairs"]:
-        parts = [difference(content, a, b, task, which) for task in tasks]
-        lines.append([f"{content['rows'][a]} − {content['rows'][b]}",
-                      *(show_change(part, seeds, sign="+") for part in parts)])
-    return markdown([f"difference {WHICH[which]}", *names], lines)
-
-
-def parameter_table(content):
-    """How many parameters a row trains, how many survive its pruning, and what the paper says."""
-    lines = []
-    for row, label in content["rows"].items():
-        runs = [run for run in content["runs"] if run["row"] == row]
-        paper = content["paper"].get(row, {})
-        trained = span(run["adapter_parameters"] for run in runs)
-        surviving = span(run["surviving_parameters"] for run in runs)
-        lines.append([label, trained, surviving, paper.get("parameters", "–")])
-    return markdown(["parameters", "trained", "surviving", "the paper's"], lines)
-
-
-def paper_table(content):
-    """The scores that the paper reports of the same rows and tasks; "" if there are none."""
-    tasks, names, _ = layout(content)
-    lines = []
-    for row, paper in content["paper"].items():
-        scores = {task: paper["scores"].get(task, [None]) for task in tasks}
-        line = [content["rows"][row]]
-        for task in tasks:
-            line.append("/".join("–" if x is None else f"{x:.2f}" for x in scores[task]))
-        unknown = any(None in columns for columns in scores.values())
-        lines.append([*line, "–" if unknown else f"{average(scores):.2f}"])
-    if not lines:
-        return "The paper reports nothing of these rows.\n"
-    return markdown(["the paper", *names, "average"], lines)
-
-
-def overlap_table(content):
-    """How alike the selections by Eq. 8 and Eq. 9 are."""
-    tasks, names, seeds = layout(content)
-    found = {task: overlap(content, task) for task in tasks}
-    lines = []
-    for measure in found[tasks[0]]:
-        lines.append([measure, *(show(summary(found[task][measure]), seeds, 1) for task in tasks)])
-    return markdown(["%", *names], lines)
-
-
-def tuning_table(content):
-    """Of each row the learning rate and scale with the best score, the first of equals."""
-    def cell(row, task):
-        runs = runs_of(content, row, task)
-        if not runs:
-            return "not run"
-        best = max(runs, key=lambda one: one["last"]["score"])
-        settings = best["settings"]
-        scale = f", {settings['alpha'] / settings['r']:g}" if "alpha" in settings else ""
-        return f"{settings['lr']:g}{scale} ({100 * best['last']['score']:.2f}, of {len(runs)})"
-
-    return table_of(content, "learning rate, scale (score, of how many runs)", cell)
-
-
-def ratio_table(content):
-    """Times of a step over those of the first row, ours and the paper's."""
-    tasks, names, seeds = layout(content)
-    base, *others = content["rows"]
-    lines = []
-    for task, name in zip(tasks, names):
-        parts = [time_ratio(content, row, base, task) for row in others]
-        paper = content["paper"].get(task)
-        lines.append([name, *(show_change(part, seeds, 3, to=1) for part in parts),
-                      f"{paper[1] / paper[0]:.3f}" if paper else "–"])
-    labels = list(content["rows"].values())
-    return markdown([f"time of a step over {labels[0]}'s", *labels[1:], "the paper's"], lines)
-
-
-def speed_table(content):
-    """Tokens per second; of the paper's rows seconds per step."""
-    tasks, names, seeds = layout(content)
-    lines = []
-    for task, name in zip(tasks, names):
-        line = [name]
-        for row in content["rows"]:
-            runs = by_seed(content, row, task).values()
-            line.append(show(summary(run["tokens_per_second"] for run in runs), seeds, 0))
-        paper = content["paper"].get(task)
-        lines.append([*line, f"{paper[0]:.2f} → {paper[1]:.2f}" if paper else "–"])
-    labels = content["rows"].values()
-    return markdown(["tokens per second", *labels, "the paper's seconds"], lines)
-
-
 def panels(content):
     """[(title, records)] of Figure 3, of its only row, for each task."""
     ((row, label),) = content["rows"].items()
     return [(f"{COLUMNS[task][0]}, {label}", runs_of(content, row, task))
             for task in content["tasks"]]
-
-
-def kept_tables(content):
-    """Figure 3 as numbers: a title and a table for each panel."""
-    texts = []
-    for title, runs in panels(content):
-        if not runs:
-            texts.append(f"{title}: not run\n")
-            continue
-        texts.append(f"{title}: kept of {runs[0]['settings']['r']}, mean of {len(runs)} runs\n")
-        lines = []
-        for short, layers in mean_ranks(runs).items():
-            lines.append([MATRICES[short], *(f"{count:.3g}" for count in layers)])
-        texts.append(markdown(["layer", *map(str, range(len(layers)))], lines))
-    return texts
-
-
-def parts_of(content):
-    """(the tables that docs/results.md shows, the others with their headings) of TABLE.md."""
-    if content["name"] == "tune":
-        return [tuning_table(content)], []
-    if content["name"] == "table2":
-        return [ratio_table(content), speed_table(content)], []
-    if content["name"] == "figure3":
-        picture = "![kept singular values, layer by layer](figure3.svg)\n"
-        shown = [picture] if content["runs"] else []
-        return shown, ["## In numbers\n", *kept_tables(content)]
-    parts = [score_table(content), difference_table(content), parameter_table(content)]
-    if content["name"] == "overlap":
-        parts.append(overlap_table(content))
-    best = [score_table(content, "best"), difference_table(content, "best")]
-    return parts, ["## At the best evaluation\n", *best,
-                   "## What the paper reports\n", paper_table(content)]
-
-
-def facts_of(content):
-    """What a table's runs took, and on what, with what and when they were made, as text."""
-    runs = content["runs"]
-    hours = round(sum(run["seconds"] for run in runs) / 3600, 2)
-    peak = max((run["peak_memory_gb"] or 0 for run in runs), default=0)    # older runs do not tell
-    memory = f", at most {peak} GB" if peak else ""
-    facts = [f"{len(runs)} runs, {hours} hours{memory}"]
-    for name in ("seed", "device", "dtype", "threads", "torch", "python", "date"):
-        values = sorted({str(run[name]) for run in runs})
-        facts.append(f"{name} {', '.join(values) or '–'}")
-    return "; ".join(facts) + "."
-
-
-def page_of(content, shown, others=(), legend=()):
-    """A page: what docs/results.md shows of it, the other tables, and how it was made."""
-    notes = [*legend, *content["notes"], f"`{content['command']}`"]
-    model = content["model"].rpartition("/")[2]
-    return "\n".join([f"# {content['title']} ({model})\n", *shown, *others,
-                      "## How it was made\n", "".join(f"- {note}\n" for note in notes)])
-
-
-def page(content):
-    """TABLE.md, from what TABLE.json holds."""
-    shown, others = parts_of(content)
-    legend = [SPREAD, LEGEND]
-    if content["name"] == "table2":
-        legend = [SPREAD]
-    if content["name"] in ("tune", "figure3"):
-        legend = []
-    return page_of(content, [*shown, f"{facts_of(content)}\n"], others, legend)

@@ -20,7 +20,7 @@ GLUE = ROOT.parent / "shared" / "glue"
 import data
 import model as models
 import train
-from experiments import bench, plot, readme, reproduce, study, summary, tables
+from experiments import bench, plot, readme, reproduce, summary, tables
 from experiments import grid as grids
 from formats import toy
 from lora2 import LoRA2Linear, add_lora2
@@ -148,7 +148,7 @@ def test_what_the_results_show():
 
 
 def test_what_the_fair_comparison_shows():
-    """Oracle: the page that study.py made: each interval in the text is one of its table, of the row it names."""
+    """Oracle: the page that reproduce.py made: each interval in the text is one of its table, of the row it names."""
     said = RESULTS.partition("What it shows so far")[2].partition("```")[0]
     made = (FILES / "study-gpu.md").read_text(encoding="utf-8").splitlines()
     rows = ["orthonormal − LoRA r=1 |", "| LoRA² k=1 − LoRA r=1 |", "two rates − LoRA² k=1, orthonormal |"]
@@ -218,9 +218,10 @@ def test_every_result_is_shown_or_linked_and_what_is_not_run_is_said():
     shown = [name for which, name in readme.BLOCK.findall(RESULTS) if which == "all"]
     assert "study-gpu.md" in shown
     shown = [name for name in shown if not name.startswith("study-")]
-    assert shown == [f"small-all-MiniLM-L6-v2/{name}.md" for name in grids.TABLES]
+    of_small = [name for name, table in grids.TABLES.items() if "small" in table["tasks"]]
+    assert shown == [f"small-all-MiniLM-L6-v2/{name}.md" for name in of_small]
     titles = re.findall("^### (.*)", RESULTS, re.MULTILINE)
-    assert titles == [table["title"] for table in grids.TABLES.values()]
+    assert titles == [grids.TABLES[name]["title"] for name in of_small]
     assert not list(FILES.glob("paper-*")) and "have not been repeated" in RESULTS
     assert json.loads((FILES / "bench-h100.json").read_text(encoding="utf-8"))["device"] in PERFORMANCE
 
@@ -259,7 +260,7 @@ def test_every_option_that_is_named_exists():
     known = {f"--{name}" for group in options.OPTIONS.values() for name, *_ in group}
     foreign = {"--no-deps", "--help", "--nproc", "--preset", "--dry-run",
                "--quick", "--epoch-rows", "--growth", "--texts", "--spm", "--runs",
-               "--workers", "--seconds"}   # pip's, argparse's and so on
+               "--workers", "--seconds", "--keep"}   # pip's, argparse's and so on
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ALL)) <= known | foreign
 
 
@@ -360,8 +361,6 @@ def test_commands_that_need_the_hub_or_a_gpu_are_accepted():
         program, _, words = command.partition(".py")
         if program.endswith("reproduce"):
             reproduce.parse(shlex.split(words))
-        elif program.endswith("study"):
-            study.parse(shlex.split(words))
         elif program.endswith("bench"):
             bench.parse(shlex.split(words))
         else:

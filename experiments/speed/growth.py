@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import data
-from experiments import tables
+from experiments import pages
 from experiments.speed import counts, peers, steps, table
 from formats import glue, toy
 from running import machine
@@ -25,7 +25,6 @@ from running import machine
 BASE = {"T": 128, "B": 8, "k": 8, "layers": 2}
 SWEEPS = {"T": (64, 128, 256, 512), "B": (1, 4, 16, 64), "k": (1, 4, 16, 64),
           "layers": (1, 2, 4, 8, 12)}
-QUICK = {"T": (64, 128), "B": (1, 4), "k": (1, 8), "layers": (1, 2)}
 LIMITS = {"seconds": 60, "GB": 2.0}                        # of the MNLI-sized file
 PARTS = (16, 4, 1)                                         # of it: a sixteenth, a quarter, all
 
@@ -103,13 +102,13 @@ def markdown(content):
             for line, point in zip(lines, points):
                 line.append(f"{point[variant]['seconds']['value']:.3f}")
                 line.append(f"{point[variant]['bytes'] / 1e6:,.0f}")
-        parts.append(tables.markdown(head, lines))
+        parts.append(pages.markdown(head, lines))
     lines = []
     for file in content["data"]:
         lines.append([f"{file['rows']:,}", f"{file['tokens']:,}", f"{file['load']:.2f}",
                       f"{file['seconds']:.2f}", f"{file['GB']:.2f}"])
     head = ["rows of a file", "tokens", "s to read", "s with tokens and batches", "peak GB"]
-    parts.append(tables.markdown(head, lines))
+    parts.append(pages.markdown(head, lines))
     largest = content["data"][-1]
     fits = all(largest[name] <= limit for name, limit in LIMITS.items())
     parts.append(f"The largest is {'within' if fits else 'OVER'} {LIMITS['seconds']} s and "
@@ -121,10 +120,10 @@ def main(job, about):
     """Measure, print, write growth-DEVICE.json and .md into job.out."""
     job.folder = steps.write_checkpoint(job.work / "model", job.config)
     sweeps = {}
-    for name, values in (QUICK if job.quick else SWEEPS).items():
+    for name, values in SWEEPS.items():
         if name == "layers":
             values = [n for n in values if n <= job.config["num_hidden_layers"]]
-        sweeps[name] = [measure(job, name, value) for value in values]
+        sweeps[name] = [measure(job, name, value) for value in values[:2 if job.quick else None]]
     rows = 20_000 if job.quick else data.TASKS["mnli"].rows["train"]
     read = [measure_data(job, rows // part) for part in PARTS]
     for name in ("B", "T", "layers", "rounds"):

@@ -4,7 +4,7 @@ import operator
 import statistics
 from pathlib import Path
 
-from experiments import tables
+from experiments import pages
 from formats import disk
 
 # Row → what is measured, goal on a CPU (2 threads, fp32, B = 8), goal on an H100 (bf16, B = 32) or
@@ -70,7 +70,7 @@ def report(results, device, judged=ROWS, only=ROWS):
             if goal is not None and row in judged:
                 line[4] = "pass" if passes(result["value"], goal) else "FAIL"
         lines.append(line)
-    return tables.markdown(["#", "ratio", "goal", "value (min – max)", ""], lines)
+    return pages.markdown(["#", "ratio", "goal", "value (min – max)", ""], lines)
 
 
 def products_text(lines, products):
@@ -102,7 +102,7 @@ def profile_table(lines, most=12):
         rate = f"{line['GFLOP/s']:,.0f}" if line["GFLOP/s"] >= 1 else ""
         cells.append([line["operation"], f"{line['calls']:,}", f"{1000 * line['seconds']:,.1f}",
                       f"{100 * line['seconds'] / total:.1f} %", rate])
-    return tables.markdown(["operation", "calls", "ms", "share", "GFLOP/s"], cells)
+    return pages.markdown(["operation", "calls", "ms", "share", "GFLOP/s"], cells)
 
 
 def page(content, device):
@@ -117,7 +117,7 @@ def page(content, device):
              if name not in ("rows", "details")]
     details = content["details"]
     products = products_text(details["profile"], details[f"products, T={content['T']}"])
-    saved = tables.markdown(["own LoRA² k=8 keeps", "in units of B · T · d floats a layer"],
+    saved = pages.markdown(["own LoRA² k=8 keeps", "in units of B · T · d floats a layer"],
                             [[what, f"{n:.2f}"] for what, n in details["saved"].items()])
     return "\n".join([
         "# Performance\n", report(results, device, judged, content["rows"]), "".join(facts),
