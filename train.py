@@ -76,19 +76,17 @@ def make_optimizer(net, lr, head_lr, weight_decay, outer_lr=None):
 
     Biases and LayerNorms do not decay; head and outer factors may have learning rates of their own.
     """
-    groups = {}                                            # (peak, decay) → parameters
+    groups = {}
     for name, p in net.named_parameters():
         if p.requires_grad:
             peak = head_lr if models.in_head(name, net.head) else lr
             if outer_lr is not None and name.endswith(baselines.OUTER):
                 peak = outer_lr
             decay = 0.0 if name.endswith("bias") or "LayerNorm" in name else weight_decay
-            groups.setdefault((peak, decay), []).append(p)
-    settings, parameters = [], []
-    for (peak, decay), group in groups.items():
-        settings.append({"params": group, "peak": peak, "lr": peak, "weight_decay": decay})
-        parameters += group
-    return torch.optim.AdamW(settings, fused=True), parameters
+            new = {"params": [], "peak": peak, "lr": peak, "weight_decay": decay}
+            groups.setdefault((peak, decay), new)["params"].append(p)
+    optimizer = torch.optim.AdamW(list(groups.values()), fused=True)
+    return optimizer, [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def start_along_gradient(o, plan, task, examples, net, here):
@@ -305,6 +303,18 @@ def evaluate_adapter(given):
     write_outputs(o, here, task, unseen, net)
 
 
+def resume(given):
+    """--resume: go on with a run, or show one that has ended and write what more is asked for."""
+    result = folder.load_result(given["resume"])
+    if not result:
+        saved = folder.load_run(given["resume"])
+        train(options.resumed(saved["settings"], given), saved)
+        return
+    wanted = progress.finished(given, result)
+    if wanted:
+        evaluate_adapter(wanted)
+
+
 def write_outputs(o, here, task, unseen, net):
     """--predict, --merge and --export-peft, of the adapters that the model now holds."""
     predicted, outputs = None, None
@@ -315,20 +325,16 @@ def write_outputs(o, here, task, unseen, net):
 
 
 def act(argv):
-    """The demo, --eval, a new run, a finished run or one to go on with: what the words say."""
+    """What the words of a command line say."""
     given = options.parse(argv, __doc__)
     if given.get("task") == "demo" and not given.keys() & {"model", "resume", "eval"}:
         demo.main(given, train)
     elif "eval" in given:
         evaluate_adapter(given)
-    elif "resume" not in given:
-        train(options.resolve(given))
-    elif result := folder.load_result(given["resume"]):    # it has ended
-        if wanted := progress.finished(given, result):     # more is asked of its adapter
-            evaluate_adapter(wanted)
+    elif "resume" in given:
+        resume(given)
     else:
-        saved = folder.load_run(given["resume"])
-        train(options.resumed(saved["settings"], given), saved)
+        train(options.resolve(given))
     machine.leave()
 
 

@@ -636,13 +636,17 @@ def processes(words, last=contextlib.nullcontext(), n=2, seconds=120):
 
 
 @on_unix
-def test_processes_that_never_agree_are_ended(cli):
+def test_processes_that_never_agree_are_ended(cli, monkeypatch):
     """Oracle: the clock and the system: the tests go on, and no child is left, though one rank waits for ever."""
     words = f"--task demo --model {cli.models['deberta']} {SMALL} --out run"
+    pids, fork = [], os.fork
+    monkeypatch.setattr(os, "fork", lambda: pids.append(fork()) or pids[-1])
     with pytest.raises(AssertionError, match="one of the processes hangs"):
         processes(words, at_step(3, lambda: time.sleep(1000)), seconds=5)
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+    for pid in pids:
+        with pytest.raises(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
+    assert len(pids) == 2
 
 
 @on_unix
@@ -693,7 +697,7 @@ def test_all_processes_wait_for_a_fetched_task(rank, there, tmp_path, monkeypatc
     """Oracle: one barrier for each process, whether it comes before or after the folder is there: one that
     passes by would leave the others waiting. The first one alone fetches, and only what is missing."""
     calls = []
-    monkeypatch.setattr(inputs.glue, "fetch_task", lambda task, folder: calls.append("fetch"))
+    monkeypatch.setattr(inputs.fetch, "fetch_task", lambda task, folder: calls.append("fetch"))
     monkeypatch.setattr(inputs.machine, "wait_for_all", lambda: calls.append("wait"))
     for name, path in write_task("rte", tmp_path).items():
         if name not in there:
