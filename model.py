@@ -247,16 +247,6 @@ class Encoder(nn.Module):
         return x
 
 
-def place(module, name, layer):
-    """Make a layer the submodule of that dotted name, with what stands in between."""
-    *path, last = name.split(".")
-    for part in path:
-        if not hasattr(module, part):
-            module.add_module(part, nn.Module())
-        module = getattr(module, part)
-    module.add_module(last, layer)
-
-
 class SequenceClassifier(nn.Module):
     """Encoder and head with random weights; from_pretrained() returns one with a checkpoint's.
 
@@ -273,18 +263,21 @@ class SequenceClassifier(nn.Module):
         self.kind = config["model_type"]
         self.max_len = config["max_position_embeddings"]    # the longest input, in tokens
         self.head = ["pooler", "classifier"]            # parts of its parameters' names
+
+        d = config["hidden_size"]
+        backbone = nn.ModuleDict({"embeddings": Embeddings(config), "encoder": Encoder(config)})
+        self.add_module(PREFIX[self.kind], backbone)
+        dense = nn.Linear(d, d)
+        output = nn.Linear(d, num_labels)
         if self.kind == "roberta":
             self.max_len -= config["pad_token_id"] + 1  # where positions begin
             self.head = ["classifier"]
-
-        d = config["hidden_size"]
-        prefix = PREFIX[self.kind]
-        first, dense, self.activation, output = HEADS[self.kind]
-        self.head_layers = [dense, output]
-        place(self, f"{prefix}.embeddings", Embeddings(config))
-        place(self, f"{prefix}.encoder", Encoder(config))
-        place(self, dense, nn.Linear(d, d))
-        place(self, output, nn.Linear(d, num_labels))
+            self.classifier = nn.ModuleDict({"dense": dense, "out_proj": output})
+        else:
+            owner = backbone if self.kind == "bert" else self
+            owner.add_module("pooler", nn.ModuleDict({"dense": dense}))
+            self.classifier = output
+        first, _, self.activation, _ = HEADS[self.kind]
         self.first_dropout = nn.Dropout(config[first]) if first else nn.Identity()
         self.dropout = nn.Dropout(config[HEAD_DROPOUT[self.kind]])
 
@@ -292,6 +285,11 @@ class SequenceClassifier(nn.Module):
     def backbone(self):
         """All but the head (with BERT's pooler), under the checkpoint's own name."""
         return getattr(self, PREFIX[self.kind])
+
+    def head_layers(self):
+        """{name: layer} of the head's dense and output, which a method may have replaced."""
+        _, dense, _, output = HEADS[self.kind]
+        return {dense: self.get_submodule(dense), output: self.get_submodule(output)}
 
     def encode(self, input_ids, attention_mask, token_type_ids=None):
         """The last hidden states, (B, T, d). ValueError if T is more than max_len.
@@ -307,7 +305,7 @@ class SequenceClassifier(nn.Module):
 
     def forward(self, input_ids, attention_mask, token_type_ids=None):
         """The arguments of encode() → logits, (B, num_labels)."""
-        dense, output = map(self.get_submodule, self.head_layers)
+        dense, output = self.head_layers().values()
         x = self.encode(input_ids, attention_mask, token_type_ids)
         x = self.activation(dense(self.first_dropout(x[:, 0])))  # (B, d): of the first token
         return output(self.dropout(x))                  # (B, num_labels)
@@ -354,7 +352,7 @@ def from_pretrained(name_or_dir, num_labels, head_dropout=None, labels=None):
         model = SequenceClassifier(config, num_labels)
     model.source = str(name_or_dir)
     wanted = model.state_dict()
-    head = {name: model.get_submodule(name) for name in model.head_layers}
+    head = model.head_layers()
 
     weights = hub.read_weights(name_or_dir, config)
     weights = hub.convert(weights, PREFIX[model.kind], wanted.keys(), name_or_dir)
