@@ -361,15 +361,14 @@ def from_pretrained(name_or_dir, num_labels, head_dropout=None, labels=None):
         keys = [f"{name}.weight", f"{name}.bias"]
         if weights.keys().isdisjoint(keys):             # half a layer is damage
             model.new_weights += keys
-            del wanted[keys[0]], wanted[keys[1]]
-    hub.check_weights(weights, wanted, name_or_dir)     # all of these and no others
+    new = {key: wanted[key] for key in model.new_weights}
+    hub.check_weights(weights | new, wanted, name_or_dir)  # before memory is taken for new ones
+    for key, empty in new.items():
+        weights[key] = torch.zeros(empty.shape)
+        if key.endswith("weight"):
+            weights[key].normal_(std=config["initializer_range"])
 
-    model.load_state_dict(weights, strict=False, assign=True)  # no copy, if the file is in fp32
-    for layer in head.values():
-        if layer.weight.is_meta:                        # new: draw it
-            layer.to_empty(device="cpu")
-            nn.init.normal_(layer.weight, std=config["initializer_range"])
-            nn.init.zeros_(layer.bias)
+    model.load_state_dict(weights, assign=True)         # no copy, if the file is in fp32
     if labels or model.new_weights:                     # the file's names are of another head
         config["id2label"] = {str(i): label for i, label in enumerate(labels or ())}
     return model.float()
