@@ -48,7 +48,7 @@ TARGETS = {"deberta-v2": {"q": "attention.self.query_proj",
                        "f2": "output.dense"}}
 TARGETS["bert"] = TARGETS["roberta"]
 # The head is dropout → dense → activation → dropout → output. Of each family: the option with the
-# first dropout's rate, the place of dense, the activation, the place of output.
+# first dropout's rate, dense's name, the activation, output's name.
 HEADS = {"deberta-v2": ("pooler_dropout", "pooler.dense", F.gelu, "classifier"),
          "roberta": ("classifier_dropout", "classifier.dense", torch.tanh, "classifier.out_proj"),
          "bert": (None, "bert.pooler.dense", torch.tanh, "classifier")}
@@ -264,7 +264,6 @@ class SequenceClassifier(nn.Module):
         self.kind = config["model_type"]
         self.max_len = config["max_position_embeddings"]    # the longest input, in tokens
         self.head = ["pooler", "classifier"]            # parts of its parameters' names
-
         d = config["hidden_size"]
         backbone = nn.ModuleDict({"embeddings": Embeddings(config), "encoder": Encoder(config)})
         self.add_module(PREFIX[self.kind], backbone)
@@ -278,6 +277,7 @@ class SequenceClassifier(nn.Module):
             owner = backbone if self.kind == "bert" else self
             owner.add_module("pooler", nn.ModuleDict({"dense": dense}))
             self.classifier = output
+
         first, _, self.activation, _ = HEADS[self.kind]
         self.first_dropout = nn.Dropout(config[first]) if first else nn.Identity()
         self.dropout = nn.Dropout(config[HEAD_DROPOUT[self.kind]])
@@ -354,21 +354,20 @@ def from_pretrained(name_or_dir, num_labels, head_dropout=None, labels=None):
     model.source = str(name_or_dir)
     wanted = model.state_dict()
     head = model.head_layers()
-
     weights = hub.read_weights(name_or_dir, config)
-    weights = hub.convert(weights, PREFIX[model.kind], wanted.keys(), name_or_dir)
+    weights = hub.convert(weights, PREFIX[model.kind], wanted, name_or_dir)
     fit_head(weights, head, config, labels, name_or_dir)
-    for name in head:
-        keys = [f"{name}.weight", f"{name}.bias"]
-        if weights.keys().isdisjoint(keys):             # half a layer is damage
-            model.new_weights += keys
-    new = {key: wanted[key] for key in model.new_weights}
+    new = {}
+    for name, layer in head.items():
+        there = {f"{name}.weight": layer.weight, f"{name}.bias": layer.bias}
+        if weights.keys().isdisjoint(there):            # half a layer is damage
+            new |= there
     hub.check_weights(weights | new, wanted, name_or_dir)  # before memory is taken for new ones
     for key, empty in new.items():
         weights[key] = torch.zeros(empty.shape)
         if key.endswith("weight"):
             weights[key].normal_(std=config["initializer_range"])
-
+    model.new_weights = list(new)
     model.load_state_dict(weights, assign=True)         # no copy, if the file is in fp32
     if labels or model.new_weights:                     # the file's names are of another head
         config["id2label"] = {str(i): label for i, label in enumerate(labels or ())}
