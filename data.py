@@ -17,7 +17,7 @@ from formats.tokenizer import read_tokenizer
 class Task(NamedTuple):
     """What the columns of a task's files mean, how predictions are scored and handed in.
 
-    No code asks for a task's name: whatever sets one apart is an entry of its row in TASKS.
+    No code below asks for a task's name: whatever sets one apart is an entry of its row in TASKS.
     """
     folder: str                     # below the data folder; "": a user's own files
     rows: dict                      # split → official number of rows; split "dev" is dev.tsv
@@ -31,50 +31,41 @@ class Task(NamedTuple):
     damaged: bool = False           # official files have bad rows: up to 0.1 % may be skipped
     downloads: dict = {}            # address → name to keep it under, "" for a zip of TSV files
     submissions: dict = {}          # test split → file name that gluebenchmark.com asks for
-    originals: dict = {}            # split → (file it was made of, rows listed in DEV_IDS?)
     make: str = ""                  # the question of toy.language() that makes the rows
 
 
+def of_glue(folder, rows, archive=None, **fields):
+    """A Task of GLUE: its files are one archive, its predictions are handed in as one file."""
+    usual = {"downloads": {f"glue/data/{archive or folder}.zip": ""},
+             "submissions": {"test": f"{folder}.tsv"}}
+    return Task(folder, rows, **usual | fields)
+
+
 TASKS = {
-    "cola": Task(folder="CoLA", rows={"train": 8551, "dev": 1043, "test": 1063},
-                 texts=("sentence",), labels=("0", "1"), metrics=("matthews",),
-                 header=("source", "label", "author's mark", "sentence"),
-                 downloads={"glue/data/CoLA.zip": ""}, submissions={"test": "CoLA.tsv"}),
-    "sst2": Task(folder="SST-2", rows={"train": 67349, "dev": 872, "test": 1821},
-                 texts=("sentence",), labels=("0", "1"),
-                 downloads={"glue/data/SST-2.zip": ""}, submissions={"test": "SST-2.tsv"}),
-    "mrpc": Task(folder="MRPC", rows={"train": 3668, "dev": 408, "test": 1725},
-                 texts=("#1 String", "#2 String"), label="Quality", labels=("0", "1"),
-                 metrics=("accuracy", "f1"),
-                 downloads={
-                     "senteval/senteval_data/msr_paraphrase_train.txt": "msr_paraphrase_train.txt",
-                     "senteval/senteval_data/msr_paraphrase_test.txt": "test.tsv",
-                     "glue/data/mrpc_dev_ids.tsv": glue.DEV_IDS},
-                 originals={"train": ("msr_paraphrase_train.txt", False),
-                            "dev": ("msr_paraphrase_train.txt", True),
-                            "test": ("msr_paraphrase_test.txt", None)},
-                 submissions={"test": "MRPC.tsv"}),
-    "qqp": Task(folder="QQP", rows={"train": 363846, "dev": 40430, "test": 390965}, damaged=True,
-                texts=("question1", "question2"), label="is_duplicate", labels=("0", "1"),
-                metrics=("accuracy", "f1"),
-                downloads={"glue/data/QQP-clean.zip": ""}, submissions={"test": "QQP.tsv"}),
-    "stsb": Task(folder="STS-B", rows={"train": 5749, "dev": 1500, "test": 1379},
-                 texts=("sentence1", "sentence2"), label="score", score_range=(0.0, 5.0),
-                 metrics=("pearson", "spearman"),
-                 downloads={"glue/data/STS-B.zip": ""}, submissions={"test": "STS-B.tsv"}),
-    "mnli": Task(folder="MNLI", rows={"train": 392702, "dev_matched": 9815, "dev_mismatched": 9832,
-                                      "test_matched": 9796, "test_mismatched": 9847},
-                 texts=("sentence1", "sentence2"), label="gold_label",
-                 labels=("entailment", "neutral", "contradiction"),
-                 downloads={"glue/data/MNLI.zip": ""},
-                 submissions={"test_matched": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv"}),
-    "qnli": Task(folder="QNLI", rows={"train": 104743, "dev": 5463, "test": 5463},
-                 texts=("question", "sentence"), labels=("entailment", "not_entailment"),
-                 downloads={"glue/data/QNLIv2.zip": ""}, submissions={"test": "QNLI.tsv"}),
-    "rte": Task(folder="RTE", rows={"train": 2490, "dev": 277, "test": 3000},
-                texts=("sentence1", "sentence2"), labels=("entailment", "not_entailment"),
-                downloads={"glue/data/RTE.zip": ""}, submissions={"test": "RTE.tsv"}),
-    "demo": Task(folder="demo", rows={"train": 2000, "dev": 1000}, make="adapt",
+    "cola": of_glue("CoLA", {"train": 8551, "dev": 1043, "test": 1063},
+                    texts=("sentence",), labels=("0", "1"), metrics=("matthews",),
+                    header=("source", "label", "author's mark", "sentence")),
+    "sst2": of_glue("SST-2", {"train": 67349, "dev": 872, "test": 1821},
+                    texts=("sentence",), labels=("0", "1")),
+    "mrpc": of_glue("MRPC", {"train": 3668, "dev": 408, "test": 1725},
+                    texts=("#1 String", "#2 String"), label="Quality", labels=("0", "1"),
+                    metrics=("accuracy", "f1"), downloads=glue.MRPC_DOWNLOADS),
+    "qqp": of_glue("QQP", {"train": 363846, "dev": 40430, "test": 390965}, "QQP-clean",
+                   texts=("question1", "question2"), label="is_duplicate", labels=("0", "1"),
+                   metrics=("accuracy", "f1"), damaged=True),
+    "stsb": of_glue("STS-B", {"train": 5749, "dev": 1500, "test": 1379},
+                    texts=("sentence1", "sentence2"), label="score", score_range=(0.0, 5.0),
+                    metrics=("pearson", "spearman")),
+    "mnli": of_glue("MNLI", {"train": 392702, "dev_matched": 9815, "dev_mismatched": 9832,
+                             "test_matched": 9796, "test_mismatched": 9847},
+                    texts=("sentence1", "sentence2"), label="gold_label",
+                    labels=("entailment", "neutral", "contradiction"),
+                    submissions={"test_matched": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv"}),
+    "qnli": of_glue("QNLI", {"train": 104743, "dev": 5463, "test": 5463}, "QNLIv2",
+                    texts=("question", "sentence"), labels=("entailment", "not_entailment")),
+    "rte": of_glue("RTE", {"train": 2490, "dev": 277, "test": 3000},
+                   texts=("sentence1", "sentence2"), labels=("entailment", "not_entailment")),
+    "demo": Task("demo", {"train": 2000, "dev": 1000}, make="adapt",
                  texts=("sentence",), labels=("0", "1")),
 }
 
