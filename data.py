@@ -172,12 +172,13 @@ def encode(tokenizer, split, max_len, name="the data"):
             truncated += 1
     tokenizer.no_truncation()
 
-    ids = torch.frombuffer(ids, dtype=torch.int32)
-    types = torch.frombuffer(types, dtype=torch.uint8)
-    starts = torch.frombuffer(starts, dtype=torch.int64)
-    check_words(tokenizer, ids, len(ids) - special * len(split.texts), name)
-    labels = None if split.labels is None else torch.tensor(split.labels)
-    return Examples(ids, types, starts, labels, max_len, truncated)
+    examples = Examples(ids=torch.frombuffer(ids, dtype=torch.int32),
+                        types=torch.frombuffer(types, dtype=torch.uint8),
+                        starts=torch.frombuffer(starts, dtype=torch.int64),
+                        labels=None if split.labels is None else torch.tensor(split.labels),
+                        max_len=max_len, truncated=truncated)
+    check_words(tokenizer, examples.ids, len(ids) - special * len(split.texts), name)
+    return examples
 
 
 def encodings(tokenizer, texts):
@@ -195,9 +196,10 @@ def check_words(tokenizer, ids, words, name):
     for token in ("[UNK]", "<unk>"):
         if tokenizer.token_to_id(token) is not None:
             unknown += int((ids == tokenizer.token_to_id(token)).sum())
-    if unknown > words / 2:
-        raise ValueError(f"{unknown / words:.0%} of the tokens of {name} are unknown to the "
-                         "tokenizer: give a model of the language that they are in")
+    share = unknown / max(1, words)
+    if share > 0.5:
+        raise ValueError(f"{share:.0%} of the tokens of {name} are unknown to the tokenizer: give "
+                         "a model of the language that they are in")
 
 
 def check_ids(examples, config, name):
