@@ -273,7 +273,7 @@ def collate(examples, rows, multiple, pad_id):
 
 
 # ---- scores ------------------------------------------------------------------------------------
-# p: predictions (N,), t: targets (N,). A metric whose denominator is zero is 0.
+# p: predictions (N,), t: targets (N,). Where all are equal, a metric may have no value: it is 0.
 
 def accuracy(p, t):
     """The share of predictions that are right."""

@@ -21,7 +21,8 @@ MRPC_DOWNLOADS = {                           # address → name to keep it under
     "senteval/senteval_data/msr_paraphrase_train.txt": "msr_paraphrase_train.txt",
     "senteval/senteval_data/msr_paraphrase_test.txt": "test.tsv",
     "glue/data/mrpc_dev_ids.tsv": DEV_IDS}
-# Split of MRPC → (file it is made of, whether its rows are those in DEV_IDS; None: all rows).
+# A split without a file → (what it is made of if that is there, as in MRPC's folder; whether its
+# rows are those in DEV_IDS, or the others; None: they are all rows).
 ORIGINALS = {"train": ("msr_paraphrase_train.txt", False),
              "dev": ("msr_paraphrase_train.txt", True),
              "test": ("msr_paraphrase_test.txt", None)}
