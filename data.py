@@ -163,9 +163,9 @@ def encode(tokenizer, split, max_len, name="the data"):
     truncated = 0
     tokenizer.enable_truncation(max_len, strategy="longest_first")
     for row, encoding in enumerate(encodings(tokenizer, split.texts), start=1):
-        if not encoding.ids:
-            raise ValueError(f"row {row} of {name} has no tokens: give it a text")
         ids.extend(encoding.ids)
+        if len(ids) == starts[-1]:
+            raise ValueError(f"row {row} of {name} has no tokens: give it a text")
         types.extend(encoding.type_ids)
         starts.append(len(ids))
         if encoding.overflowing:
