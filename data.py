@@ -17,7 +17,7 @@ from formats.tokenizer import read_tokenizer
 class Task(NamedTuple):
     """What the columns of a task's files mean, how predictions are scored and handed in.
 
-    No code asks for a task's name: whatever sets one apart is an entry of its row in TASKS.
+    No code below asks for a task's name: whatever sets one apart is an entry of its row in TASKS.
     """
     folder: str                     # below the data folder; "": a user's own files
     rows: dict                      # split → official number of rows; split "dev" is dev.tsv
@@ -31,58 +31,54 @@ class Task(NamedTuple):
     damaged: bool = False           # official files have bad rows: up to 0.1 % may be skipped
     downloads: dict = {}            # address → name to keep it under, "" for a zip of TSV files
     submissions: dict = {}          # test split → file name that gluebenchmark.com asks for
-    originals: dict = {}            # split → (file it was made of, rows listed in DEV_IDS?)
     make: str = ""                  # the question of toy.language() that makes the rows
 
 
+def of_glue(folder, rows, archive=None, **fields):
+    """A Task of GLUE: its files are one archive, its predictions are handed in as one file."""
+    usual = {"downloads": {f"glue/data/{archive or folder}.zip": ""},
+             "submissions": {"test": f"{folder}.tsv"}}
+    return Task(folder, rows, **usual | fields)
+
+
 TASKS = {
-    "cola": Task(folder="CoLA", rows={"train": 8551, "dev": 1043, "test": 1063},
-                 texts=("sentence",), labels=("0", "1"), metrics=("matthews",),
-                 header=("source", "label", "author's mark", "sentence"),
-                 downloads={"glue/data/CoLA.zip": ""}, submissions={"test": "CoLA.tsv"}),
-    "sst2": Task(folder="SST-2", rows={"train": 67349, "dev": 872, "test": 1821},
-                 texts=("sentence",), labels=("0", "1"),
-                 downloads={"glue/data/SST-2.zip": ""}, submissions={"test": "SST-2.tsv"}),
-    "mrpc": Task(folder="MRPC", rows={"train": 3668, "dev": 408, "test": 1725},
-                 texts=("#1 String", "#2 String"), label="Quality", labels=("0", "1"),
-                 metrics=("accuracy", "f1"),
-                 downloads={
-                     "senteval/senteval_data/msr_paraphrase_train.txt": "msr_paraphrase_train.txt",
-                     "senteval/senteval_data/msr_paraphrase_test.txt": "test.tsv",
-                     "glue/data/mrpc_dev_ids.tsv": glue.DEV_IDS},
-                 originals={"train": ("msr_paraphrase_train.txt", False),
-                            "dev": ("msr_paraphrase_train.txt", True),
-                            "test": ("msr_paraphrase_test.txt", None)},
-                 submissions={"test": "MRPC.tsv"}),
-    "qqp": Task(folder="QQP", rows={"train": 363846, "dev": 40430, "test": 390965}, damaged=True,
-                texts=("question1", "question2"), label="is_duplicate", labels=("0", "1"),
-                metrics=("accuracy", "f1"),
-                downloads={"glue/data/QQP-clean.zip": ""}, submissions={"test": "QQP.tsv"}),
-    "stsb": Task(folder="STS-B", rows={"train": 5749, "dev": 1500, "test": 1379},
-                 texts=("sentence1", "sentence2"), label="score", score_range=(0.0, 5.0),
-                 metrics=("pearson", "spearman"),
-                 downloads={"glue/data/STS-B.zip": ""}, submissions={"test": "STS-B.tsv"}),
-    "mnli": Task(folder="MNLI", rows={"train": 392702, "dev_matched": 9815, "dev_mismatched": 9832,
-                                      "test_matched": 9796, "test_mismatched": 9847},
-                 texts=("sentence1", "sentence2"), label="gold_label",
-                 labels=("entailment", "neutral", "contradiction"),
-                 downloads={"glue/data/MNLI.zip": ""},
-                 submissions={"test_matched": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv"}),
-    "qnli": Task(folder="QNLI", rows={"train": 104743, "dev": 5463, "test": 5463},
-                 texts=("question", "sentence"), labels=("entailment", "not_entailment"),
-                 downloads={"glue/data/QNLIv2.zip": ""}, submissions={"test": "QNLI.tsv"}),
-    "rte": Task(folder="RTE", rows={"train": 2490, "dev": 277, "test": 3000},
-                texts=("sentence1", "sentence2"), labels=("entailment", "not_entailment"),
-                downloads={"glue/data/RTE.zip": ""}, submissions={"test": "RTE.tsv"}),
-    "demo": Task(folder="demo", rows={"train": 2000, "dev": 1000}, make="adapt",
+    "cola": of_glue("CoLA", {"train": 8551, "dev": 1043, "test": 1063},
+                    texts=("sentence",), labels=("0", "1"), metrics=("matthews",),
+                    header=("source", "label", "author's mark", "sentence")),
+    "sst2": of_glue("SST-2", {"train": 67349, "dev": 872, "test": 1821},
+                    texts=("sentence",), labels=("0", "1")),
+    "mrpc": of_glue("MRPC", {"train": 3668, "dev": 408, "test": 1725},
+                    texts=("#1 String", "#2 String"), label="Quality", labels=("0", "1"),
+                    metrics=("accuracy", "f1"), downloads=glue.MRPC_DOWNLOADS),
+    "qqp": of_glue("QQP", {"train": 363846, "dev": 40430, "test": 390965}, "QQP-clean",
+                   texts=("question1", "question2"), label="is_duplicate", labels=("0", "1"),
+                   metrics=("accuracy", "f1"), damaged=True),
+    "stsb": of_glue("STS-B", {"train": 5749, "dev": 1500, "test": 1379},
+                    texts=("sentence1", "sentence2"), label="score", score_range=(0.0, 5.0),
+                    metrics=("pearson", "spearman")),
+    "mnli": of_glue("MNLI", {"train": 392702, "dev_matched": 9815, "dev_mismatched": 9832,
+                             "test_matched": 9796, "test_mismatched": 9847},
+                    texts=("sentence1", "sentence2"), label="gold_label",
+                    labels=("entailment", "neutral", "contradiction"),
+                    submissions={"test_matched": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv"}),
+    "qnli": of_glue("QNLI", {"train": 104743, "dev": 5463, "test": 5463}, "QNLIv2",
+                    texts=("question", "sentence"), labels=("entailment", "not_entailment")),
+    "rte": of_glue("RTE", {"train": 2490, "dev": 277, "test": 3000},
+                   texts=("sentence1", "sentence2"), labels=("entailment", "not_entailment")),
+    "demo": Task("demo", {"train": 2000, "dev": 1000}, make="adapt",
                  texts=("sentence",), labels=("0", "1")),
 }
 
 
-def get_task(task):
-    """The row of TASKS with that name; a Task is returned as it is."""
+def get_task(task, columns=None):
+    """The row of TASKS with that name; a Task is returned as it is.
+
+    columns: what a run on a user's own files says of their columns, for the task "own".
+    """
     if isinstance(task, Task):
         return task
+    if task == "own" and columns:
+        return Task("", {}, **columns)
     if task not in TASKS:
         raise ValueError(f"there is no task {task!r}: the tasks are {', '.join(TASKS)}")
     return TASKS[task]
@@ -104,7 +100,7 @@ def load_task(task, data_dir="glue", seed=0, train=True):
 
 def labelled_splits(task, train):
     """The names of the splits to train and evaluate on, or to evaluate on alone."""
-    wanted = ("train", "dev") if train else "dev"
+    wanted = ("train", "dev") if train else ("dev",)
     return [name for name in task.rows if name.startswith(wanted)]
 
 
@@ -126,15 +122,12 @@ def load_own(train_file, dev_file):
         deviation = float(scores.std(correction=0)) or 1.0      # 0: all are alike
         task = task._replace(unit=(float(scores.mean()), deviation))
     train = glue.in_unit(train, task, train_file)
-    splits, task = load_dev(dev_file, task)
-    return {"train": train, **splits}, task
+    return {"train": train, "dev": load_file(dev_file, task)}, task
 
 
-def load_dev(dev_file, task, columns=None):
-    """({"dev": Split}, Task) of a file. task: a name, a Task or, with columns of a run, "own"."""
-    task = Task("", {}, **columns) if task == "own" else get_task(task)
-    dev = glue.read_split(dev_file, task)
-    return {"dev": glue.in_unit(dev, task, dev_file)}, task
+def load_file(path, task):
+    """The Split of one file with the columns of a Task."""
+    return glue.in_unit(glue.read_split(path, task), task, path)
 
 
 # ---- tokens ------------------------------------------------------------------------------------
@@ -169,20 +162,23 @@ def encode(tokenizer, split, max_len, name="the data"):
     starts = array("q", [0])
     truncated = 0
     tokenizer.enable_truncation(max_len, strategy="longest_first")
-    for encoding in encodings(tokenizer, split.texts):
+    for row, encoding in enumerate(encodings(tokenizer, split.texts), start=1):
         ids.extend(encoding.ids)
+        if len(ids) == starts[-1]:
+            raise ValueError(f"row {row} of {name} has no tokens: give it a text")
         types.extend(encoding.type_ids)
         starts.append(len(ids))
         if encoding.overflowing:
             truncated += 1
     tokenizer.no_truncation()
 
-    starts = torch.frombuffer(starts, dtype=torch.int64)
-    check_tokens(tokenizer, ids, starts, special, name)
-    ids = torch.frombuffer(ids, dtype=torch.int32)
-    types = torch.frombuffer(types, dtype=torch.uint8)
-    labels = None if split.labels is None else torch.tensor(split.labels)
-    return Examples(ids, types, starts, labels, max_len, truncated)
+    examples = Examples(ids=torch.frombuffer(ids, dtype=torch.int32),
+                        types=torch.frombuffer(types, dtype=torch.uint8),
+                        starts=torch.frombuffer(starts, dtype=torch.int64),
+                        labels=None if split.labels is None else torch.tensor(split.labels),
+                        max_len=max_len, truncated=truncated)
+    check_words(tokenizer, examples.ids, len(ids) - special * len(split.texts), name)
+    return examples
 
 
 def encodings(tokenizer, texts):
@@ -194,14 +190,13 @@ def encodings(tokenizer, texts):
         yield from tokenizer.encode_batch_fast(rows[first:first + piece])
 
 
-def check_tokens(tokenizer, ids, starts, special, name):
-    """ValueError for a row without a token, and where most are unknown: no training would help."""
-    empty = (starts.diff() == 0).nonzero()
-    if len(empty):
-        raise ValueError(f"row {int(empty[0]) + 1} of {name} has no tokens: give it a text")
-    unknown = {tokenizer.token_to_id("[UNK]"), tokenizer.token_to_id("<unk>")} - {None}
-    texts = len(ids) - special * (len(starts) - 1)      # tokens but for the special ones
-    share = sum(map(ids.count, unknown)) / max(1, texts)
+def check_words(tokenizer, ids, words, name):
+    """ValueError if most of the tokens that are words are unknown: no training would help."""
+    unknown = 0
+    for token in ("[UNK]", "<unk>"):
+        if tokenizer.token_to_id(token) is not None:
+            unknown += int((ids == tokenizer.token_to_id(token)).sum())
+    share = unknown / max(1, words)
     if share > 0.5:
         raise ValueError(f"{share:.0%} of the tokens of {name} are unknown to the tokenizer: give "
                          "a model of the language that they are in")
@@ -239,8 +234,6 @@ def batches(examples, batch_size, pad_id=0, generator=None, skip=0, multiple=8):
     skip: how many batches to leave out. multiple: T is the longest row, rounded up to a multiple of
     this but never beyond max_len; 8 is what tensor cores are fast with.
     """
-    if batch_size < 1 or skip < 0:
-        raise ValueError(f"batch size {batch_size} and skip {skip}: give at least 1 and 0")
     plan = plan_batches(examples.starts.diff(), batch_size, generator)
     return (collate(examples, rows, multiple, pad_id) for rows in plan[skip:])
 
@@ -280,7 +273,7 @@ def collate(examples, rows, multiple, pad_id):
 
 
 # ---- scores ------------------------------------------------------------------------------------
-# p: predictions (N,), t: targets (N,). A metric whose denominator is zero is 0.
+# p: predictions (N,), t: targets (N,). Where all are equal, a metric may have no value: it is 0.
 
 def accuracy(p, t):
     """The share of predictions that are right."""
@@ -308,7 +301,7 @@ def pearson(p, t):
     """The linear correlation."""
     if p.min() == p.max() or t.min() == t.max():
         return 0.0
-    return torch.corrcoef(torch.stack([p, t]))[0, 1].nan_to_num()     # NaN if a square overflows
+    return torch.corrcoef(torch.stack([p, t]))[0, 1]
 
 
 def spearman(p, t):
@@ -319,28 +312,27 @@ def spearman(p, t):
 def ranks(x):
     """Ranks from 1; equal values share the mean of theirs."""
     _, which, counts = x.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0) - (counts - 1) / 2).double()[which]      # the last one's less half
+    last = counts.cumsum(0).double()                    # the rank of the last of its equals
+    return (last - (counts - 1) / 2)[which]
 
 
-METRICS = {one.__name__: one for one in (accuracy, f1, matthews, pearson, spearman)}
+METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews,
+           "pearson": pearson, "spearman": spearman}
 
 
 def metrics(task, predictions, labels):
     """{name: value} of the task's metrics, in its order; 1.0 is perfect. Computed in float64.
 
-    predictions, labels: (N,) class ids, or scores of a regression. Anything else is a ValueError:
-    (N, 1) against (N,) would broadcast to (N, N) and give a plausible, wrong number.
+    predictions, labels: (N,) class ids, or finite scores of a regression. Else ValueError: (N, 1)
+    against (N,) would broadcast to (N, N), NaN would have a rank: plausible, wrong numbers.
     """
     task = get_task(task)
-    p = torch.as_tensor(predictions).detach().cpu()
-    t = torch.as_tensor(labels).detach().cpu()
-    if p.dim() != 1 or p.shape != t.shape or len(p) == 0:
-        raise ValueError(f"predictions {[*p.shape]} and labels {[*t.shape]} must both be (N,)")
-    both = torch.stack([p, t])                                        # (2, N)
+    p = torch.as_tensor(predictions)
+    t = torch.as_tensor(labels)
+    are_alike = p.dim() == 1 and p.shape == t.shape and len(p) > 0
+    if not are_alike or not torch.stack([p, t]).isfinite().all():
+        raise ValueError(f"predictions {[*p.shape]} and labels {[*t.shape]} must both be (N,) and "
+                         "finite")
     if not task.labels:
-        both = both.double()
-        if not both.isfinite().all():
-            raise ValueError("a prediction or a label is not a finite number")
-    elif both.is_floating_point() or both.min() < 0 or both.max() >= len(task.labels):
-        raise ValueError(f"class ids must be whole numbers from 0 to {len(task.labels) - 1}")
-    return {name: float(METRICS[name](*both)) for name in task.metrics}
+        p, t = torch.stack([p, t]).double()
+    return {name: float(METRICS[name](p, t)) for name in task.metrics}

@@ -33,7 +33,7 @@ from formats.disk import read_object
 from formats.head import fit_head
 
 PREFIX = {"deberta-v2": "deberta", "roberta": "roberta", "bert": "bert"}
-# The six matrices of a layer: the paper's short names (Table 4) → their places in a layer.
+# The six matrices of a layer: LoRA²'s short names (arXiv 2408.06854, Table 4) → their places.
 TARGETS = {"deberta-v2": {"q": "attention.self.query_proj",
                           "k": "attention.self.key_proj",
                           "v": "attention.self.value_proj",
@@ -48,7 +48,7 @@ TARGETS = {"deberta-v2": {"q": "attention.self.query_proj",
                        "f2": "output.dense"}}
 TARGETS["bert"] = TARGETS["roberta"]
 # The head is dropout → dense → activation → dropout → output. Of each family: the option with the
-# first dropout's rate, the place of dense, the activation, the place of output.
+# first dropout's rate, dense's name, the activation, output's name.
 HEADS = {"deberta-v2": ("pooler_dropout", "pooler.dense", F.gelu, "classifier"),
          "roberta": ("classifier_dropout", "classifier.dense", torch.tanh, "classifier.out_proj"),
          "bert": (None, "bert.pooler.dense", torch.tanh, "classifier")}
@@ -99,7 +99,8 @@ def split_heads(x, H):
 
 def attend(scores, mask, v, dropout):
     """Each token's mean of v, (B, H, T, e), by the softmax of its scores: → (B, T, d)."""
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    least = torch.finfo(scores.dtype).min               # of −inf alone a softmax would be NaN
+    scores = scores.masked_fill(~mask, least)
     weights = dropout(scores.softmax(-1))               # (B, H, T, T)
     y = weights @ v                                     # (B, H, T, e)
     return y.transpose(1, 2).flatten(2)                 # (B, T, d)
@@ -117,7 +118,7 @@ class SelfAttention(nn.Module):
         self.value = nn.Linear(d, d)
         self.dropout = nn.Dropout(config["attention_probs_dropout_prob"])
 
-    def forward(self, x, mask, positions):              # positions: None, they are DeBERTa's
+    def forward(self, x, mask):
         H = self.heads
         q = split_heads(self.query(x), H)               # (B, H, T, e)
         k = split_heads(self.key(x), H)                 # (B, H, T, e)
@@ -137,7 +138,7 @@ class DisentangledSelfAttention(nn.Module):
     paper has δ(j, i) in the last term; its code, the released models and so we have δ(i, j).
 
     x: (B, T, d) → (B, T, d). mask: (B, 1, 1, T), True at tokens, False at padding.
-    positions: the table, (R, d), and which of its rows belongs to i − j, (T, T).
+    table: of positions, (R, d). index: which of its rows belongs to i − j, (T, T).
     """
 
     def __init__(self, config):
@@ -150,9 +151,8 @@ class DisentangledSelfAttention(nn.Module):
         self.pos_dropout = nn.Dropout(config["hidden_dropout_prob"])
         self.dropout = nn.Dropout(config["attention_probs_dropout_prob"])
 
-    def forward(self, x, mask, positions):
+    def forward(self, x, mask, table, index):
         H = self.heads
-        table, index = positions                        # (R, d), (T, T)
         table = self.pos_dropout(table)
         q = split_heads(self.query_proj(x), H)          # (B, H, T, e)
         k = split_heads(self.key_proj(x), H)            # (B, H, T, e)
@@ -180,7 +180,7 @@ def bucket(distance, buckets, max_position):
     """
     mid = buckets // 2
     size = distance.abs().clamp(min=mid).float()        # at least mid: no log of 0
-    longest = torch.tensor((max_position - 1) / mid)
+    longest = torch.tensor((max_position - 1) / mid)    # in float32, to round as transformers does
     share = torch.log(size / mid) / torch.log(longest)  # 0 at mid, 1 at the longest
     far = mid + torch.ceil(share * (mid - 1)).long()
     return torch.where(distance.abs() <= mid, distance, far * distance.sign())
@@ -206,14 +206,15 @@ class Layer(nn.Module):
         super().__init__()
         d = config["hidden_size"]
         f = config["intermediate_size"]
-        is_deberta = config["model_type"] == "deberta-v2"
-        attention = DisentangledSelfAttention if is_deberta else SelfAttention
+        attention = SelfAttention
+        if config["model_type"] == "deberta-v2":
+            attention = DisentangledSelfAttention
         self.attention = nn.ModuleDict({"self": attention(config), "output": Output(d, config)})
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(d, f)})
         self.output = Output(f, config)
 
-    def forward(self, x, mask, positions):
-        y = self.attention.self(x, mask, positions)     # (B, T, d)
+    def forward(self, x, mask, *positions):
+        y = self.attention.self(x, mask, *positions)    # (B, T, d)
         x = self.attention.output(y, x)                 # (B, T, d)
         y = F.gelu(self.intermediate.dense(x))          # (B, T, f)
         return self.output(y, x)                        # (B, T, d)
@@ -224,9 +225,9 @@ class Encoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.kind = config["model_type"]
         self.layer = nn.ModuleList(Layer(config) for _ in range(config["num_hidden_layers"]))
-        self.relative = config["model_type"] == "deberta-v2"
-        if self.relative:
+        if self.kind == "deberta-v2":
             d = config["hidden_size"]
             self.buckets = config["position_buckets"]
             self.max_position = config["max_position_embeddings"]
@@ -235,26 +236,16 @@ class Encoder(nn.Module):
 
     def forward(self, x, attention_mask):
         mask = attention_mask.bool()[:, None, None]     # (B, 1, 1, T)
-        positions = None
-        if self.relative:
+        positions = ()
+        if self.kind == "deberta-v2":
             i = torch.arange(x.shape[1], device="cpu")  # a GPU's log may round otherwise
             distance = i[:, None] - i                   # (T, T): i − j
             index = bucket(distance, self.buckets, self.max_position) + self.buckets
             table = self.LayerNorm(self.rel_embeddings.weight)  # (R, d)
             positions = table, index.to(x.device)
         for layer in self.layer:
-            x = layer(x, mask, positions)
+            x = layer(x, mask, *positions)
         return x
-
-
-def place(module, name, layer):
-    """Make a layer the submodule of that dotted name, with what stands in between."""
-    *path, last = name.split(".")
-    for part in path:
-        if not hasattr(module, part):
-            module.add_module(part, nn.Module())
-        module = getattr(module, part)
-    module.add_module(last, layer)
 
 
 class SequenceClassifier(nn.Module):
@@ -273,18 +264,21 @@ class SequenceClassifier(nn.Module):
         self.kind = config["model_type"]
         self.max_len = config["max_position_embeddings"]    # the longest input, in tokens
         self.head = ["pooler", "classifier"]            # parts of its parameters' names
+        d = config["hidden_size"]
+        backbone = nn.ModuleDict({"embeddings": Embeddings(config), "encoder": Encoder(config)})
+        self.add_module(PREFIX[self.kind], backbone)
+        dense = nn.Linear(d, d)
+        output = nn.Linear(d, num_labels)
         if self.kind == "roberta":
             self.max_len -= config["pad_token_id"] + 1  # where positions begin
             self.head = ["classifier"]
+            self.classifier = nn.ModuleDict({"dense": dense, "out_proj": output})
+        else:
+            owner = backbone if self.kind == "bert" else self
+            owner.add_module("pooler", nn.ModuleDict({"dense": dense}))
+            self.classifier = output
 
-        d = config["hidden_size"]
-        prefix = PREFIX[self.kind]
-        first, dense, self.activation, output = HEADS[self.kind]
-        self.head_layers = [dense, output]
-        place(self, f"{prefix}.embeddings", Embeddings(config))
-        place(self, f"{prefix}.encoder", Encoder(config))
-        place(self, dense, nn.Linear(d, d))
-        place(self, output, nn.Linear(d, num_labels))
+        first, _, self.activation, _ = HEADS[self.kind]
         self.first_dropout = nn.Dropout(config[first]) if first else nn.Identity()
         self.dropout = nn.Dropout(config[HEAD_DROPOUT[self.kind]])
 
@@ -292,6 +286,11 @@ class SequenceClassifier(nn.Module):
     def backbone(self):
         """All but the head (with BERT's pooler), under the checkpoint's own name."""
         return getattr(self, PREFIX[self.kind])
+
+    def head_layers(self):
+        """{name: layer} of the head's dense and output, which a method may have replaced."""
+        _, dense, _, output = HEADS[self.kind]
+        return {dense: self.get_submodule(dense), output: self.get_submodule(output)}
 
     def encode(self, input_ids, attention_mask, token_type_ids=None):
         """The last hidden states, (B, T, d). ValueError if T is more than max_len.
@@ -307,7 +306,7 @@ class SequenceClassifier(nn.Module):
 
     def forward(self, input_ids, attention_mask, token_type_ids=None):
         """The arguments of encode() → logits, (B, num_labels)."""
-        dense, output = map(self.get_submodule, self.head_layers)
+        dense, output = self.head_layers().values()
         x = self.encode(input_ids, attention_mask, token_type_ids)
         x = self.activation(dense(self.first_dropout(x[:, 0])))  # (B, d): of the first token
         return output(self.dropout(x))                  # (B, num_labels)
@@ -318,11 +317,11 @@ def target_modules(model, names):
     places = TARGETS[model.kind]
     if not names or not set(names) <= places.keys():
         raise ValueError(f"unknown target among {[*names]}: give some of {','.join(places)}")
+    chosen = [place for name, place in places.items() if name in names]
     found = []
     for i in range(model.config["num_hidden_layers"]):
-        for name, place in places.items():
-            if name in names:
-                found.append(f"{PREFIX[model.kind]}.encoder.layer.{i}.{place}")
+        layer = f"{PREFIX[model.kind]}.encoder.layer.{i}"
+        found += [f"{layer}.{place}" for place in chosen]
     return found
 
 
@@ -354,24 +353,22 @@ def from_pretrained(name_or_dir, num_labels, head_dropout=None, labels=None):
         model = SequenceClassifier(config, num_labels)
     model.source = str(name_or_dir)
     wanted = model.state_dict()
-    head = {name: model.get_submodule(name) for name in model.head_layers}
-
+    head = model.head_layers()
     weights = hub.read_weights(name_or_dir, config)
-    weights = hub.convert(weights, PREFIX[model.kind], wanted.keys(), name_or_dir)
+    weights = hub.convert(weights, PREFIX[model.kind], wanted, name_or_dir)
     fit_head(weights, head, config, labels, name_or_dir)
-    for name in head:
-        keys = [f"{name}.weight", f"{name}.bias"]
-        if weights.keys().isdisjoint(keys):             # half a layer is damage
-            model.new_weights += keys
-            del wanted[keys[0]], wanted[keys[1]]
-    hub.check_weights(weights, wanted, name_or_dir)     # all of these and no others
-
-    model.load_state_dict(weights, strict=False, assign=True)  # no copy, if the file is in fp32
-    for layer in head.values():
-        if layer.weight.is_meta:                        # new: draw it
-            layer.to_empty(device="cpu")
-            nn.init.normal_(layer.weight, std=config["initializer_range"])
-            nn.init.zeros_(layer.bias)
+    new = {}
+    for name, layer in head.items():
+        there = {f"{name}.weight": layer.weight, f"{name}.bias": layer.bias}
+        if weights.keys().isdisjoint(there):            # half a layer is damage
+            new |= there
+    hub.check_weights(weights | new, wanted, name_or_dir)  # before memory is taken for new ones
+    for key, empty in new.items():
+        weights[key] = torch.zeros(empty.shape)
+        if key.endswith("weight"):
+            weights[key].normal_(std=config["initializer_range"])
+    model.new_weights = list(new)
+    model.load_state_dict(weights, assign=True)         # no copy, if the file is in fp32
     if labels or model.new_weights:                     # the file's names are of another head
         config["id2label"] = {str(i): label for i, label in enumerate(labels or ())}
     return model.float()
@@ -383,10 +380,10 @@ def save_pretrained(model, folder):
     ValueError for a model with adapters: merge them first, no other software knows their keys.
     OSError if the folder cannot be written.
     """
-    state = {key: tensor.detach().contiguous() for key, tensor in model.state_dict().items()}
+    state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
     with torch.device("meta"):
-        plain = SequenceClassifier(model.config, model.num_labels).state_dict()
-    strange = plain.keys() ^ state.keys()
+        without_adapters = SequenceClassifier(model.config, model.num_labels)
+    strange = without_adapters.state_dict().keys() ^ state.keys()
     if strange:
         raise ValueError(f"{min(strange)} is no plain weight: merge the adapters before saving")
     config = config_to_write(model.config, model.num_labels, next(model.parameters()).dtype)

@@ -17,6 +17,15 @@ from formats.disk import reading, warn, write_file, writing
 
 BASE_URL = "https://dl.fbaipublicfiles.com"  # the GLUE authors' downloads
 DEV_IDS = "dev_ids.tsv"                      # MRPC: the ids of the original file's dev rows
+MRPC_DOWNLOADS = {                           # address → name to keep it under
+    "senteval/senteval_data/msr_paraphrase_train.txt": "msr_paraphrase_train.txt",
+    "senteval/senteval_data/msr_paraphrase_test.txt": "test.tsv",
+    "glue/data/mrpc_dev_ids.tsv": DEV_IDS}
+# A split without a file → (what it is made of if that is there, as in MRPC's folder; whether its
+# rows are those in DEV_IDS, or the others; None: they are all rows).
+ORIGINALS = {"train": ("msr_paraphrase_train.txt", False),
+             "dev": ("msr_paraphrase_train.txt", True),
+             "test": ("msr_paraphrase_test.txt", None)}
 ID_COLUMNS = ("#1 ID", "#2 ID")              # a line of DEV_IDS is such a pair
 NO_LABEL = ("-", "-1", "nan", "null", "n/a", "?")  # as SNLI, the Hub, pandas and others write it
 LONGEST = 1_000_000                          # bytes of a line; a tokenizer takes 150 times as much
@@ -282,7 +291,7 @@ def find_split(task, data_dir, name):
     path = folder / f"{name}.tsv"
     if path.exists():
         return path, None
-    original, listed = task.originals.get(name, (path.name, None))
+    original, listed = ORIGINALS.get(name, (path.name, None))
     needed = [original] if listed is None else [original, DEV_IDS]
     if all((folder / file).is_file() for file in needed):
         return folder / original, listed

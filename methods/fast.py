@@ -138,19 +138,19 @@ class FastEncoder(Encoder):
     """Encoder that gives its layers what the fast attentions take.
 
     mask: (B, 1, 1, T), to be added: 0 at tokens, the least number of its dtype at padding.
-    positions: the rows of the table that T tokens need, (rows, d), and order, see relative_rows().
+    table: the rows of the table that T tokens need, (rows, d). order: see relative_rows().
     """
 
     def forward(self, x, attention_mask):
-        positions = None
-        if self.relative:
+        positions = ()
+        if self.kind == "deberta-v2":
             first, end, order = relative_rows(x.shape[1], self.buckets, self.max_position, x.device)
             positions = self.LayerNorm(self.rel_embeddings.weight[first:end]), order
         dtype = product_dtype(x)
         mask = torch.zeros(attention_mask.shape, dtype=dtype, device=x.device)
         mask = mask.masked_fill(~attention_mask.bool(), torch.finfo(dtype).min)[:, None, None]
         for layer in self.layer:
-            x = layer(x, mask, positions)
+            x = layer(x, mask, *positions)
         return x
 
 
@@ -176,7 +176,7 @@ class FastSelfAttention(SelfAttention):
     Not in training on a CPU: there a bf16 step of 128 tokens is 1.2 times as fast without it.
     """
 
-    def forward(self, x, mask, positions):
+    def forward(self, x, mask):
         B, T, d = x.shape
         x = x.to(mask.dtype)                                # under autocast one copy, not three
         q = split_heads(self.query(x), self.heads)          # (B, H, T, e)
@@ -197,13 +197,12 @@ class FastDisentangledSelfAttention(DisentangledSelfAttention):
 
     Instead q · K_δ and k · Q_δ are made for all distances in their order, (.., T, W), W ≥ 2T − 1,
     and read along diagonals: a row further down the wanted column is one further to the side, which
-    is a *view* with other strides. mask and positions: as FastEncoder has them.
+    is a *view* with other strides. mask, table and order: as FastEncoder has them.
     """
 
-    def forward(self, x, mask, positions):
+    def forward(self, x, mask, table, order):
         B, T, d = x.shape
         H = self.heads
-        table, order = positions                            # (rows, d), (2T − 1,) or None
         x = x.to(mask.dtype)                                # under autocast one copy, not three
         q = heads_first(self.query_proj(x), H).contiguous()  # (H, B, T, e)
         k = heads_first(self.key_proj(x), H).contiguous()   # (H, B, T, e)

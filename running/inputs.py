@@ -24,7 +24,8 @@ def load_splits(o, here, stored):
     A missing task is fetched by one of the processes. To evaluate there is no split "train".
     """
     if o.dev_file and stored:
-        splits, task = data.load_dev(o.dev_file, o.task, stored["columns"])
+        task = data.get_task(o.task, stored["columns"])
+        splits = {"dev": data.load_file(o.dev_file, task)}
     elif o.dev_file:
         splits, task = data.load_own(o.train_file, o.dev_file)
     else:

@@ -45,13 +45,12 @@ def test_own_files_and_a_file_of_a_task(tmp_path):
     assert splits == {"train": Split([("x",), ("y",)], [0, 1]), "dev": Split([("y",)], [1])}
     assert task == data.Task("", {}, **glue.read_columns(train))
     columns = {"texts": ("sentence",), "label": "label", "labels": ("yes", "no"), "metrics": ("f1",)}
-    splits, task = data.load_dev(dev, "own", columns)
-    assert splits == {"dev": Split([("y",)], [0])} and task.metrics == ("f1",)
+    task = data.get_task("own", columns)
+    assert data.load_file(dev, task) == Split([("y",)], [0]) and task.metrics == ("f1",)
+    task = data.get_task("cola", columns)
     cola = write(tmp_path / "cola.tsv", [("label", "sentence"), ("1", "x")])
-    splits, task = data.load_dev(cola, "cola", columns)
-    assert splits == {"dev": Split([("x",)], [1])} and task.submissions == {"test": "CoLA.tsv"}
-    assert "'2'" in refusal(ValueError, data.load_dev, write(cola, [("label", "sentence"), ("2", "x")]),
-                            "cola", columns)
+    assert data.load_file(cola, task) == Split([("x",)], [1]) and task == TASKS["cola"]
+    assert "'2'" in refusal(ValueError, data.load_file, write(cola, [("label", "sentence"), ("2", "x")]), task)
 
 
 # ---- tokenizers and encoding -------------------------------------------------------------------------------
@@ -240,8 +239,6 @@ def test_batches_are_deterministic_and_resume():
     assert epoch(examples, multiple=1)[0] == whole         # a run may go on on another device
     ordered, again = epoch(examples, seed=None)
     assert ordered == again
-    for size, skip in ((0, 0), (-1, 0), (4, -1)):
-        refusal(ValueError, data.batches, examples, size, skip=skip)
 
 
 def test_pools_mix(monkeypatch):
@@ -290,7 +287,6 @@ def test_little_padding_much_mixing(name, multiple, limit, minilm):
 # ---- metrics -----------------------------------------------------------------------------------------------
 
 OWN = TASKS["cola"]._replace(metrics=("accuracy", "f1", "matthews"))
-TWO = torch.tensor([1, 2], dtype=torch.float64)
 
 
 @pytest.mark.filterwarnings("ignore:A single label")
@@ -329,7 +325,6 @@ def test_regression_metrics_against_scipy(n, step, shift):
     (OWN, [0, 0, 0, 0], [1, 0, 1, 1], (.25, 0, 0)), (OWN, [0, 0], [0, 0], (1, 0, 0)),
     ("mrpc", [1, 1, 0, 0, 0], [1, 0, 1, 1, 0], (.4, .4)), ("stsb", [3., 2., 1.], [1., 2., 3.], (-1, -1)),
     ("stsb", [1., 8., 9.], [1., 2., 3.], (8 / 76 ** .5, 1)), ("stsb", [2.0], [3.0], (0, 0)),
-    ("stsb", TWO * 1e-300, TWO * 1e-300, (0, 1)), ("stsb", TWO * 1e300, TWO * 1e300, (0, 1)),  # squares: 0, inf
     *[("stsb", [constant] * 1000, [float(i) for i in range(1000)], (0, 0))
       for constant in (0.0, 0.1, 1 / 3, 2.7)]])                # whose mean need not be exactly itself
 def test_metrics_by_hand(task, p, t, expected):
@@ -342,10 +337,9 @@ def test_metrics_by_hand(task, p, t, expected):
     ("stsb", torch.zeros(3, 1), torch.zeros(3, 1)), ("stsb", torch.zeros(1), torch.zeros(3)),
     ("stsb", [], []),
     ("stsb", [1.0, float("nan")], [1.0, 2.0]), ("stsb", [1.0, 2.0], [1.0, float("inf")]),
-    ("rte", torch.zeros(3, 2), torch.zeros(3).long()), ("rte", torch.zeros(3), torch.zeros(3).long()),
-    ("rte", [0, 2], [0, 1]), ("rte", [0, 1], [0, -1])])
+    ("rte", torch.zeros(3, 2), torch.zeros(3).long()), ("rte", [0, 1], [0.0, float("nan")])])
 def test_metrics_refuse(task, p, t):
-    """Oracle: (N,) against (N,), class ids in range, finite scores; (N, 1) and (N,) must never broadcast."""
+    """Oracle: (N,) against (N,), finite numbers; (N, 1) and (N,) must never broadcast."""
     refusal(ValueError, data.metrics, task, p, t)
 
 

@@ -143,7 +143,7 @@ def test_fused_attention_drops_in_training_alone(monkeypatch, training):
     with torch.device("meta"):
         block = M.SelfAttention(NARROW["roberta"] | {"attention_probs_dropout_prob": 0.23}).train(training)
         block.__class__ = fast.FastSelfAttention
-        assert block(torch.ones(2, 20, 24), torch.zeros(2, 1, 1, 20), None).shape == (2, 20, 24)
+        assert block(torch.ones(2, 20, 24), torch.zeros(2, 1, 1, 20)).shape == (2, 20, 24)
     assert rates == [0.23 if training else 0.0]
 
 

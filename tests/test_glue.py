@@ -207,8 +207,6 @@ def test_only_damaged_files_skip_rows(tmp_path, capsys):
     assert "x.tsv:4: the label is 'x'" in refusal(ValueError, glue.read_split, qqp(3), TASKS["qqp"])
     # without one of its rows a submission would be shifted
     assert "x.tsv:2" in refusal(ValueError, glue.read_split, qqp(1), TASKS["qqp"], labelled=False)
-    for name, task in TASKS.items():
-        assert task.damaged == (name == "qqp")
 
 
 def test_row_counts_warn(tmp_path, capsys):
@@ -363,7 +361,7 @@ def test_colas_files_with_and_without_a_header(tmp_path, end):
         path = write(tmp_path / "CoLA" / "dev.tsv", table, end)
         assert glue.read_split(path, TASKS["cola"]) == Split(right, [1, 0, 1])
         assert glue.read_split(path, TASKS["cola"], labelled=False) == Split(right, None)
-        assert data.load_dev(path, "cola", {})[0] == {"dev": Split(right, [1, 0, 1])}
+        assert data.load_file(path, TASKS["cola"]) == Split(right, [1, 0, 1])
     numbered = [(str(i), row[3]) for i, row in enumerate(rows)]
     test = write(tmp_path / "test.tsv", [("index", "sentence"), *numbered])
     assert glue.read_split(test, TASKS["cola"], labelled=False) == Split(right, None)

@@ -451,7 +451,7 @@ def test_the_unit_of_glue_is_left_as_it_is(cli, tiny):
     assert "unit" not in folder.load_adapter("run/adapter.safetensors")[1]["columns"]
     head = models.from_pretrained("merged", 1).classifier
     assert torch.equal(head.weight, tensors()["classifier.weight"])
-    assert data.load_dev(paths["dev"], "stsb", {})[0] == data.load_task("stsb", train=False)
+    assert data.load_file(paths["dev"], data.TASKS["stsb"]) == data.load_task("stsb", train=False)["dev"]
 
 
 @pytest.mark.parametrize("values, says", [("1e308 -1e308", "train.tsv: the scores are too far apart"),
