@@ -40,6 +40,7 @@ def glue_rows(step):
 def sources(tmp_path_factory):
     """{(family, kind): the files}: vocabularies trained here, and the tokenizer.json that transformers makes."""
     transformers = pytest.importorskip("transformers")
+    pytest.importorskip("sentencepiece")                   # without it transformers reads no spm.model
     transformers.logging.set_verbosity_error()
     folder = tmp_path_factory.mktemp("sources")
     texts = (PLAIN + HARD) * 9
