@@ -239,6 +239,7 @@ def test_links_inside_the_repository_resolve(name):
         assert ((ROOT / name).parent / target).exists(), target
 
 
+@pytest.mark.ci
 def test_the_rooms_and_the_files_to_read_are_listed():
     """Oracle: the folder."""
     names = [path.name for path in ROOT.glob("*.py")]
