@@ -42,7 +42,7 @@ def new_figure(panels=1, height=3.2):
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as e:
-        raise ImportError("pictures need matplotlib: pip install -r requirements-dev.txt") from e
+        raise ImportError("pictures need matplotlib: pip install matplotlib") from e
     matplotlib.rcParams["svg.hashsalt"] = "lora2"          # the same picture, the same bytes
     figure = Figure(figsize=(7, height * panels), layout="constrained")
     return figure, [figure.add_subplot(panels, 1, i + 1) for i in range(panels)]

@@ -248,6 +248,8 @@ def write_adapter(folder, tensors, facts):
 def load_adapter(path):
     """({name: tensor}, facts) of an adapter.safetensors."""
     with disk.reading(path, "give the adapter.safetensors of a run"):
+        if Path(path).is_dir():
+            raise ValueError("it is a folder")
         with safetensors.safe_open(path, "pt") as file:
             text, hash_ = json.loads(file.metadata()["lora2"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
