@@ -1,0 +1,119 @@
+"""What why.py looks at in a run: the size and direction of ΔW, its factors, and other pruners'
+choices beside the one that counts."""
+import math
+
+import torch
+
+from lora2 import RankPruner, lora2_layers
+
+
+class Judge(RankPruner):
+    """A RankPruner that may look at less, and may judge without pruning.
+
+    of_task: its I is that of the task's gradient, without what R adds. by_mean: S = Ī, without Ū.
+    """
+
+    returned = 0                        # how often a choice took back what the one before left out
+
+    def see(self):
+        """Remember the gradients of the task, before those of R are added."""
+        self.seen = {}
+        for factor in self.joins:
+            self.seen[factor] = [w.grad.clone() for w in self.weights(factor)]
+
+    def gradients(self, factor):
+        if not self.of_task:
+            return super().gradients(factor)
+        return [gradient * self.clipped for gradient in self.seen[factor]]
+
+    def scores(self):
+        if not self.by_mean:
+            return super().scores()
+        return self.sensitivity_lam + self.sensitivity_u.mean(1) + self.sensitivity_U.mean(2)
+
+    def prune(self):
+        lams = [lam.clone() for lam in self.weights("lam")]
+        keep = self.keep.clone()
+        super().prune()
+        self.returned += (self.keep & ~keep).sum().item()
+        if not self.prunes:
+            for lam, before in zip(self.weights("lam"), lams):
+                lam.copy_(before)
+
+
+def make_judges(row, o, net, plan):
+    """{name: Judge} of a LoRA² run: "itself" prunes, two others judge beside it; {} for LoRA."""
+    judges = {}
+    for name in ("itself", "of-task", "by-mean") if o.method == "lora2" else ():
+        judge = Judge(net, o.target_rank, *plan.pruning())
+        judge.prunes = name == "itself"
+        kind = row if judge.prunes else name
+        judge.of_task = kind == "of-task"
+        judge.by_mean = kind == "by-mean"
+        judges[name] = judge
+    return judges
+
+
+def inner(X, Y):
+    """⟨ΔW, ΔW'⟩ of two updates (A, B) of one matrix, a number, without building them."""
+    return ((X[1].T @ Y[1]) * (X[0] @ Y[0].T)).sum().item()
+
+
+def cosine(X, Y):
+    """The cosine of two updates of all matrices, each as one long vector; 0 where ΔW = 0."""
+    dot = sum(inner(x, y) for x, y in zip(X, Y))
+    size = math.sqrt(sum(inner(x, x) for x in X) * sum(inner(y, y) for y in Y))
+    return round(dot / size, 4) if size else 0.0
+
+
+def angle(a, b):
+    """Degrees between the lines along two vectors: the principal angle of what they span."""
+    share = torch.cosine_similarity(a.flatten(), b.flatten(), dim=0).abs().clamp(max=1)
+    return math.degrees(math.acos(share.item()))
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+class Film:
+    """Looks at a model with adapters, k = 1 or LoRA's r = 1, from time to time."""
+
+    def __init__(self, net, judges):
+        self.layers = [layer for _, layer in lora2_layers(net)]
+        self.judges = judges
+        self.factors = [name for name in ("v", "V", "A") if hasattr(self.layers[0], name)]
+        self.start = [{name: getattr(layer, name).detach().clone() for name in self.factors}
+                      for layer in self.layers]
+        self.updates, self.seen = [], []
+
+    def look(self, t, loss):
+        """Take in what is there after step t."""
+        update = [layer.to_lora() for layer in self.layers]
+        sizes = []
+        for its, layer in zip(update, self.layers):
+            sizes.append(math.sqrt(inner(its, its)) / layer.base.weight.norm().item())
+        seen = {"t": t, "loss": loss, "size": mean(sizes)}
+        for name in self.factors:
+            now = [getattr(layer, name).detach() for layer in self.layers]
+            then = [factors[name] for factors in self.start]
+            seen[f"turned {name}"] = mean(map(angle, now, then))
+            seen[f"norm {name}"] = mean(factor.norm().item() for factor in now)
+        if self.judges:
+            itself = self.judges["itself"]
+            seen["kept"], seen["returned"] = itself.kept_total, itself.returned
+            seen["emptied"] = (~itself.keep.any(1)).sum().item()
+            seen["lam"] = mean(layer.lam.abs().max().item() for layer in self.layers)
+        for name, judge in self.judges.items():
+            seen[name] = (judge.keep & itself.keep).sum().item() / itself.kept_total
+        self.updates.append(update)
+        self.seen.append(seen)
+
+    def developed(self):
+        """{what was seen: a number for each look}, with the cosine of each update to the last."""
+        found = {}
+        for name in self.seen[0]:
+            found[name] = [float(f"{seen[name]:.4g}") for seen in self.seen]
+        found["to the last"] = [cosine(update, self.updates[-1]) for update in self.updates]
+        return found

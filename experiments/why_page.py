@@ -1,0 +1,106 @@
+"""From the file of why.py to Markdown and a figure: scores, differences, what was seen in the runs.
+
+`content` is what the JSON file holds, with what experiments/why.json says.
+"""
+from pathlib import Path
+
+from experiments import plot, study_page, tables
+
+FIGURE = Path(__file__).resolve().parents[1] / "docs" / "why"
+STEPS = (1, 42, 84, 126, 168, 252)                         # those that the tables show
+# What is looked at: its label, digits, and what it is multiplied by.
+SEEN = {"size": ("size of ΔW over that of W0, %, mean over the matrices", 2, 100),
+        "to the last": ("cosine of ΔW to the last ΔW", 2, 1),
+        "turned A": ("A turned by, degrees", 1, 1),
+        "turned v": ("v turned by, degrees", 1, 1), "turned V": ("V turned by, degrees", 1, 1),
+        "kept": ("kept singular values", 0, 1), "returned": ("taken back so far", 0, 1),
+        "emptied": ("matrices that keep nothing", 1, 1),
+        "of-task": ("kept too by the task's gradient alone, %", 1, 100),
+        "by-mean": ("kept too by Ī alone, %", 1, 100)}
+
+
+def films(content, row, task):
+    """What was seen in a row's runs on a task."""
+    return [run["film"] for run in tables.runs_of(content, row, task)]
+
+
+def film_table(content, row, task):
+    """A line for each quantity, mean ± standard deviation over the seeds."""
+    seen, lines = films(content, row, task), []
+    for name, (label, digits, times) in SEEN.items():
+        if name in seen[0]:
+            line = [label]
+            for t in STEPS:
+                values = [times * film[name][film["t"].index(t)] for film in seen]
+                line.append(tables.show(tables.summary(values), len(seen), digits))
+            lines.append(line)
+    title = f"{content['rows'][row]}, {tables.COLUMNS[task][0]}, after step"
+    return tables.markdown([title, *map(str, STEPS)], lines)
+
+
+def cosine_table(content, task):
+    """Cosines between the last ΔW of two runs with one seed, and of two with different seeds."""
+    found = {}
+    for run in content["runs"]:
+        for name, value in run["cosines"].items():
+            row, where, seed = name.split(".")
+            if where == task and {row, run["row"]} <= set(content["alike"]):
+                pair = tuple(sorted((row, run["row"])))
+                found.setdefault(pair, {}).setdefault(int(seed) == run["seed"], []).append(value)
+    lines = []
+    for (a, b), values in found.items():
+        line = [f"{content['rows'][a]} and {content['rows'][b]}"]
+        for is_same in (True, False):
+            part = tables.summary(values.get(is_same, []))
+            line.append(tables.show(part, 0) if part else "–")
+        lines.append(line)
+    title = f"cosine of the last ΔW, {tables.COLUMNS[task][0]}"
+    return tables.markdown([title, "of one seed", "of two seeds"], lines)
+
+
+def draw(content, task):
+    """docs/why.svg: the size and direction of ΔW over training, and what pruners agree on."""
+    figure, (size, direction, shared) = plot.new_figure(3, 2.2)
+    for i, row in enumerate(content["alike"]):
+        label = content["rows"][row]
+        for film in films(content, row, task):
+            size.plot(film["t"], [100 * value for value in film["size"]], f"C{i}", label=label)
+            direction.plot(film["t"], film["to the last"], f"C{i}")
+            label = None                                   # in the legend once
+    for i, film in enumerate(films(content, "lora2", task)):
+        chance = [kept / film["kept"][0] for kept in film["kept"]]
+        lines = {"the task's gradient alone": film["of-task"], "Ī alone": film["by-mean"],
+                 "chance": chance}
+        for (label, values), style in zip(lines.items(), ("C3", "C4", "0.6")):
+            shared.plot(film["t"], values, style, label=None if i else label)
+    size.set_ylabel("|ΔW| / |W0|, %")
+    direction.set_ylabel("cosine to the last ΔW")
+    shared.set_ylabel("share kept by both")
+    shared.set_xlabel("optimizer step")
+    for axes in (size, direction, shared):
+        axes.grid(alpha=0.3)
+    size.legend(fontsize=8)
+    shared.legend(fontsize=8)
+    plot.save(figure, FIGURE, [".svg"])
+
+
+def page(content):
+    """The Markdown of the file; it draws the figure too."""
+    runs = study_page.finished(content)
+    content = content | {"rows": {row: told[0] for row, told in content["rows"].items()}}
+    reported = content | {"runs": [run for run in runs if run["part"] == "reported"]}
+    task = content["tasks"][0]
+    parts = [tables.score_table(reported), study_page.difference_table(reported)]
+    for row in content["alike"]:
+        parts.append(film_table(reported, row, task))
+    parts.append(cosine_table(reported, task))
+    parts.append(study_page.choice_table(reported, content))
+    draw(reported, task)
+    lost = [tables.name_of(run) for run in study_page.diverged(content, "reported")]
+    if lost:
+        parts.append(f"Diverged, and in no mean: {', '.join(lost)}.\n")
+    hours = sum(run["seconds"] for run in runs) / 3600
+    kinds = ("device", "dtype", "torch")
+    facts = [f"{name} {', '.join(sorted({run[name] for run in runs}))}" for name in kinds]
+    parts.append(f"{len(content['runs'])} runs, {hours:.2f} hours; {'; '.join(facts)}.\n")
+    return tables.page_of(content, parts)

@@ -1,0 +1,198 @@
+"""Tests of three_scales.py, of what why.py looks at, and of what docs/results.md says of both and of the claims."""
+import math
+import re
+import statistics
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train
+from experiments import look_inside, search, study_page, summary, tables, why, why_page
+from formats import disk
+from lora2 import LoRA2Linear, RankPruner, add_lora2, lora2_layers, lora2_state_dict, merge_lora2, orthogonality_loss
+from methods import three_scales
+from methods.three_scales import ThreeScaleLinear
+from tests.cli import write_task
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "experiments" / "results"
+DOCS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+
+
+def adapted(k=1, r=4, layer=ThreeScaleLinear, init="orthonormal", ends=(9, 7, 5)):
+    """A net of two adapted layers with random Λ, and its layers."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(*ends[:2]), torch.nn.Linear(*ends[1:])).double()
+    add_lora2(net, ["0", "1"], k=k, r=r, alpha=r, init=init, layer=layer)
+    layers = [layer for _, layer in lora2_layers(net)]
+    for layer in layers:
+        torch.nn.init.normal_(layer.lam)
+    return net, layers
+
+
+# ---- three scales ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("k, r", [(1, 4), (3, 5), (5, 1)])
+def test_three_scales_as_one_product(k, r):
+    """Oracle: the dense product v w u Λ U W V, torch.linalg.matrix_rank, and the count that the docstring gives."""
+    net, layers = adapted(k, r)
+    x = torch.randn(6, 9).double()
+    y = net(x)
+    for layer in layers:
+        dense = layer.v @ layer.w @ layer.u @ torch.diag(layer.lam) @ layer.U @ layer.W @ layer.V * layer.scale
+        assert torch.allclose(layer.delta_weight(), dense.T)
+        assert torch.linalg.matrix_rank(dense) == min(k, layer.m, r)
+        x = layer.base(x) + x @ dense
+        ours = sum(p.numel() for p in layer.parameters() if p.requires_grad)
+        assert ours == k * (layer.in_features + layer.out_features) + 2 * k * layer.m + 2 * layer.m * r + r
+    assert torch.allclose(y, x) and {"0.w", "0.W"} <= lora2_state_dict(net).keys()
+    A, B = layers[0].to_lora()
+    assert torch.allclose(B @ A, layers[0].delta_weight())
+    assert torch.allclose(merge_lora2(net)(torch.ones(9).double()), adapted(k, r)[0](torch.ones(9).double()))
+
+
+@pytest.mark.parametrize("init", ["gaussian", "orthonormal"])
+def test_three_scales_begin_at_the_pretrained_model(init):
+    """Oracle: Λ = 0; and every factor is drawn: none is as torch.empty left it, std 0.02 or orthonormal."""
+    layer = ThreeScaleLinear(torch.nn.Linear(400, 300), k=20, r=30, init=init)
+    assert not layer.delta_weight().any()
+    for factor in (layer.w, layer.u, layer.U, layer.W):
+        small = factor if len(factor) < len(factor.T) else factor.T
+        if init == "orthonormal":
+            assert torch.allclose(small @ small.T, torch.eye(len(small)), atol=1e-5)
+        else:
+            assert 0.01 < factor.std() < 0.04
+
+
+def test_the_regulariser_of_three_scales():
+    """Oracle: Eq. 5 with dense norms on the printed sides, whose gradient is the same; lora2.py's R where w and W
+    are the identity, k = m = r; the floor of the docstring at orthonormal factors."""
+    net, layers = adapted(k=1, r=4)
+    R = three_scales.orthogonality_loss(net)
+    assert math.isclose(R.item(), 2 * max(4 - 1, 0), abs_tol=1e-9)
+    printed = 0
+    for layer in layers:
+        for p in layer.parameters():
+            if p.requires_grad:
+                p.data += 0.3 * torch.randn_like(p)
+        P, Q = layer.v @ layer.w @ layer.u, layer.U @ layer.W @ layer.V
+        for A in (P.T, Q, layer.v, layer.w, layer.u, layer.U, layer.W, layer.V):
+            printed = printed + (A @ A.T - torch.eye(len(A))).square().sum() / len(layers)
+    factors = [p for p in net.parameters() if p.requires_grad and p.dim() == 2]
+    ours = torch.autograd.grad(three_scales.orthogonality_loss(net), factors)
+    assert all(map(torch.allclose, ours, torch.autograd.grad(printed, factors)))
+    net, layers = adapted(k=2, r=2, init="gaussian")
+    for layer in layers:
+        layer.w.data = layer.W.data = torch.eye(2).double()
+    assert torch.allclose(three_scales.orthogonality_loss(net), orthogonality_loss(net))
+
+
+def test_three_scales_are_pruned_by_what_is_there():
+    """Oracle: the budget; a pruner of lora2.py leaves target_rank of each adapter on average."""
+    net, layers = adapted(k=2, r=4)
+    pruner = RankPruner(net, 1, total_steps=3, warmup=0, final=1, interval=1)
+    for _ in range(3):
+        (net(torch.randn(6, 9).double()).square().sum() + three_scales.orthogonality_loss(net)).backward()
+        pruner.step()
+        net.zero_grad()
+    assert sum((layer.lam != 0).sum() for layer in layers) == 2
+
+
+# ---- what is looked at -----------------------------------------------------------------------------------
+
+def judged(gamma, kind=look_inside.Judge, **what):
+    """A pruner after six steps of a model that nothing else updates."""
+    net, _ = adapted(k=1, r=4, layer=LoRA2Linear, init="gaussian")  # orthonormal: R has no gradient
+    judge = kind(net, 1, total_steps=6, warmup=0, final=1, interval=1)
+    judge.of_task = judge.by_mean = False
+    judge.prunes, judge.clipped = True, 1.0
+    for name, value in what.items():
+        setattr(judge, name, value)
+    for _ in range(6):
+        net(torch.randn(6, 9).double()).square().sum().backward()
+        if kind is look_inside.Judge:
+            judge.see()
+        (gamma * orthogonality_loss(net)).backward()
+        judge.step()
+        net.zero_grad()
+    return judge
+
+
+def test_a_judge():
+    """Oracle: lora2.py's RankPruner, by itself, without R, and of Ī by hand; one that does not prune leaves Λ."""
+    itself, plain = judged(9.0), judged(9.0, RankPruner)
+    assert torch.equal(itself.scores(), plain.scores()) and torch.equal(itself.keep, plain.keep)
+    assert torch.allclose(judged(9.0, of_task=True).scores(), judged(0.0).scores())
+    assert not torch.allclose(itself.scores(), judged(0.0).scores())
+    half = judged(9.0, of_task=True, clipped=0.5)
+    assert torch.allclose(4 * half.scores(), judged(0.0).scores())         # Ī and Ū are both half as large
+    scores = judged(9.0, by_mean=True).scores()
+    Ī = {factor: itself.averages(factor)[0] for factor in ("lam", "u", "U")}
+    assert torch.allclose(scores, Ī["lam"] + Ī["u"].mean(1) + Ī["U"].mean(2))
+    idle = judged(9.0, prunes=False)
+    assert idle.keep.sum() == 2 and all(lam.all() for lam in idle.weights("lam"))
+    assert not all(lam.all() for lam in itself.weights("lam"))
+
+
+def test_what_is_seen():
+    """Oracle: dense matrices: norms, cosines, angles."""
+    net, layers = adapted(k=1, r=4, layer=LoRA2Linear)
+    film = look_inside.Film(net, {})
+    film.look(1, 0.5)
+    before = torch.cat([layer.delta_weight().flatten() for layer in layers])
+    v = [layer.v.detach().clone() for layer in layers]
+    for layer in layers:
+        layer.v.data.add_(torch.randn_like(layer.v))
+    film.look(2, 0.25)
+    after = torch.cat([layer.delta_weight().flatten() for layer in layers])
+    seen = film.developed()
+    sizes = [layer.delta_weight().norm() / layer.base.weight.norm() for layer in layers]
+    cosines = [abs(torch.dot(a.flatten(), layer.v.flatten())) / a.norm() / layer.v.norm() for a, layer in zip(v, layers)]
+    assert math.isclose(seen["size"][1], sum(sizes) / 2, rel_tol=1e-3)
+    assert math.isclose(seen["to the last"][0], torch.dot(before, after) / before.norm() / after.norm(), abs_tol=1e-4)
+    assert math.isclose(seen["turned v"][1], sum(math.degrees(math.acos(c)) for c in cosines) / 2, rel_tol=1e-3)
+    assert seen["turned V"] == [0, 0] and seen["turned v"][0] == 0
+    assert look_inside.cosine(film.updates[0], [(A, 0 * B) for A, B in film.updates[0]]) == 0
+
+
+@pytest.mark.parametrize("row", ["lora", "lora2", "gradient"])
+def test_a_run_is_that_of_train(row, cli, monkeypatch):
+    """Oracle: train.py itself, with the words that why.py would give it: the same scores after the last step."""
+    write_task("stsb")
+    monkeypatch.setitem(why.GIVEN, "flags", "--max-steps 6 --batch-size 16 --max-len 16 --device cpu")
+    args = SimpleNamespace(model=str(cli.models["bert"]), data_dir="glue")
+    task = "stsb", 3, {"lr": 0.01, "scale": 8}
+    record, end = why.run(row, *task, args)
+    assert train.main([*why.words_of(row, *task, args), "--out", "run"]) == 0
+    result = disk.read_json(Path("run/result.json"), "")
+    assert record["last"]["score"] == pytest.approx(result["last"]["score"], abs=1e-6)
+    assert record["film"]["t"] == [1, 6] and len(end) == len(record["film"]["size"]) * 6
+
+
+def test_rows_that_differ_in_the_loop(cli, monkeypatch):
+    """Oracle: by hand: three scales have w and W; V = 0 at first gives ΔW = 0 and turns; the pruner of a row is its."""
+    write_task("stsb")
+    monkeypatch.setitem(why.GIVEN, "flags", "--max-steps 6 --batch-size 16 --max-len 16 --device cpu")
+    args = SimpleNamespace(model=str(cli.models["bert"]), data_dir="glue")
+    films = {}
+    for row in ("three", "zero", "of-task", "by-mean", "lora2"):
+        films[row] = why.run(row, "stsb", 0, {"lr": 0.01, "scale": 8}, args)[0]["film"]
+    assert films["zero"]["turned V"][1] == 90                   # from no direction to one
+    assert films["of-task"]["of-task"] == films["by-mean"]["by-mean"] == films["lora2"]["itself"] == [1, 1]
+    assert films["three"]["size"] != films["lora2"]["size"]
+
+
+def test_what_runs_next(monkeypatch):
+    """Oracle: by hand: the plan's order; a row with a start is searched first, and its seeds have the best point."""
+    monkeypatch.setitem(why.GIVEN, "plan", [["lora gradient", "stsb", 1]])
+    runs, scores = [], {8: 0.3, 32: 0.5, 128: 0.4}
+    while wanted := why.next_run(runs):
+        row, task, seed, point = wanted
+        part = "tune" if seed == 1000 else "reported"
+        score = scores.get(point["scale"], 0) - abs(math.log(point["lr"] / 0.003))
+        runs.append({"row": row, "task": task, "seed": seed, "tuned": point, "part": part, "last": {"score": score}})
+    assert [run["row"] for run in runs] == ["lora"] + 6 * ["gradient"]
+    assert runs[0]["tuned"] == {"lr": 0.001, "scale": 8} and runs[-1]["tuned"] == {"lr": 0.003, "scale": 32}
+    assert [run["part"] for run in runs] == ["reported"] + 5 * ["tune"] + ["reported"]
