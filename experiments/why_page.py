@@ -2,10 +2,12 @@
 
 `content` is what the JSON file holds, with what experiments/why.json says.
 """
+import statistics
 from pathlib import Path
 
-from experiments import plot, study_page, tables
+from experiments import plot, study_page, summary, tables
 
+RESULTS = Path(__file__).resolve().parent / "results"
 FIGURE = Path(__file__).resolve().parents[1] / "docs" / "why"
 STEPS = (1, 42, 84, 126, 168, 252)                         # those that the tables show
 # What is looked at: its label, digits, and what it is multiplied by.
@@ -18,6 +20,56 @@ SEEN = {"size": ("size of ΔW over that of W0, %, mean over the matrices", 2, 10
         "of-task": ("kept too by the task's gradient alone, %", 1, 100),
         "by-mean": ("kept too by Ī alone, %", 1, 100)}
 
+
+# --- the paper's claims ----------------------------------------------------------------------
+
+def measured(content, kind, *rows):
+    """{task: [a number for each seed]}: above 0 is what the claim says."""
+    runs = [run for run in study_page.finished(content) if run.get("part") != "tune"]
+    found = {}
+    for task in content["tasks"]:
+        values = []
+        if kind == "layers":                               # kept in the lower half and not in the upper
+            for run in tables.runs_of(content, rows[0], task):
+                layers = list(zip(*run["ranks"].values()))
+                half = len(layers) // 2
+                values.append(statistics.mean(map(statistics.mean, layers[:half]))
+                              - statistics.mean(map(statistics.mean, layers[half:])))
+        elif kind == "times":
+            for ours, theirs in tables.in_both(content, *rows, task):
+                values.append(theirs["tokens_per_second"] / ours["tokens_per_second"] - 1)
+        else:
+            values = list(tables.differences(content | {"runs": runs}, *rows, task).values())
+        if values:
+            found[task] = study_page.interval(values)
+    return found
+
+
+def verdict(parts):
+    """Of intervals of several tasks: whether they are above 0 where they do not hold it."""
+    above = any(part["mean"] - part["half"] > 0 for part in parts)
+    below = any(part["mean"] + part["half"] < 0 for part in parts)
+    if above == below:
+        return "inconclusive here"
+    return "supported" if above else "not supported"
+
+
+def claims_table(content):
+    """The claims of the paper, a line each: the verdict, what it rests on, command and file."""
+    lines = []
+    for claim, found, command, name in content["claims"]:
+        shown = "–"
+        if isinstance(found, list):
+            parts = measured(summary.load(RESULTS / name), *found)
+            found = verdict(parts.values())
+            shown = ", ".join(f"{tables.COLUMNS[task][0]} {study_page.show_interval(part, part['n'])}"
+                              for task, part in parts.items())
+            name = f"[{Path(name).name}]({name})"
+        lines.append([claim, found, shown, f"`{command}`", name])
+    return tables.markdown(["the paper says", "verdict", "95 % intervals", "command", "file"], lines)
+
+
+# --- what was seen ---------------------------------------------------------------------------
 
 def films(content, row, task):
     """What was seen in a row's runs on a task."""
@@ -90,7 +142,7 @@ def page(content):
     content = content | {"rows": {row: told[0] for row, told in content["rows"].items()}}
     reported = content | {"runs": [run for run in runs if run["part"] == "reported"]}
     task = content["tasks"][0]
-    parts = [tables.score_table(reported), study_page.difference_table(reported)]
+    parts = [claims_table(content), "## Runs that look inside\n", tables.score_table(reported), study_page.difference_table(reported)]
     for row in content["alike"]:
         parts.append(film_table(reported, row, task))
     parts.append(cosine_table(reported, task))
