@@ -88,13 +88,24 @@ class Film:
                       for layer in self.layers]
         self.updates, self.seen = [], []
 
-    def look(self, t, loss):
+    def see_task(self):
+        """Before R is added to the gradients."""
+        for judge in self.judges.values():
+            judge.see()
+
+    def judge(self, clipped):
+        """After the optimizer's step. clipped: by how much that made the gradients smaller."""
+        for judge in self.judges.values():
+            judge.clipped = clipped
+            judge.step()
+
+    def look(self, t):
         """Take in what is there after step t."""
         update = [layer.to_lora() for layer in self.layers]
         sizes = []
         for its, layer in zip(update, self.layers):
             sizes.append(math.sqrt(inner(its, its)) / layer.base.weight.norm().item())
-        seen = {"t": t, "loss": loss, "size": mean(sizes)}
+        seen = {"t": t, "size": mean(sizes)}
         for name in self.factors:
             now = [getattr(layer, name).detach() for layer in self.layers]
             then = [factors[name] for factors in self.start]

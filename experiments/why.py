@@ -43,41 +43,57 @@ def run(row, task_name, seed, point, args):
         task, examples, _, net, _ = train.prepare(o, here)
     plan = options.plan(o, rows=len(examples["train"].labels))
     optimizer, parameters = train.make_optimizer(net, o.lr, o.head_lr, o.weight_decay, o.outer_lr)
-    batches = train.stream(examples["train"], o, plan, 0, net, here)
+
+    def backward(batch):
+        train.gradients(net, batch, task, here, 1)
+
+    def batches():
+        return train.stream(examples["train"], o, plan, 0, net, here)
+
     if o.init == "gradient":
-        train.start_at_gradient(net, lambda batch: train.gradients(net, batch, task, here, 1),
-                                train.stream(examples["train"], o, plan, 0, net, here))
+        train.start_at_gradient(net, backward, batches())
     if row == "zero":
         start_at_zero(net)
-    judges = look_inside.make_judges(row, o, net, plan)
-    film = look_inside.Film(net, judges)
+    film = look_inside.Film(net, look_inside.make_judges(row, o, net, plan))
     record = {"row": row, "task": task_name, "seed": seed, "tuned": point,
               "part": "tune" if seed == GIVEN["search_seed"] else "reported"}
-    for t in range(1, plan.steps + 1):
-        loss = train.gradients(net, next(batches), task, here, 1)
-        for judge in judges.values():
-            judge.see()
-        R = regulariser(row, o, net)
-        if R is not None:
-            (o.reg * R).backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, o.clip).item()
+    for t, batch in zip(range(1, plan.steps + 1), batches()):
+        backward(batch)
+        film.see_task()
+        add_regulariser(row, o, net)
+        norm = update(optimizer, parameters, o.clip, plan.lr_factor(t))
         if not norm < float("inf"):
             return record | {"failed": f"a gradient was not finite at step {t}"}, None
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * plan.lr_factor(t)
-        optimizer.step()
-        for judge in judges.values():
-            judge.clipped = min(1.0, o.clip / (norm + NEAR_0))
-            judge.step()
+        film.judge(min(1.0, o.clip / (norm + NEAR_0)))
         optimizer.zero_grad()
         if t in (1, plan.steps) or t % EVERY == 0:
-            film.look(t, loss.item())
+            film.look(t)
     scores, _ = train.evaluate(net, examples, task, o.batch_size, here, lambda all, _: all)
     score = scores["dev"][task.metrics[0]]
-    record |= {"last": {"score": score, "scores": scores}, "film": film.developed(), "device": here.device.type,
-               "dtype": o.dtype, "seconds": round(time.monotonic() - began, 1),
-               "torch": torch.__version__}
+    record |= {"last": {"score": score, "scores": scores}, "film": film.developed(),
+               "device": here.device.type, "dtype": o.dtype, "torch": torch.__version__,
+               "seconds": round(time.monotonic() - began, 1)}
     return record, film.updates[-1]
+
+
+def update(optimizer, parameters, max_norm, factor):
+    """Clip and step; returns the norm before, a number. What is not finite changes nothing."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+    if norm < float("inf"):
+        optimizer.step()
+    return norm
+
+
+def add_regulariser(row, o, net):
+    """Add γ R, as train.py has it or that of three scales, to what the gradients are of."""
+    if row == "three":
+        R = three_scales.orthogonality_loss(net)
+    else:
+        R = baselines.regulariser(o.method, net, o.reg_terms)
+    if R is not None:
+        (o.reg * R).backward()
 
 
 @torch.no_grad()
@@ -86,13 +102,6 @@ def start_at_zero(net):
     for _, layer in lora2_layers(net):
         layer.V.zero_()
         layer.lam.fill_(1.0)
-
-
-def regulariser(row, o, net):
-    """R as train.py has it, or that of three scales."""
-    if row == "three":
-        return three_scales.orthogonality_loss(net)
-    return baselines.regulariser(o.method, net, o.reg_terms)
 
 
 # --- which runs ------------------------------------------------------------------------------

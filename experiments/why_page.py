@@ -24,25 +24,28 @@ SEEN = {"size": ("size of ΔW over that of W0, %, mean over the matrices", 2, 10
 # --- the paper's claims ----------------------------------------------------------------------
 
 def measured(content, kind, *rows):
-    """{task: [a number for each seed]}: above 0 is what the claim says."""
+    """{task: interval} of what is above 0 where the claim holds, a number for each seed."""
     runs = [run for run in study_page.finished(content) if run.get("part") != "tune"]
     found = {}
     for task in content["tasks"]:
-        values = []
-        if kind == "layers":                               # kept in the lower half and not in the upper
-            for run in tables.runs_of(content, rows[0], task):
-                layers = list(zip(*run["ranks"].values()))
-                half = len(layers) // 2
-                values.append(statistics.mean(map(statistics.mean, layers[:half]))
-                              - statistics.mean(map(statistics.mean, layers[half:])))
+        if kind == "layers":
+            values = map(lower_less_upper, tables.runs_of(content, rows[0], task))
         elif kind == "times":
-            for ours, theirs in tables.in_both(content, *rows, task):
-                values.append(theirs["tokens_per_second"] / ours["tokens_per_second"] - 1)
+            values = [theirs["tokens_per_second"] / ours["tokens_per_second"] - 1
+                      for ours, theirs in tables.in_both(content, *rows, task)]
         else:
-            values = list(tables.differences(content | {"runs": runs}, *rows, task).values())
-        if values:
-            found[task] = study_page.interval(values)
+            values = tables.differences(content | {"runs": runs}, *rows, task).values()
+        part = study_page.interval(list(values))
+        if part is not None:
+            found[task] = part
     return found
+
+
+def lower_less_upper(run):
+    """Singular values that a matrix of the lower half of the layers keeps more than one above."""
+    layers = [statistics.mean(layer) for layer in zip(*run["ranks"].values())]
+    half = len(layers) // 2
+    return statistics.mean(layers[:half]) - statistics.mean(layers[half:])
 
 
 def verdict(parts):
@@ -58,14 +61,15 @@ def claims_table(content):
     """The claims of the paper, a line each: the verdict, what it rests on, command and file."""
     lines = []
     for claim, found, command, name in content["claims"]:
-        shown = "–"
+        shown = []
         if isinstance(found, list):
             parts = measured(summary.load(RESULTS / name), *found)
             found = verdict(parts.values())
-            shown = ", ".join(f"{tables.COLUMNS[task][0]} {study_page.show_interval(part, part['n'])}"
-                              for task, part in parts.items())
+            for task, part in parts.items():
+                text = study_page.show_interval(part, part["n"])
+                shown.append(f"{tables.COLUMNS[task][0]} {text}")
             name = f"[{Path(name).name}]({name})"
-        lines.append([claim, found, shown, f"`{command}`", name])
+        lines.append([claim, found, ", ".join(shown) or "–", f"`{command}`", name])
     return tables.markdown(["the paper says", "verdict", "95 % intervals", "command", "file"], lines)
 
 
@@ -114,7 +118,7 @@ def draw(content, task):
     """docs/why.svg: the size and direction of ΔW over training, and what pruners agree on."""
     figure, (size, direction, shared) = plot.new_figure(3, 2.2)
     for i, row in enumerate(content["alike"]):
-        label = content["rows"][row]
+        label = content["rows"].get(row)
         for film in films(content, row, task):
             size.plot(film["t"], [100 * value for value in film["size"]], f"C{i}", label=label)
             direction.plot(film["t"], film["to the last"], f"C{i}")
@@ -139,15 +143,18 @@ def draw(content, task):
 def page(content):
     """The Markdown of the file; it draws the figure too."""
     runs = study_page.finished(content)
-    content = content | {"rows": {row: told[0] for row, told in content["rows"].items()}}
     reported = content | {"runs": [run for run in runs if run["part"] == "reported"]}
+    begun = {run["row"] for run in reported["runs"]}
+    reported["rows"] = {row: told[0] for row, told in content["rows"].items() if row in begun}
     task = content["tasks"][0]
-    parts = [claims_table(content), "## Runs that look inside\n", tables.score_table(reported), study_page.difference_table(reported)]
-    for row in content["alike"]:
-        parts.append(film_table(reported, row, task))
-    parts.append(cosine_table(reported, task))
-    parts.append(study_page.choice_table(reported, content))
     draw(reported, task)
+    parts = [claims_table(content), "## Runs that look inside\n", tables.score_table(reported),
+             study_page.difference_table(reported), cosine_table(reported, task)]
+    for row in content["alike"]:
+        if row in begun:
+            parts.append(film_table(reported, row, task))
+    searched = {row: label for row, label in reported["rows"].items() if row in content["starts"]}
+    parts.append(study_page.choice_table(reported | {"rows": searched}, content))
     lost = [tables.name_of(run) for run in study_page.diverged(content, "reported")]
     if lost:
         parts.append(f"Diverged, and in no mean: {', '.join(lost)}.\n")
