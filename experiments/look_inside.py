@@ -42,14 +42,19 @@ class Judge(RankPruner):
 
 
 def make_judges(row, o, net, plan):
-    """{name: Judge} of a LoRA² run: "itself" prunes, two others judge beside it; {} for LoRA."""
+    """{name: Judge} of a LoRA² run: "itself", which prunes as its row says; {} for LoRA.
+
+    In a run that is not pruned two others judge beside it: what one prunes is 0 for all.
+    """
+    names = []
+    if o.method == "lora2":
+        names = ["itself", "of-task", "by-mean"] if row == "unpruned" else ["itself"]
     judges = {}
-    for name in ("itself", "of-task", "by-mean") if o.method == "lora2" else ():
+    for name in names:
         judge = Judge(net, o.target_rank, *plan.pruning())
-        judge.prunes = name == "itself"
-        kind = row if judge.prunes else name
-        judge.of_task = kind == "of-task"
-        judge.by_mean = kind == "by-mean"
+        judge.prunes = row != "unpruned"
+        judge.of_task = "of-task" in (row, name)
+        judge.by_mean = "by-mean" in (row, name)
         judges[name] = judge
     return judges
 
@@ -116,7 +121,8 @@ class Film:
             seen["kept"], seen["returned"] = itself.kept_total, itself.returned
             seen["emptied"] = (~itself.keep.any(1)).sum().item()
             seen["lam"] = mean(layer.lam.abs().max().item() for layer in self.layers)
-        for name, judge in self.judges.items():
+        for name in self.judges.keys() - {"itself"}:
+            judge = self.judges[name]
             seen[name] = (judge.keep & itself.keep).sum().item() / itself.kept_total
         self.updates.append(update)
         self.seen.append(seen)

@@ -123,7 +123,7 @@ def draw(content, task):
             size.plot(film["t"], [100 * value for value in film["size"]], f"C{i}", label=label)
             direction.plot(film["t"], film["to the last"], f"C{i}")
             label = None                                   # in the legend once
-    for i, film in enumerate(films(content, "lora2", task)):
+    for i, film in enumerate(films(content, "unpruned", task)):
         chance = [kept / film["kept"][0] for kept in film["kept"]]
         lines = {"the task's gradient alone": film["of-task"], "Ī alone": film["by-mean"],
                  "chance": chance}

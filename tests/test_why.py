@@ -177,10 +177,11 @@ def test_rows_that_differ_in_the_loop(cli, monkeypatch):
     monkeypatch.setitem(why.GIVEN, "flags", "--max-steps 6 --batch-size 16 --max-len 16 --device cpu")
     args = SimpleNamespace(model=str(cli.models["bert"]), data_dir="glue")
     films = {}
-    for row in ("three", "zero", "of-task", "by-mean", "lora2"):
+    for row in ("three", "zero", "of-task", "unpruned", "lora2"):
         films[row] = why.run(row, "stsb", 0, {"lr": 0.01, "scale": 8}, args)[0]["film"]
     assert films["zero"]["turned V"][1] == 90                   # from no direction to one
-    assert films["of-task"]["of-task"] == films["by-mean"]["by-mean"] == films["lora2"]["itself"] == [1, 1]
+    assert films["unpruned"]["kept"] == films["lora2"]["kept"] and films["unpruned"]["lam"] != films["lora2"]["lam"]
+    assert all(0.25 < share <= 1 for name in ("of-task", "by-mean") for share in films["unpruned"][name])
     assert films["three"]["size"] != films["lora2"]["size"]
 
 
