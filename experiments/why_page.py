@@ -2,12 +2,10 @@
 
 `content` is what the JSON file holds, with what experiments/why.json says.
 """
-import statistics
 from pathlib import Path
 
-from experiments import plot, study_page, summary, tables
+from experiments import plot, study_page, tables
 
-RESULTS = Path(__file__).resolve().parent / "results"
 FIGURE = Path(__file__).resolve().parents[1] / "docs" / "why"
 STEPS = (1, 42, 84, 126, 168, 252)                         # those that the tables show
 # What is looked at: its label, digits, and what it is multiplied by.
@@ -20,60 +18,6 @@ SEEN = {"size": ("size of ΔW over that of W0, %, mean over the matrices", 2, 10
         "of-task": ("kept too by the task's gradient alone, %", 1, 100),
         "by-mean": ("kept too by Ī alone, %", 1, 100)}
 
-
-# --- the paper's claims ----------------------------------------------------------------------
-
-def measured(content, kind, *rows):
-    """{task: interval} of what is above 0 where the claim holds, a number for each seed."""
-    runs = [run for run in study_page.finished(content) if run.get("part") != "tune"]
-    found = {}
-    for task in content["tasks"]:
-        if kind == "layers":
-            values = map(lower_less_upper, tables.runs_of(content, rows[0], task))
-        elif kind == "times":
-            values = [theirs["tokens_per_second"] / ours["tokens_per_second"] - 1
-                      for ours, theirs in tables.in_both(content, *rows, task)]
-        else:
-            values = tables.differences(content | {"runs": runs}, *rows, task).values()
-        part = study_page.interval(list(values))
-        if part is not None:
-            found[task] = part
-    return found
-
-
-def lower_less_upper(run):
-    """Singular values that a matrix of the lower half of the layers keeps more than one above."""
-    layers = [statistics.mean(layer) for layer in zip(*run["ranks"].values())]
-    half = len(layers) // 2
-    return statistics.mean(layers[:half]) - statistics.mean(layers[half:])
-
-
-def verdict(parts):
-    """Of intervals of several tasks: whether they are above 0 where they do not hold it."""
-    above = any(part["mean"] - part["half"] > 0 for part in parts)
-    below = any(part["mean"] + part["half"] < 0 for part in parts)
-    if above == below:
-        return "inconclusive here"
-    return "supported" if above else "not supported"
-
-
-def claims_table(content):
-    """The claims of the paper, a line each: the verdict, what it rests on, command and file."""
-    lines = []
-    for claim, found, command, name in content["claims"]:
-        shown = []
-        if isinstance(found, list):
-            parts = measured(summary.load(RESULTS / name), *found)
-            found = verdict(parts.values())
-            for task, part in parts.items():
-                text = study_page.show_interval(part, part["n"])
-                shown.append(f"{tables.COLUMNS[task][0]} {text}")
-            name = f"[{Path(name).name}]({name})"
-        lines.append([claim, found, ", ".join(shown) or "–", f"`{command}`", name])
-    return tables.markdown(["the paper says", "verdict", "95 % intervals", "command", "file"], lines)
-
-
-# --- what was seen ---------------------------------------------------------------------------
 
 def films(content, row, task):
     """What was seen in a row's runs on a task."""
@@ -148,8 +92,8 @@ def page(content):
     reported["rows"] = {row: told[0] for row, told in content["rows"].items() if row in begun}
     task = content["tasks"][0]
     draw(reported, task)
-    parts = [claims_table(content), "## Runs that look inside\n", tables.score_table(reported),
-             study_page.difference_table(reported), cosine_table(reported, task)]
+    parts = [tables.score_table(reported), study_page.difference_table(reported),
+             "## What was seen\n", cosine_table(reported, task)]
     for row in content["alike"]:
         if row in begun:
             parts.append(film_table(reported, row, task))

@@ -197,3 +197,73 @@ def test_what_runs_next(monkeypatch):
     assert [run["row"] for run in runs] == ["lora"] + 6 * ["gradient"]
     assert runs[0]["tuned"] == {"lr": 0.001, "scale": 8} and runs[-1]["tuned"] == {"lr": 0.003, "scale": 32}
     assert [run["part"] for run in runs] == ["reported"] + 5 * ["tune"] + ["reported"]
+
+
+# ---- what docs/results.md says ---------------------------------------------------------------------------
+
+def section(title):
+    """The text of a section of docs/results.md."""
+    return DOCS.partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
+def test_the_page_is_that_of_the_file():
+    """Oracle: why.json: its page is what is committed, and every number with a point in the text stands there."""
+    content = disk.read_json(RESULTS / "why.json", "restore it") | why.GIVEN
+    page = (RESULTS / "why.md").read_text(encoding="utf-8")
+    assert why_page.page(content) == page
+    numbers = re.findall(r"[−+]?\d+\.\d+", re.sub(r"\d{4}\.\d{5}|<!--.*?<!-- -->", "", section("Why it is as it is"), flags=re.DOTALL))
+    assert numbers and [number for number in numbers if number not in page] == []
+
+
+def lower_less_upper(run):
+    """Singular values that a matrix of the lower half of the layers keeps more than one of the upper half."""
+    layers = [statistics.mean(layer) for layer in zip(*run["ranks"].values())]
+    half = len(layers) // 2
+    return statistics.mean(layers[:half]) - statistics.mean(layers[half:])
+
+
+def measured(name, rows):
+    """[interval] for each task of a file, over the seeds, of what is above 0 where the claim holds."""
+    content, found = summary.load(RESULTS / name), []
+    content["runs"] = [run for run in study_page.finished(content) if run.get("part") != "tune"]
+    for task in content["tasks"]:
+        if name.name == "figure3.json":
+            values = [lower_less_upper(run) for run in tables.runs_of(content, *rows, task)]
+        else:
+            values = list(tables.differences(content, *rows, task).values())
+        found.append(study_page.interval(values))
+    return [part for part in found if part]
+
+
+def verdict(parts):
+    """By intervals of several tasks: on which side of 0 those are that do not hold it."""
+    above = any(part["mean"] > part["half"] for part in parts)
+    below = any(part["mean"] < -part["half"] for part in parts)
+    return "inconclusive here" if above == below else "supported" if above else "not supported"
+
+
+ORTHONORMAL = "lora2-k1-orthonormal"
+CLAIMS = {"k = 1 is above LoRA r = 1": ["lora2-k1", "lora-r1"],            # claim → the rows it is about
+          "k = 1 is above AdaLoRA r = 2": ["lora2-k1", "adalora-r2"],
+          "k = 8 is above LoRA r = 8": ["lora2-k8", "lora-r8"],
+          "Pruning makes it better": [ORTHONORMAL, f"{ORTHONORMAL}-unpruned"],
+          "The regulariser makes it better": [ORTHONORMAL, f"{ORTHONORMAL}-noreg"],
+          "All six matrices: better than q, v": [ORTHONORMAL, f"{ORTHONORMAL}-qv"],
+          "Upper layers are pruned more": [ORTHONORMAL]}
+
+
+def test_the_claims_one_by_one():
+    """Oracle: the committed records, by the rule above. A claim that rests on no records names a test that exists."""
+    text = section("The paper's claims, one by one")
+    lines = re.findall(r"^\| (.*) \|$", text, re.MULTILINE)[2:]
+    files = dict(re.findall(r"^(\[.*\]): \.\./(.*)$", text, re.MULTILINE))
+    names = " ".join(re.findall(r"^def (test_\w+)", (ROOT / "test_lora2.py").read_text(encoding="utf-8"), re.MULTILINE))
+    assert len(lines) == 11 and len(CLAIMS) == 7
+    for claim, found, command, file in (line.split(" | ") for line in lines):
+        path = ROOT / files[file]
+        if claim in CLAIMS:
+            assert found == verdict(measured(path.relative_to(RESULTS), CLAIMS[claim])), claim
+            assert command.strip("`").split()[-1] in (path.stem, "study.py")
+        else:
+            assert found in ("holds by arithmetic", "not supported") and path.exists()
+            assert command.strip("`").split()[-1] in names
