@@ -5,10 +5,11 @@
 
 why.json says what runs, in which order. Each run is one loop over train.py's own functions, with an
 evaluation after the last step. results/why.json is written anew after each; the same command goes
-on. Learning rate and scale are those that the study on a GPU chose, but for the rows in "starts":
-these search for their own, on a seed that is not reported. A run that diverged is recorded.
+on. Learning rate and scale are those that the study on a GPU chose, but for the rows in "points". A
+run that diverged is recorded.
 """
 import argparse
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -30,12 +31,14 @@ GIVEN = disk.read_json(HERE / "why.json", "restore it")
 STUDY = disk.read_json(HERE / "results" / "study-gpu.json", "restore it")
 EVERY = 14                                                 # steps from look to look
 NEAR_0 = 1e-6                                              # as in torch's clip_grad_norm_()
+LAMBDA = 0.25           # where V = 0 at first: times scale 8 that is 2, as Λ ends in row "lora2"
 
 
 # --- one run ---------------------------------------------------------------------------------
 
-def run(row, task_name, seed, point, args):
+def run(row, task_name, seed, args):
     """(record of a run, its updates at the end); (record, None) if it diverged."""
+    point = point_of(row, task_name)
     o = options.resolve(options.parse(words_of(row, task_name, seed, point, args)))
     here, began = machine.join(o.device, o.dtype), time.monotonic()
     layer = three_scales.ThreeScaleLinear if row == "three" else LoRA2Linear
@@ -52,11 +55,10 @@ def run(row, task_name, seed, point, args):
 
     if o.init == "gradient":
         train.start_at_gradient(net, backward, batches())
-    if row == "zero":
+    if row.startswith("zero"):
         start_at_zero(net)
     film = look_inside.Film(net, look_inside.make_judges(row, o, net, plan))
-    record = {"row": row, "task": task_name, "seed": seed, "tuned": point,
-              "part": "tune" if seed == GIVEN["search_seed"] else "reported"}
+    record = {"row": row, "task": task_name, "seed": seed, "tuned": point}
     for t, batch in zip(range(1, plan.steps + 1), batches()):
         backward(batch)
         film.see_task()
@@ -98,10 +100,10 @@ def add_regulariser(row, o, net):
 
 @torch.no_grad()
 def start_at_zero(net):
-    """ΔW = 0 as LoRA has it: by V, which the first gradient then turns, and not by Λ."""
+    """ΔW = 0 by V, as LoRA has it by B, and not by Λ: the first gradient gives V its direction."""
     for _, layer in lora2_layers(net):
         layer.V.zero_()
-        layer.lam.fill_(1.0)
+        layer.lam.fill_(LAMBDA)
 
 
 # --- which runs ------------------------------------------------------------------------------
@@ -114,27 +116,19 @@ def words_of(row, task, seed, point, args):
     return [*words, "--alpha", str(point["scale"] * r)]
 
 
-def chosen_on_gpu(row, task):
-    """The learning rate and scale that the study on a GPU chose for the row it is tuned as."""
-    return search.best(study_page.tried(STUDY, GIVEN["rows"][row][2], task))
+def point_of(row, task):
+    """The learning rate and scale that are given, or that the study on a GPU chose."""
+    tuned_as = GIVEN["rows"][row][2]
+    return GIVEN["points"].get(row) or search.best(study_page.tried(STUDY, tuned_as, task))
 
 
 def next_run(runs):
-    """(row, task, seed, point) of the first run of the plan that is missing; None if none is."""
+    """(row, task, seed) of the first run of the plan that is missing; None if none is."""
     have = {(known["row"], known["task"], known["seed"]) for known in runs}
     for rows, task, seeds in GIVEN["plan"]:
-        for row in rows.split():
-            if row in GIVEN["starts"]:
-                points = study_page.tried({"runs": runs}, row, task)
-                missing = search.missing(points, GIVEN["starts"][row])
-                if missing:
-                    return row, task, GIVEN["search_seed"], missing[0]
-                point = search.best(points)
-            else:
-                point = chosen_on_gpu(row, task)
-            for seed in range(seeds):
-                if (row, task, seed) not in have:
-                    return row, task, seed, point
+        for row, seed in itertools.product(rows.split(), range(seeds)):
+            if (row, task, seed) not in have:
+                return row, task, seed
     return None
 
 
@@ -144,7 +138,7 @@ def run_all(content, path, args):
     ends.mkdir(parents=True, exist_ok=True)
     while wanted := next_run(content["runs"]):
         record, end = run(*wanted, args)
-        if end is not None and record["part"] == "reported":
+        if end is not None:
             record["cosines"] = {}                         # to each run before on that task
             for other in sorted(ends.glob(f"*.{record['task']}.*.pt")):
                 record["cosines"][other.stem] = look_inside.cosine(torch.load(other), end)

@@ -87,19 +87,17 @@ def draw(content, task):
 def page(content):
     """The Markdown of the file; it draws the figure too."""
     runs = study_page.finished(content)
-    reported = content | {"runs": [run for run in runs if run["part"] == "reported"]}
-    begun = {run["row"] for run in reported["runs"]}
-    reported["rows"] = {row: told[0] for row, told in content["rows"].items() if row in begun}
+    begun = {run["row"] for run in runs}
+    labels = {row: told[0] for row, told in content["rows"].items() if row in begun}
+    done = content | {"runs": runs, "rows": labels}
     task = content["tasks"][0]
-    draw(reported, task)
-    parts = [tables.score_table(reported), study_page.difference_table(reported),
-             "## What was seen\n", cosine_table(reported, task)]
+    draw(done, task)
+    parts = [tables.score_table(done), study_page.difference_table(done),
+             "## What was seen\n", cosine_table(done, task)]
     for row in content["alike"]:
         if row in begun:
-            parts.append(film_table(reported, row, task))
-    searched = {row: label for row, label in reported["rows"].items() if row in content["starts"]}
-    parts.append(study_page.choice_table(reported | {"rows": searched}, content))
-    lost = [tables.name_of(run) for run in study_page.diverged(content, "reported")]
+            parts.append(film_table(done, row, task))
+    lost = [tables.name_of(run) for run in content["runs"] if "failed" in run]
     if lost:
         parts.append(f"Diverged, and in no mean: {', '.join(lost)}.\n")
     hours = sum(run["seconds"] for run in runs) / 3600

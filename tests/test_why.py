@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train
-from experiments import look_inside, search, study_page, summary, tables, why, why_page
+from experiments import look_inside, study_page, summary, tables, why, why_page
 from formats import disk
 from lora2 import LoRA2Linear, RankPruner, add_lora2, lora2_layers, lora2_state_dict, merge_lora2, orthogonality_loss
 from methods import three_scales
@@ -163,9 +163,8 @@ def test_a_run_is_that_of_train(row, cli, monkeypatch):
     write_task("stsb")
     monkeypatch.setitem(why.GIVEN, "flags", "--max-steps 6 --batch-size 16 --max-len 16 --device cpu")
     args = SimpleNamespace(model=str(cli.models["bert"]), data_dir="glue")
-    task = "stsb", 3, {"lr": 0.01, "scale": 8}
-    record, end = why.run(row, *task, args)
-    assert train.main([*why.words_of(row, *task, args), "--out", "run"]) == 0
+    record, end = why.run(row, "stsb", 3, args)
+    assert train.main([*why.words_of(row, "stsb", 3, why.point_of(row, "stsb"), args), "--out", "run"]) == 0
     result = disk.read_json(Path("run/result.json"), "")
     assert record["last"]["score"] == pytest.approx(result["last"]["score"], abs=1e-6)
     assert record["film"]["t"] == [1, 6] and len(end) == len(record["film"]["size"]) * 6
@@ -178,7 +177,7 @@ def test_rows_that_differ_in_the_loop(cli, monkeypatch):
     args = SimpleNamespace(model=str(cli.models["bert"]), data_dir="glue")
     films = {}
     for row in ("three", "zero", "of-task", "unpruned", "lora2"):
-        films[row] = why.run(row, "stsb", 0, {"lr": 0.01, "scale": 8}, args)[0]["film"]
+        films[row] = why.run(row, "stsb", 0, args)[0]["film"]
     assert films["zero"]["turned V"][1] == 90                   # from no direction to one
     assert films["unpruned"]["kept"] == films["lora2"]["kept"] and films["unpruned"]["lam"] != films["lora2"]["lam"]
     assert all(0.25 < share <= 1 for name in ("of-task", "by-mean") for share in films["unpruned"][name])
@@ -186,17 +185,13 @@ def test_rows_that_differ_in_the_loop(cli, monkeypatch):
 
 
 def test_what_runs_next(monkeypatch):
-    """Oracle: by hand: the plan's order; a row with a start is searched first, and its seeds have the best point."""
-    monkeypatch.setitem(why.GIVEN, "plan", [["lora gradient", "stsb", 1]])
-    runs, scores = [], {8: 0.3, 32: 0.5, 128: 0.4}
+    """Oracle: by hand: the plan's order, without what is there; the points of study-gpu.md or of why.json."""
+    monkeypatch.setitem(why.GIVEN, "plan", [["lora zero", "stsb", 1], ["lora", "stsb", 2]])
+    runs = []
     while wanted := why.next_run(runs):
-        row, task, seed, point = wanted
-        part = "tune" if seed == 1000 else "reported"
-        score = scores.get(point["scale"], 0) - abs(math.log(point["lr"] / 0.003))
-        runs.append({"row": row, "task": task, "seed": seed, "tuned": point, "part": part, "last": {"score": score}})
-    assert [run["row"] for run in runs] == ["lora"] + 6 * ["gradient"]
-    assert runs[0]["tuned"] == {"lr": 0.001, "scale": 8} and runs[-1]["tuned"] == {"lr": 0.003, "scale": 32}
-    assert [run["part"] for run in runs] == ["reported"] + 5 * ["tune"] + ["reported"]
+        runs.append(dict(zip(("row", "task", "seed"), wanted)))
+    assert [(one["row"], one["seed"]) for one in runs] == [("lora", 0), ("zero", 0), ("lora", 1)]
+    assert why.point_of("lora2", "cola") == {"lr": 0.01, "scale": 32} and why.point_of("zero", "stsb")["scale"] == 8
 
 
 # ---- what docs/results.md says ---------------------------------------------------------------------------
