@@ -100,7 +100,7 @@ def add_regulariser(row, o, net):
 
 @torch.no_grad()
 def start_at_zero(net):
-    """ΔW = 0 by V, as LoRA has it by B, and not by Λ: the first gradient gives V its direction."""
+    """ΔW = 0 by V, as LoRA has it by B, and not by Λ: the first gradient says where V goes."""
     for _, layer in lora2_layers(net):
         layer.V.zero_()
         layer.lam.fill_(LAMBDA)
