@@ -5,8 +5,8 @@
 
 why.json says what runs, in which order. Each run is one loop over train.py's own functions, with an
 evaluation after the last step. results/why.json is written anew after each; the same command goes
-on. Learning rate and scale are those that the study on a GPU chose, but for the rows in "points". A
-run that diverged is recorded.
+on. Learning rate and scale are those that the study on a GPU chose, or those in "points"; rows in
+"starts" search for theirs, on a seed that is not reported. A run that diverged is recorded.
 """
 import argparse
 import itertools
@@ -36,9 +36,8 @@ LAMBDA = 0.25           # where V = 0 at first: times scale 8 that is 2, as Λ e
 
 # --- one run ---------------------------------------------------------------------------------
 
-def run(row, task_name, seed, args):
+def run(row, task_name, seed, point, args):
     """(record of a run, its updates at the end); (record, None) if it diverged."""
-    point = point_of(row, task_name)
     o = options.resolve(options.parse(words_of(row, task_name, seed, point, args)))
     here, began = machine.join(o.device, o.dtype), time.monotonic()
     layer = three_scales.ThreeScaleLinear if row == "three" else LoRA2Linear
@@ -58,7 +57,8 @@ def run(row, task_name, seed, args):
     if row.startswith("zero"):
         start_at_zero(net)
     film = look_inside.Film(net, look_inside.make_judges(row, o, net, plan))
-    record = {"row": row, "task": task_name, "seed": seed, "tuned": point}
+    record = {"row": row, "task": task_name, "seed": seed, "tuned": point,
+              "part": "tune" if seed == GIVEN["search_seed"] else "reported"}
     for t, batch in zip(range(1, plan.steps + 1), batches()):
         backward(batch)
         film.see_task()
@@ -116,19 +116,24 @@ def words_of(row, task, seed, point, args):
     return [*words, "--alpha", str(point["scale"] * r)]
 
 
-def point_of(row, task):
-    """The learning rate and scale that are given, or that the study on a GPU chose."""
-    tuned_as = GIVEN["rows"][row][2]
-    return GIVEN["points"].get(row) or search.best(study_page.tried(STUDY, tuned_as, task))
-
-
 def next_run(runs):
-    """(row, task, seed) of the first run of the plan that is missing; None if none is."""
+    """(row, task, seed, point) of the first run of the plan that is missing; None if none is."""
     have = {(known["row"], known["task"], known["seed"]) for known in runs}
     for rows, task, seeds in GIVEN["plan"]:
         for row, seed in itertools.product(rows.split(), range(seeds)):
+            if row in GIVEN["points"]:
+                point = GIVEN["points"][row]
+            elif row in GIVEN["starts"]:
+                tried = study_page.tried({"runs": runs}, row, task)
+                missing = search.missing(tried, GIVEN["starts"][row])
+                if missing:
+                    return row, task, GIVEN["search_seed"], missing[0]
+                point = search.best(tried)
+            else:                                          # what the study on a GPU chose
+                tuned_as = GIVEN["rows"][row][2]
+                point = search.best(study_page.tried(STUDY, tuned_as, task))
             if (row, task, seed) not in have:
-                return row, task, seed
+                return row, task, seed, point
     return None
 
 
@@ -138,7 +143,7 @@ def run_all(content, path, args):
     ends.mkdir(parents=True, exist_ok=True)
     while wanted := next_run(content["runs"]):
         record, end = run(*wanted, args)
-        if end is not None:
+        if end is not None and record["part"] == "reported":
             record["cosines"] = {}                         # to each run before on that task
             for other in sorted(ends.glob(f"*.{record['task']}.*.pt")):
                 record["cosines"][other.stem] = look_inside.cosine(torch.load(other), end)

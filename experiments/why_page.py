@@ -87,9 +87,10 @@ def draw(content, task):
 def page(content):
     """The Markdown of the file; it draws the figure too."""
     runs = study_page.finished(content)
-    begun = {run["row"] for run in runs}
+    reported = [run for run in runs if run["part"] == "reported"]
+    begun = {run["row"] for run in reported}
     labels = {row: told[0] for row, told in content["rows"].items() if row in begun}
-    done = content | {"runs": runs, "rows": labels}
+    done = content | {"runs": reported, "rows": labels}
     task = content["tasks"][0]
     draw(done, task)
     parts = [tables.score_table(done), study_page.difference_table(done),
@@ -97,6 +98,8 @@ def page(content):
     for row in content["alike"]:
         if row in begun:
             parts.append(film_table(done, row, task))
+    searched = {row: labels[row] for row in content["starts"]}
+    parts.append(study_page.choice_table(done | {"rows": searched}, content))
     lost = [tables.name_of(run) for run in content["runs"] if "failed" in run]
     if lost:
         parts.append(f"Diverged, and in no mean: {', '.join(lost)}.\n")

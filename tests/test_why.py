@@ -163,8 +163,9 @@ def test_a_run_is_that_of_train(row, cli, monkeypatch):
     write_task("stsb")
     monkeypatch.setitem(why.GIVEN, "flags", "--max-steps 6 --batch-size 16 --max-len 16 --device cpu")
     args = SimpleNamespace(model=str(cli.models["bert"]), data_dir="glue")
-    record, end = why.run(row, "stsb", 3, args)
-    assert train.main([*why.words_of(row, "stsb", 3, why.point_of(row, "stsb"), args), "--out", "run"]) == 0
+    point = {"lr": 0.01, "scale": 8}
+    record, end = why.run(row, "stsb", 3, point, args)
+    assert train.main([*why.words_of(row, "stsb", 3, point, args), "--out", "run"]) == 0
     result = disk.read_json(Path("run/result.json"), "")
     assert record["last"]["score"] == pytest.approx(result["last"]["score"], abs=1e-6)
     assert record["film"]["t"] == [1, 6] and len(end) == len(record["film"]["size"]) * 6
@@ -177,7 +178,7 @@ def test_rows_that_differ_in_the_loop(cli, monkeypatch):
     args = SimpleNamespace(model=str(cli.models["bert"]), data_dir="glue")
     films = {}
     for row in ("three", "zero", "of-task", "unpruned", "lora2"):
-        films[row] = why.run(row, "stsb", 0, args)[0]["film"]
+        films[row] = why.run(row, "stsb", 0, {"lr": 0.01, "scale": 8}, args)[0]["film"]
     assert films["zero"]["turned V"][1] == 90                   # from no direction to one
     assert films["unpruned"]["kept"] == films["lora2"]["kept"] and films["unpruned"]["lam"] != films["lora2"]["lam"]
     assert all(0.25 < share <= 1 for name in ("of-task", "by-mean") for share in films["unpruned"][name])
@@ -185,13 +186,18 @@ def test_rows_that_differ_in_the_loop(cli, monkeypatch):
 
 
 def test_what_runs_next(monkeypatch):
-    """Oracle: by hand: the plan's order, without what is there; the points of study-gpu.md or of why.json."""
-    monkeypatch.setitem(why.GIVEN, "plan", [["lora zero", "stsb", 1], ["lora", "stsb", 2]])
-    runs = []
+    """Oracle: by hand: the plan's order; the points of study-gpu.md, of why.json, or of a search that comes first."""
+    monkeypatch.setitem(why.GIVEN, "plan", [["lora zero gradient", "stsb", 1], ["lora", "stsb", 2]])
+    runs, scores = [], {8: 0.3, 32: 0.5, 128: 0.4}
     while wanted := why.next_run(runs):
-        runs.append(dict(zip(("row", "task", "seed"), wanted)))
-    assert [(one["row"], one["seed"]) for one in runs] == [("lora", 0), ("zero", 0), ("lora", 1)]
-    assert why.point_of("lora2", "cola") == {"lr": 0.01, "scale": 32} and why.point_of("zero", "stsb")["scale"] == 8
+        row, task, seed, point = wanted
+        score = scores[point["scale"]] - abs(math.log(point["lr"] / 0.003))
+        part = "tune" if seed == 1000 else "reported"
+        runs.append({"row": row, "task": task, "seed": seed, "tuned": point, "part": part, "last": {"score": score}})
+    seeds = [(run["row"], run["seed"]) for run in runs]
+    assert seeds == [("lora", 0), ("zero", 0), *5 * [("gradient", 1000)], ("gradient", 0), ("lora", 1)]
+    assert [runs[i]["tuned"] for i in (0, 1, 7)] == [{"lr": lr, "scale": scale} for lr, scale in
+                                                     ((0.001, 8), (0.003, 8), (0.003, 32))]
 
 
 # ---- what docs/results.md says ---------------------------------------------------------------------------
