@@ -1,6 +1,7 @@
 """What why.py looks at in a run: the size and direction of ΔW, its factors, and other pruners'
 choices beside the one that counts."""
 import math
+from statistics import mean
 
 import torch
 
@@ -77,11 +78,6 @@ def angle(a, b):
     return math.degrees(math.acos(share.item()))
 
 
-def mean(values):
-    values = list(values)
-    return sum(values) / len(values)
-
-
 class Film:
     """Looks at a model with adapters, k = 1 or LoRA's r = 1, from time to time."""
 
@@ -92,17 +88,6 @@ class Film:
         self.start = [{name: getattr(layer, name).detach().clone() for name in self.factors}
                       for layer in self.layers]
         self.updates, self.seen = [], []
-
-    def see_task(self):
-        """Before R is added to the gradients."""
-        for judge in self.judges.values():
-            judge.see()
-
-    def judge(self, clipped):
-        """After the optimizer's step. clipped: by how much that made the gradients smaller."""
-        for judge in self.judges.values():
-            judge.clipped = clipped
-            judge.step()
 
     def look(self, t):
         """Take in what is there after step t."""
@@ -115,7 +100,6 @@ class Film:
             now = [getattr(layer, name).detach() for layer in self.layers]
             then = [factors[name] for factors in self.start]
             seen[f"turned {name}"] = mean(map(angle, now, then))
-            seen[f"norm {name}"] = mean(factor.norm().item() for factor in now)
         if self.judges:
             itself = self.judges["itself"]
             seen["kept"], seen["returned"] = itself.kept_total, itself.returned

@@ -56,17 +56,21 @@ def run(row, task_name, seed, point, args):
         train.start_at_gradient(net, backward, batches())
     if row.startswith("zero"):
         start_at_zero(net)
-    film = look_inside.Film(net, look_inside.make_judges(row, o, net, plan))
+    judges = look_inside.make_judges(row, o, net, plan)
+    film = look_inside.Film(net, judges)
     record = {"row": row, "task": task_name, "seed": seed, "tuned": point,
               "part": "tune" if seed == GIVEN["search_seed"] else "reported"}
     for t, batch in zip(range(1, plan.steps + 1), batches()):
         backward(batch)
-        film.see_task()
+        for judge in judges.values():
+            judge.see()
         add_regulariser(row, o, net)
         norm = update(optimizer, parameters, o.clip, plan.lr_factor(t))
         if not norm < float("inf"):
             return record | {"failed": f"a gradient was not finite at step {t}"}, None
-        film.judge(min(1.0, o.clip / (norm + NEAR_0)))
+        for judge in judges.values():
+            judge.clipped = min(1.0, o.clip / (norm + NEAR_0))
+            judge.step()
         optimizer.zero_grad()
         if t in (1, plan.steps) or t % EVERY == 0:
             film.look(t)

@@ -13,6 +13,7 @@ SEEN = {"size": ("size of ΔW over that of W0, %, mean over the matrices", 2, 10
         "to the last": ("cosine of ΔW to the last ΔW", 2, 1),
         "turned A": ("A turned by, degrees", 1, 1),
         "turned v": ("v turned by, degrees", 1, 1), "turned V": ("V turned by, degrees", 1, 1),
+        "lam": ("the largest Λ of a matrix, without sign", 3, 1),
         "kept": ("kept singular values", 0, 1), "returned": ("taken back so far", 0, 1),
         "emptied": ("matrices that keep nothing", 1, 1),
         "of-task": ("kept too by the task's gradient alone, %", 1, 100),
