@@ -174,6 +174,7 @@ def main(argv=None):
     if not args.no_run:
         run_all(content, args.out, args)
     disk.write_file(args.out.with_suffix(".md"), why_page.page(content | GIVEN))
+    why_page.draw(content | GIVEN)
 
 
 if __name__ == "__main__":

@@ -59,8 +59,9 @@ def cosine_table(content, task):
     return tables.markdown([title, "of one seed", "of two seeds"], lines)
 
 
-def draw(content, task):
+def draw(content):
     """docs/why.svg: the size and direction of ΔW over training, and what pruners agree on."""
+    content, task = reported(content), content["tasks"][0]
     figure, (size, direction, shared) = plot.new_figure(3, 2.2)
     for i, row in enumerate(content["alike"]):
         label = content["rows"].get(row)
@@ -72,7 +73,7 @@ def draw(content, task):
         chance = [kept / film["kept"][0] for kept in film["kept"]]
         lines = {"the task's gradient alone": film["of-task"], "Ī alone": film["by-mean"],
                  "chance": chance}
-        for (label, values), style in zip(lines.items(), ("C3", "C4", "0.6")):
+        for (label, values), style in zip(lines.items(), ("C8", "C9", "0.6")):
             shared.plot(film["t"], values, style, label=None if i else label)
     size.set_ylabel("|ΔW| / |W0|, %")
     direction.set_ylabel("cosine to the last ΔW")
@@ -80,30 +81,35 @@ def draw(content, task):
     shared.set_xlabel("optimizer step")
     for axes in (size, direction, shared):
         axes.grid(alpha=0.3)
-    size.legend(fontsize=8)
-    shared.legend(fontsize=8)
+    for axes in (size, shared):
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     plot.save(figure, FIGURE, [".svg"])
 
 
+def reported(content):
+    """The content without the runs of a search, those that diverged, and the rows without a run."""
+    runs = [run for run in study_page.finished(content) if run["part"] == "reported"]
+    rows = {}
+    for row, (label, *_) in content["rows"].items():
+        if any(run["row"] == row for run in runs):
+            rows[row] = label
+    return content | {"runs": runs, "rows": rows}
+
+
 def page(content):
-    """The Markdown of the file; it draws the figure too."""
-    runs = study_page.finished(content)
-    reported = [run for run in runs if run["part"] == "reported"]
-    begun = {run["row"] for run in reported}
-    labels = {row: told[0] for row, told in content["rows"].items() if row in begun}
-    done = content | {"runs": reported, "rows": labels}
-    task = content["tasks"][0]
-    draw(done, task)
+    """The Markdown of the file."""
+    done, task = reported(content), content["tasks"][0]
     parts = [tables.score_table(done), study_page.difference_table(done),
              "## What was seen\n", cosine_table(done, task)]
     for row in content["alike"]:
-        if row in begun:
+        if row in done["rows"]:
             parts.append(film_table(done, row, task))
-    searched = {row: labels[row] for row in content["starts"]}
+    searched = {row: done["rows"][row] for row in content["starts"]}
     parts.append(study_page.choice_table(done | {"rows": searched}, content))
     lost = [tables.name_of(run) for run in content["runs"] if "failed" in run]
     if lost:
         parts.append(f"Diverged, and in no mean: {', '.join(lost)}.\n")
+    runs = study_page.finished(content)
     hours = sum(run["seconds"] for run in runs) / 3600
     kinds = ("device", "dtype", "torch")
     facts = [f"{name} {', '.join(sorted({run[name] for run in runs}))}" for name in kinds]
