@@ -16,30 +16,42 @@ class Judge(RankPruner):
 
     returned = 0                        # how often a choice took back what the one before left out
 
+    def scored_weights(self):
+        """Λ, u and U of all adapters."""
+        return [w for layer in self.layers for w in (layer.lam, layer.u, layer.U)]
+
     def see(self):
         """Remember the gradients of the task, before those of R are added."""
-        self.seen = {}
-        for factor in self.joins:
-            self.seen[factor] = [w.grad.clone() for w in self.weights(factor)]
+        self.seen = [w.grad.clone() for w in self.scored_weights()]
 
-    def gradients(self, factor):
-        if not self.of_task:
-            return super().gradients(factor)
-        return [gradient * self.clipped for gradient in self.seen[factor]]
+    def step(self):
+        """As a RankPruner's, of the task's gradients as clipping leaves them, if those count."""
+        gradients = [w.grad for w in self.scored_weights()]
+        if self.of_task:
+            for w, gradient in zip(self.scored_weights(), self.seen):
+                w.grad = gradient * self.clipped
+        super().step()
+        for w, gradient in zip(self.scored_weights(), gradients):
+            w.grad = gradient
 
     def scores(self):
-        if not self.by_mean:
-            return super().scores()
-        return self.sensitivity_lam + self.sensitivity_u.mean(1) + self.sensitivity_U.mean(2)
+        """As a RankPruner's, with Ū = 1 if Ī alone counts."""
+        doubts = [(x, x.clone()) for name, x in self.named_buffers() if "uncertainty" in name]
+        for doubt, _ in doubts if self.by_mean else ():
+            doubt.fill_(1)
+        scores = super().scores()
+        for doubt, before in doubts:
+            doubt.copy_(before)
+        return scores
 
     def prune(self):
-        lams = [lam.clone() for lam in self.weights("lam")]
+        lams = [layer.lam.clone() for layer in self.layers]
         keep = self.keep.clone()
         super().prune()
         self.returned += (self.keep & ~keep).sum().item()
         if not self.prunes:
-            for lam, before in zip(self.weights("lam"), lams):
-                lam.copy_(before)
+            for layer, before in zip(self.layers, lams):
+                layer.lam.copy_(before)
 
 
 def make_judges(row, o, net, plan):
