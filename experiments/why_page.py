@@ -86,9 +86,14 @@ def draw(content):
     plot.save(figure, FIGURE, [".svg"])
 
 
+def finished(content):
+    """The runs that did not diverge."""
+    return [run for run in content["runs"] if "failed" not in run]
+
+
 def reported(content):
     """The content without the runs of a search, those that diverged, and the rows without a run."""
-    runs = [run for run in study_page.finished(content) if run["part"] == "reported"]
+    runs = [run for run in finished(content) if run["part"] == "reported"]
     rows = {}
     for row, (label, *_) in content["rows"].items():
         if any(run["row"] == row for run in runs):
@@ -109,9 +114,11 @@ def page(content):
     lost = [tables.name_of(run) for run in content["runs"] if "failed" in run]
     if lost:
         parts.append(f"Diverged, and in no mean: {', '.join(lost)}.\n")
-    runs = study_page.finished(content)
+    runs = finished(content)
     hours = sum(run["seconds"] for run in runs) / 3600
     kinds = ("device", "dtype", "torch")
     facts = [f"{name} {', '.join(sorted({run[name] for run in runs}))}" for name in kinds]
     parts.append(f"{len(content['runs'])} runs, {hours:.2f} hours; {'; '.join(facts)}.\n")
-    return tables.page_of(content, parts)
+    notes = "".join(f"- {note}\n" for note in [*content["notes"], f"`{content['command']}`"])
+    parts += ["## How it was made\n", notes]
+    return "\n".join([f"# {content['title']} ({content['model']})\n", *parts])
