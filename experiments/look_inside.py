@@ -64,7 +64,8 @@ def make_judges(row, o, net, plan):
         names = ["itself", "of-task", "by-mean"] if row == "unpruned" else ["itself"]
     judges = {}
     for name in names:
-        judge = Judge(net, o.target_rank, *plan.pruning())
+        judge = Judge(net, o.target_rank, plan.steps, plan.prune_warmup, plan.prune_final,
+                      plan.prune_interval)
         judge.prunes = row != "unpruned"
         judge.of_task = "of-task" in (row, name)
         judge.by_mean = "by-mean" in (row, name)
