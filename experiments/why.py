@@ -1,0 +1,181 @@
+"""Why it is as it is: small runs that look inside, of variants that differ in one thing each.
+
+    python experiments/why.py --model FOLDER --data-dir glue    # runs what is missing: hours
+    python experiments/why.py --no-run                          # the page again, of the file alone
+
+why.json says what runs, in which order. Each run is one loop over train.py's own functions, with an
+evaluation after the last step. results/why.json is written anew after each; the same command goes
+on. Learning rate and scale are those that the study on a GPU chose, or those in "points"; rows in
+"starts" search for theirs, on a seed that is not reported. A run that diverged is recorded.
+"""
+import argparse
+import itertools
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import train
+from experiments import look_inside, search, study_page, summary, why_page
+from formats import disk
+from lora2 import LoRA2Linear, lora2_layers
+from methods import baselines, three_scales
+from running import machine, options
+
+HERE = Path(__file__).resolve().parent
+GIVEN = disk.read_json(HERE / "why.json", "restore it")
+STUDY = disk.read_json(HERE / "results" / "study-gpu.json", "restore it")
+EVERY = 14                                                 # steps from look to look
+NEAR_0 = 1e-6                                              # as in torch's clip_grad_norm_()
+LAMBDA = 0.25           # where V = 0 at first: times scale 8 that is 2, as Λ ends in row "lora2"
+
+
+# --- one run ---------------------------------------------------------------------------------
+
+def run(row, task_name, seed, point, args):
+    """(record of a run, its updates at the end); (record, None) if it diverged."""
+    o = options.resolve(options.parse(words_of(row, task_name, seed, point, args)))
+    here, began = machine.join(o.device, o.dtype), time.monotonic()
+    layer = three_scales.ThreeScaleLinear if row == "three" else LoRA2Linear
+    with mock.patch.dict(baselines.LAYERS, lora2=layer):
+        task, examples, _, net, _ = train.prepare(o, here)
+    plan = options.plan(o, rows=len(examples["train"].labels))
+    optimizer, parameters = train.make_optimizer(net, o.lr, o.head_lr, o.weight_decay, o.outer_lr)
+
+    def backward(batch):
+        train.gradients(net, batch, task, here, 1)
+
+    def batches():
+        return train.stream(examples["train"], o, plan, 0, net, here)
+
+    if o.init == "gradient":
+        train.start_at_gradient(net, backward, batches())
+    if row.startswith("zero"):
+        start_at_zero(net)
+    judges = look_inside.make_judges(row, o, net, plan)
+    film = look_inside.Film(net, judges)
+    record = {"row": row, "task": task_name, "seed": seed, "tuned": point,
+              "part": "tune" if seed == GIVEN["search_seed"] else "reported"}
+    for t, batch in zip(range(1, plan.steps + 1), batches()):
+        backward(batch)
+        for judge in judges.values():
+            judge.see()
+        add_regulariser(row, o, net)
+        norm = update(optimizer, parameters, o.clip, plan.lr_factor(t))
+        if not norm < float("inf"):
+            return record | {"failed": f"a gradient was not finite at step {t}"}, None
+        for judge in judges.values():
+            judge.clipped = min(1.0, o.clip / (norm + NEAR_0))
+            judge.step()
+        optimizer.zero_grad()
+        if t in (1, plan.steps) or t % EVERY == 0:
+            film.look(t)
+    scores, _ = train.evaluate(net, examples, task, o.batch_size, here, lambda all, _: all)
+    score = scores["dev"][task.metrics[0]]
+    record |= {"last": {"score": score, "scores": scores}, "film": film.developed(),
+               "device": here.device.type, "dtype": o.dtype, "torch": torch.__version__,
+               "seconds": round(time.monotonic() - began, 1)}
+    return record, film.updates[-1]
+
+
+def update(optimizer, parameters, max_norm, factor):
+    """Clip and step; returns the norm before, a number. What is not finite changes nothing."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+    if norm < float("inf"):
+        optimizer.step()
+    return norm
+
+
+def add_regulariser(row, o, net):
+    """Add γ R, as train.py has it or that of three scales, to what the gradients are of."""
+    if row == "three":
+        R = three_scales.orthogonality_loss(net)
+    else:
+        R = baselines.regulariser(o.method, net, o.reg_terms)
+    if R is not None:
+        (o.reg * R).backward()
+
+
+@torch.no_grad()
+def start_at_zero(net):
+    """ΔW = 0 by V, as LoRA has it by B, and not by Λ: the first gradient says where V goes."""
+    for _, layer in lora2_layers(net):
+        layer.V.zero_()
+        layer.lam.fill_(LAMBDA)
+
+
+# --- which runs ------------------------------------------------------------------------------
+
+def words_of(row, task, seed, point, args):
+    """The command line of train.py that means the same run."""
+    words = f"--task {task} --seed {seed} {GIVEN['rows'][row][1]} {GIVEN['flags']}".split()
+    words += ["--lr", str(point["lr"]), "--model", args.model, "--data-dir", args.data_dir]
+    r = options.resolve(options.parse(words)).r
+    return [*words, "--alpha", str(point["scale"] * r)]
+
+
+def next_run(runs):
+    """(row, task, seed, point) of the first run of the plan that is missing; None if none is."""
+    have = {(known["row"], known["task"], known["seed"]) for known in runs}
+    for rows, task, seeds in GIVEN["plan"]:
+        for row, seed in itertools.product(rows.split(), range(seeds)):
+            if row in GIVEN["points"]:
+                point = GIVEN["points"][row]
+            elif row in GIVEN["starts"]:
+                tried = study_page.tried({"runs": runs}, row, task)
+                missing = search.missing(tried, GIVEN["starts"][row])
+                if missing:
+                    return row, task, GIVEN["search_seed"], missing[0]
+                point = search.best(tried)
+            else:                                          # what the study on a GPU chose
+                tuned_as = GIVEN["rows"][row][2]
+                point = search.best(study_page.tried(STUDY, tuned_as, task))
+            if (row, task, seed) not in have:
+                return row, task, seed, point
+    return None
+
+
+def run_all(content, path, args):
+    """Run what is missing, and keep each record."""
+    ends = Path(args.runs)
+    ends.mkdir(parents=True, exist_ok=True)
+    while wanted := next_run(content["runs"]):
+        record, end = run(*wanted, args)
+        if end is not None and record["part"] == "reported":
+            record["cosines"] = {}                         # to each run before on that task
+            for other in sorted(ends.glob(f"*.{record['task']}.*.pt")):
+                record["cosines"][other.stem] = look_inside.cosine(torch.load(other), end)
+            torch.save(end, ends / f"{record['row']}.{record['task']}.{record['seed']}.pt")
+        content["runs"].append(record)
+        disk.write_file(path, summary.layout(content) + "\n")
+        print(*wanted, record.get("failed") or record["last"]["scores"]["dev"], flush=True)
+
+
+def main(argv=None):
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="sentence-transformers/all-MiniLM-L6-v2", help="name, or a folder")
+    add("--data-dir", default="glue", help="folder of the GLUE files")
+    add("--out", default=HERE / "results" / "why.json", type=Path, help="the JSON file")
+    add("--runs", default="runs/why", help="folder for the updates at the end of each run")
+    add("--no-run", action="store_true", help="write the page of the file as it is")
+    args = parser.parse_args(argv)
+    content = {"runs": []}
+    if args.out.exists():
+        content = disk.read_json(args.out, "restore it")
+    if not args.no_run:
+        run_all(content, args.out, args)
+    disk.write_file(args.out.with_suffix(".md"), why_page.page(content | GIVEN))
+    why_page.draw(content | GIVEN)
+
+
+if __name__ == "__main__":
+    main()

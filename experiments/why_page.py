@@ -1,0 +1,124 @@
+"""From the file of why.py to Markdown and a figure: scores, differences, what was seen in the runs.
+
+`content` is what the JSON file holds, with what experiments/why.json says.
+"""
+from pathlib import Path
+
+from experiments import plot, study_page, tables
+
+FIGURE = Path(__file__).resolve().parents[1] / "docs" / "why"
+STEPS = (1, 42, 84, 126, 168, 252)                         # those that the tables show
+# What is looked at: its label, digits, and what it is multiplied by.
+SEEN = {"size": ("size of ΔW over that of W0, %, mean over the matrices", 2, 100),
+        "to the last": ("cosine of ΔW to the last ΔW", 2, 1),
+        "turned A": ("A turned by, degrees", 1, 1),
+        "turned v": ("v turned by, degrees", 1, 1), "turned V": ("V turned by, degrees", 1, 1),
+        "lam": ("the largest Λ of a matrix, without sign", 3, 1),
+        "kept": ("kept singular values", 0, 1), "returned": ("taken back so far", 0, 1),
+        "emptied": ("matrices that keep nothing", 1, 1),
+        "of-task": ("kept too by the task's gradient alone, %", 1, 100),
+        "by-mean": ("kept too by Ī alone, %", 1, 100)}
+
+
+def films(content, row, task):
+    """What was seen in a row's runs on a task."""
+    return [run["film"] for run in tables.runs_of(content, row, task)]
+
+
+def film_table(content, row, task):
+    """A line for each quantity, mean ± standard deviation over the seeds."""
+    seen, lines = films(content, row, task), []
+    for name, (label, digits, times) in SEEN.items():
+        if name in seen[0]:
+            line = [label]
+            for t in STEPS:
+                values = [times * film[name][film["t"].index(t)] for film in seen]
+                line.append(tables.show(tables.summary(values), len(seen), digits))
+            lines.append(line)
+    title = f"{content['rows'][row]}, {tables.COLUMNS[task][0]}, after step"
+    return tables.markdown([title, *map(str, STEPS)], lines)
+
+
+def cosine_table(content, task):
+    """Cosines between the last ΔW of two runs with one seed, and of two with different seeds."""
+    found = {}
+    for run in content["runs"]:
+        for name, value in run["cosines"].items():
+            row, where, seed = name.split(".")
+            if where == task and {row, run["row"]} <= set(content["alike"]):
+                pair = tuple(sorted((row, run["row"])))
+                found.setdefault(pair, {}).setdefault(int(seed) == run["seed"], []).append(value)
+    lines = []
+    for (a, b), values in found.items():
+        line = [f"{content['rows'][a]} and {content['rows'][b]}"]
+        for is_same in (True, False):
+            part = tables.summary(values.get(is_same, []))
+            line.append(tables.show(part, 0) if part else "–")
+        lines.append(line)
+    title = f"cosine of the last ΔW, {tables.COLUMNS[task][0]}"
+    return tables.markdown([title, "of one seed", "of two seeds"], lines)
+
+
+def draw(content):
+    """docs/why.svg: the size and direction of ΔW over training, and what pruners agree on."""
+    content, task = reported(content), content["tasks"][0]
+    figure, (size, direction, shared) = plot.new_figure(3, 2.2)
+    for i, row in enumerate(content["alike"]):
+        label = content["rows"].get(row)
+        for film in films(content, row, task):
+            size.plot(film["t"], [100 * value for value in film["size"]], f"C{i}", label=label)
+            direction.plot(film["t"], film["to the last"], f"C{i}")
+            label = None                                   # in the legend once
+    for i, film in enumerate(films(content, "unpruned", task)):
+        chance = [kept / film["kept"][0] for kept in film["kept"]]
+        lines = {"the task's gradient alone": film["of-task"], "Ī alone": film["by-mean"],
+                 "chance": chance}
+        for (label, values), style in zip(lines.items(), ("C8", "C9", "0.6")):
+            shared.plot(film["t"], values, style, label=None if i else label)
+    size.set_ylabel("|ΔW| / |W0|, %")
+    direction.set_ylabel("cosine to the last ΔW")
+    shared.set_ylabel("share kept by both")
+    shared.set_xlabel("optimizer step")
+    for axes in (size, direction, shared):
+        axes.grid(alpha=0.3)
+    for axes in (size, shared):
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    plot.save(figure, FIGURE, [".svg"])
+
+
+def finished(content):
+    """The runs that did not diverge."""
+    return [run for run in content["runs"] if "failed" not in run]
+
+
+def reported(content):
+    """The content without the runs of a search, those that diverged, and the rows without a run."""
+    runs = [run for run in finished(content) if run["part"] == "reported"]
+    rows = {}
+    for row, (label, *_) in content["rows"].items():
+        if any(run["row"] == row for run in runs):
+            rows[row] = label
+    return content | {"runs": runs, "rows": rows}
+
+
+def page(content):
+    """The Markdown of the file."""
+    done, task = reported(content), content["tasks"][0]
+    parts = [tables.score_table(done), study_page.difference_table(done),
+             "## What was seen\n", cosine_table(done, task)]
+    for row in content["alike"]:
+        if row in done["rows"]:
+            parts.append(film_table(done, row, task))
+    searched = {row: done["rows"][row] for row in content["starts"]}
+    parts.append(study_page.choice_table(done | {"rows": searched}, content))
+    lost = [tables.name_of(run) for run in content["runs"] if "failed" in run]
+    if lost:
+        parts.append(f"Diverged, and in no mean: {', '.join(lost)}.\n")
+    runs = finished(content)
+    hours = sum(run["seconds"] for run in runs) / 3600
+    kinds = ("device", "dtype", "torch")
+    facts = [f"{name} {', '.join(sorted({run[name] for run in runs}))}" for name in kinds]
+    parts.append(f"{len(content['runs'])} runs, {hours:.2f} hours; {'; '.join(facts)}.\n")
+    notes = "".join(f"- {note}\n" for note in [*content["notes"], f"`{content['command']}`"])
+    parts += ["## How it was made\n", notes]
+    return "\n".join([f"# {content['title']} ({content['model']})\n", *parts])

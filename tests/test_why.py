@@ -1,0 +1,291 @@
+"""Tests of three_scales.py, of what why.py looks at, and of what docs/results.md says of both and of the claims."""
+import math
+import re
+import statistics
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train
+from experiments import look_inside, study_page, summary, tables, why, why_page
+from formats import disk
+from lora2 import LoRA2Linear, RankPruner, add_lora2, lora2_layers, lora2_state_dict, merge_lora2, orthogonality_loss
+from methods import three_scales
+from methods.three_scales import ThreeScaleLinear
+from tests.cli import write_task
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "experiments" / "results"
+DOCS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+
+
+def adapted(k=1, r=4, layer=ThreeScaleLinear, init="orthonormal", ends=(9, 7, 5)):
+    """A net of two adapted layers with random Λ, and its layers."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(*ends[:2]), torch.nn.Linear(*ends[1:])).double()
+    add_lora2(net, ["0", "1"], k=k, r=r, alpha=r, init=init, layer=layer)
+    layers = [layer for _, layer in lora2_layers(net)]
+    for layer in layers:
+        torch.nn.init.normal_(layer.lam)
+    return net, layers
+
+
+# ---- three scales ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("k, r", [(1, 4), (3, 5), (5, 1)])
+def test_three_scales_as_one_product(k, r):
+    """Oracle: the dense product v w u Λ U W V, torch.linalg.matrix_rank, and the count that the docstring gives."""
+    net, layers = adapted(k, r)
+    x = torch.randn(6, 9).double()
+    y = net(x)
+    for layer in layers:
+        dense = layer.v @ layer.w @ layer.u @ torch.diag(layer.lam) @ layer.U @ layer.W @ layer.V * layer.scale
+        assert torch.allclose(layer.delta_weight(), dense.T)
+        assert torch.linalg.matrix_rank(dense) == min(k, layer.m, r)
+        x = layer.base(x) + x @ dense
+        ours = sum(p.numel() for p in layer.parameters() if p.requires_grad)
+        assert ours == k * (layer.in_features + layer.out_features) + 2 * k * layer.m + 2 * layer.m * r + r
+    assert torch.allclose(y, x) and {"0.w", "0.W"} <= lora2_state_dict(net).keys()
+    A, B = layers[0].to_lora()
+    assert torch.allclose(B @ A, layers[0].delta_weight())
+    assert torch.allclose(merge_lora2(net)(torch.ones(9).double()), adapted(k, r)[0](torch.ones(9).double()))
+
+
+@pytest.mark.parametrize("init", ["gaussian", "orthonormal"])
+def test_three_scales_begin_at_the_pretrained_model(init):
+    """Oracle: Λ = 0; and every factor is drawn: none is as torch.empty left it, std 0.02 or orthonormal."""
+    layer = ThreeScaleLinear(torch.nn.Linear(400, 300), k=20, r=30, init=init)
+    assert not layer.delta_weight().any()
+    for factor in (layer.w, layer.u, layer.U, layer.W):
+        small = factor if len(factor) < len(factor.T) else factor.T
+        if init == "orthonormal":
+            assert torch.allclose(small @ small.T, torch.eye(len(small)), atol=1e-5)
+        else:
+            assert 0.01 < factor.std() < 0.04
+
+
+def test_the_regulariser_of_three_scales():
+    """Oracle: Eq. 5 with dense norms on the printed sides, whose gradient is the same; lora2.py's R where w and W
+    are the identity, k = m = r; the floor of the docstring at orthonormal factors."""
+    net, layers = adapted(k=1, r=4)
+    R = three_scales.orthogonality_loss(net)
+    assert math.isclose(R.item(), 2 * max(4 - 1, 0), abs_tol=1e-9)
+    printed = 0
+    for layer in layers:
+        for p in layer.parameters():
+            if p.requires_grad:
+                p.data += 0.3 * torch.randn_like(p)
+        P, Q = layer.v @ layer.w @ layer.u, layer.U @ layer.W @ layer.V
+        for A in (P.T, Q, layer.v, layer.w, layer.u, layer.U, layer.W, layer.V):
+            printed = printed + (A @ A.T - torch.eye(len(A))).square().sum() / len(layers)
+    factors = [p for p in net.parameters() if p.requires_grad and p.dim() == 2]
+    ours = torch.autograd.grad(three_scales.orthogonality_loss(net), factors)
+    assert all(map(torch.allclose, ours, torch.autograd.grad(printed, factors)))
+    net, layers = adapted(k=2, r=2, init="gaussian")
+    for layer in layers:
+        layer.w.data = layer.W.data = torch.eye(2).double()
+    assert torch.allclose(three_scales.orthogonality_loss(net), orthogonality_loss(net))
+
+
+def test_three_scales_are_pruned_by_what_is_there():
+    """Oracle: the budget; a pruner of lora2.py leaves target_rank of each adapter on average."""
+    net, layers = adapted(k=2, r=4)
+    pruner = RankPruner(net, 1, total_steps=3, warmup=0, final=1, interval=1)
+    for _ in range(3):
+        (net(torch.randn(6, 9).double()).square().sum() + three_scales.orthogonality_loss(net)).backward()
+        pruner.step()
+        net.zero_grad()
+    assert sum((layer.lam != 0).sum() for layer in layers) == 2
+
+
+# ---- what is looked at -----------------------------------------------------------------------------------
+
+def judged(gamma, kind=look_inside.Judge, **what):
+    """A pruner after six steps of a model that nothing else updates."""
+    net, _ = adapted(k=1, r=4, layer=LoRA2Linear, init="gaussian")  # orthonormal: R has no gradient
+    judge = kind(net, 1, total_steps=6, warmup=0, final=1, interval=1)
+    judge.of_task = judge.by_mean = False
+    judge.prunes, judge.clipped = True, 1.0
+    for name, value in what.items():
+        setattr(judge, name, value)
+    for _ in range(6):
+        net(torch.randn(6, 9).double()).square().sum().backward()
+        if kind is look_inside.Judge:
+            judge.see()
+        (gamma * orthogonality_loss(net)).backward()
+        judge.step()
+        net.zero_grad()
+    return judge
+
+
+def plain_scores(gamma):
+    """Ī by hand, after the steps of judged() without pruning: (n, r)."""
+    net, layers = adapted(k=1, r=4, layer=LoRA2Linear, init="gaussian")
+    mean = 0
+    for t in range(6):
+        net(torch.randn(6, 9).double()).square().sum().backward()
+        (gamma * orthogonality_loss(net)).backward()
+        I = [[(w * w.grad).abs().detach() for w in (layer.lam, layer.u, layer.U)] for layer in layers]
+        I = torch.stack([lam + u.mean(0) + U.mean(1) for lam, u, U in I])
+        if t < 5:                                          # the last step is final: averages stay
+            mean = 0.85 * mean + 0.15 * I
+        net.zero_grad()
+    return mean
+
+
+def test_a_judge():
+    """Oracle: lora2.py's RankPruner, by itself, without R, and of Ī by hand; one that does not prune leaves Λ."""
+    itself, plain = judged(9.0), judged(9.0, RankPruner)
+    assert torch.equal(itself.scores(), plain.scores()) and torch.equal(itself.keep, plain.keep)
+    of_task = judged(0.0).scores()
+    torch.testing.assert_close(judged(9.0, of_task=True).scores(), of_task, rtol=1e-6, atol=0)
+    assert not torch.allclose(itself.scores(), of_task, atol=0)
+    half = judged(9.0, of_task=True, clipped=0.5).scores()                  # Ī and Ū are both half as large
+    torch.testing.assert_close(4 * half, of_task, rtol=1e-6, atol=0)
+    idle = judged(9.0, prunes=False)
+    assert idle.keep.sum() == 2 and all(layer.lam.all() for layer in idle.layers)
+    assert not all(layer.lam.all() for layer in itself.layers)
+    scores = judged(9.0, by_mean=True, prunes=False).scores()
+    S = plain_scores(9.0)
+    torch.testing.assert_close(scores, S, rtol=1e-6, atol=0)
+
+
+def test_what_is_seen():
+    """Oracle: dense matrices: norms, cosines, angles."""
+    net, layers = adapted(k=1, r=4, layer=LoRA2Linear)
+    film = look_inside.Film(net, {})
+    film.look(1)
+    before = torch.cat([layer.delta_weight().flatten() for layer in layers])
+    v = [layer.v.detach().clone() for layer in layers]
+    for layer in layers:
+        layer.v.data.add_(torch.randn_like(layer.v))
+    film.look(2)
+    after = torch.cat([layer.delta_weight().flatten() for layer in layers])
+    seen = film.developed()
+    sizes = [layer.delta_weight().norm() / layer.base.weight.norm() for layer in layers]
+    angles = []
+    for a, layer in zip(v, layers):
+        share = abs(torch.dot(a.flatten(), layer.v.detach().flatten())) / a.norm() / layer.v.detach().norm()
+        angles.append(math.degrees(math.acos(share)))
+    assert math.isclose(seen["size"][1], (sum(sizes) / 2).item(), rel_tol=1e-3)
+    cosine = torch.cosine_similarity(before, after, dim=0).item()
+    assert math.isclose(seen["to the last"][0], cosine, abs_tol=1e-4)
+    assert math.isclose(seen["turned v"][1], statistics.mean(angles), rel_tol=1e-3)
+    assert seen["turned V"] == [0, 0] and seen["turned v"][0] == 0
+    assert look_inside.angle(v[0], -v[0]) == 0              # of lines, which have no sign
+    assert look_inside.cosine(film.updates[0], [(A, 0 * B) for A, B in film.updates[0]]) == 0
+
+
+@pytest.mark.parametrize("row", ["lora", "lora2", "gradient"])
+def test_a_run_is_that_of_train(row, cli, monkeypatch):
+    """Oracle: train.py itself, with the words that why.py would give it: the same scores after the last step."""
+    write_task("stsb")
+    monkeypatch.setitem(why.GIVEN, "flags", "--max-steps 6 --batch-size 16 --max-len 16 --device cpu")
+    args = SimpleNamespace(model=str(cli.models["bert"]), data_dir="glue")
+    point = {"lr": 0.01, "scale": 8}
+    record, end = why.run(row, "stsb", 3, point, args)
+    assert train.main([*why.words_of(row, "stsb", 3, point, args), "--out", "run"]) == 0
+    result = disk.read_json(Path("run/result.json"), "")
+    assert record["last"]["score"] == pytest.approx(result["last"]["score"], abs=1e-6)
+    assert record["film"]["t"] == [1, 6] and len(end) == len(record["film"]["size"]) * 6
+
+
+def test_rows_that_differ_in_the_loop(cli, monkeypatch):
+    """Oracle: by hand: V = 0 has no direction at first; what judges in a run that is not pruned does not prune."""
+    write_task("stsb")
+    monkeypatch.setitem(why.GIVEN, "flags", "--max-steps 6 --batch-size 16 --max-len 16 --device cpu")
+    args = SimpleNamespace(model=str(cli.models["bert"]), data_dir="glue")
+    films = {}
+    for row in ("three", "zero", "of-task", "unpruned", "lora2"):
+        films[row] = why.run(row, "stsb", 0, {"lr": 0.01, "scale": 8}, args)[0]["film"]
+    assert films["zero"]["turned V"][1] == 90                   # from no direction to one
+    assert films["unpruned"]["kept"] == films["lora2"]["kept"] and films["unpruned"]["lam"] != films["lora2"]["lam"]
+    assert all(0.25 < share <= 1 for name in ("of-task", "by-mean") for share in films["unpruned"][name])
+    assert films["three"]["size"] != films["lora2"]["size"]
+
+
+def test_what_runs_next(monkeypatch):
+    """Oracle: by hand: the plan's order; the points of study-gpu.md, of why.json, or of a search that comes first."""
+    monkeypatch.setitem(why.GIVEN, "plan", [["lora zero gradient", "stsb", 1], ["lora", "stsb", 2]])
+    runs, scores = [], {8: 0.3, 32: 0.5, 128: 0.4}
+    while wanted := why.next_run(runs):
+        row, task, seed, point = wanted
+        score = scores[point["scale"]] - abs(math.log(point["lr"] / 0.003))
+        part = "tune" if seed == 1000 else "reported"
+        runs.append({"row": row, "task": task, "seed": seed, "tuned": point, "part": part, "last": {"score": score}})
+    seeds = [(run["row"], run["seed"]) for run in runs]
+    assert seeds == [("lora", 0), ("zero", 0), *5 * [("gradient", 1000)], ("gradient", 0), ("lora", 1)]
+    assert [runs[i]["tuned"] for i in (0, 1, 7)] == [{"lr": lr, "scale": scale} for lr, scale in
+                                                     ((0.001, 8), (0.003, 8), (0.003, 32))]
+
+
+# ---- what docs/results.md says ---------------------------------------------------------------------------
+
+CLAIMED = "## The paper's claims, one by one"
+SEEN = DOCS.partition("## Why it is as it is")[2].partition(CLAIMED)[0]
+
+
+def test_the_page_is_that_of_the_file():
+    """Oracle: why.json: its page is what is committed, and every number with a point in the text stands there."""
+    content = disk.read_json(RESULTS / "why.json", "restore it") | why.GIVEN
+    page = (RESULTS / "why.md").read_text(encoding="utf-8")
+    assert why_page.page(content) == page
+    text = re.sub(r"<!--.*?<!-- -->", "", SEEN, flags=re.DOTALL)
+    numbers = re.findall(r"[−+]?\d+\.\d+", re.sub(r"arXiv \d+\.\d+", "", text))
+    assert numbers and [number for number in numbers if number not in page] == []
+
+
+def lower_less_upper(run):
+    """Singular values that a matrix of the lower half of the layers keeps more than one of the upper half."""
+    layers = [statistics.mean(layer) for layer in zip(*run["ranks"].values())]
+    half = len(layers) // 2
+    return statistics.mean(layers[:half]) - statistics.mean(layers[half:])
+
+
+def measured(name, rows):
+    """[interval] for each task of a file, over the seeds, of what is above 0 where the claim holds."""
+    content, found = summary.load(RESULTS / name), []
+    content["runs"] = [run for run in study_page.finished(content) if run.get("part") != "tune"]
+    for task in content["tasks"]:
+        if name.name == "figure3.json":
+            values = [lower_less_upper(run) for run in tables.runs_of(content, *rows, task)]
+        else:
+            values = list(tables.differences(content, *rows, task).values())
+        found.append(study_page.interval(values))
+    return [part for part in found if part]
+
+
+def verdict(parts):
+    """By intervals of several tasks: on which side of 0 those are that do not hold it."""
+    above = any(part["mean"] > part["half"] for part in parts)
+    below = any(part["mean"] < -part["half"] for part in parts)
+    return "inconclusive here" if above == below else "supported" if above else "not supported"
+
+
+ORTHONORMAL = "lora2-k1-orthonormal"
+CLAIMS = {"k = 1 is above LoRA r = 1": ["lora2-k1", "lora-r1"],            # claim → the rows it is about
+          "k = 1 is above AdaLoRA r = 2": ["lora2-k1", "adalora-r2"],
+          "k = 8 is above LoRA r = 8": ["lora2-k8", "lora-r8"],
+          "Pruning makes it better": [ORTHONORMAL, f"{ORTHONORMAL}-unpruned"],
+          "The regulariser makes it better": [ORTHONORMAL, f"{ORTHONORMAL}-noreg"],
+          "All six matrices: better than q, v": [ORTHONORMAL, f"{ORTHONORMAL}-qv"],
+          "Upper layers are pruned more": [ORTHONORMAL]}
+
+
+def test_the_claims_one_by_one():
+    """Oracle: the committed records, by the rule above. A claim that rests on no records names a test that exists."""
+    text = DOCS.partition(CLAIMED)[2]
+    lines = re.findall(r"^\| (.*) \|$", text, re.MULTILINE)[2:]
+    files = dict(re.findall(r"^(\[.*\]): \.\./(.*)$", text, re.MULTILINE))
+    names = " ".join(re.findall(r"^def (test_\w+)", (ROOT / "test_lora2.py").read_text(encoding="utf-8"), re.MULTILINE))
+    assert len(lines) == 11 and len(CLAIMS) == 7
+    for claim, found, command, file in (line.split(" | ") for line in lines):
+        path = ROOT / files[file]
+        if claim in CLAIMS:
+            assert found == verdict(measured(path.relative_to(RESULTS), CLAIMS[claim])), claim
+            assert command.strip("`").split()[-1] in (path.stem, "study.py")
+        else:
+            assert found in ("holds by arithmetic", "not supported") and path.exists()
+            assert command.strip("`").split()[-1] in names
