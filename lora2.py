@@ -339,8 +339,8 @@ class RankPruner(nn.Module):
         n = len(self.layers)
         S = (self.sensitivity * self.uncertainty).split(self.sizes())
         lam = torch.stack(S[:n])  # (n, r)
-        u = torch.stack(S[n:2 * n]).view(n, self.k, self.r)
-        U = torch.stack(S[2 * n:3 * n]).view(n, self.r, self.k)
+        u = torch.stack(S[n:2 * n]).view(n, -1, self.r)  # (n, k, r)
+        U = torch.stack(S[2 * n:3 * n]).view(n, self.r, -1)  # (n, r, k)
         scores = lam + u.mean(1) + U.mean(2)
         # Eq. 8 adds (ΣS(v) + ΣS(V)) / k, as u and U count by their mean over k. It is the same for
         # all i: it cannot change the order in an adapter, but over all adapters it can.

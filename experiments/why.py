@@ -20,11 +20,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
-from experiments import look_inside, search, study_page, summary, why_page
+from experiments import look_inside, search, summary, why_page
 from formats import disk
 from lora2 import LoRA2Linear, lora2_layers
 from methods import baselines, three_scales
-from running import machine, options
+from running import machine, options, schedule
 
 HERE = Path(__file__).resolve().parent
 GIVEN = disk.read_json(HERE / "why.json", "restore it")
@@ -43,7 +43,7 @@ def run(row, task_name, seed, point, args):
     layer = three_scales.ThreeScaleLinear if row == "three" else LoRA2Linear
     with mock.patch.dict(baselines.LAYERS, lora2=layer):
         task, examples, _, net, _ = train.prepare(o, here)
-    plan = options.plan(o, rows=len(examples["train"].labels))
+    plan = schedule.plan(o, rows=len(examples["train"].labels))
     optimizer, parameters = train.make_optimizer(net, o.lr, o.head_lr, o.weight_decay, o.outer_lr)
 
     def backward(batch):
@@ -74,7 +74,7 @@ def run(row, task_name, seed, point, args):
         optimizer.zero_grad()
         if t in (1, plan.steps) or t % EVERY == 0:
             film.look(t)
-    scores, _ = train.evaluate(net, examples, task, o.batch_size, here, lambda all, _: all)
+    scores, _ = train.evaluate(net, examples, task, o.batch_size, here)
     score = scores["dev"][task.metrics[0]]
     record |= {"last": {"score": score, "scores": scores}, "film": film.developed(),
                "device": here.device.type, "dtype": o.dtype, "torch": torch.__version__,
@@ -128,14 +128,14 @@ def next_run(runs):
             if row in GIVEN["points"]:
                 point = GIVEN["points"][row]
             elif row in GIVEN["starts"]:
-                tried = study_page.tried({"runs": runs}, row, task)
+                tried = search.tried({"runs": runs}, row, task)
                 missing = search.missing(tried, GIVEN["starts"][row])
                 if missing:
                     return row, task, GIVEN["search_seed"], missing[0]
                 point = search.best(tried)
             else:                                          # what the study on a GPU chose
                 tuned_as = GIVEN["rows"][row][2]
-                point = search.best(study_page.tried(STUDY, tuned_as, task))
+                point = search.best(search.tried(STUDY, tuned_as, task))
             if (row, task, seed) not in have:
                 return row, task, seed, point
     return None

@@ -4,7 +4,7 @@
 """
 from pathlib import Path
 
-from experiments import plot, study_page, tables
+from experiments import pages, plot, tables
 
 FIGURE = Path(__file__).resolve().parents[1] / "docs" / "why"
 STEPS = (1, 42, 84, 126, 168, 252)                         # those that the tables show
@@ -33,10 +33,10 @@ def film_table(content, row, task):
             line = [label]
             for t in STEPS:
                 values = [times * film[name][film["t"].index(t)] for film in seen]
-                line.append(tables.show(tables.summary(values), len(seen), digits))
+                line.append(pages.show(tables.summary(values), len(seen), digits))
             lines.append(line)
     title = f"{content['rows'][row]}, {tables.COLUMNS[task][0]}, after step"
-    return tables.markdown([title, *map(str, STEPS)], lines)
+    return pages.markdown([title, *map(str, STEPS)], lines)
 
 
 def cosine_table(content, task):
@@ -53,10 +53,10 @@ def cosine_table(content, task):
         line = [f"{content['rows'][a]} and {content['rows'][b]}"]
         for is_same in (True, False):
             part = tables.summary(values.get(is_same, []))
-            line.append(tables.show(part, 0) if part else "–")
+            line.append(pages.show(part, 0) if part else "–")
         lines.append(line)
     title = f"cosine of the last ΔW, {tables.COLUMNS[task][0]}"
-    return tables.markdown([title, "of one seed", "of two seeds"], lines)
+    return pages.markdown([title, "of one seed", "of two seeds"], lines)
 
 
 def draw(content):
@@ -104,13 +104,13 @@ def reported(content):
 def page(content):
     """The Markdown of the file."""
     done, task = reported(content), content["tasks"][0]
-    parts = [tables.score_table(done), study_page.difference_table(done),
+    parts = [pages.score_table(done), pages.interval_table(done),
              "## What was seen\n", cosine_table(done, task)]
     for row in content["alike"]:
         if row in done["rows"]:
             parts.append(film_table(done, row, task))
     searched = {row: done["rows"][row] for row in content["starts"]}
-    parts.append(study_page.choice_table(done | {"rows": searched}, content))
+    parts.append(pages.choice_table(content | {"rows": searched}))
     lost = [tables.name_of(run) for run in content["runs"] if "failed" in run]
     if lost:
         parts.append(f"Diverged, and in no mean: {', '.join(lost)}.\n")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train
-from experiments import look_inside, study_page, summary, tables, why, why_page
+from experiments import look_inside, summary, tables, why, why_page
 from formats import disk
 from lora2 import LoRA2Linear, RankPruner, add_lora2, lora2_layers, lora2_state_dict, merge_lora2, orthogonality_loss
 from methods import three_scales
@@ -247,20 +247,20 @@ def lower_less_upper(run):
 def measured(name, rows):
     """[interval] for each task of a file, over the seeds, of what is above 0 where the claim holds."""
     content, found = summary.load(RESULTS / name), []
-    content["runs"] = [run for run in study_page.finished(content) if run.get("part") != "tune"]
+    content["runs"] = [run for run in why_page.finished(content) if run.get("part") != "tune"]
     for task in content["tasks"]:
         if name.name == "figure3.json":
             values = [lower_less_upper(run) for run in tables.runs_of(content, *rows, task)]
         else:
             values = list(tables.differences(content, *rows, task).values())
-        found.append(study_page.interval(values))
+        found.append(tables.summary(values))
     return [part for part in found if part]
 
 
 def verdict(parts):
     """By intervals of several tasks: on which side of 0 those are that do not hold it."""
-    above = any(part["mean"] > part["half"] for part in parts)
-    below = any(part["mean"] < -part["half"] for part in parts)
+    above = any(part["mean"] > tables.half_of(part) for part in parts)
+    below = any(part["mean"] < -tables.half_of(part) for part in parts)
     return "inconclusive here" if above == below else "supported" if above else "not supported"
 
 
