@@ -285,7 +285,7 @@ def test_the_claims_one_by_one():
         path = ROOT / files[file]
         if claim in CLAIMS:
             assert found == verdict(measured(path.relative_to(RESULTS), CLAIMS[claim])), claim
-            assert command.strip("`").split()[-1] in (path.stem, "study.py")
+            assert command.strip("`").split()[-1] in (path.stem, "study")
         else:
             assert found in ("holds by arithmetic", "not supported") and path.exists()
             assert command.strip("`").split()[-1] in names
