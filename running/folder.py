@@ -19,7 +19,7 @@ from running import machine
 from running.errors import user_errors
 from running.options import STORED
 
-FORMAT = 3                                                 # of last.pt and adapter.safetensors
+FORMAT = {"last.pt": 4, "adapter.safetensors": 3}          # what this version writes
 HASH = 32                                                  # digits of the hash behind last.pt
 # What last.pt and an adapter hold, as fits() has it.
 STATE = {"format": int, "settings": dict, "base": str, "rows": str, "adapter": str, "step": int,
@@ -122,9 +122,9 @@ def are_facts(facts):
             and are_evaluations([facts["best"]], metrics))
 
 
-def of_this_version(content):
+def of_this_version(content, file):
     """What last.pt or an adapter file holds, if this program can know what it means."""
-    if content["format"] != FORMAT:
+    if content["format"] != FORMAT[file]:
         raise ValueError(f"format {content['format']} is of another version of this program")
     return content
 
@@ -136,7 +136,7 @@ def write_state(folder, state):
     path = Path(folder) / "last.pt"
     with disk.writing(path), disk.replacing(path) as (beside,):
         try:
-            torch.save(state | {"format": FORMAT}, beside)
+            torch.save(state | {"format": FORMAT["last.pt"]}, beside)
         except RuntimeError as error:                      # torch's word for a full disk
             raise OSError(disk.one_line(error)) from error
         hash_ = hash_of_file(beside)
@@ -152,7 +152,7 @@ def load_state(folder):
     with disk.reading(path, advice):
         if hash_of_file(path, behind=HASH) != last_bytes(path):
             raise ValueError("its hash does not fit, or it is of another version of this program")
-        return of_this_version(disk.load_pickle(path))
+        return of_this_version(disk.load_pickle(path), "last.pt")
 
 
 @user_errors()
@@ -232,7 +232,8 @@ def facts_of(identity, best):
     settings = {name: identity["settings"][name] for name in STORED}
     if Path(settings["model"]).is_dir():
         settings["model"] = None
-    return {"format": FORMAT, "settings": settings, "columns": identity["columns"],
+    return {"format": FORMAT["adapter.safetensors"], "settings": settings,
+            "columns": identity["columns"],
             "base": identity["base"], "best": best}
 
 
@@ -255,7 +256,7 @@ def load_adapter(path):
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         if hash_ != digest(tensors, text):
             raise ValueError("its hash does not fit")
-        facts = of_this_version(json.loads(text))
+        facts = of_this_version(json.loads(text), "adapter.safetensors")
         if not are_facts(facts):
             raise ValueError("what it says of itself is not what this program writes")
         return tensors, facts | {"digest": hash_}

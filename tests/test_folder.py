@@ -378,10 +378,10 @@ def test_files_of_another_version(stopped, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(options, "STORED", names)
             refused(stopped(evaluation), told, says)
-    mine = f"format {folder.FORMAT} is"
-    monkeypatch.setattr(folder, "FORMAT", folder.FORMAT + 1)
-    refused(stopped("--resume run"), "run/last.pt", mine, told)
-    refused(stopped(evaluation), "run/adapter.safetensors", mine, told)
+    mine = folder.FORMAT
+    monkeypatch.setattr(folder, "FORMAT", {file: number + 1 for file, number in mine.items()})
+    refused(stopped("--resume run"), "run/last.pt", f"format {mine['last.pt']} is", told)
+    refused(stopped(evaluation), "run/adapter.safetensors", f"format {mine['adapter.safetensors']} is", told)
 
 
 def test_a_base_model_is_more_than_its_weights(cli, tmp_path):
