@@ -31,9 +31,8 @@ def train(o, saved=None):
         here = machine.join(o.device, o.dtype)             # device, dtype, rank, world
         task, examples, unseen, net, identity = prepare(o, here)
         plan = schedule.plan(o, rows=len(examples["train"].labels))
-        pruner = baselines.make_pruner(o.method, net, o.target_rank, plan.steps, plan.prune_warmup,
-                                       plan.prune_final, plan.prune_interval, o.importance,
-                                       o.sora_threshold)   # LoRA²: RankPruner
+        pruner = baselines.make_pruner(o.method, net, o.target_rank, o.importance,
+                                       o.sora_threshold, **plan.pruning())  # LoRA²: RankPruner
     fit(o, here, plan, task, examples, net, pruner, identity, saved)
     if o.predict or o.merge or o.export_peft:
         tensors, _ = folder.load_adapter(f"{o.out}/adapter.safetensors")
@@ -89,10 +88,10 @@ def make_optimizer(net, lr, head_lr, weight_decay, outer_lr=None):
     return optimizer, [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def start_along_gradient(o, plan, task, examples, net, here):
+def start_along_gradient(o, plan, examples, net, here):
     """--init gradient: let v and V begin along W0's first gradient."""
     in_fp32 = here._replace(dtype="fp32")                  # copies of W0 in bf16 have no gradient
-    start_at_gradient(net, lambda batch: gradients(net, batch, task, in_fp32, o.accum),
+    start_at_gradient(net, lambda batch: gradients(net, batch, in_fp32, o.accum),
                       stream(examples["train"], o, plan, 0, net, here))
 
 
@@ -102,10 +101,10 @@ def fit(o, here, plan, task, examples, net, pruner, identity, saved=None):
     """The loop, which writes into the run folder."""
     optimizer, parameters = make_optimizer(net, o.lr, o.head_lr, o.weight_decay, o.outer_lr)
     if o.init == "gradient" and saved is None:
-        start_along_gradient(o, plan, task, examples, net, here)
+        start_along_gradient(o, plan, examples, net, here)
     state = schedule.State()
     finite = FiniteCheck(here.device, o.out)
-    recorded = None if o.eager else fast.recorder(partial(part_loss, net, task, here), net)
+    recorded = None if o.eager else fast.recorder(partial(part_loss, net, here), net)
     last_pt = partial(snapshot, state, net, optimizer, pruner, finite, here)
     with (saving.RunFolder(identity, plan, here, last_pt) as run_folder,
           machine.Signals(here) as signals, progress.Log(o, plan, here, task, net, finite) as log):
@@ -131,7 +130,7 @@ def fit(o, here, plan, task, examples, net, pruner, identity, saved=None):
             # ---- one training step -------------------------------------------------------
             batch = next(batches)
             state.step += 1
-            loss = gradients(net, batch, task, here, o.accum, recorded)  # forward, backward
+            loss = gradients(net, batch, here, o.accum, recorded)        # forward, backward
             R = baselines.regulariser(o.method, net, o.reg_terms)    # LoRA²: Eq. 5
             if R is not None:
                 fast.add_gradients(o.reg * R, parameters)            # as (γ R).backward() does
@@ -147,7 +146,7 @@ def fit(o, here, plan, task, examples, net, pruner, identity, saved=None):
 
 # --- the parts of a step: the benchmark times these very functions ------------------------
 
-def gradients(net, batch, task, here, accum, recorded=None):
+def gradients(net, batch, here, accum, recorded=None):
     """Forward and backward over this process's parts of a batch. Returns the loss, a scalar.
 
     A part's loss is weighted by its share of the rows, so that gradients and loss, summed over
@@ -161,16 +160,16 @@ def gradients(net, batch, task, here, accum, recorded=None):
         if recorded:
             loss += recorded(part, share)
         else:
-            loss_of_part = part_loss(net, task, here, part, share)
+            loss_of_part = part_loss(net, here, part, share)
             loss_of_part.backward()
             loss += loss_of_part.detach()
     machine.sum_gradients(loss, net)                       # one process: nothing to do
     return loss
 
 
-def part_loss(net, task, here, part, share):
+def part_loss(net, here, part, share):
     """The loss of a part of a batch, times its share of the batch's rows: a scalar."""
-    return task_loss(predict_batch(net, part, here), part.labels, task) * share
+    return task_loss(predict_batch(net, part, here), part.labels) * share
 
 
 def update(optimizer, parameters, loss, plan, step, max_norm, finite):
@@ -193,9 +192,9 @@ def predict_batch(net, batch, here):
         return net(ids, mask, types).float()
 
 
-def task_loss(logits, labels, task):
-    """Cross entropy, or mean squared error of a regression, over the rows: a scalar."""
-    if task.labels:
+def task_loss(logits, labels):
+    """The mean over the rows of cross entropy, or of a score's squared error: a scalar."""
+    if logits.shape[1] > 1:
         return F.cross_entropy(logits, labels)
     return F.mse_loss(logits.squeeze(1), labels)
 
@@ -223,7 +222,7 @@ def parts_of(batch, rank, world, accum):
 # --- evaluation ---------------------------------------------------------------------------
 
 @torch.no_grad()
-def predict(net, examples, task, batch_size, here, signals=None):
+def predict(net, examples, batch_size, here, signals=None):
     """For a split, on the CPU: class ids or scores in the task's unit, (N,); outputs (N, labels).
 
     Processes share the batches. signals: what raises Stopped after a Ctrl-C.
@@ -245,7 +244,7 @@ def predict(net, examples, task, batch_size, here, signals=None):
         raise FloatingPointError("the model's outputs are not finite: try --dtype fp32 or a "
                                  "smaller --lr")
     outputs = outputs.cpu()
-    predicted = outputs.argmax(1) if task.labels else outputs.squeeze(1)
+    predicted = outputs.argmax(1) if net.num_labels > 1 else outputs.squeeze(1)
     return predicted, outputs
 
 
@@ -254,7 +253,7 @@ def evaluate(net, examples, task, batch_size, here, signals=None):
     scores, predictions = {}, {}
     for name, split in examples.items():
         if name != "train":
-            predictions[name], _ = predict(net, split, task, batch_size, here, signals)
+            predictions[name], _ = predict(net, split, batch_size, here, signals)
             scores[name] = data.metrics(task, predictions[name], split.labels)
     return scores, predictions
 
@@ -319,7 +318,7 @@ def write_outputs(o, here, task, unseen, net):
     """--predict, --merge and --export-peft, of the adapters that the model now holds."""
     predicted, outputs = None, None
     if unseen is not None:
-        predicted, outputs = predict(net, unseen, task, o.batch_size, here)
+        predicted, outputs = predict(net, unseen, o.batch_size, here)
     if here.is_main:
         export.write_outputs(o, o.out, task, net, predicted, outputs)
 

@@ -139,10 +139,11 @@ def outcome(step, batch):
     """{"logits": ..., name: gradient, "score …": importance of one step}, on the CPU."""
     step.net.zero_grad()
     logits = train.predict_batch(step.net, batch, step.here)
-    train.task_loss(logits, batch.labels, step.task).backward()
+    train.task_loss(logits, batch.labels).backward()
     found = {name: p.grad for name, p in step.net.named_parameters() if p.requires_grad}
     for importance in ("reduced", "full"):
-        pruner = baselines.make_pruner("lora2", step.net, 4, 10, 0, 0, 1, importance)
+        pruner = baselines.make_pruner("lora2", step.net, 4, importance, total_steps=10, warmup=0,
+                                       final=0, interval=1)
         pruner.update_averages()
         found[f"score {importance}"] = pruner.scores()
     found["logits"] = logits.detach()

@@ -47,7 +47,7 @@ def run(row, task_name, seed, point, args):
     optimizer, parameters = train.make_optimizer(net, o.lr, o.head_lr, o.weight_decay, o.outer_lr)
 
     def backward(batch):
-        train.gradients(net, batch, task, here, 1)
+        train.gradients(net, batch, here, 1)
 
     def batches():
         return train.stream(examples["train"], o, plan, 0, net, here)

@@ -203,10 +203,11 @@ def regulariser_floor(method, k, r, terms):
     return orthogonality_floor(k, r, terms) if method == "lora2" else 0.0
 
 
-def make_pruner(method, model, target_rank, total_steps, warmup, final, interval, importance,
-                threshold=None):
-    """What prunes: the RankPruner of "lora2" or "adalora", with its arguments, the SparseGates of
-    "sora", with a threshold, or None."""
+def make_pruner(method, model, target_rank, importance=None, threshold=None, **schedule):
+    """What prunes: the RankPruner of "lora2" or "adalora", the SparseGates of "sora", or None.
+
+    threshold: of the gates. target_rank, importance, schedule: arguments of RankPruner.
+    """
     if method == "sora":
         return SparseGates(model, threshold)
     kinds = {"lora2": FastRankPruner, "adalora": AdaLoRAPruner}
@@ -214,8 +215,7 @@ def make_pruner(method, model, target_rank, total_steps, warmup, final, interval
         return None
     require(method == "lora2" or importance != "full",
             "importance = 'full' is Eq. 8 of LoRA²: AdaLoRA has no v and V to add")
-    return kinds[method](model, target_rank, total_steps, warmup, final, interval,
-                         importance=importance or "reduced")
+    return kinds[method](model, target_rank, importance=importance or "reduced", **schedule)
 
 
 def surviving_parameters(model, kept, trained):

@@ -23,6 +23,11 @@ class Plan(NamedTuple):
             return step / self.lr_warmup
         return (self.steps - step + 1) / (self.steps - self.lr_warmup)
 
+    def pruning(self):
+        """The arguments of RankPruner that say when."""
+        return {"total_steps": self.steps, "warmup": self.prune_warmup, "final": self.prune_final,
+                "interval": self.prune_interval}
+
     def evaluates(self, state):
         """Whether an evaluation belongs after step state.step and has not been made."""
         at_end = state.step == self.steps or state.step % self.per_epoch == 0

@@ -205,7 +205,8 @@ def test_adalora_is_pefts_adalora_over_50_steps():
     r, target, T, tinit, tfinal, interval, gamma = 4, 1, 60, 5, 9, 2, 0.3
     base, x, y = net()
     ours = adapt("adalora", base, r=r, alpha=8 * r / (r + 1e-5))
-    pruner = baselines.make_pruner("adalora", ours, target, T, tinit, tfinal, interval, None)
+    pruner = baselines.make_pruner("adalora", ours, target, total_steps=T, warmup=tinit, final=tfinal,
+                                   interval=interval)
     config = peft.AdaLoraConfig(init_r=r, target_r=target, tinit=tinit, tfinal=tfinal, deltaT=interval,
                                 lora_alpha=8, total_step=T, orth_reg_weight=gamma,
                                 target_modules=["0", "2", "4"])
@@ -370,7 +371,7 @@ def test_mistakes_are_named():
     assert not lora2_layers(model) and all(p.requires_grad for p in model.parameters())
     ada = adapt("adalora", net()[0])
     with pytest.raises(ValueError, match="Eq. 8"):
-        baselines.make_pruner("adalora", ada, 1, 10, 1, 1, 1, "full")
+        baselines.make_pruner("adalora", ada, 1, "full", total_steps=10, warmup=1, final=1, interval=1)
     for threshold in (-1e-9, math.nan, math.inf):
         with pytest.raises(ValueError, match="threshold"):
             baselines.SparseGates(ada, threshold)
@@ -387,6 +388,7 @@ def test_lora2_goes_through_unchanged():
     assert baselines.regulariser_floor("lora2", 1, 8, ("uv", "UV", "PQ")) == 14
     assert baselines.regulariser_floor("adalora", None, 8, None) == 0
     assert baselines.regulariser("lora", model, None) is None is baselines.regulariser("sora", model, None)
-    pruner = baselines.make_pruner("lora2", model, 1, 10, 1, 1, 1, "full")
+    pruner = baselines.make_pruner("lora2", model, 1, "full", total_steps=10, warmup=1, final=1, interval=1)
     assert type(pruner) is fast.FastRankPruner and list(pruner.factors) == ["lam", "u", "U", "v", "V"]
-    assert list(baselines.make_pruner("lora2", model, 1, 10, 1, 1, 1, None).factors) == ["lam", "u", "U"]
+    pruner = baselines.make_pruner("lora2", model, 1, total_steps=10, warmup=1, final=1, interval=1)
+    assert list(pruner.factors) == ["lam", "u", "U"]

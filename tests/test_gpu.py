@@ -146,7 +146,7 @@ def test_a_step_that_is_not_finite_is_named(gpu):
 
 # --- what a GPU refuses ----------------------------------------------------------------------------------------
 
-LOSS = "task_loss(predict_batch(net, part, here), part.labels, task) * share"
+LOSS = "task_loss(predict_batch(net, part, here), part.labels) * share"
 PART = "part = data.Batch(*here.copies(*part))"
 REFUSED = {
     "a loss whose graph is kept while recording": (

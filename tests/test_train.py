@@ -582,7 +582,7 @@ def test_labels_have_names_and_probabilities(cli, tiny, monkeypatch, task, split
     with_, without = [[line.split("\t") for line in Path(out, file).read_text().splitlines()] for out in ("run", "plain")]
     assert with_[0] == ["index", "prediction", *labels] and [row[:2] for row in with_] == without
     run = opened(eval="run/adapter.safetensors", model=str(tiny["bert"]), predict=str(paths[split]), out="x")
-    predictions, outputs = train.predict(run.net, run.unseen, run.task, 16, run.here)
+    predictions, outputs = train.predict(run.net, run.unseen, 16, run.here)
     found = torch.tensor([[float(number) for number in row[2:]] for row in with_[1:]])
     torch.testing.assert_close(found, outputs.softmax(1), rtol=1e-4, atol=1e-6)
     assert [row[1] for row in with_[1:]] == [labels[i] for i in predictions]

@@ -97,7 +97,6 @@ class OwnStep:
             net.config["num_hidden_layers"] = layers
         names = models.target_modules(net, ["q", "k", "v", "o", "f1", "f2"])
         self.method, self.batch, self.extras = method, batch, extras
-        self.task = data.TASKS["rte"]                      # two classes
         self.here = machine.Machine(batch.input_ids.device, dtype, 0, 1)
         if method == "frozen":
             self.parameters = freeze(net, names)
@@ -107,7 +106,7 @@ class OwnStep:
         if method != "frozen":
             self.optimizer, self.parameters = train.make_optimizer(
                 net, lr=1e-3, head_lr=1e-3, weight_decay=0.0)
-        loss_of = functools.partial(train.part_loss, net, self.task, self.here)
+        loss_of = functools.partial(train.part_loss, net, self.here)
         self.recorded = None if eager else fast.recorder(loss_of, net)
         if method == "frozen":
             return
@@ -115,18 +114,19 @@ class OwnStep:
         self.step = 0
         self.pruner = None
         if extras:
-            self.pruner = baselines.make_pruner(method, net, max(1, r // 2), 1000, 0, 10, 1, None)
+            self.pruner = baselines.make_pruner(method, net, max(1, r // 2),
+                                                **self.plan.pruning())
         self.finite = errors.FiniteCheck(self.here.device, ".")
 
     def loss(self):
         """The loss of the batch, with all that the forward pass of a step does."""
         logits = train.predict_batch(self.net, self.batch, self.here)
-        return train.task_loss(logits, self.batch.labels, self.task)
+        return train.task_loss(logits, self.batch.labels)
 
     def __call__(self, part=lambda name: contextlib.nullcontext()):
         """One step. part(name) is a context around each of its parts, to count them."""
         with part("forward, backward"):
-            loss = train.gradients(self.net, self.batch, self.task, self.here, 1, self.recorded)
+            loss = train.gradients(self.net, self.batch, self.here, 1, self.recorded)
         if self.method == "frozen":
             for parameter in self.parameters:
                 parameter.grad = None
