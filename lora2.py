@@ -130,9 +130,10 @@ def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
         check_base(name, base, k, r, alpha, init)
         uses = places.count(id(base.weight))
         require(uses == 1, f"{name}, or its weight, is used in {uses} places: leave it out")
+    adapters = {name: layer(base, k, r, alpha, init) for name, base in modules.items()}
     model.requires_grad_(False)
-    for name, base in modules.items():
-        model.set_submodule(name, layer(base, k, r, alpha, init))
+    for name, adapter in adapters.items():
+        model.set_submodule(name, adapter)
     for parameter in parameters:
         parameter.requires_grad_(True)
     return list(modules)
@@ -153,7 +154,8 @@ def find_modules(model, targets, trainable):
             modules[name] = module
             missing -= words
     require(modules and not missing,
-            f"targets {sorted(missing)} match nothing; Linear layers: {sorted(linear)}")
+            f"targets {sorted(missing)} match nothing outside of `trainable`; Linear layers: "
+            f"{sorted(linear)}")
     return modules
 
 
@@ -165,7 +167,8 @@ def find_parameters(model, trainable):
         if words and parameter.is_floating_point():
             found.append(parameter)
             missing -= words
-    require(not missing, f"trainable {sorted(missing)} match nothing that can be trained")
+    require(not missing, f"trainable {sorted(missing)} match nothing that can be trained; the model"
+            f" consists of {list(dict(model.named_children()))}")
     return found
 
 
@@ -367,7 +370,7 @@ class RankPruner(nn.Module):
 
     def sizes(self):
         """How many numbers each of scored() has."""
-        return [w.numel() for w in self.scored()]
+        return list(map(torch.numel, self.scored()))
 
     def all_finite(self):
         """Whether all gradients of the model are finite, a tensor. If not, a GradScaler has skipped
