@@ -6,7 +6,6 @@ Offline. The plain tests need torch and safetensors; those that ask transformers
 """
 import ast
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -25,21 +24,18 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LENGTHS = (1, 2, 127, 128, 129, 130, 256, 400, 512)
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 BOTH = pytest.mark.parametrize("dtype", list(TOLERANCE))
-SHAPES = {  # widths of the published checkpoints; layers and vocabularies are cut
-    "v3-xsmall": sized(V3, 384, 6, 1536), "v3-small": sized(V3, 768, 12, 3072, layers=1),
-    "v3-base": sized(V3, 768, 12, 3072), "v3-large": sized(V3, 1024, 16, 4096),
-    "roberta-base": sized(ROBERTA, 768, 12, 3072), "roberta-large": sized(ROBERTA, 1024, 16, 4096),
-    "bert-base": sized(BERT, 768, 12, 3072)}
+WIDE = {  # widths of the published checkpoints; layers and vocabularies are cut
+    "v3-small": sized(V3, 768, 12, 3072, layers=1), "v3-large": sized(V3, 1024, 16, 4096),
+    "roberta-base": sized(ROBERTA, 768, 12, 3072), "bert-base": sized(BERT, 768, 12, 3072)}
 
 
 # --- transformers as the oracle ----------------------------------------------------------------------------
 
-# (configuration, lengths, dtype): published widths, or narrow models at all lengths; the slow ones are both.
 SLOW = pytest.mark.slow
-PARITY = [pytest.param(SHAPES[name], [130], torch.float32, id=name) for name in ("v3-small", "roberta-base")]
+PARITY = [pytest.param(WIDE[name], [130], torch.float32, id=name) for name in ("v3-small", "roberta-base")]
 for each in TOLERANCE:
     PARITY += [pytest.param(NARROW[name], LENGTHS, each, id=f"{name}-{each}") for name in NARROW]
-    PARITY += [pytest.param(SHAPES[name], LENGTHS, each, id=f"{name}-{each}", marks=SLOW) for name in SHAPES]
+    PARITY += [pytest.param(WIDE[name], LENGTHS, each, id=f"{name}-{each}", marks=SLOW) for name in WIDE]
     PARITY += [pytest.param(V3_BASE, [128, 300], each, id=f"full v3-base-{each}", marks=SLOW)]
 
 
@@ -91,7 +87,19 @@ def test_gradients_equal_transformers(hf, tmp_path, family, form, labels, T):
         assert gradients[name].norm() > 0, name
 
 
-# --- without transformers: golden values, a slow gather, buckets by hand -----------------------------------
+def test_buckets(hf):
+    """Oracle: transformers' make_log_bucket_position for every distance, rounding included; the docstring's example."""
+    from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
+    for buckets, longest in ((256, 512), (256, 1024), (320, 512), (128, 512), (64, 333), (8, 64), (10, 50), (3, 50),
+                             (2, 50), (7, 40), (256, 131), (13, 9)):
+        distances = torch.arange(1 - longest, longest)
+        expected = make_log_bucket_position(distances, buckets, longest).long()
+        assert torch.equal(M.bucket(distances, buckets, longest), expected), (buckets, longest)
+    example = {0: 0, 1: 1, 128: 128, 129: 129, 140: 137, 300: 207, 511: 255, -300: -207}
+    assert M.bucket(torch.tensor(list(example)), 256, 512).tolist() == list(example.values())
+
+
+# --- without transformers ----------------------------------------------------------------------------------
 
 @FORMS
 @pytest.mark.parametrize("case", list(make_golden.CASES))
@@ -128,73 +136,6 @@ def test_golden_values(case, form, monkeypatch):
             assert_near(norms[name], norm, 10 * max(golden["gradients"].values()))
 
 
-def bucket(distance, buckets, longest):
-    """The bucket of a signed distance as the DeBERTa paper's appendix words it, on Python floats."""
-    mid, far = buckets // 2, abs(distance)
-    if far > mid:
-        far = mid + math.ceil(math.log(far / mid) / math.log((longest - 1) / mid) * (mid - 1))
-    return far if distance > 0 else -far
-
-
-BUCKETS = pytest.mark.parametrize("buckets, longest", [
-    (256, 512), (8, 64), (32, 128), (2, 9), (7, 40), (64, 40)])
-
-
-@BUCKETS
-def test_buckets(buckets, longest):
-    """Oracle: the formula on Python floats, one distance at a time, and the docstring's worked example."""
-    distances = torch.arange(1 - longest, longest)
-    found = M.bucket(distances, buckets, longest)
-    assert found.tolist() == [bucket(n, buckets, longest) for n in distances.tolist()]
-    assert found.dtype == torch.int64 and found.abs().max() < buckets          # rows that the table has
-    assert torch.equal(M.bucket(distances[:, None], buckets, longest), found[:, None])
-    example = {0: 0, 1: 1, 128: 128, 129: 129, 140: 137, 300: 207, 511: 255, -300: -207}
-    assert M.bucket(torch.tensor(list(example)), 256, 512).tolist() == list(example.values())
-
-
-def test_buckets_equal_transformers(hf):
-    """Oracle: transformers' make_log_bucket_position for every distance, rounding included."""
-    from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
-    for buckets, longest in ((256, 512), (256, 1024), (320, 512), (128, 512), (64, 333), (10, 50), (3, 50),
-                             (2, 50), (7, 40), (256, 131), (13, 9)):
-        distances = torch.arange(1 - longest, longest)
-        expected = make_log_bucket_position(distances, buckets, longest).long()
-        assert torch.equal(M.bucket(distances, buckets, longest), expected), (buckets, longest)
-
-
-def slow_attention(attention, x, mask, table, buckets, longest):
-    """Disentangled attention as its formula is written: three dot products for each row, head, i and j."""
-    H, T = attention.heads, x.shape[1]
-    delta = torch.tensor([[bucket(i - j, buckets, longest) + buckets for j in range(T)] for i in range(T)])
-    q, k, v, K, Q = (projection(given).unflatten(-1, (H, -1)) for projection, given in (
-        (attention.query_proj, x), (attention.key_proj, x), (attention.value_proj, x),
-        (attention.key_proj, table), (attention.query_proj, table)))           # (B, T, H, e) or (rows, H, e)
-    scores = torch.einsum("bihe,bjhe->bhij", q, k)
-    scores += torch.einsum("bihe,ijhe->bhij", q, K[delta])                     # q_i · K_δ(i, j)
-    scores += torch.einsum("bjhe,ijhe->bhij", k, Q[delta])                     # k_j · Q_δ(i, j)
-    scores = scores.div(math.sqrt(3 * q.shape[-1])).masked_fill(mask[:, None, None] == 0, -math.inf)
-    return torch.einsum("bhij,bjhe->bihe", scores.softmax(-1), v).flatten(2)
-
-
-@FORMS
-@pytest.mark.parametrize("buckets, longest, lengths", [
-    (256, 512, (1, 2, 7, 129, 140)), (8, 64, (1, 4, 5, 6, 7, 33, 64)), (7, 20, (5, 20))])
-@torch.no_grad()
-def test_disentangled_attention_equals_its_formula(buckets, longest, lengths, form):
-    """Oracle: the three terms, one by one (slow_attention), float64, 1e-12."""
-    config = NARROW["deberta"] | {"position_buckets": buckets, "max_position_embeddings": longest}
-    encoder = formed(build(config).double(), form).deberta.encoder
-    attention, found = encoder.layer[0].attention.self, []
-    attention.register_forward_hook(lambda module, args, y: found.append(y))
-    table = encoder.LayerNorm(encoder.rel_embeddings.weight)
-    for T in lengths:
-        x = torch.randn(2, T, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(T))
-        mask = torch.stack([torch.ones(T), (torch.arange(T) < (T + 1) // 2).float()])
-        encoder(x, mask)                                   # gives the first layer x
-        expected = slow_attention(attention, x, mask, table, buckets, longest)
-        assert (found.pop() - expected).abs().max() < 1e-12 and not found
-
-
 def test_positions_of_roberta():
     """Oracle: by hand. Tokens count from pad + 1, padding is at pad, also where it stands in front."""
     embeddings, seen = build(NARROW["roberta"]).roberta.embeddings, []
@@ -205,28 +146,15 @@ def test_positions_of_roberta():
 
 # --- properties --------------------------------------------------------------------------------------------
 
-@BOTH
 @FORMS
 @FAMILIES
-@torch.no_grad()
-def test_padding_and_neighbours_change_nothing(family, form, dtype):
-    """Oracle: the row alone, without padding, however long it and its neighbours are. A mask may be of bools; where no
-    types are given they are zeros."""
-    model = formed(build(NARROW[family]).to(dtype), form)
-    lengths = [1, 2, 150, 7, 131, 64]
-    ids, mask, types = rows(NARROW[family], lengths)
-    together = model(ids, mask, types)
-    for row, n in enumerate(lengths):
-        alone = model(ids[row:row + 1, :n], mask[row:row + 1, :n], types[row:row + 1, :n])
-        assert (together[row] - alone).abs().max() < TOLERANCE[dtype]
-    assert torch.equal(model(ids, mask.bool(), types), together)
-    assert torch.equal(model(ids, mask), model(ids, mask, torch.zeros_like(types)))
-
-
-def test_roberta_has_a_single_type():
-    """Oracle: types of zeros: a tokenizer's ones, of a second sentence, are no row of its table."""
-    model, (ids, mask, _) = build(NARROW["roberta"]), rows(NARROW["roberta"], [7, 4])
-    assert torch.equal(model(ids, mask, torch.ones_like(ids)), model(ids, mask))
+def test_plain_masks_and_types(family, form):
+    """Oracle: a mask of bools is one of numbers; where no types are given they are zeros, and RoBERTa's always are:
+    the ones of a second sentence are no row of its table."""
+    model, (ids, mask, types) = formed(build(NARROW[family]), form), rows(NARROW[family], [7, 4])
+    assert torch.equal(model(ids, mask.bool(), types), model(ids, mask, types))
+    for same in (torch.zeros_like(ids), *[torch.ones_like(ids)] * (family == "roberta")):
+        assert torch.equal(model(ids, mask, same), model(ids, mask))
 
 
 @FORMS
