@@ -87,16 +87,14 @@ def test_gradients_equal_transformers(hf, tmp_path, family, form, labels, T):
         assert gradients[name].norm() > 0, name
 
 
-def test_buckets(hf):
-    """Oracle: transformers' make_log_bucket_position for every distance, rounding included; the docstring's example."""
+def test_buckets_equal_transformers(hf):
+    """Oracle: transformers' make_log_bucket_position for every distance, rounding included."""
     from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
     for buckets, longest in ((256, 512), (256, 1024), (320, 512), (128, 512), (64, 333), (8, 64), (10, 50), (3, 50),
                              (2, 50), (7, 40), (256, 131), (13, 9)):
         distances = torch.arange(1 - longest, longest)
         expected = make_log_bucket_position(distances, buckets, longest).long()
         assert torch.equal(M.bucket(distances, buckets, longest), expected), (buckets, longest)
-    example = {0: 0, 1: 1, 128: 128, 129: 129, 140: 137, 300: 207, 511: 255, -300: -207}
-    assert M.bucket(torch.tensor(list(example)), 256, 512).tolist() == list(example.values())
 
 
 # --- without transformers ----------------------------------------------------------------------------------
@@ -134,6 +132,12 @@ def test_golden_values(case, form, monkeypatch):
         assert norms.keys() == golden["gradients"].keys()
         for name, norm in golden["gradients"].items():
             assert_near(norms[name], norm, 10 * max(golden["gradients"].values()))
+
+
+def test_buckets_of_the_docstring():
+    """Oracle: the worked example there."""
+    example = {0: 0, 1: 1, 128: 128, 129: 129, 140: 137, 300: 207, 511: 255, -300: -207}
+    assert M.bucket(torch.tensor(list(example)), 256, 512).tolist() == list(example.values())
 
 
 def test_positions_of_roberta():
