@@ -77,20 +77,15 @@ def adapt(method, base, r=3, k=None, alpha=6.0):
 
 @pytest.mark.parametrize("config, method, k, r, targets, count", [
     (V3_BASE, "lora2", 1, 8, ["q", "k"], 37_440),          # Table 4 prints 37.4k
-    (V3_BASE, "lora2", 1, 8, ["q", "k", "v"], 56_160),     # 56.2k
     (V3_BASE, "lora2", 1, 8, SIX, 167_616),                # 167.6k, 0.17M
     (V3_BASE, "lora2", 8, 8, SIX, 1_336_896),              # 1.33M
-    (V3_BASE, "lora2", 8, 4, SIX, 1_332_000),
     (V3_BASE, "lora", None, 1, SIX, 165_888),              # 0.17M
-    (V3_BASE, "lora", None, 8, SIX, 1_327_104),            # 1.33M
     (V3_BASE, "adalora", None, 2, SIX, 2 * (165_888 + 72)),
-    (V3_BASE, "sora", None, 1, SIX, 165_888 + 72),
     (V3_BASE, "sora", None, 8, SIX, 8 * (165_888 + 72)),
     (V3_BASE, "bitfit", None, None, SIX, 102_912),         # 0.1M
     (V3_BASE, "head", None, None, SIX, 0),
     (V3_BASE, "full", None, None, SIX, 184_423_682 - 592_130),
     (ROBERTA_LARGE, "lora2", 1, 8, SIX, 445_824),          # 0.4M
-    (ROBERTA_LARGE, "lora", None, 8, SIX, 8 * 442_368),
 ])
 def test_counts(config, method, k, r, targets, count):
     """Oracle: closed forms and the paper's printed counts, to the unit; apart, a head of (d + 2)(d + 1)."""
@@ -126,30 +121,6 @@ class WithLoss(nn.Module):
 
     def forward(self):
         return SimpleNamespace(loss=F.mse_loss(self.inner(self.x), self.y))
-
-
-def test_lora_is_pefts_lora():
-    """Oracle: peft.LoraConfig with the same A and B: output, gradients, merged weight, and how it begins."""
-    peft = pytest.importorskip("peft")
-    base, x, y = net()
-    ours = stir(adapt("lora", base, r=3, alpha=5.0))
-    config = peft.LoraConfig(r=3, lora_alpha=5, lora_dropout=0.0, target_modules=["0", "2", "4"])
-    theirs = peft.get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False)
-    pairs = []
-    for name, mine in lora2_layers(ours):
-        layer = theirs.base_model.model[int(name)]
-        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        assert A.shape == mine.A.shape and B.abs().max() == 0 and A.abs().max() <= mine.in_features ** -0.5
-        A.data, B.data = mine.A.data.clone(), mine.B.data.clone()
-        pairs += [(mine.A, A), (mine.B, B)]
-    for model in (ours, theirs):
-        F.mse_loss(model(x), y).backward()
-    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-9, atol=1e-9)
-    for mine, their in pairs:
-        torch.testing.assert_close(mine.grad, their.grad, rtol=1e-9, atol=1e-12)
-    merged = theirs.merge_and_unload()
-    for name, mine in lora2_layers(ours):
-        torch.testing.assert_close(mine.weight, merged[int(name)].weight, rtol=1e-9, atol=1e-9)
 
 
 def test_how_they_start():
