@@ -291,28 +291,14 @@ def test_base_in_half_precision(method, dtype):
 
 # --- mistakes and choices -----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("method, head, targets, r, says", [
-    ("dora", HEAD, [], None, "no method 'dora'"),
-    ("head", ["nothing"], [], None, "head finds nothing to train: .* under .'nothing'"),
-    ("lora", HEAD, ["query"], 25, "r = 25")])
-def test_mistakes_are_named(method, head, targets, r, says):
-    """Oracle: the sentence each is to end with; nothing is silently ignored or trained."""
+def test_mistakes_are_named():
+    """Oracle: the sentences; nothing is silently ignored or trained."""
     model = bert()
-    with pytest.raises(ValueError, match=says):
-        baselines.add_method(method, model, targets, head, None, r, 32, None)
+    with pytest.raises(ValueError, match="r = 25"):
+        baselines.add_method("lora", model, ["query"], HEAD, None, 25, 32, None)
     assert not lora2_layers(model) and all(p.requires_grad for p in model.parameters())
-
-
-def test_mistakes_of_pruning_are_named():
-    """Oracle: the sentences; and for bitfit, that of a model without a bias."""
-    ada = adapt("adalora", net()[0])
     with pytest.raises(ValueError, match="Eq. 8"):
-        baselines.make_pruner("adalora", ada, 1, 10, 1, 1, 1, "full")
-    for threshold in (-1e-9, math.nan, math.inf):
-        with pytest.raises(ValueError, match="threshold"):
-            baselines.SparseGates(ada, threshold)
-    with pytest.raises(ValueError, match="bitfit finds nothing to train: .* no bias"):
-        baselines.add_method("bitfit", nn.Linear(2, 2, bias=False), [], [], None, None, None, None)
+        baselines.make_pruner("adalora", adapt("adalora", net()[0]), 1, 10, 1, 1, 1, "full")
 
 
 def test_what_belongs_to_each_method():
