@@ -1,7 +1,7 @@
 """DeBERTaV2/V3, RoBERTa and BERT with a classification head; they load the Hub's checkpoints.
 
     model = from_pretrained("microsoft/deberta-v3-base", num_labels=2)  # in train mode
-    logits = model(input_ids, attention_mask, token_type_ids)  # (B, num_labels)
+    logits = model(input_ids, attention_mask, token_type_ids)           # (B, num_labels)
 
 A config is a dict, the content of config.json. What is read of DeBERTaV3-base's:
 
@@ -91,7 +91,7 @@ def split_heads(x, H):
 
 def attend(scores, mask, v, dropout):
     """Each token's mean of v, (B, H, T, e), by the softmax of its scores: → (B, T, d)."""
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # of −inf alone: NaN
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # −inf could give NaN
     weights = dropout(scores.softmax(-1))            # (B, H, T, T)
     return (weights @ v).transpose(1, 2).flatten(2)  # (B, H, T, e) → (B, T, d)
 
