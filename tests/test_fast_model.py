@@ -4,6 +4,7 @@ Parity of the fast model with transformers is tests/test_model.py's, which asks 
 """
 import copy
 import math
+from functools import partialmethod
 
 import pytest
 import torch
@@ -187,31 +188,17 @@ def test_a_copy_is_not_used_where_it_would_be_wrong():
 
 # --- torch.compile -----------------------------------------------------------------------------------------
 
-@pytest.fixture
-def graphs(monkeypatch):
-    """Layers are compiled by aot_eager, without a C++ compiler; how many graphs were made, as a list's length."""
-    from torch._dynamo.backends.registry import lookup_backend
-    made, backend, compile = [], lookup_backend("aot_eager"), nn.Module.compile
-
-    def counted(graph, inputs):
-        made.append(graph)
-        return backend(graph, inputs)
-
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **more: compile(self, backend=counted, **more))
-    torch.compiler.reset()
-    yield made
-    torch.compiler.reset()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("family, dtype, others", [("deberta", "bf16", [160, 180, 133]), ("roberta", "fp32", [])])
-def test_compiled_layers(family, dtype, others, graphs):
+def test_compiled_layers(family, dtype, others, monkeypatch):
     """Oracle: the same model uncompiled, 1e-4; as many graphs for two layers as for three; and of what is
     merely a new length or number of rows, none. Lengths above 132 are other graphs of DeBERTa's."""
-    counts = []
+    from torch._dynamo.testing import CompileCounterWithBackend
+    counts, compile = [], nn.Module.compile
     for layers in (2, 3):
         torch.compiler.reset()
-        graphs.clear()
+        graphs = CompileCounterWithBackend("aot_eager")    # needs no C++ compiler
+        monkeypatch.setattr(nn.Module, "compile", partialmethod(compile, backend=graphs))
         net = adapted(family, ["q", "f1"], num_hidden_layers=layers).train()
         plain = fast.speed_up(copy.deepcopy(net), dtype)
         compiled = fast.speed_up(net, dtype, compile=True)
@@ -220,7 +207,7 @@ def test_compiled_layers(family, dtype, others, graphs):
             batch = rows(NARROW[family], [T] * (5 + i % 3))
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
                 assert_near(step(compiled, batch), step(plain, batch), 1e-4)
-            after.append(len(graphs))
+            after.append(graphs.frame_count)
         assert 0 < after[0] == after[2] and after[3] == after[-1] <= 6, after
         counts.append(after)
     assert counts[0] == counts[1]
