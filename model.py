@@ -45,10 +45,10 @@ TARGETS["deberta-v2"] = TARGETS["bert"] | {"q": "attention.self.query_proj",
                                            "k": "attention.self.key_proj",
                                            "v": "attention.self.value_proj"}
 # The head is dropout → dense → activation → dropout → output. Of each family: the option with the
-# first dropout's rate, dense's name, the activation, output's name.
-HEADS = {"deberta-v2": ("pooler_dropout", "pooler.dense", F.gelu, "classifier"),
-         "roberta": ("classifier_dropout", "classifier.dense", torch.tanh, "classifier.out_proj"),
-         "bert": (None, "bert.pooler.dense", torch.tanh, "classifier")}
+# first dropout's rate, the activation, the names of dense and output.
+HEADS = {"deberta-v2": ("pooler_dropout", F.gelu, "pooler.dense", "classifier"),
+         "roberta": ("classifier_dropout", torch.tanh, "classifier.dense", "classifier.out_proj"),
+         "bert": (None, torch.tanh, "bert.pooler.dense", "classifier")}
 
 
 class Embeddings(nn.Module):
@@ -264,7 +264,7 @@ class SequenceClassifier(nn.Module):
             owner = backbone if self.kind == "bert" else self
             owner.add_module("pooler", dense)
             self.classifier = output
-        first, _, self.activation, _ = HEADS[self.kind]
+        first, self.activation, *self.head_names = HEADS[self.kind]
         self.first_dropout = nn.Dropout(config[first]) if first else nn.Identity()
         self.dropout = nn.Dropout(config[HEAD_DROPOUT[self.kind]])
 
@@ -275,8 +275,7 @@ class SequenceClassifier(nn.Module):
 
     def head_layers(self):
         """{name: layer} of the head's dense and output, which a method may have replaced."""
-        _, dense, _, output = HEADS[self.kind]
-        return {dense: self.get_submodule(dense), output: self.get_submodule(output)}
+        return {name: self.get_submodule(name) for name in self.head_names}
 
     def encode(self, input_ids, attention_mask, token_type_ids=None):
         """(B, T) → the last hidden states, (B, T, d). ValueError if T is more than max_len.
