@@ -3,7 +3,6 @@
 Offline, on the CPU, in seconds. Those that ask peft are skipped without it.
 """
 import copy
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -133,7 +132,8 @@ def test_how_they_start():
     bound = 400 ** -0.5
     for layer in (lora, sora):
         assert 0.999 * bound < layer.A.abs().max() <= bound and not layer.B.any()
-    for factor, std in ((lora.A, bound / 3 ** 0.5), (sora.A, bound / 3 ** 0.5), (ada.P, 0.02), (ada.Q, 0.02), (gates, 1)):
+    uniform = bound / 3 ** 0.5
+    for factor, std in ((lora.A, uniform), (sora.A, uniform), (ada.P, 0.02), (ada.Q, 0.02), (gates, 1)):
         assert factor.std().item() == pytest.approx(std, rel=0.05) and abs(factor.mean()) < 0.07 * std
     assert not ada.lam.any()
 

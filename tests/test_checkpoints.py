@@ -57,7 +57,7 @@ def pretraining(family, weights):
 @FAMILIES
 def test_files_as_they_are(tmp_path, family):
     """Oracle: the weights that were written, in every file layout that the Hub has and with what wrappers put before
-    each key, of a classifier and of an encoder alone; all end in fp32, and random numbers are drawn for a head alone."""
+    each key, of a classifier and of an encoder alone; all end in fp32; numbers are drawn for a head alone."""
     weights, config = build(NARROW[family]).state_dict(), NARROW[family]
     body, half = pretraining(family, weights), cast(weights, torch.float16)
     strided = {key: t.mT.contiguous().mT if t.dim() == 2 else t for key, t in weights.items()}
@@ -132,7 +132,8 @@ def test_every_key_is_accounted_for(tmp_path, family):
             dict(list(weights.items())[:5]) | many)
     vast = sized(config, 10**6, 1, 40)                     # a new head for it would take 4 TB
     refused("does not fit .*size mismatch", pretraining(family, weights), config=vast)
-    refused("embeddings.LayerNorm.bias of .* is there twice", weights | {"embeddings.LayerNorm.bias": torch.ones(24)})
+    twice = weights | {"embeddings.LayerNorm.bias": torch.ones(24)}
+    refused("embeddings.LayerNorm.bias of .* is there twice", twice)
     for strange in (torch.ones(24, dtype=torch.int8), "text", None):
         refused("LayerNorm.bias of .* is not a floating-point tensor", weights | {bias: strange}, file=BIN)
 
@@ -408,7 +409,8 @@ print((peak() - before) / sum(p.numel() * 4 for p in loaded.parameters()))
 def test_peak_memory_while_loading(tmp_path, config, dtype, file):
     """Oracle: the process's peak resident size in a fresh interpreter, mapped pages of the file included."""
     model = skeleton(config, "meta")
-    write(tmp_path, config, {key: torch.ones(t.shape, dtype=dtype) for key, t in model.backbone.state_dict().items()}, file)
+    shapes = {key: t.shape for key, t in model.backbone.state_dict().items()}
+    write(tmp_path, config, {key: torch.ones(shape, dtype=dtype) for key, shape in shapes.items()}, file)
     # A shell in between: a process's peak begins with the size of the one that started it, here a large one.
     command = ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-c", MEASURE, str(tmp_path)]
     run = subprocess.run(command, cwd=Path(__file__).parent.parent, text=True, capture_output=True, check=True)
