@@ -19,6 +19,7 @@ from tests.checkpoints import NARROW, ROBERTA_LARGE, SIX, STILL, V3_BASE, build,
 pytestmark = pytest.mark.usefixtures("one_thread")
 ADAPTERS = ("lora2", "lora", "adalora", "sora")
 HEAD = ["pooler", "classifier"]
+SCHEDULE = {"target_rank": 1, "total_steps": 10, "warmup": 1, "final": 1, "interval": 1}
 
 
 def trained(model, head=()):
@@ -151,7 +152,8 @@ def test_adalora_is_pefts_adalora_over_50_steps():
     r, target, T, tinit, tfinal, interval, gamma = 4, 1, 60, 5, 9, 2, 0.3
     base, x, y = net()
     ours = adapt("adalora", base, r=r, alpha=8 * r / (r + 1e-5))
-    pruner = baselines.make_pruner("adalora", ours, target, T, tinit, tfinal, interval, None)
+    pruner = baselines.make_pruner("adalora", ours, target, total_steps=T, warmup=tinit, final=tfinal,
+                                   interval=interval, importance=None)
     config = peft.AdaLoraConfig(init_r=r, target_r=target, tinit=tinit, tfinal=tfinal, deltaT=interval,
                                 lora_alpha=8, total_step=T, orth_reg_weight=gamma,
                                 target_modules=["0", "2", "4"])
@@ -298,7 +300,7 @@ def test_mistakes_are_named():
         baselines.add_method("lora", model, ["query"], HEAD, None, 25, 32, None)
     assert not lora2_layers(model) and all(p.requires_grad for p in model.parameters())
     with pytest.raises(ValueError, match="Eq. 8"):
-        baselines.make_pruner("adalora", adapt("adalora", net()[0]), 1, 10, 1, 1, 1, "full")
+        baselines.make_pruner("adalora", adapt("adalora", net()[0]), importance="full", **SCHEDULE)
 
 
 def test_what_belongs_to_each_method():
@@ -310,7 +312,7 @@ def test_what_belongs_to_each_method():
     assert baselines.regulariser("lora", model, None) is None is baselines.regulariser("sora", model, None)
     assert baselines.regulariser_floor("lora2", 1, 8, ("uv", "UV", "PQ")) == 14
     assert baselines.regulariser_floor("adalora", 1, 8, ("uv", "UV", "PQ")) == 0
-    assert baselines.make_pruner("lora", model, 1, 10, 1, 1, 1, None) is None
+    assert baselines.make_pruner("lora", model, importance=None, **SCHEDULE) is None
     for importance, factors in (("full", "lam u U v V"), ("reduced", "lam u U"), (None, "lam u U")):
-        pruner = baselines.make_pruner("lora2", model, 1, 10, 1, 1, 1, importance)
+        pruner = baselines.make_pruner("lora2", model, importance=importance, **SCHEDULE)
         assert type(pruner) is fast.FastRankPruner and " ".join(pruner.factors) == factors
