@@ -149,6 +149,7 @@ def test_dynamo_of_torch_2_6_can_trace_it():
     assert "vars(" not in inspect.getsource(fast)
 
 
+@pytest.mark.ci                                            # torch.compile takes seconds
 def test_where_people_use_it():
     """Oracle: the plain forward and backward pass: copies, pickles, torch.compile, gradient checkpointing."""
     net, x = network(), inputs(5, 6).requires_grad_()
