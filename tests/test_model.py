@@ -1,4 +1,4 @@
-"""Tests of model.py: the same function as transformers. (Its files and configurations: test_checkpoints.py.)
+"""Tests of model.py: the same function as transformers, of which configurations. (Files: test_checkpoints.py.)
 
 What the model computes is asked of both forms, model.py's and what fast.speed_up() makes of it.
 Offline. The plain tests need torch and safetensors; those that ask transformers are skipped without it.
@@ -6,6 +6,7 @@ Offline. The plain tests need torch and safetensors; those that ask transformers
 """
 import ast
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 import model as M
+from formats.config import OPTIONS
 from methods import fast
 from running import progress
 from tests import make_golden
@@ -202,3 +204,62 @@ def test_the_example_at_the_top_of_the_file():
     with torch.device("meta"):
         model = M.SequenceClassifier(config, 2)
     assert sum(p.numel() for p in model.parameters()) == 184_423_682
+
+
+# --- configurations ----------------------------------------------------------------------------------------
+
+# Family → option → values; ... stands for an absent option.
+NOT_IMPLEMENTED = {
+    "deberta": {
+        "model_type": ["deberta", "electra", None, ["bert"]], "conv_kernel_size": [3],
+        "relative_attention": [False, ...], "pos_att_type": [None, ..., "c2p", ["p2c"], "p2c|c2p|p2p", 7],
+        "position_biased_input": [True, ...], "share_att_key": [False], "norm_rel_ebd": ["none"],
+        "position_buckets": [-1, 1022, "256"], "max_relative_positions": [256], "embedding_size": [128],
+        "attention_head_size": [64], "pooler_hidden_size": [48], "pooler_hidden_act": ["tanh"],
+        "hidden_act": ["gelu_new"], "cls_dropout": [2], "type_vocab_size": [-1]},
+    "roberta": {
+        "hidden_act": ["relu"], "position_embedding_type": ["relative_key"], "is_decoder": [True],
+        "type_vocab_size": [0], "pad_token_id": [None, 300], "classifier_dropout": ["0.1"]},
+    "bert": {
+        "num_attention_heads": [5], "hidden_size": [0, ...], "vocab_size": [30522.0],
+        "num_hidden_layers": [True, 10**6], "layer_norm_eps": [math.nan], "hidden_dropout_prob": [[0.1]],
+        "intermediate_size": [10**12], "max_position_embeddings": [None]}}
+
+
+@pytest.mark.parametrize("family, option, value", [
+    (family, option, value) for family, options in NOT_IMPLEMENTED.items()
+    for option, values in options.items() for value in values])
+def test_what_is_not_implemented_is_refused_by_name(family, option, value):
+    """Oracle: the option's name and value in one line."""
+    config = {key: v for key, v in (NARROW[family] | {option: value}).items() if v is not ...}
+    with pytest.raises(ValueError, match=f"^config.json.*{option}") as error:
+        M.check_config(config, "config.json")
+    assert "not implemented" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("option, value, found", [
+    ("pos_att_type", "p2c|c2p", ["p2c", "c2p"]), ("pos_att_type", "C2P | P2C", ["c2p", "p2c"]),
+    *[(name, value, value) for name, value in [
+        ("pos_att_type", ["p2c", "c2p"]), ("max_relative_positions", 512), ("max_relative_positions", 0),
+        ("embedding_size", 24), ("attention_head_size", 8), ("pooler_hidden_size", 24), ("conv_kernel_size", 0),
+        ("vocab_type", "spm")]]])
+def test_configurations_as_they_are(option, value, found):
+    """Oracle: what each spelling means, written out here."""
+    assert M.check_config(NARROW["deberta"] | {option: value}, "config.json")[option] == found
+
+
+def test_absent_options_of_dropout():
+    """Oracle: by hand: the head's is the one of the hidden states, whether it is absent or null."""
+    for family, option in (("deberta", "cls_dropout"), ("bert", "classifier_dropout")):
+        for given in ({}, {option: None}):
+            config = M.check_config(NARROW[family] | {"hidden_dropout_prob": 0.3} | given, "config.json")
+            assert config[option] == 0.3
+
+
+def test_absent_options_equal_transformers(hf):
+    """Oracle: transformers' configuration classes, option by option."""
+    for kind, options in OPTIONS.items():
+        theirs = hf.AutoConfig.for_model(kind)
+        for name, (absent, _) in options.items():
+            if absent is not None and hasattr(theirs, name):
+                assert getattr(theirs, name) == absent, (kind, name)
