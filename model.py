@@ -1,16 +1,16 @@
 """DeBERTaV2/V3, RoBERTa and BERT with a classification head; they load the Hub's checkpoints.
 
-    model = from_pretrained("microsoft/deberta-v3-base", num_labels=2)   # in train mode
-    logits = model(input_ids, attention_mask, token_type_ids)            # (B, num_labels)
+    model = from_pretrained("microsoft/deberta-v3-base", num_labels=2)  # in train mode
+    logits = model(input_ids, attention_mask, token_type_ids)           # (B, num_labels)
 
 A config is a dict, the content of config.json. What is read of DeBERTaV3-base's:
 
     {"model_type": "deberta-v2", "vocab_size": 128100, "num_hidden_layers": 12,
-     "hidden_size": 768,                    # d
-     "num_attention_heads": 12,             # H, each of size e = d / H = 64
-     "intermediate_size": 3072,             # f
-     "max_position_embeddings": 512,        # the longest input, in tokens
-     "position_buckets": 256,               # half of R, the rows of the table of positions
+     "hidden_size": 768,              # d
+     "num_attention_heads": 12,       # H, each of size e = d / H = 64
+     "intermediate_size": 3072,       # f
+     "max_position_embeddings": 512,  # the longest input, in tokens
+     "position_buckets": 256,         # half of R, the rows of the table of positions
      "type_vocab_size": 0, "pad_token_id": 0, "layer_norm_eps": 1e-7, "initializer_range": 0.02,
      "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
      "pooler_dropout": 0, "cls_dropout": 0.1}
@@ -34,33 +34,25 @@ from formats.head import fit_head
 
 PREFIX = {"deberta-v2": "deberta", "roberta": "roberta", "bert": "bert"}
 # The six matrices of a layer: LoRA²'s short names (arXiv 2408.06854, Table 4) → their places.
-TARGETS = {"deberta-v2": {"q": "attention.self.query_proj",
-                          "k": "attention.self.key_proj",
-                          "v": "attention.self.value_proj",
-                          "o": "attention.output.dense",
-                          "f1": "intermediate.dense",
-                          "f2": "output.dense"},
-           "roberta": {"q": "attention.self.query",
-                       "k": "attention.self.key",
-                       "v": "attention.self.value",
-                       "o": "attention.output.dense",
-                       "f1": "intermediate.dense",
-                       "f2": "output.dense"}}
-TARGETS["bert"] = TARGETS["roberta"]
+TARGETS = {"bert": {"q": "attention.self.query",
+                    "k": "attention.self.key",
+                    "v": "attention.self.value",
+                    "o": "attention.output.dense",
+                    "f1": "intermediate.dense",
+                    "f2": "output.dense"}}
+TARGETS["roberta"] = TARGETS["bert"]
+TARGETS["deberta-v2"] = TARGETS["bert"] | {"q": "attention.self.query_proj",
+                                           "k": "attention.self.key_proj",
+                                           "v": "attention.self.value_proj"}
 # The head is dropout → dense → activation → dropout → output. Of each family: the option with the
-# first dropout's rate, dense's name, the activation, output's name.
-HEADS = {"deberta-v2": ("pooler_dropout", "pooler.dense", F.gelu, "classifier"),
-         "roberta": ("classifier_dropout", "classifier.dense", torch.tanh, "classifier.out_proj"),
-         "bert": (None, "bert.pooler.dense", torch.tanh, "classifier")}
+# first dropout's rate, the activation, the names of dense and output.
+HEADS = {"deberta-v2": ("pooler_dropout", F.gelu, "pooler.dense", "classifier"),
+         "roberta": ("classifier_dropout", torch.tanh, "classifier.dense", "classifier.out_proj"),
+         "bert": (None, torch.tanh, "bert.pooler.dense", "classifier")}
 
-
-# --- the blocks, bottom up -----------------------------------------------------------------------
 
 class Embeddings(nn.Module):
-    """Sum of word, token-type and position embeddings → LayerNorm → dropout: (B, T) → (B, T, d).
-
-    DeBERTa has no position embeddings: order enters through its attention.
-    """
+    """Sum of word, token-type and position embeddings → LayerNorm → dropout: (B, T) → (B, T, d)."""
 
     def __init__(self, config):
         super().__init__()
@@ -69,7 +61,7 @@ class Embeddings(nn.Module):
         self.pad = config["pad_token_id"]
         self.types = config["type_vocab_size"]
         self.word_embeddings = nn.Embedding(config["vocab_size"], d, self.pad)
-        if self.kind != "deberta-v2":
+        if self.kind != "deberta-v2":  # there order enters through attention
             padding = self.pad if self.kind == "roberta" else None
             self.position_embeddings = nn.Embedding(config["max_position_embeddings"], d, padding)
         if self.types > 0:
@@ -78,16 +70,16 @@ class Embeddings(nn.Module):
         self.dropout = nn.Dropout(config["hidden_dropout_prob"])
 
     def forward(self, input_ids, token_type_ids):
-        x = self.word_embeddings(input_ids)             # (B, T, d)
+        x = self.word_embeddings(input_ids)  # (B, T, d)
         if self.types > 0:
-            if token_type_ids is None or self.types == 1:   # RoBERTa has a single type
+            if token_type_ids is None or self.types == 1:  # RoBERTa has a single type
                 token_type_ids = torch.zeros_like(input_ids)
             x = x + self.token_type_embeddings(token_type_ids)
         if self.kind == "bert":
             x = x + self.position_embeddings.weight[:x.shape[1]]  # (T, d), for every row
-        if self.kind == "roberta":                      # ids [5, 5, pad], and pad = 1:
-            real = (input_ids != self.pad).long()       # [1, 1, 0]
-            positions = real.cumsum(1) * real + self.pad  # [2, 3, 1], padding is at pad
+        if self.kind == "roberta":  # ids [5, 5, pad], and pad = 1:
+            real = (input_ids != self.pad).long()         # [1, 1, 0]
+            positions = real.cumsum(1) * real + self.pad  # [2, 3, 1]: padding is at pad
             x = x + self.position_embeddings(positions)
         return self.dropout(self.LayerNorm(x))
 
@@ -99,11 +91,9 @@ def split_heads(x, H):
 
 def attend(scores, mask, v, dropout):
     """Each token's mean of v, (B, H, T, e), by the softmax of its scores: → (B, T, d)."""
-    least = torch.finfo(scores.dtype).min               # of −inf alone a softmax would be NaN
-    scores = scores.masked_fill(~mask, least)
-    weights = dropout(scores.softmax(-1))               # (B, H, T, T)
-    y = weights @ v                                     # (B, H, T, e)
-    return y.transpose(1, 2).flatten(2)                 # (B, T, d)
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # −inf could give NaN
+    weights = dropout(scores.softmax(-1))            # (B, H, T, T)
+    return (weights @ v).transpose(1, 2).flatten(2)  # (B, H, T, e) → (B, T, d)
 
 
 class SelfAttention(nn.Module):
@@ -119,11 +109,10 @@ class SelfAttention(nn.Module):
         self.dropout = nn.Dropout(config["attention_probs_dropout_prob"])
 
     def forward(self, x, mask):
-        H = self.heads
-        q = split_heads(self.query(x), H)               # (B, H, T, e)
-        k = split_heads(self.key(x), H)                 # (B, H, T, e)
-        v = split_heads(self.value(x), H)               # (B, H, T, e)
-        scores = q @ k.mT / math.sqrt(q.shape[-1])      # (B, H, T, T)
+        q = split_heads(self.query(x), self.heads)  # (B, H, T, e)
+        k = split_heads(self.key(x), self.heads)    # (B, H, T, e)
+        v = split_heads(self.value(x), self.heads)  # (B, H, T, e)
+        scores = q @ k.mT / math.sqrt(q.shape[-1])  # (B, H, T, T)
         return attend(scores, mask, v, self.dropout)
 
 
@@ -152,18 +141,16 @@ class DisentangledSelfAttention(nn.Module):
         self.dropout = nn.Dropout(config["attention_probs_dropout_prob"])
 
     def forward(self, x, mask, table, index):
-        H = self.heads
         table = self.pos_dropout(table)
-        q = split_heads(self.query_proj(x), H)          # (B, H, T, e)
-        k = split_heads(self.key_proj(x), H)            # (B, H, T, e)
-        v = split_heads(self.value_proj(x), H)          # (B, H, T, e)
-        Q = split_heads(self.query_proj(table), H)      # (H, R, e)
-        K = split_heads(self.key_proj(table), H)        # (H, R, e)
-
-        c2c = q @ k.mT                                  # [i, j] = q_i · k_j
-        index = index.expand_as(c2c)                    # (B, H, T, T), without a copy
-        c2p = (q @ K.mT).gather(-1, index)              # [i, j] = q_i · K_δ
-        p2c = (k @ Q.mT).gather(-1, index.mT).mT        # [i, j] = k_j · Q_δ
+        q = split_heads(self.query_proj(x), self.heads)      # (B, H, T, e)
+        k = split_heads(self.key_proj(x), self.heads)        # (B, H, T, e)
+        v = split_heads(self.value_proj(x), self.heads)      # (B, H, T, e)
+        Q = split_heads(self.query_proj(table), self.heads)  # (H, R, e)
+        K = split_heads(self.key_proj(table), self.heads)    # (H, R, e)
+        c2c = q @ k.mT                            # [i, j] = q_i · k_j
+        index = index.expand_as(c2c)              # (B, H, T, T), without a copy
+        c2p = (q @ K.mT).gather(-1, index)        # [i, j] = q_i · K_δ
+        p2c = (k @ Q.mT).gather(-1, index.mT).mT  # [i, j] = k_j · Q_δ
         scores = (c2c + c2p + p2c) / math.sqrt(3 * q.shape[-1])
         return attend(scores, mask, v, self.dropout)
 
@@ -179,8 +166,8 @@ def bucket(distance, buckets, max_position):
         bucket      0    1    128    129    137    207    255    −207
     """
     mid = buckets // 2
-    size = distance.abs().clamp(min=mid).float()        # at least mid: no log of 0
-    longest = torch.tensor((max_position - 1) / mid)    # in float32, to round as transformers does
+    size = distance.abs().clamp(min=mid).float()  # at least mid: no log of 0
+    longest = torch.tensor((max_position - 1) / mid)  # in float32, to round as transformers does
     share = torch.log(size / mid) / torch.log(longest)  # 0 at mid, 1 at the longest
     far = mid + torch.ceil(share * (mid - 1)).long()
     return torch.where(distance.abs() <= mid, distance, far * distance.sign())
@@ -206,18 +193,17 @@ class Layer(nn.Module):
         super().__init__()
         d = config["hidden_size"]
         f = config["intermediate_size"]
-        attention = SelfAttention
-        if config["model_type"] == "deberta-v2":
-            attention = DisentangledSelfAttention
+        is_deberta = config["model_type"] == "deberta-v2"
+        attention = DisentangledSelfAttention if is_deberta else SelfAttention
         self.attention = nn.ModuleDict({"self": attention(config), "output": Output(d, config)})
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(d, f)})
         self.output = Output(f, config)
 
     def forward(self, x, mask, *positions):
-        y = self.attention.self(x, mask, *positions)    # (B, T, d)
-        x = self.attention.output(y, x)                 # (B, T, d)
-        y = F.gelu(self.intermediate.dense(x))          # (B, T, f)
-        return self.output(y, x)                        # (B, T, d)
+        y = self.attention.self(x, mask, *positions)  # (B, T, d)
+        x = self.attention.output(y, x)               # (B, T, d)
+        y = F.gelu(self.intermediate.dense(x))        # (B, T, f)
+        return self.output(y, x)                      # (B, T, d)
 
 
 class Encoder(nn.Module):
@@ -231,15 +217,15 @@ class Encoder(nn.Module):
             d = config["hidden_size"]
             self.buckets = config["position_buckets"]
             self.max_position = config["max_position_embeddings"]
-            self.rel_embeddings = nn.Embedding(2 * self.buckets, d)  # δ in row δ + buckets
+            self.rel_embeddings = nn.Embedding(2 * self.buckets, d)  # row δ + buckets is δ's
             self.LayerNorm = nn.LayerNorm(d, config["layer_norm_eps"])
 
     def forward(self, x, attention_mask):
-        mask = attention_mask.bool()[:, None, None]     # (B, 1, 1, T)
+        mask = attention_mask.bool()[:, None, None]  # (B, 1, 1, T)
         positions = ()
         if self.kind == "deberta-v2":
             i = torch.arange(x.shape[1], device="cpu")  # a GPU's log may round otherwise
-            distance = i[:, None] - i                   # (T, T): i − j
+            distance = i[:, None] - i  # (T, T): i − j
             index = bucket(distance, self.buckets, self.max_position) + self.buckets
             table = self.LayerNorm(self.rel_embeddings.weight)  # (R, d)
             positions = table, index.to(x.device)
@@ -259,26 +245,26 @@ class SequenceClassifier(nn.Module):
         super().__init__()
         self.config = config
         self.num_labels = num_labels
-        self.source = None                              # from_pretrained() fills in both
+        self.source = None  # from_pretrained() fills in both
         self.new_weights = []
         self.kind = config["model_type"]
-        self.max_len = config["max_position_embeddings"]    # the longest input, in tokens
-        self.head = ["pooler", "classifier"]            # parts of its parameters' names
+        self.max_len = config["max_position_embeddings"]  # the longest input, in tokens
+        self.head = ["pooler", "classifier"]  # parts of its parameters' names
         d = config["hidden_size"]
         backbone = nn.ModuleDict({"embeddings": Embeddings(config), "encoder": Encoder(config)})
         self.add_module(PREFIX[self.kind], backbone)
-        dense = nn.Linear(d, d)
+        dense = nn.ModuleDict({"dense": nn.Linear(d, d)})
         output = nn.Linear(d, num_labels)
         if self.kind == "roberta":
             self.max_len -= config["pad_token_id"] + 1  # where positions begin
             self.head = ["classifier"]
-            self.classifier = nn.ModuleDict({"dense": dense, "out_proj": output})
+            self.classifier = dense
+            self.classifier["out_proj"] = output
         else:
             owner = backbone if self.kind == "bert" else self
-            owner.add_module("pooler", nn.ModuleDict({"dense": dense}))
+            owner.add_module("pooler", dense)
             self.classifier = output
-
-        first, _, self.activation, _ = HEADS[self.kind]
+        first, self.activation, *self.head_names = HEADS[self.kind]
         self.first_dropout = nn.Dropout(config[first]) if first else nn.Identity()
         self.dropout = nn.Dropout(config[HEAD_DROPOUT[self.kind]])
 
@@ -289,18 +275,16 @@ class SequenceClassifier(nn.Module):
 
     def head_layers(self):
         """{name: layer} of the head's dense and output, which a method may have replaced."""
-        _, dense, _, output = HEADS[self.kind]
-        return {dense: self.get_submodule(dense), output: self.get_submodule(output)}
+        return {name: self.get_submodule(name) for name in self.head_names}
 
     def encode(self, input_ids, attention_mask, token_type_ids=None):
-        """The last hidden states, (B, T, d). ValueError if T is more than max_len.
+        """(B, T) → the last hidden states, (B, T, d). ValueError if T is more than max_len.
 
-        All three are (B, T); the mask is 0 or False at padding, the types may be None for zeros.
+        The mask is 0 or False at padding, the types may be None for zeros.
         """
         T = input_ids.shape[1]
         if T > self.max_len:
-            raise ValueError(f"{T} tokens, but the model has positions for {self.max_len}: "
-                             "shorten the input")
+            raise ValueError(f"{T} tokens for {self.max_len} positions: shorten the input")
         x = self.backbone.embeddings(input_ids, token_type_ids)
         return self.backbone.encoder(x, attention_mask)
 
@@ -309,7 +293,7 @@ class SequenceClassifier(nn.Module):
         dense, output = self.head_layers().values()
         x = self.encode(input_ids, attention_mask, token_type_ids)
         x = self.activation(dense(self.first_dropout(x[:, 0])))  # (B, d): of the first token
-        return output(self.dropout(x))                  # (B, num_labels)
+        return output(self.dropout(x))
 
 
 def target_modules(model, names):
@@ -317,11 +301,10 @@ def target_modules(model, names):
     places = TARGETS[model.kind]
     if not names or not set(names) <= places.keys():
         raise ValueError(f"unknown target among {[*names]}: give some of {','.join(places)}")
-    chosen = [place for name, place in places.items() if name in names]
     found = []
     for i in range(model.config["num_hidden_layers"]):
         layer = f"{PREFIX[model.kind]}.encoder.layer.{i}"
-        found += [f"{layer}.{place}" for place in chosen]
+        found += [f"{layer}.{place}" for name, place in places.items() if name in names]
     return found
 
 
@@ -329,8 +312,6 @@ def in_head(name, head):
     """Whether a dotted name has one of the parts in `head`: those of the head's parameters do."""
     return any(part in head for part in name.split("."))
 
-
-# --- loading and saving --------------------------------------------------------------------------
 
 def from_pretrained(name_or_dir, num_labels, head_dropout=None, labels=None):
     """The model that a checkpoint describes, with its weights, in fp32 and in train mode.
@@ -349,18 +330,17 @@ def from_pretrained(name_or_dir, num_labels, head_dropout=None, labels=None):
     config = check_config(read_object(path), path)
     if head_dropout is not None:
         config[HEAD_DROPOUT[config["model_type"]]] = head_dropout
-    with torch.device("meta"):                          # no numbers: they come from the file
+    with torch.device("meta"):  # no numbers: they come from the file
         model = SequenceClassifier(config, num_labels)
     model.source = str(name_or_dir)
     wanted = model.state_dict()
-    head = model.head_layers()
     weights = hub.read_weights(name_or_dir, config)
     weights = hub.convert(weights, PREFIX[model.kind], wanted, name_or_dir)
-    fit_head(weights, head, config, labels, name_or_dir)
+    fit_head(weights, model.head_layers(), config, labels, name_or_dir)
     new = {}
-    for name, layer in head.items():
+    for name, layer in model.head_layers().items():
         there = {f"{name}.weight": layer.weight, f"{name}.bias": layer.bias}
-        if weights.keys().isdisjoint(there):            # half a layer is damage
+        if weights.keys().isdisjoint(there):  # half a layer is damage
             new |= there
     hub.check_weights(weights | new, wanted, name_or_dir)  # before memory is taken for new ones
     for key, empty in new.items():
@@ -368,8 +348,8 @@ def from_pretrained(name_or_dir, num_labels, head_dropout=None, labels=None):
         if key.endswith("weight"):
             weights[key].normal_(std=config["initializer_range"])
     model.new_weights = list(new)
-    model.load_state_dict(weights, assign=True)         # no copy, if the file is in fp32
-    if labels or model.new_weights:                     # the file's names are of another head
+    model.load_state_dict(weights, assign=True)  # no copy, if the file is in fp32
+    if labels or model.new_weights:  # the file's names are of another head
         config["id2label"] = {str(i): label for i, label in enumerate(labels or ())}
     return model.float()
 

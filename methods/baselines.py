@@ -122,13 +122,11 @@ class SparseGates(nn.Module):
     That is the soft threshold g ← sign(g) · max(|g| − ξ, 0). (The released code shrinks first and
     then zeroes what is below ξ: a dead zone of 2ξ.) ξ is of one step, as there: T steps take at
     most T ξ off a gate.
-    threshold: ξ; ValueError unless it is 0 or positive and finite.
+    threshold: ξ, at least 0.
     """
 
     def __init__(self, model, threshold):
         super().__init__()  # it keeps nothing: the gates are parameters
-        require(0 <= threshold < math.inf,
-                f"threshold = {threshold!r}: give 0 or a positive number")
         self.layers = lora2_layers(model)
         self.threshold = threshold
 
@@ -148,42 +146,29 @@ LAYERS = {"lora2": LoRA2Linear, "lora": LoRALinear, "adalora": AdaLoRALinear, "s
 
 
 def add_method(method, model, targets, head, k, r, alpha, init):
-    """Freeze what `method` freezes and add what it adds, in place.
+    """Freeze what `method` freezes and add what it adds, in place. Returns names of adapted layers.
 
     targets: names of the layers to adapt.
     head: parts of the names of the head's parameters, as add_lora2() has them in `trainable`.
     k, r, alpha, init: of the adapters; None for a method that has no use for them. "gradient" is
         "orthonormal" until first_gradient.py replaces v and V.
-    Returns the names of the adapted layers. ValueError for what matches nothing.
     """
-    if method not in LAYERS:
-        train_some(method, model, head)
-        return []
-    if k is None:
-        k = 1
-    if init == "gradient":
-        init = "orthonormal"
-    return add_lora2(model, targets, k, r, alpha, init or "gaussian", head, LAYERS[method])
-
-
-def train_some(method, model, head):
-    """Freeze all parameters but those that "full", "bitfit" or "head" trains, in place."""
-    parameters = dict(model.named_parameters())
-    in_head = {name for name in parameters if not set(head).isdisjoint(name.split("."))}
-    biases = {name for name in parameters if name.endswith("bias")} - in_head
-    choices = {"full": set(parameters), "bitfit": biases, "head": in_head}
-    require(method in choices, f"there is no method {method!r}: give one of {', '.join(METHODS)}")
-    require(choices[method], f"{method} finds nothing to train: the model has no parameter under "
-            f"{head}, or no bias outside of it")
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(name in choices[method] or name in in_head)
+    if method in LAYERS:
+        if init == "gradient":
+            init = "orthonormal"
+        return add_lora2(model, targets, k or 1, r, alpha, init or "gaussian", head, LAYERS[method])
+    for name, parameter in model.named_parameters():
+        chosen = {"full": True, "bitfit": name.endswith("bias"), "head": False}[method]
+        in_head = not set(head).isdisjoint(name.split("."))
+        parameter.requires_grad_(chosen or in_head)
+    return []
 
 
 def regulariser(method, model, terms):
     """What `method` adds to the loss, before gamma: a scalar, or None.
 
-    LoRA²: Eq. 5 with the pairs in `terms`. AdaLoRA: the mean over all P and Q of ‖PᵀP − I‖_F and
-    ‖QQᵀ − I‖_F, not squared, as in its code.
+    LoRA²: Eq. 5 with the pairs in `terms`. AdaLoRA: the mean of all ‖PᵀP − I‖_F and ‖QQᵀ − I‖_F,
+    not squared, as in its code.
     """
     if method == "lora2":
         return fast_lora2.orthogonality_loss(model, terms)

@@ -35,6 +35,9 @@ ROBERTA_LARGE = sized(ROBERTA, 1024, 16, 4096, layers=24, vocab=50265)
 NARROW = {  # everything as published but the widths
     "deberta": sized(V3, 24, 3, 40), "roberta": sized(ROBERTA, 24, 3, 40), "bert": sized(BERT, 24, 3, 40)}
 SIX = ["q", "k", "v", "o", "f1", "f2"]
+HEAD = {  # family → the two layers of its head, from the encoder to the output
+    "deberta": ["pooler.dense", "classifier"], "bert": ["bert.pooler.dense", "classifier"],
+    "roberta": ["classifier.dense", "classifier.out_proj"]}
 FAMILIES = pytest.mark.parametrize("family", list(NARROW))
 FORMS = pytest.mark.parametrize("form", ["plain", "fast"])
 
@@ -66,6 +69,11 @@ def formed(model, form):
     return fast.speed_up(copy.deepcopy(model)) if form == "fast" else model
 
 
+def keys_of(*layers):
+    """The keys of some layers' weights and biases."""
+    return [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
+
+
 def write(folder, config, weights, file="model.safetensors"):
     """A checkpoint folder with config.json and one weights file."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,6 +99,44 @@ def rows(config, lengths, seed=0, left=False):
 def mixed(T):
     """Lengths of rows for T tokens: full, a single token, and something between."""
     return [T, 1, (2 * T + 2) // 3]
+
+
+def states(model, batch):
+    """Hidden states after the embeddings and after each layer, and the logits."""
+    found = []
+    hooks = [module.register_forward_hook(lambda m, i, out: found.append(out))
+             for module in (model.backbone.embeddings, *model.backbone.encoder.layer)]
+    logits = model(*batch)
+    for hook in hooks:
+        hook.remove()
+    return found, logits
+
+
+def pair(hf, folder, config, labels=2):
+    """The same random model twice: transformers' own, and ours loaded from the folder that it wrote."""
+    config = hf.AutoConfig.for_model(**config, num_labels=labels)
+    theirs = hf.AutoModelForSequenceClassification.from_config(config)
+    fill(theirs).eval().save_pretrained(folder)
+    ours = M.from_pretrained(folder, labels).eval()
+    assert ours.state_dict().keys() == theirs.state_dict().keys() and ours.new_weights == []
+    return theirs, ours
+
+
+@torch.no_grad()
+def differences(theirs, ours, batch):
+    """Largest difference of the logits and of every hidden state at tokens, no padding, of either form."""
+    ids, mask, types = batch
+    real, pooled = mask.bool(), mask[:, 0].bool()          # with padding in front, the pooled first token is none
+    expected = theirs(ids, attention_mask=mask, token_type_ids=types, output_hidden_states=True)
+    found = []
+    for form in ("plain", "fast"):
+        hidden, logits = states(formed(ours, form), batch)
+        assert len(hidden) == len(expected.hidden_states) and logits.shape == expected.logits.shape
+        assert logits.isfinite().all() and all(h.isfinite().all() for h in hidden)
+        found.append((logits - expected.logits).abs()[pooled].max().item())
+        for a, b in zip(hidden, expected.hidden_states):
+            found.append((a - b).abs()[real].max().item())
+    return max(found)
 
 
 class Operations(TorchDispatchMode):

@@ -71,6 +71,22 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def hf(monkeypatch):
+    """transformers, silent, and without the one float32 rounding in its float64 DeBERTa (the scale)."""
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    from transformers.models.deberta_v2 import modeling_deberta_v2
+    rounded = modeling_deberta_v2.scaled_size_sqrt
+
+    def scale(query, factor):
+        exact = query.dtype == torch.float64
+        return torch.tensor(query.size(-1) * factor).double().sqrt() if exact else rounded(query, factor)
+    monkeypatch.setattr(modeling_deberta_v2, "scaled_size_sqrt", scale)
+    return transformers
+
+
 @pytest.fixture(scope="session")
 def wholes():
     """What cli.whole() has found so far."""

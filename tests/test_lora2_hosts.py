@@ -2,13 +2,12 @@
 exported LoRA. Every test names its oracle."""
 import copy
 import io
-import warnings
 
 import pytest
 import torch
 
-from lora2 import (LoRA2Linear, RankPruner, add_lora2, load_lora2_state_dict, lora2_layers, lora2_state_dict,
-                   merge_lora2, orthogonality_loss)
+from lora2 import (LoRA2Linear, RankPruner, add_lora2, lora2_layers, lora2_state_dict, merge_lora2,
+                   orthogonality_loss)
 from methods.fast_lora2 import FastLoRA2Linear, cast_frozen
 from methods.hosts import adapters_off, conv1d_to_linear, rebuild
 
@@ -33,12 +32,6 @@ def llama(tied=False, **changes):
     config = transformers.LlamaConfig(**TEXT | changes, num_key_value_heads=2, tie_word_embeddings=tied)
     targets = ["q_proj", "v_proj", "o_proj", "down_proj"]
     return transformers.LlamaForCausalLM(config), targets, ["lm_head"], text()
-
-
-def gpt_neox():
-    config = transformers.GPTNeoXConfig(**TEXT, hidden_dropout=0.0, attention_dropout=0.0)
-    targets = ["query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h"]
-    return transformers.GPTNeoXForCausalLM(config), targets, ["final_layer_norm"], text()
 
 
 def bert():
@@ -67,11 +60,7 @@ def t5():
             {"input_ids": ids(3, 7), "labels": ids(3, 5)})
 
 
-HOSTS = {make.__name__: make for make in (llama, gpt_neox, bert, vit, t5)}
-
-
-def frozen_weights(model):
-    return [p.detach().clone() for p in model.parameters() if not p.requires_grad]
+HOSTS = pytest.mark.parametrize("make", [llama, bert, vit, t5])
 
 
 def logits(model, batch):
@@ -79,95 +68,110 @@ def logits(model, batch):
         return model.eval()(**batch).logits
 
 
-def train(model, batch, steps=5):
-    """A few steps with regulariser and pruning; returns the losses."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
-    pruner, losses = RankPruner(model, 2, steps, 1, 1, 1), []
+def train(model, batch, target=2, schedule=(5, 1, 1, 1), kind=torch.optim.AdamW):
+    """Steps with regulariser and pruning; returns the losses, the pruner and the optimizer."""
+    optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    pruner, losses = RankPruner(model, target, *schedule), []
     model.train()
-    for _ in range(steps):
+    for _ in range(pruner.total_steps):
         loss = model(**batch).loss
         (loss + 0.1 * orthogonality_loss(model)).backward()
         optimizer.step()
         pruner.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert sum(pruner.kept().values()) == 2 * len(pruner.names)
-    return losses
+    assert sum(pruner.kept().values()) == target * len(pruner.names)
+    return losses, pruner, optimizer
 
 
-@pytest.mark.parametrize("host", HOSTS)
-def test_add_train_save_load_merge(host):
-    """Oracle: the model itself. Adding changes no bit of the logits; training lowers the loss and leaves the
-    base alone; a fresh copy of the base with the saved adapters gives the same logits, bit for bit; merging
-    gives the original modules, with those logits to 1e-5."""
+def through_a_file(state):
+    """What torch.load() gives of a state that was saved."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@HOSTS
+def test_add_train_save_rebuild_merge(make):
+    """Oracle: the model itself. Adding changes no bit of the logits; training lowers the loss and leaves the base
+    alone. A fresh copy of the base and the saved file alone give the same logits, bit for bit, names, scales and what
+    trains; merging gives the original modules, with those logits to 1e-5."""
     torch.manual_seed(0)
-    model, targets, trainable, batch = HOSTS[host]()
-    base, before = copy.deepcopy(model), logits(model, batch)
-    names = add_lora2(model, targets, k=2, r=4, alpha=8, init="orthonormal", trainable=trainable)
+    model, targets, trainable, batch = make()
+    base, fresh, before = copy.deepcopy(model), copy.deepcopy(model), logits(model, batch)
+    names = add_lora2(model, targets, k=2, r=3, alpha=7, init="orthonormal", trainable=trainable)
     assert len(names) >= 2 * len(targets)                  # in every layer
     assert torch.equal(logits(model, batch), before)
+    losses, _, _ = train(model, batch)
+    after = logits(model, batch)
+    assert losses[-1] < losses[0] and not torch.allclose(after, before, atol=1e-2)
+    with adapters_off(model):
+        assert not torch.equal(logits(model, batch), after)
+    assert torch.equal(logits(model, batch), after)
 
-    frozen = frozen_weights(model)
-    losses = train(model, batch)
-    assert losses[-1] < losses[0] and all(map(torch.equal, frozen, frozen_weights(model)))
-    after, file = logits(model, batch), io.BytesIO()
-    assert not torch.allclose(after, before, atol=1e-2)
-
-    torch.save(lora2_state_dict(model), file)
-    file.seek(0)
-    fresh = copy.deepcopy(base)
-    add_lora2(fresh, targets, k=2, r=4, alpha=8, trainable=trainable)
-    load_lora2_state_dict(fresh, torch.load(file, weights_only=True))
+    assert rebuild(fresh, through_a_file(lora2_state_dict(model))) == names
     assert torch.equal(logits(fresh, batch), after)
-
+    assert [layer.scale for _, layer in lora2_layers(fresh)] == pytest.approx([7 / 3] * len(names))
+    assert [(name, p.requires_grad) for name, p in fresh.named_parameters()] == [
+        (name, p.requires_grad) for name, p in model.named_parameters()]
     merged = merge_lora2(fresh)
     assert [type(module) for module in merged.modules()] == [type(module) for module in base.modules()]
     assert list(merged.state_dict()) == list(base.state_dict())
     torch.testing.assert_close(logits(merged, batch), after, rtol=1e-5, atol=1e-5)
 
 
+def test_what_a_file_cannot_rebuild():
+    """Oracle: the sentence for a file that is of no such model, before anything is touched."""
+    model, targets, _, _ = bert()
+    other = bert()[0]
+    add_lora2(model, targets, k=2, r=3)
+    state = lora2_state_dict(model)
+    for wrong in ({}, {"classifier.weight": torch.zeros(3, 32)}, {f"no.{key}": t for key, t in state.items()}):
+        with pytest.raises(ValueError, match="not in this model: .*, or no adapters in the file"):
+            rebuild(other, wrong)
+        assert not lora2_layers(other) and all(p.requires_grad for p in other.parameters())
+    with pytest.raises(ValueError, match="base_sample differs"):
+        rebuild(other, state)
+
+
 def test_a_schedule_free_optimizer():
     """Oracle: counting. What such an optimizer evaluates is an average of pruned weights, with more nonzero Λ: kept()
-    refuses to speak for them, and after mask() kept = nonzero Λ = budget. Masked in between, training goes on."""
+    refuses to speak for them, and after mask() kept = nonzero Λ = budget."""
     schedulefree = pytest.importorskip("schedulefree")
     torch.manual_seed(0)
     model, targets, trainable, batch = bert()
-    names = add_lora2(model, targets, k=2, r=4, init="orthonormal", trainable=trainable)
-    optimizer = schedulefree.AdamWScheduleFree([p for p in model.parameters() if p.requires_grad], lr=0.02)
-    pruner, losses = RankPruner(model, 1, 40, 4, 16, 2), []
-    for step in range(1, 41):
-        optimizer.train()
-        loss = model(**batch).loss
-        (loss + 0.1 * orthogonality_loss(model)).backward()
-        optimizer.step()
-        pruner.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        if step in (20, 40):
-            optimizer.eval()
-            left = [int(layer.lam.count_nonzero()) for _, layer in lora2_layers(model)]
-            assert sum(left) > pruner.budget(step)
-            if step == 40:
-                with pytest.raises(RuntimeError, match="mask"):
-                    pruner.kept()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore" if step == 20 else "error")             # it has not ended
-                pruner.mask(model)
-    nonzero = {name: int(layer.lam.count_nonzero()) for name, layer in lora2_layers(model)}
-    assert pruner.kept() == nonzero and sum(nonzero.values()) == len(names)
+    add_lora2(model, targets, k=2, r=4, init="orthonormal", trainable=trainable)
+
+    class Training(schedulefree.AdamWScheduleFree):
+        def __init__(self, parameters, lr):
+            super().__init__(parameters, lr=lr)
+            self.train()
+
+    losses, pruner, optimizer = train(model, batch, 1, (40, 4, 16, 2), Training)
+    optimizer.eval()
+    nonzero = lambda: {name: int(layer.lam.count_nonzero()) for name, layer in lora2_layers(model)}
+    assert sum(nonzero().values()) > len(pruner.names)
+    with pytest.raises(RuntimeError, match="mask"):
+        pruner.kept()
+    pruner.mask(model)
+    assert pruner.kept() == nonzero() and sum(nonzero().values()) == len(pruner.names)
     assert model(**batch).loss < losses[0] / 2
 
 
-def nf4(layer, kind="Linear4bit", **options):
-    options = options or {"quant_type": "nf4", "compute_dtype": torch.float32}
+def nf4(layer):
+    return in_few_bits(layer, "Linear4bit", quant_type="nf4", compute_dtype=torch.float32)
+
+
+def llm_int8(layer):
+    return in_few_bits(layer, "Linear8bitLt", has_fp16_weights=False)
+
+
+def in_few_bits(layer, kind, **options):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     few = getattr(bitsandbytes.nn, kind)(layer.in_features, layer.out_features, layer.bias is not None, **options)
     few.load_state_dict(layer.state_dict())
     return few.to("cpu")
-
-
-def llm_int8(layer):
-    return nf4(layer, "Linear8bitLt", has_fp16_weights=False)
 
 
 def torchao_int8(layer):
@@ -201,19 +205,14 @@ def test_a_quantised_base(quantise, layer):
     names = add_lora2(model, targets, k=2, r=4, init="orthonormal", trainable=["norm"], layer=layer)
     cast_frozen(model, torch.bfloat16)
     assert len(names) == 8 and torch.equal(in_training(model, batch), before)
-    losses = train(model, batch)
+    losses, _, _ = train(model, batch)
     assert losses[-1] < losses[0]
     after, state = in_training(model, batch), lora2_state_dict(model)
     assert not torch.allclose(after, before, atol=1e-2)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.allclose(in_training(model, batch).float(), after, atol=0.1)
-    with adapters_off(model):
-        assert not torch.equal(in_training(model, batch), after)
 
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    rebuild(base, torch.load(file, weights_only=True), layer)
+    rebuild(base, through_a_file(state), layer)
     assert torch.equal(in_training(base, batch), after)
     for refused in (lambda: merge_lora2(model), lambda: lora2_layers(model)[0][1].weight):
         with pytest.raises(TypeError, match="quantised"):
@@ -228,7 +227,7 @@ def test_a_quantised_base(quantise, layer):
     torch.testing.assert_close(B @ A, lora2_layers(model)[0][1].delta_weight())
 
 
-@pytest.mark.parametrize("make", [llama, bert, vit, t5])
+@HOSTS
 def test_all_linear_layers_of_a_host(make):
     """Oracle: peft's target "all-linear": the same names."""
     peft = pytest.importorskip("peft")
@@ -238,28 +237,6 @@ def test_all_linear_layers_of_a_host(make):
     heads = {name for name in expected if not set(trainable).isdisjoint(name.split("."))}
     names = add_lora2(model, "all-linear", k=2, r=4, trainable=[t for t in trainable if t != "lm_head"])
     assert set(names) == expected - heads
-
-
-def test_a_model_is_rebuilt_from_the_file_alone():
-    """Oracle: the model that was trained: adapted names, k, r, scale, what trains, logits bit for bit; and the
-    sentence for a file that is of no such model, before anything is touched."""
-    torch.manual_seed(0)
-    model, targets, trainable, batch = bert()
-    base, other = copy.deepcopy(model), bert()[0]
-    names = add_lora2(model, targets, k=2, r=3, alpha=7, init="orthonormal", trainable=trainable)
-    train(model, batch)
-    state = lora2_state_dict(model)
-    assert set(rebuild(base, state)) == set(names)
-    assert torch.equal(logits(base, batch), logits(model, batch))
-    assert {n: p.requires_grad for n, p in base.named_parameters()} == {
-        n: p.requires_grad for n, p in model.named_parameters()}
-    assert [m.scale for _, m in lora2_layers(base)] == pytest.approx([7 / 3] * len(names))
-    for wrong in ({}, {"classifier.weight": torch.zeros(3, 32)}, {f"no.{key}": t for key, t in state.items()}):
-        with pytest.raises(ValueError, match="not in this model: .*, or no adapters in the file"):
-            rebuild(other, wrong)
-        assert not lora2_layers(other) and all(p.requires_grad for p in other.parameters())
-    with pytest.raises(ValueError, match="base_sample differs"):
-        rebuild(other, state)
 
 
 def test_conv1d_made_linear():
@@ -277,36 +254,12 @@ def test_conv1d_made_linear():
 
 
 def test_what_is_refused_by_name():
-    """Oracle: the type there: transformers' Conv1D holds its weight transposed and is no nn.Linear; the tie in
-    the configuration; the names of a BERT, with layer numbers folded into one star."""
-    config = transformers.GPT2Config(vocab_size=60, n_embd=32, n_layer=1, n_head=4)
-    gpt2, (tied, *_) = transformers.GPT2LMHeadModel(config), llama(tied=True)
-    for model, target, kind, match in (
-            (gpt2, "c_attn", TypeError, "transformer.h.0.attn.c_attn is a Conv1D, not an nn.Linear"),
-            (gpt2, "lm_head", ValueError, "lm_head, or its weight, is used in 2 places"),
-            (tied, "lm_head", ValueError, "lm_head, or its weight, is used in 2 places"),
-            (bert()[0], "q_proj", ValueError, r"Linear layers: .*query")):
-        with pytest.raises(kind, match=match):
-            add_lora2(model, [target], k=2, r=4)
-        assert not lora2_layers(model) and all(p.requires_grad for p in model.parameters())
-    untied = llama()[0]
-    assert add_lora2(untied, ["lm_head"], k=2, r=4) == ["lm_head"] and type(untied.lm_head) is LoRA2Linear
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_half_precision_host(dtype):
-    """Oracle: the merged model. Adapters stay in fp32, logits in the base's dtype; T5 asks for wo.weight."""
-    for make in (llama, t5):
-        torch.manual_seed(0)
-        model, targets, _, batch = make()
-        model.to(dtype)
-        add_lora2(model, targets, k=2, r=4, alpha=4)
-        for _, layer in lora2_layers(model):
-            assert layer.u.dtype == torch.float32
-            for name in ("v", "u", "lam", "U", "V"):
-                torch.nn.init.normal_(getattr(layer, name), std=0.2)
-        model(**batch).loss.backward()
-        assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
-        y = logits(model, batch)
-        assert y.dtype == dtype
-        torch.testing.assert_close(logits(merge_lora2(model), batch), y, rtol=0.1, atol=0.1)
+    """Oracle: the type there: transformers' Conv1D is no nn.Linear; the tie in the configuration, and no tie."""
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=60, n_embd=32, n_layer=1, n_head=4))
+    with pytest.raises(TypeError, match="transformer.h.0.attn.c_attn is a Conv1D, not an nn.Linear"):
+        add_lora2(gpt2, ["c_attn"], k=2, r=4)
+    for tied in (gpt2, llama(tied=True)[0]):
+        with pytest.raises(ValueError, match="lm_head, or its weight, is used in 2 places"):
+            add_lora2(tied, ["lm_head"], k=2, r=4)
+        assert not lora2_layers(tied) and all(p.requires_grad for p in tied.parameters())
+    assert add_lora2(llama()[0], ["lm_head"], k=2, r=4) == ["lm_head"]
