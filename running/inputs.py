@@ -1,11 +1,15 @@
 """What a run reads: the rows of its task, or of a user's own files, as numbers."""
+import os
+
 import data
 from formats import fetch, glue
 from running import machine, progress, saving
+from running.options import flag
 
 
 def load_examples(o, here, stored):
     """(task, {split: Examples}, tokenizer), with a split "to predict" if --predict is given."""
+    check_places(o)
     splits, task = load_splits(o, here, stored)
     saving.check_predictions(o, task)
     if o.predict:
@@ -16,6 +20,17 @@ def load_examples(o, here, stored):
     if o.task == "own" and here.is_main and not stored:
         print(progress.first_look(examples, task, tokenizer), flush=True)
     return task, examples, tokenizer
+
+
+def check_places(o):
+    """ValueError that names the option whose file or folder is not there, or is another kind."""
+    for name in ("train_file", "dev_file", "predict"):
+        path = getattr(o, name)
+        if path and not os.path.exists(path):
+            raise ValueError(f"{flag(name)} {path}: there is no such file: give its path")
+    if os.path.isfile(o.data_dir):
+        raise ValueError(f"--data-dir {o.data_dir} is a file: give the folder that holds RTE/, "
+                         "CoLA/ and so on")
 
 
 def load_splits(o, here, stored):
@@ -31,9 +46,20 @@ def load_splits(o, here, stored):
     else:
         task = data.get_task(o.task)
         if here.is_main and not o.resume and data.is_missing(task, o.data_dir, train=not stored):
-            fetch.fetch_task(task, o.data_dir)             # --resume: a file says where data are
+            fetch_data(task, o.data_dir)                   # --resume: a file says where data are
         machine.wait_for_all()                             # whatever each finds there by now
         splits = data.load_task(task, o.data_dir, train=not stored)
     limits = {"train": o.limit_train}
     return {name: split.part(0, limits.get(name, o.limit_dev))
             for name, split in splits.items()}, task
+
+
+def fetch_data(task, data_dir):
+    """Fetch a task's files into the data folder; if that fails no new folder is left."""
+    is_new = not os.path.exists(data_dir)
+    try:
+        fetch.fetch_task(task, data_dir)
+    except (OSError, ValueError) as error:
+        if is_new and os.path.exists(data_dir):
+            os.rmdir(data_dir)
+        raise OSError(f"--data-dir {data_dir} does not hold {task.folder}/: {error}") from None

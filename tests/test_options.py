@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import train
+from data import TASKS
 from running import demo, export, folder, inputs, machine, options, progress, saving, schedule
 from tests.cli import refused, write_task
 
@@ -259,6 +260,12 @@ def test_peak_memory_is_unknown_without_its_line(tmp_path, monkeypatch):
     assert machine.peak_memory(torch.device("cpu")) == 5.12
 
 
+def test_tasks_in_their_own_spelling():
+    """Oracle: the names that GLUE's files have: CoLA, SST-2, STS-B ..."""
+    for name, task in TASKS.items():
+        assert options.parse(["--task", task.folder]) == {"task": name}
+
+
 def test_paths_after_an_equals_sign(monkeypatch):
     """Oracle: what a shell does with ~ where it sees one."""
     monkeypatch.setenv("HOME", "/home/me")
@@ -276,16 +283,16 @@ MISTAKES = """
 --task rte extra                        => extra
 --train-file x                          => --dev-file
 --task rte --train-file x --dev-file y  => --task
---train-file no.tsv --dev-file no.tsv   => no.tsv
+--train-file no.tsv --dev-file no.tsv   => --train-file no.tsv | no such file
 --resume nowhere                        => nowhere/last.pt
 --resume .                              => last.pt
---resume a --eval b                     => b
+--resume a --eval b                     => --eval | --resume
 --eval nowhere                          => nowhere
 --eval .                                => adapter.safetensors
 ... --dev-file x                        => --train-file
 ... --merge=                            => --merge | empty
 --task rte --predict=                   => --predict | empty
-... --predict no.tsv                    => no.tsv
+... --predict no.tsv                    => --predict no.tsv | no such file
 ... --predict .                         => cannot be read
 ... --k                                 => --k
 ... --k one                             => --k | one
@@ -339,7 +346,7 @@ MISTAKES = """
 ... --save-steps 0                      => --save-steps
 ... --limit-train 0                     => --limit-train
 ... --limit-dev -1                      => --limit-dev
-... --stop-at 0.9                       => --stop-at | --max-steps
+... --stop-at 0.9                       => --stop-at | --method lora2
 ... --max-steps 5 --prune-warmup 3 --prune-final 2 => --prune-warmup 3 | --prune-final 2 | 5 steps
 ... --prune-warmup 0.7 --prune-final 0.5 => 308 | 220 | 441 steps
 ... --prune-interval -5                 => --prune-interval
@@ -407,6 +414,9 @@ def test_mistakes_in_files(cli, monkeypatch):
     Path("glue/RTE").mkdir(parents=True)
     words = f"--task rte --max-len 32 --max-steps 2 --out run --model {cli.models['bert']}"
     refused(cli(words), "no network", "dl.fbaipublicfiles.com", "glue/RTE holds train.tsv, dev.tsv")
+    refused(cli(words, "--data-dir new"), "--data-dir new does not hold RTE/")
+    refused(cli(words, "--data-dir", Path(__file__)), "--data-dir", "test_options.py is a file")
+    assert not Path("new").exists()
     good = write_task("rte", n=8)["train"].read_text()
     for row, says in (("3\ta\tb\tmaybe", "'maybe'"), ("\udcff", "UTF-8")):
         Path("glue/RTE/train.tsv").write_text(good + row, errors="surrogateescape")
@@ -416,17 +426,34 @@ def test_mistakes_in_files(cli, monkeypatch):
     refused(cli(words, "--predict glue/RTE/test.tsv"), "test.tsv:1", "sentence2")
     own = f"--train-file own.tsv --dev-file dev.tsv --model {cli.models['bert']}"
     Path("dev.tsv").write_text("sentence\tlabel\nx\tc\n")
-    for column, *says in (("kind", "own.tsv:1", "label"), ("label", "dev.tsv:2", "'c'")):
-        Path("own.tsv").write_text(f"sentence\t{column}\nx\ta\ny\tb\n")
+    for header, *says in (("x\ta", "own.tsv:1: the first line has to name the columns"),
+                          ("sentence\tkind", "own.tsv:1", "label"), ("sentence\tlabel", "dev.tsv:2", "'c'")):
+        Path("own.tsv").write_text(f"{header}\nx\ta\ny\tb\n")
         refused(cli(own), *says)
     assert not Path("run").exists() and not Path("runs").exists()
+
+
+def test_mistakes_with_own_files_of_a_run(cli):
+    """Oracle: the option that names what is missing: not given, or not there any more."""
+    Path("own.tsv").write_text("sentence\tlabel\n" + "cue0 filler1\ta\ncue0 filler2\tb\n" * 20)
+    words = f"--train-file own.tsv --dev-file own.tsv --max-len 16 --out run --model {cli.models['bert']}"
+    assert cli(words, "--max-steps 4").status == 0
+    evaluation = f"--eval run/adapter.safetensors --model {cli.models['bert']}"
+    refused(cli("--eval run/adapter.safetensors"), "--dev-file and --model")
+    refused(cli(evaluation), "--dev-file")
+    refused(cli(evaluation, "--dev-file gone.tsv"), "--dev-file gone.tsv: there is no such file")
+    refused(cli(evaluation, "--dev-file own.tsv --train-file own.tsv"), "no --train-file")
+    refused(cli(evaluation, "--dev-file own.tsv --predict gone.tsv"), "--predict gone.tsv")
+    Path("own.tsv").rename("moved.tsv")
+    Path("run/result.json").unlink()                       # as if it had been stopped at its end
+    refused(cli("--resume run"), "--train-file", "own.tsv: there is no such file")
+    assert cli("--resume run --train-file moved.tsv --dev-file moved.tsv").status == 0
 
 
 def test_mistakes_with_an_adapter(cli, tmp_path):
     """Oracle: the adapter's own settings, of which none may be gainsaid."""
     assert cli.tiny().status == 0
     model = f"--model {cli.models['deberta']}"
-    refused(cli("--eval run/adapter.safetensors"), "--model")
     refused(cli("--eval run/adapter.safetensors --k 2", model), "--k 1, not 2")
     refused(cli("--eval run/adapter.safetensors --out x --save-steps 3", model), "--out", "--save-steps")
     refused(cli("--eval run/adapter.safetensors --batch-size 0", model), "--batch-size")
