@@ -169,7 +169,7 @@ def test_where_to_start():
     for row, scales in (("LoRA² k=1, orthonormal", {"32", "128"}), ("LoRA r=1", {"8"})):
         line = chosen.partition(f"\n| {row} |")[2].partition("\n")[0]
         assert set(re.findall(r"\d, (\d+) \(", line)) == scales
-    assert "At k = 1 and with orthonormal init our best scale α / r was 32 to 128, LoRA's 8." in said
+    assert "With k = 1 and orthonormal init our best scale α / r was 32 to 128, LoRA's 8." in said
 
 
 def test_the_sample_of_a_file_of_ones_own(tmp_path):
