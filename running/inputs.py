@@ -1,4 +1,5 @@
 """What a run reads: the rows of its task, or of a user's own files, as numbers."""
+import contextlib
 import os
 
 import data
@@ -9,8 +10,8 @@ from running.options import flag
 
 def load_examples(o, here, stored):
     """(task, {split: Examples}, tokenizer), with a split "to predict" if --predict is given."""
-    check_places(o)
     splits, task = load_splits(o, here, stored)
+    check_file(o, "predict")                               # which may just have been fetched
     saving.check_predictions(o, task)
     if o.predict:
         splits["to predict"] = glue.read_split(o.predict, task, labelled=False)
@@ -22,15 +23,11 @@ def load_examples(o, here, stored):
     return task, examples, tokenizer
 
 
-def check_places(o):
-    """ValueError that names the option whose file or folder is not there, or is another kind."""
-    for name in ("train_file", "dev_file", "predict"):
-        path = getattr(o, name)
-        if path and not os.path.exists(path):
-            raise ValueError(f"{flag(name)} {path}: there is no such file: give its path")
-    if os.path.isfile(o.data_dir):
-        raise ValueError(f"--data-dir {o.data_dir} is a file: give the folder that holds RTE/, "
-                         "CoLA/ and so on")
+def check_file(o, name):
+    """ValueError that names an option whose file is not there."""
+    path = getattr(o, name)
+    if path and not os.path.exists(path):
+        raise ValueError(f"{flag(name)} {path}: there is no such file: give its path")
 
 
 def load_splits(o, here, stored):
@@ -38,6 +35,11 @@ def load_splits(o, here, stored):
 
     A missing task is fetched by one of the processes. To evaluate there is no split "train".
     """
+    check_file(o, "train_file")
+    check_file(o, "dev_file")
+    if os.path.isfile(o.data_dir):
+        raise ValueError(f"--data-dir {o.data_dir} is a file: give the folder that holds RTE/, "
+                         "CoLA/ and so on")
     if o.dev_file and stored:
         task = data.get_task(o.task, stored["columns"])
         splits = {"dev": data.load_file(o.dev_file, task)}
@@ -60,6 +62,7 @@ def fetch_data(task, data_dir):
     try:
         fetch.fetch_task(task, data_dir)
     except (OSError, ValueError) as error:
-        if is_new and os.path.exists(data_dir):
-            os.rmdir(data_dir)
+        if is_new:
+            with contextlib.suppress(OSError):             # it is not there, or something is in it
+                os.rmdir(data_dir)
         raise OSError(f"--data-dir {data_dir} does not hold {task.folder}/: {error}") from None

@@ -421,6 +421,13 @@ def test_mistakes_in_files(cli, monkeypatch):
     assert not Path("run").exists() and not Path("runs").exists()
 
 
+def test_what_is_fetched_can_be_predicted(cli, monkeypatch):
+    """Oracle: the README's command: before the data are fetched there is no such file."""
+    monkeypatch.setattr(inputs.fetch, "fetch_task", lambda task, folder: write_task("rte", Path(folder)))
+    words = f"--task rte --predict glue/RTE/test.tsv --max-len 32 --max-steps 4 --out run --model {cli.models['bert']}"
+    assert cli(words).status == 0 and Path("run/RTE.tsv").exists()
+
+
 def test_mistakes_with_own_files_of_a_run(cli):
     """Oracle: the option that names what is missing: not given, or not there any more."""
     Path("own.tsv").write_text("sentence\tlabel\n" + "cue0 filler1\ta\ncue0 filler2\tb\n" * 20)
