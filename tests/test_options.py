@@ -274,7 +274,7 @@ def test_tasks_in_their_own_spelling():
 MISTAKES = """
                                         => no --task | cola
 --task nli                              => nli | cola, sst2
---tsk rte                               => --tsk | --help
+--tas rte                               => --tas | --help
 --task rte extra                        => extra
 --train-file x                          => --dev-file
 --task rte --train-file x --dev-file y  => --task
@@ -318,6 +318,7 @@ MISTAKES = """
 ... --lr nan                            => --lr
 ... --lr inf                            => --lr
 ... --head-lr -1                        => --head-lr
+... --clip -1                           => --clip
 ... --warmup -1                         => --warmup
 ... --warmup 1.5                        => 1.5
 ... --warmup nan                        => --warmup
@@ -477,8 +478,8 @@ def test_mistakes_for_the_shell(tiny, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
-@pytest.mark.parametrize("name", ["task_loss", "evaluate"])
-@pytest.mark.parametrize("error", [ValueError, RuntimeError])
+@pytest.mark.parametrize("name, error", [("task_loss", ValueError), ("evaluate", ValueError),
+                                         ("evaluate", RuntimeError), ("prepare", RuntimeError)])
 def test_a_bug_is_no_mistake_of_the_user(cli, monkeypatch, name, error):
     """Oracle: Python's own behaviour: an exception in the loop keeps its type and its traceback."""
     def fails(*_):
