@@ -101,8 +101,8 @@ def read_table(path, names, parse, task=None, damaged=False):
     for name in names:
         if header.count(name) != 1:
             problem = "more than one column" if name in header else "no column"
-            raise ValueError(f"{path}:1: there is {problem} named {name!r}: the tab-separated "
-                             f"columns are {short(header)}")
+            raise ValueError(f"{path}:1: the first line has {problem} named {name!r}: its "
+                             f"tab-separated columns are {short(header)}")
     places = [header.index(name) for name in names]
     total = len(lines) - first
     if total == 0:
@@ -183,9 +183,9 @@ def read_columns(path):
         return {"texts": texts, "label": "score", "metrics": ("pearson", "spearman")}
     if "label" not in header:
         hint = "" if len(header) > 1 else ", without a tab: CSV and JSON lines are not read"
-        raise ValueError(f"{path}:1: one column named label (classes) or score (a number) is "
-                         "expected beside sentence, or sentence1 and sentence2: the tab-separated "
-                         f"columns are {short(header)}{hint}")
+        raise ValueError(f"{path}:1: the first line has to name the columns, label (classes) or "
+                         "score (a number) beside sentence, or sentence1 and sentence2: its "
+                         f"tab-separated columns are {short(header)}{hint}")
     labels = read_labels(path, texts)
     if not 2 <= len(labels) <= 1000:
         raise ValueError(f"{path}: the column label has {len(labels)} different values where 2 to "

@@ -1,12 +1,17 @@
 """What a run reads: the rows of its task, or of a user's own files, as numbers."""
+import contextlib
+import os
+
 import data
 from formats import fetch, glue
 from running import machine, progress, saving
+from running.options import flag
 
 
 def load_examples(o, here, stored):
     """(task, {split: Examples}, tokenizer), with a split "to predict" if --predict is given."""
     splits, task = load_splits(o, here, stored)
+    check_file(o, "predict")                               # which may just have been fetched
     saving.check_predictions(o, task)
     if o.predict:
         splits["to predict"] = glue.read_split(o.predict, task, labelled=False)
@@ -18,11 +23,23 @@ def load_examples(o, here, stored):
     return task, examples, tokenizer
 
 
+def check_file(o, name):
+    """ValueError that names an option whose file is not there."""
+    path = getattr(o, name)
+    if path and not os.path.exists(path):
+        raise ValueError(f"{flag(name)} {path}: there is no such file: give its path")
+
+
 def load_splits(o, here, stored):
     """({split: texts and labels}, task) of a GLUE task or of the user's files.
 
     A missing task is fetched by one of the processes. To evaluate there is no split "train".
     """
+    check_file(o, "train_file")
+    check_file(o, "dev_file")
+    if os.path.isfile(o.data_dir):
+        raise ValueError(f"--data-dir {o.data_dir} is a file: give the folder that holds RTE/, "
+                         "CoLA/ and so on")
     if o.dev_file and stored:
         task = data.get_task(o.task, stored["columns"])
         splits = {"dev": data.load_file(o.dev_file, task)}
@@ -31,9 +48,21 @@ def load_splits(o, here, stored):
     else:
         task = data.get_task(o.task)
         if here.is_main and not o.resume and data.is_missing(task, o.data_dir, train=not stored):
-            fetch.fetch_task(task, o.data_dir)             # --resume: a file says where data are
+            fetch_data(task, o.data_dir)                   # --resume: a file says where data are
         machine.wait_for_all()                             # whatever each finds there by now
         splits = data.load_task(task, o.data_dir, train=not stored)
     limits = {"train": o.limit_train}
     return {name: split.part(0, limits.get(name, o.limit_dev))
             for name, split in splits.items()}, task
+
+
+def fetch_data(task, data_dir):
+    """Fetch a task's files into the data folder; if that fails no new folder is left."""
+    is_new = not os.path.exists(data_dir)
+    try:
+        fetch.fetch_task(task, data_dir)
+    except (OSError, ValueError) as error:
+        if is_new:
+            with contextlib.suppress(OSError):             # it is not there, or something is in it
+                os.rmdir(data_dir)
+        raise OSError(f"--data-dir {data_dir} does not hold {task.folder}/: {error}") from None

@@ -1,8 +1,8 @@
-"""The command line of train.py: presets, the table of options, how they resolve."""
+"""The command line of train.py: the table of options, and how they resolve."""
 import argparse
 import math
 import os
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,34 +10,32 @@ from data import TASKS
 from formats.disk import warn
 from methods import baselines
 from running.errors import user_errors
+from running.presets import COLUMNS, EXCEPTIONS, PRESETS, preset_of
 
-# The authors' released settings: batch 32, AdamW, clip 1.0, linear decay after a warm-up, dropout
-# 0.1 in the backbone. Warm-up and pruning (Algorithm 1's t_i, t_f, ΔT) are steps of all T steps of
-# a full-length run; runs of another length use the same fractions of theirs.
-SCHEDULE = ("warmup", "prune_warmup", "prune_final", "prune_interval")
-COLUMNS = ("lr", "epochs", "all_steps", "warmup", "max_len", "head_dropout", "weight_decay",
-           "alpha", *SCHEDULE[1:], "r", "target_rank", "reg", "seed")
-ROWS = {
-    #        lr    epochs  T     warmup  len drop decay alpha ti    tf     dT r target reg seed
-    "cola": (8e-4,   25, 6700,   100,    64, .10, 0,    32,  800,  3500,  10, 4, 3,    .1, 6),
-    "sst2": (8e-4,   24, 50520,  1000,  128, 0,   .01,  16, 6000, 22000, 100, 8, 2,    .1, 6),
-    "mrpc": (1e-3,   30, 3450,   345,   320, 0,   .01,  32,  600,  1800,   1, 8, 1,    .1, 6),
-    "qqp":  (8e-4,   20, 227420, 2000,  320, .15, .01,  16, 8000, 25000, 100, 8, 3,    .1, 6),
-    "stsb": (2.2e-3, 25, 4500,   100,   128, .20, .1,   32,  800,  2000,  10, 4, 1,    .3, 6),
-    "mnli": (5e-4,    7, 85904,  1000,  256, .15, 0,    16, 8000, 50000, 100, 8, 3,    .1, 6),
-    "qnli": (1.2e-3,  5, 16370,  500,   512, .10, .01,  32, 2000,  8000, 100, 8, 2,    .1, 6),
-    "rte":  (1.2e-3, 50, 3900,   200,   320, .20, .01,  32,  600,  1800,   1, 4, 3,    .3, 4),
-    "demo": (5e-3,    7, 441,    20,     16, 0,   0,    32,   50,   150,   5, 8, 2,    .1, 0),
-    "own":  (8e-4,   10, 1000,   60,    128, .10, .01,  32,  120,   450,  10, 8, 2,    .1, 0),
-}
-PRESETS = {task: dict(zip(COLUMNS, row)) for task, row in ROWS.items()}
-# What a method, or a method on one task, wants otherwise. alpha 16 at r = 8 is scale 2, as LoRA's
-# and SoRA's authors have it (LoRA at alpha 32 collapsed on CoLA); SoRA's authors clip at 0.1.
-EXCEPTIONS = {
-    "full": {"lr": 2e-5}, "lora": {"r": 8, "alpha": 16}, "adalora": {"r": 2, "target_rank": 1},
-    "sora": {"r": 8, "alpha": 16, "weight_decay": .1, "warmup": .06, "clip": .1},
-    ("adalora", "cola"): {"r": 3}, ("adalora", "mnli"): {"r": 3}, ("adalora", "qqp"): {"epochs": 5},
-    ("adalora", "qnli"): {"lr": 5e-4}, ("full", "demo"): {"lr": 1e-3}}
+# --- what makes a value of a typed word ---------------------------------------------------
+
+def path(text):
+    """The name of a file or a folder."""
+    if not text:  # as from a shell variable that is not set
+        raise ArgumentTypeError("this path is empty")
+    return os.path.expanduser(text)                        # no shell does that after --out=
+
+
+def names(text):
+    """A list of names: a,b,c."""
+    return [part.strip() for part in text.split(",")]
+
+
+def steps(text):
+    """A whole number of optimizer steps, or a fraction of them all, below 1."""
+    value = float(text)
+    if not 0 <= value < COUNT[1] or (value >= 1 and value % 1 > 0):
+        raise ArgumentTypeError(f"{text} is neither a number of steps nor a fraction below 1")
+    return value
+
+
+# What stands for a value in --help.
+SHOWN = {int: "N", float: "X", str: "NAME", path: "PATH", names: "A,B", steps: "STEPS"}
 
 # --- the table of options -----------------------------------------------------------------
 
@@ -45,13 +43,13 @@ PRESET = "from the preset"
 COUNT, AMOUNT = (1, 10**9), (0, math.inf)                  # bounds of whole numbers and of others
 LORA2, SORA = ("lora2",), ("sora",)
 PRUNING, ADAPTERS = ("lora2", "adalora"), ("lora2", "adalora", "lora", "sora")
+UNPRUNED = tuple(method for method in baselines.METHODS if method not in PRUNING)
 
 
 class Option(NamedTuple):
     """One option: a row of the table.
 
-    kind: a class; a tuple of choices; list: some of its default; bool: a switch; "path" of a file
-    or folder; "steps": a number of optimizer steps or, below 1, a fraction of them all.
+    kind: what makes a value of a word; a tuple of choices; bool: a switch.
     limits: the least value and what it must stay below; () where what it belongs to judges it.
     methods: those to which it means something.
     beside: "resume", "eval": may differ there from what the run or the adapter stores.
@@ -68,12 +66,12 @@ class Option(NamedTuple):
 RESUME, EVAL, BOTH = ("resume",), ("eval",), ("resume", "eval")
 OPTIONS = {
     "data and model": (
-        Option("task", str, None, "one of " + ", ".join(TASKS)),
-        Option("model", "path", "microsoft/deberta-v3-base", "Hub name, or a folder", beside=BOTH),
-        Option("data-dir", "path", "glue", "has CoLA/, RTE/ ..., fetched if missing", beside=BOTH),
-        Option("train-file", "path", None, "your own TSV: sentence (or sentence1, sentence2), and "
+        Option("task", str, None, "one of " + ", ".join(TASKS) + "; STS-B is stsb"),
+        Option("model", path, "microsoft/deberta-v3-base", "Hub name, or a folder", beside=BOTH),
+        Option("data-dir", path, "glue", "has CoLA/, RTE/ ..., fetched if missing", beside=BOTH),
+        Option("train-file", path, None, "your own TSV: sentence (or sentence1, sentence2), and "
                "label or score", beside=RESUME),
-        Option("dev-file", "path", None, "the same, to evaluate on", beside=BOTH),
+        Option("dev-file", path, None, "the same, to evaluate on", beside=BOTH),
         Option("limit-train", int, None, "train on the first N rows only", COUNT),
         Option("limit-dev", int, None, "evaluate on the first N rows only", COUNT, beside=EVAL)),
     "method": (
@@ -83,34 +81,34 @@ OPTIONS = {
         Option("target-rank", int, PRESET, "how many of the r pruning leaves", (), PRUNING),
         Option("alpha", float, PRESET, "the update is scaled by alpha / r; --r alone keeps the "
                "preset's scale", (), ADAPTERS),
-        Option("targets", list, "q,k,v,o,f1,f2", "query, key, value, attention output, "
+        Option("targets", names, "q,k,v,o,f1,f2", "query, key, value, attention output, "
                "feed-forward matrices", (), ADAPTERS),
         Option("init", ("gaussian", "orthonormal", "gradient"), "gaussian", "how v, u, U and V "
                "start; gradient: v and V along the first gradient of W0", (), LORA2),
         Option("reg", float, PRESET, "gamma, the weight of the regulariser R", AMOUNT, PRUNING),
-        Option("reg-terms", list, "uv,UV,PQ", "groups of Eq. 5 to add", (), LORA2),
+        Option("reg-terms", names, "uv,UV,PQ", "groups of Eq. 5 to add", (), LORA2),
         Option("importance", ("reduced", "full"), "reduced", "scores Λ, u and U (Eq. 9), or v and "
                "V too (Eq. 8)", (), PRUNING),
         Option("sora-threshold", float, 3e-4, "what each SoRA gate loses per step", AMOUNT, SORA)),
     "training": (
         Option("epochs", int, PRESET, "passes over the training rows", COUNT),
         Option("max-steps", int, None, "train exactly N optimizer steps instead", COUNT),
-        Option("stop-at", float, None, "end at this dev metric, without pruning only", AMOUNT),
+        Option("stop-at", float, None, "end at this dev metric", AMOUNT, UNPRUNED),
         Option("batch-size", int, 32, "rows per optimizer step", COUNT, beside=EVAL),
         Option("accum", int, 1, "compute each batch in N parts: less memory, same result", COUNT),
         Option("lr", float, PRESET, "peak learning rate", AMOUNT),
         Option("head-lr", float, None, "the same for the head; by default lr", AMOUNT),
         Option("outer-lr", float, None, "the same for v and V, of lora and sora A, of adalora P "
                "and Q; by default lr", AMOUNT, ADAPTERS),
-        Option("warmup", "steps", PRESET, "steps in which lr rises; then it falls linearly"),
+        Option("warmup", steps, PRESET, "steps in which lr rises; then it falls linearly"),
         Option("clip", float, 1.0, "gradients with a larger norm are scaled down to it", AMOUNT),
         Option("max-len", int, PRESET, "longest input in tokens", COUNT),
         Option("head-dropout", float, PRESET, "in the head; elsewhere the checkpoint's", (0, 1)),
         Option("weight-decay", float, PRESET, "of all but biases and LayerNorms", AMOUNT),
         Option("seed", int, PRESET, "draws new weights, the order of rows and dropout", (0, 2**32)),
-        Option("prune-warmup", "steps", PRESET, "steps before pruning begins", (), PRUNING),
-        Option("prune-final", "steps", PRESET, "last steps, with the selection fixed", (), PRUNING),
-        Option("prune-interval", "steps", PRESET, "steps between two selections", (), PRUNING),
+        Option("prune-warmup", steps, PRESET, "steps before pruning begins", (), PRUNING),
+        Option("prune-final", steps, PRESET, "last steps, with the selection fixed", (), PRUNING),
+        Option("prune-interval", steps, PRESET, "steps between two selections", (), PRUNING),
         Option("eval-steps", int, None, "evaluate every N steps too, besides each epoch", COUNT)),
     "machine": (
         Option("device", str, None, "cuda, mps or cpu; by default the first there is", beside=BOTH),
@@ -119,17 +117,17 @@ OPTIONS = {
         Option("compile", bool, False, "torch.compile the layers of the model", beside=EVAL),
         Option("eager", bool, False, "on a GPU, steps are not recorded and replayed", beside=BOTH)),
     "files": (
-        Option("out", "path", None, "run folder; by default runs/TASK-MODEL-METHOD-sSEED. Beside "
+        Option("out", path, None, "run folder; by default runs/TASK-MODEL-METHOD-sSEED. Beside "
                "--eval: where --predict writes", beside=EVAL),
         Option("overwrite", bool, False, "replace the run in that folder"),
         Option("save-steps", int, None, "write last.pt every N steps too", COUNT, beside=RESUME),
-        Option("resume", "path", None, "go on with the run in this folder; needs nothing else, "
+        Option("resume", path, None, "go on with the run in this folder; needs nothing else, "
                "but what to write elsewhere has to be said again", beside=RESUME),
-        Option("eval", "path", None, "evaluate this adapter.safetensors: no training", beside=EVAL),
-        Option("predict", "path", None, "predict this TSV, which needs no labels", beside=BOTH),
+        Option("eval", path, None, "evaluate this adapter.safetensors: no training", beside=EVAL),
+        Option("predict", path, None, "predict this TSV, which needs no labels", beside=BOTH),
         Option("predict-scores", bool, False, "there also each class's probability", beside=BOTH),
-        Option("merge", "path", None, "write the best model here as a checkpoint", beside=BOTH),
-        Option("export-peft", "path", None, "the best adapter as peft's LoRA", (), ADAPTERS, BOTH)),
+        Option("merge", path, None, "write the best model here as a checkpoint", beside=BOTH),
+        Option("export-peft", path, None, "the best adapter as peft's LoRA", (), ADAPTERS, BOTH)),
 }
 TABLE = {option.name.replace("-", "_"): option for group in OPTIONS.values() for option in group}
 AFTERWARDS = {"predict", "merge", "export_peft"}           # what can be asked of a finished adapter
@@ -153,35 +151,6 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}: python {self.prog} --help lists the options")
 
 
-def number_of_steps(text):
-    """The type of an option that counts steps: a whole number, or a fraction below 1."""
-    value = float(text)
-    if not 0 <= value < COUNT[1] or (value >= 1 and value % 1 > 0):
-        raise argparse.ArgumentTypeError(f"{text} is neither a number of steps nor a fraction "
-                                         "below 1")
-    return value
-
-
-def path_of(text):
-    """The type of an option that names a file or a folder."""
-    if not text:  # as from a shell variable that is not set
-        raise argparse.ArgumentTypeError("this path is empty")
-    return os.path.expanduser(text)                        # no shell does that after --out=
-
-
-def list_of(text):
-    """The type of an option that lists names: a,b,c."""
-    return [part.strip() for part in text.split(",")]
-
-
-# kind of an option → what argparse is told of it: metavar is what stands for its value in --help
-KINDS = {"steps": {"type": number_of_steps, "metavar": "S"},
-         "path": {"type": path_of, "metavar": "PATH"},
-         list: {"type": list_of, "metavar": "A,B"}, bool: {"action": "store_true"},
-         int: {"type": int, "metavar": "N"}, float: {"type": float, "metavar": "X"},
-         str: {"metavar": "NAME"}}
-
-
 @user_errors()
 def parse(argv, description=None):
     """Command line → {name: value} of the options that were given. Refused on a mistake."""
@@ -194,17 +163,26 @@ def parse(argv, description=None):
             text = option.help
             if option.default not in (None, False):
                 text += f" ({option.default})"
-            kind = KINDS.get(option.kind) or {"choices": option.kind}
-            group.add_argument(f"--{option.name}", help=text, **kind)
+            if isinstance(option.kind, tuple):
+                how = {"choices": option.kind}
+            elif option.kind is bool:
+                how = {"action": "store_true"}
+            else:
+                how = {"type": option.kind, "metavar": SHOWN[option.kind]}
+            group.add_argument(f"--{option.name}", help=text, **how)
     given = vars(parser.parse_args(argv))
+    if "task" in given:
+        given["task"] = given["task"].lower().replace("-", "")     # RTE, STS-B
     if "predict_scores" in given and "predict" not in given:
         raise ValueError("--predict-scores says what --predict writes: give both")
+    if {"eval", "resume"} <= given.keys():
+        raise ValueError("--eval shows an adapter, --resume goes on with a run: give one of them")
     return given
 
 
 def epilog():
-    """What --help says about S and the presets: a table with a column for each task."""
-    lines = ["S: a number of optimizer steps, or a fraction below 1 of them all.", "",
+    """What --help says about STEPS and the presets: a table with a column for each task."""
+    lines = ["STEPS: a number of optimizer steps, or a fraction below 1 of them all.", "",
              "presets:        " + "".join(f"{task:>8}" for task in PRESETS)]
     for name in COLUMNS:
         cells = "".join(f"{row[name]:8g}" for row in PRESETS.values())
@@ -220,25 +198,16 @@ def epilog():
 
 # --- from options given to all settings ---------------------------------------------------
 
-def preset_of(task, method):
-    """{name: value} that a task and a method want; schedules are fractions of all steps."""
-    preset = dict(PRESETS[task])
-    T = preset.pop("all_steps")
-    for name in SCHEDULE:
-        preset[name] /= T
-    return preset | EXCEPTIONS.get(method, {}) | EXCEPTIONS.get((method, task), {})
-
-
 def task_of(given):
     """The name of the task that the options mean: one of GLUE's, or "own"."""
-    own = bool(given.keys() & {"train_file", "dev_file"})
-    task = given.get("task", "own" if own else None)
-    if own and (task != "own" or not given.keys() >= {"train_file", "dev_file"}):
+    own = {"train_file", "dev_file"} & given.keys()
+    if own and (len(own) < 2 or "task" in given):
         raise ValueError("your own data need both --train-file and --dev-file, and no --task")
+    task = given.get("task", "given")
     if not own and task not in TASKS:
-        raise ValueError(f"there is no --task {task or 'given'}: give one of {', '.join(TASKS)}, "
-                         "or your own --train-file and --dev-file")
-    return task
+        raise ValueError(f"there is no --task {task}: give one of {', '.join(TASKS)}, or your own "
+                         "--train-file and --dev-file")
+    return "own" if own else task
 
 
 @user_errors()
@@ -246,14 +215,16 @@ def resolve(given):
     """Options given, {name: value} → all settings of a new run. Refused for what cannot be."""
     task, method = task_of(given), given.get("method", "lora2")
     preset = preset_of(task, method)
-    settings = {name: option.default for name, option in TABLE.items()}
-    settings |= preset | given | {"task": task}
+    settings = {}
     for name, option in TABLE.items():
-        if option.kind is list and name not in given:
-            settings[name] = settings[name].split(",")
-        if method not in option.methods and name not in given:
+        if method not in option.methods:
             settings[name] = None                          # means nothing to the method
-    if "r" in given and "alpha" not in given and "r" in preset and method in ADAPTERS:
+        elif option.kind is names:
+            settings[name] = names(option.default)
+        else:
+            settings[name] = preset.get(name, option.default)
+    settings |= given | {"task": task}
+    if "r" in given and "alpha" not in given and method in ADAPTERS:
         settings["alpha"] = preset["alpha"] / preset["r"] * given["r"]         # the preset's scale
     if "target_rank" not in given and method in PRUNING:
         settings["target_rank"] = min(settings["target_rank"], settings["r"])
@@ -276,45 +247,36 @@ def resumed(stored, given):
             warn(f"this run began with {flag(name)} {stored[name]}: --resume does that only if it "
                  "is given again")
     places = dict.fromkeys(AFTERWARDS) | {"eval": None, "overwrite": False}
-    places |= beside_resume(stored, given) | {"out": given["resume"]}
+    places |= agreed(stored, given, "resume") | {"out": given["resume"]}
     return checked(stored | places)
-
-
-def beside_resume(stored, given):
-    """What is given beside --resume; ValueError if it differs from the run where it must not."""
-    fixed = {name: stored[name] for name in stored.keys() - {"out", "overwrite", "eval"}}
-    unread = {"data_dir"} if stored["task"] == "own" else {"train_file", "dev_file"}
-    return agreed(fixed, given, "resume", unread)
 
 
 @user_errors()
 def evaluating(stored, given):
     """The settings with which to evaluate an adapter that stores its own."""
     check_stored(given["eval"], STORED, stored)
-    unread = set() if "predict" in given else {"out"}
     settings = {name: option.default for name, option in TABLE.items()} | stored
     settings["batch_size"] = min(settings["batch_size"], 256)      # no file chooses all memory
-    settings |= agreed(stored, given, "eval", unread)
-    if settings["model"] is None:
-        raise ValueError(f"{given['eval']} belongs to a model in a folder: give that folder as "
-                         "--model")
-    if settings["task"] == "own" and settings["dev_file"] is None:
-        raise ValueError(f"{given['eval']} was trained on a file of your own: give one to evaluate "
-                         "it on as --dev-file")
+    settings |= agreed(stored, given, "eval")
+    needed = {"model", "dev_file"} if settings["task"] == "own" else {"model"}
+    missing = [flag(name) for name in sorted(needed) if settings[name] is None]
+    if missing:
+        raise ValueError(f"{given['eval']} does not name files and folders of your own: give "
+                         f"them as {' and '.join(missing)}")
     if settings["out"] is None:
         settings["out"] = str(Path(given["eval"]).parent)
     return checked(settings)
 
 
-def check_stored(path, known, stored):
+def check_stored(place, known, stored):
     """ValueError that names the options which a file of ours lacks, has too many, or spoilt."""
     differ = [f"{flag(name)} is new" for name in sorted(known - stored.keys())]
     differ += [f"{flag(name)} is unknown" for name in sorted(stored.keys() - known)]
     if differ:
-        raise ValueError(f"{path} is of another version of this program: {', '.join(differ)}")
+        raise ValueError(f"{place} is of another version of this program: {', '.join(differ)}")
     for name in sorted(known):
         if not can_be(TABLE[name], stored[name], stored["method"]):
-            raise ValueError(f"{path} is damaged: {flag(name)} cannot be {stored[name]!r:.60}")
+            raise ValueError(f"{place} is damaged: {flag(name)} cannot be {stored[name]!r:.60}")
 
 
 def can_be(option, value, method):
@@ -324,27 +286,32 @@ def can_be(option, value, method):
         return option.default is None or method not in option.methods or option.name == "model"
     if isinstance(kind, tuple):
         return value in kind
-    if kind is list:
-        return type(value) is list and set(map(type, value)) == {str}
-    if kind in ("steps", float):
-        return type(value) in (int, float) and (kind is float or 0 <= value < COUNT[1])
-    return type(value) is (str if kind == "path" else kind)
+    if kind is bool:
+        return type(value) is bool
+    try:
+        return value == kind(",".join(value) if kind is names else str(value))
+    except (ValueError, TypeError, ArgumentTypeError):
+        return False
 
 
-def agreed(fixed, given, what, unread):
-    """`given`; ValueError that names all options in it that differ from `fixed` and must not.
+def agreed(stored, given, what):
+    """`given`; ValueError that names all options in it that must not stand beside another.
 
-    what: "resume" or "eval": beside it some may differ, but for those that are `unread` there.
+    what: "resume" or "eval": the other one. Beside it some are free, the rest is as it is stored.
     """
-    differ = []
     free = {name for name, option in TABLE.items() if what in option.beside}
-    for name in sorted(given.keys() - (free - unread)):
-        if name not in fixed:
+    if what == "eval" and "predict" not in given:
+        free.remove("out")                                 # nothing is written there
+    elif what == "resume":                                 # what the run does not read
+        free -= {"data_dir"} if stored["task"] == "own" else {"train_file", "dev_file"}
+    differ = []
+    for name in sorted(given.keys() - free):
+        if name not in STORED:
             differ.append(f"no {flag(name)}")
-        elif given[name] != fixed[name]:
-            differ.append(f"{flag(name)} {fixed[name]}, not {given[name]}")
+        elif given[name] != stored[name]:
+            differ.append(f"{flag(name)} {stored[name]}, not {given[name]}")
     if differ:
-        raise ValueError(f"{flag(what)} has to keep {'; '.join(differ)}: leave that out")
+        raise ValueError(f"beside {flag(what)} stands {'; '.join(differ)}: leave that out")
     return given
 
 
@@ -358,23 +325,24 @@ def checked(settings):
     if settings["head_lr"] is None:
         settings["head_lr"] = settings["lr"]
     for name, option in TABLE.items():
-        value = settings[name]
-        if value is None:
-            continue
-        if method not in option.methods:
-            raise ValueError(f"{flag(name)} means nothing to --method {method}: leave it out")
-        if option.kind is list:
-            if len(set(value)) < len(value) or not set(value) <= set(option.default.split(",")):
-                raise ValueError(f"{flag(name)} {','.join(value)}: give some of {option.default}, "
-                                 "each once")
-        elif option.limits and not option.limits[0] <= value < option.limits[1]:
-            least, below = option.limits
-            most = f" and less than {below}" if below < math.inf else ""
-            raise ValueError(f"{flag(name)} {value}: give at least {least}{most}")
-    if settings["stop_at"] is not None and method in PRUNING:
-        raise ValueError(f"--stop-at could end --method {method} before its pruning: give "
-                         "--max-steps")
+        if settings[name] is not None:
+            check_value(option, settings[name], method)
     for name in ("model", "data_dir", "train_file", "dev_file"):
         if settings[name] and os.path.exists(settings[name]):  # or a name on the Hub
             settings[name] = os.path.abspath(settings[name])   # --resume may be elsewhere
     return Namespace(**settings)
+
+
+def check_value(option, value, method):
+    """ValueError for a value that an option cannot have, or that means nothing to the method."""
+    if method not in option.methods:
+        raise ValueError(f"--{option.name} means nothing to --method {method}: leave it out")
+    if option.kind is names:
+        if len(set(value)) < len(value) or not set(value) <= set(names(option.default)):
+            raise ValueError(f"--{option.name} {','.join(value)}: give some of {option.default}, "
+                             "each once")
+    elif option.limits:
+        least, below = option.limits
+        if not least <= value < below:
+            most = f" and less than {below}" if below < math.inf else ""
+            raise ValueError(f"--{option.name} {value}: give at least {least}{most}")

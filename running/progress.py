@@ -320,7 +320,7 @@ def finished(given, result):
     """
     folder, settings = given["resume"], result["settings"]
     options.check_stored(folder, options.TABLE.keys(), settings)
-    wanted = options.beside_resume(settings, given)
+    wanted = options.agreed(settings, given, "resume")
     with disk.reading(f"{folder}/result.json", f"remove it, and --resume {folder} makes it anew"):
         text = summary(result, folder)
     print(f"this run is finished:\n{text}")

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import train
+from data import TASKS
 from running import demo, export, folder, inputs, machine, options, progress, saving, schedule
 from tests.cli import refused, write_task
 
@@ -89,8 +90,7 @@ def test_r_alone_keeps_the_scale():
     assert scale("cola", "lora", r=1, alpha=16) == 16 and scale("cola", "lora", alpha=8) == 1
 
 
-@pytest.mark.parametrize("words, scale", [("", "4"), ("--r 4", "4"), ("--r 4 --alpha 32", "8"),
-                                          ("--method lora --r 1", "2")])
+@pytest.mark.parametrize("words, scale", [("--r 4 --alpha 32", "8"), ("--method lora --r 1", "2")])
 def test_the_scale_is_said(cli, words, scale):
     """Oracle: alpha / r by hand, in a line of its own; the adapter's layers have it."""
     said = cli.tiny(words).out.splitlines()
@@ -99,10 +99,13 @@ def test_the_scale_is_said(cli, words, scale):
     assert {float(t) for name, t in tensors.items() if name.endswith(".scale")} == {float(scale)}
 
 
-@pytest.mark.parametrize("text, value", [("0", 0), ("0.25", 0.25), ("1", 1), ("300", 300), ("2e3", 2000)])
-def test_steps(text, value):
-    """Oracle: a number of steps, or a fraction below 1."""
-    assert options.parse(["--warmup", text]) == {"warmup": value}
+@pytest.mark.parametrize("word, value", [
+    ("--warmup=0", 0), ("--warmup=0.25", 0.25), ("--warmup=1", 1), ("--warmup=2e3", 2000),
+    ("--targets=q, k", ["q", "k"]), ("--out=~/x", "/home/me/x"), ("--data-dir=a~b", "a~b")])
+def test_what_is_typed(monkeypatch, word, value):
+    """Oracle: by hand: steps or a fraction below 1; what a shell does with ~ where it sees one."""
+    monkeypatch.setenv("HOME", "/home/me")
+    assert list(options.parse([word]).values()) == [value]
 
 
 @pytest.fixture
@@ -259,11 +262,10 @@ def test_peak_memory_is_unknown_without_its_line(tmp_path, monkeypatch):
     assert machine.peak_memory(torch.device("cpu")) == 5.12
 
 
-def test_paths_after_an_equals_sign(monkeypatch):
-    """Oracle: what a shell does with ~ where it sees one."""
-    monkeypatch.setenv("HOME", "/home/me")
-    given = options.parse(["--out=~/x", "--model=~/base", "--data-dir", "a~b"])
-    assert given == {"out": "/home/me/x", "model": "/home/me/base", "data_dir": "a~b"}
+def test_tasks_in_their_own_spelling():
+    """Oracle: the names that GLUE's files have: CoLA, SST-2, STS-B ..."""
+    for name, task in TASKS.items():
+        assert options.parse(["--task", task.folder]) == {"task": name}
 
 
 # --- the command line's mistakes ----------------------------------------------------------------------------
@@ -272,33 +274,29 @@ def test_paths_after_an_equals_sign(monkeypatch):
 MISTAKES = """
                                         => no --task | cola
 --task nli                              => nli | cola, sst2
---tsk rte                               => --tsk | --help
+--tas rte                               => --tas | --help
 --task rte extra                        => extra
 --train-file x                          => --dev-file
 --task rte --train-file x --dev-file y  => --task
---train-file no.tsv --dev-file no.tsv   => no.tsv
+--train-file no.tsv --dev-file no.tsv   => --train-file no.tsv | no such file
 --resume nowhere                        => nowhere/last.pt
 --resume .                              => last.pt
---resume a --eval b                     => b
+--resume a --eval b                     => --eval | --resume
 --eval nowhere                          => nowhere
 --eval .                                => adapter.safetensors
 ... --dev-file x                        => --train-file
 ... --merge=                            => --merge | empty
 --task rte --predict=                   => --predict | empty
-... --predict no.tsv                    => no.tsv
+... --predict no.tsv                    => --predict no.tsv | no such file
 ... --predict .                         => cannot be read
 ... --k                                 => --k
 ... --k one                             => --k | one
 ... --k 0                               => --k 0 | at least 1
-... --k -1                              => --k -1
 ... --k 33                              => k = 33
 ... --r 0                               => --r 0
-... --r 999999999999999999999           => --r 999
 ... --target-rank 9                     => target_rank = 9 | r = 8
-... --target-rank -1                    => target_rank
 ... --alpha 0                           => alpha
 ... --alpha nan                         => alpha
-... --alpha -3                          => alpha
 ... --targets q,x                       => --targets | q,k,v,o,f1,f2
 ... --targets ,                         => --targets
 ... --targets q,q                       => --targets
@@ -312,7 +310,6 @@ MISTAKES = """
 ... --method full --export-peft x       => --export-peft
 ... --sora-threshold 1                  => --sora-threshold
 ... --epochs 0                          => --epochs
-... --epochs 1.5                        => --epochs
 ... --max-steps 0                       => --max-steps
 ... --batch-size 0                      => --batch-size
 ... --batch-size 99999999999999999999   => --batch-size
@@ -321,14 +318,13 @@ MISTAKES = """
 ... --lr nan                            => --lr
 ... --lr inf                            => --lr
 ... --head-lr -1                        => --head-lr
+... --clip -1                           => --clip
 ... --warmup -1                         => --warmup
 ... --warmup 1.5                        => 1.5
 ... --warmup nan                        => --warmup
-... --warmup inf                        => inf
 ... --warmup 1e300                      => 1e300
 ... --warmup 441                        => --warmup 441 | 441 steps
 ... --max-len 2                         => 2
-... --max-len 0                         => --max-len
 ... --max-len 41                        => 40 tokens
 ... --head-dropout 1                    => --head-dropout
 ... --head-dropout -0.1                 => --head-dropout
@@ -339,7 +335,7 @@ MISTAKES = """
 ... --save-steps 0                      => --save-steps
 ... --limit-train 0                     => --limit-train
 ... --limit-dev -1                      => --limit-dev
-... --stop-at 0.9                       => --stop-at | --max-steps
+... --stop-at 0.9                       => --stop-at | --method lora2
 ... --max-steps 5 --prune-warmup 3 --prune-final 2 => --prune-warmup 3 | --prune-final 2 | 5 steps
 ... --prune-warmup 0.7 --prune-final 0.5 => 308 | 220 | 441 steps
 ... --prune-interval -5                 => --prune-interval
@@ -407,6 +403,9 @@ def test_mistakes_in_files(cli, monkeypatch):
     Path("glue/RTE").mkdir(parents=True)
     words = f"--task rte --max-len 32 --max-steps 2 --out run --model {cli.models['bert']}"
     refused(cli(words), "no network", "dl.fbaipublicfiles.com", "glue/RTE holds train.tsv, dev.tsv")
+    refused(cli(words, "--data-dir new"), "--data-dir new does not hold RTE/")
+    refused(cli(words, "--data-dir", Path(__file__)), "--data-dir", "test_options.py is a file")
+    assert not Path("new").exists()
     good = write_task("rte", n=8)["train"].read_text()
     for row, says in (("3\ta\tb\tmaybe", "'maybe'"), ("\udcff", "UTF-8")):
         Path("glue/RTE/train.tsv").write_text(good + row, errors="surrogateescape")
@@ -416,17 +415,42 @@ def test_mistakes_in_files(cli, monkeypatch):
     refused(cli(words, "--predict glue/RTE/test.tsv"), "test.tsv:1", "sentence2")
     own = f"--train-file own.tsv --dev-file dev.tsv --model {cli.models['bert']}"
     Path("dev.tsv").write_text("sentence\tlabel\nx\tc\n")
-    for column, *says in (("kind", "own.tsv:1", "label"), ("label", "dev.tsv:2", "'c'")):
-        Path("own.tsv").write_text(f"sentence\t{column}\nx\ta\ny\tb\n")
+    for header, *says in (("x\ta", "own.tsv:1: the first line has to name the columns"),
+                          ("sentence\tkind", "own.tsv:1", "label"), ("sentence\tlabel", "dev.tsv:2", "'c'")):
+        Path("own.tsv").write_text(f"{header}\nx\ta\ny\tb\n")
         refused(cli(own), *says)
     assert not Path("run").exists() and not Path("runs").exists()
+
+
+def test_what_is_fetched_can_be_predicted(cli, monkeypatch):
+    """Oracle: the README's command: before the data are fetched there is no such file."""
+    monkeypatch.setattr(inputs.fetch, "fetch_task", lambda task, folder: write_task("rte", Path(folder)))
+    words = f"--task rte --predict glue/RTE/test.tsv --max-len 32 --max-steps 4 --out run --model {cli.models['bert']}"
+    assert cli(words).status == 0 and Path("run/RTE.tsv").exists()
+
+
+def test_mistakes_with_own_files_of_a_run(cli):
+    """Oracle: the option that names what is missing: not given, or not there any more."""
+    Path("own.tsv").write_text("sentence\tlabel\n" + "cue0 filler1\ta\ncue0 filler2\tb\n" * 20)
+    words = f"--train-file own.tsv --dev-file own.tsv --max-len 16 --out run --model {cli.models['bert']}"
+    assert cli(words, "--max-steps 4").status == 0
+    evaluation = f"--eval run/adapter.safetensors --model {cli.models['bert']}"
+    refused(cli("--eval run/adapter.safetensors"), "--dev-file and --model")
+    refused(cli(evaluation), "--dev-file")
+    refused(cli(evaluation, "--dev-file gone.tsv"), "--dev-file gone.tsv: there is no such file")
+    refused(cli(evaluation, "--dev-file own.tsv --train-file own.tsv"), "no --train-file")
+    refused(cli(evaluation, "--dev-file own.tsv --predict gone.tsv"), "--predict gone.tsv")
+    Path("own.tsv").rename("moved.tsv")
+    Path("run/result.json").unlink()                       # as if it had been stopped at its end
+    refused(cli("--resume run"), "--train-file", "own.tsv: there is no such file")
+    assert cli("--resume run --train-file moved.tsv --dev-file moved.tsv").status == 0
 
 
 def test_mistakes_with_an_adapter(cli, tmp_path):
     """Oracle: the adapter's own settings, of which none may be gainsaid."""
     assert cli.tiny().status == 0
     model = f"--model {cli.models['deberta']}"
-    refused(cli("--eval run/adapter.safetensors"), "--model")
+    refused(cli("--eval run/adapter.safetensors"), "give them as --model")
     refused(cli("--eval run/adapter.safetensors --k 2", model), "--k 1, not 2")
     refused(cli("--eval run/adapter.safetensors --out x --save-steps 3", model), "--out", "--save-steps")
     refused(cli("--eval run/adapter.safetensors --batch-size 0", model), "--batch-size")
@@ -454,8 +478,8 @@ def test_mistakes_for_the_shell(tiny, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
-@pytest.mark.parametrize("name", ["task_loss", "evaluate"])
-@pytest.mark.parametrize("error", [ValueError, RuntimeError])
+@pytest.mark.parametrize("name, error", [("task_loss", ValueError), ("evaluate", ValueError),
+                                         ("evaluate", RuntimeError), ("prepare", RuntimeError)])
 def test_a_bug_is_no_mistake_of_the_user(cli, monkeypatch, name, error):
     """Oracle: Python's own behaviour: an exception in the loop keeps its type and its traceback."""
     def fails(*_):
