@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from formats import disk
-from formats import hub
+from formats import checkpoint
 from data import TASKS
 from formats import glue, toy
 
@@ -79,7 +79,7 @@ def test_synced_before_renamed(tmp_path, monkeypatch, kind):
     elif kind == "submission":
         glue.write_submission(tmp_path / "out", TASKS["rte"], [0, 1], "mine")
     else:
-        hub.write_checkpoint(tmp_path / "out", {"a": 1}, {"x": torch.zeros(9)}, tmp_path / "base")
+        checkpoint.write(tmp_path / "out", {"a": 1}, {"x": torch.zeros(9)}, tmp_path / "base")
         assert sorted(contents(tmp_path / "out")) == ["config.json", "model.safetensors", "tokenizer.json",
                                                       "tokenizer_config.json"]
     n = len(calls) // 2
