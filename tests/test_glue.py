@@ -157,8 +157,8 @@ def test_odd_but_legal_text(tmp_path):
 
 @pytest.mark.parametrize("content, line, says", [
     (b"", 1, "empty"), (b"\n\r\n\n", 1, "empty"), (b"index\tsentence1\tsentence2\tlabel\n", 1, "no row"),
-    (b"index\tsentence1\tlabel\n0\ta\tentailment\n", 1, "no column named 'sentence2'"),
-    (b"sentence1\tsentence2\tlabel\tlabel\na\tb\tc\td\n", 1, "more than one column named 'label'"),
+    (b"index\tsentence1\tlabel\n0\ta\tentailment\n", 1, "0 columns named 'sentence2'"),
+    (b"sentence1\tsentence2\tlabel\tlabel\na\tb\tc\td\n", 1, "2 columns named 'label'"),
     (b"sentence1\tsentence2\tlabel\na\tb\tentailment\na\tb\n", 3, "2 tab-separated columns where 3"),
     (b"sentence1\tsentence2\tlabel\na\tb\tentailment\tx\n", 2, "4 tab-separated columns where 3"),
     (b"sentence1\tsentence2\tlabel\na\tb\tentailment\n\na\tb\tentailment\n", 3, "1 tab-separated columns"),
@@ -252,7 +252,7 @@ def test_own_files(tmp_path):
                                                                   for c in ("sentence1", "sentence2")))
         column = [row[header.split().index("label" if labels else "score")] for row in rows]
         assert split.labels == [labels.index(x) if labels else float(x) for x in column]
-    for content, says in [("text label\nx 1\ny 0", "no column named 'sentence'"),
+    for content, says in [("text label\nx 1\ny 0", "0 columns named 'sentence'"),
                           ("sentence\nx", "label (classes)"),
                           ("sentence label score\nx 1 1", "label (classes)"),
                           ("sentence label\nx 1", "1 different"),
@@ -315,8 +315,8 @@ QUOTED = [HEAD, ("plain", "a"), ('He said "no"', "b"), ('"', "a")]
 
 
 @pytest.mark.parametrize("content, line, says", [
-    (as_csv(QUOTED), 3, "the column sentence is '\"He said \"\"no\"\"\"', quoted as csv does"),
-    (as_csv([HEAD, ("x", "a"), ("y", 'b "c"')]), 3, "the column label is '\"b \"\"c\"\"\"', quoted"),
+    (as_csv(QUOTED), 3, "the field '\"He said \"\"no\"\"\"' is quoted as csv does"),
+    (as_csv([HEAD, ("x", "a"), ("y", 'b "c"')]), 3, "the field '\"b \"\"c\"\"\"' is quoted"),
     (as_csv([HEAD, ("one\ttab", "a")]), 2, "3 tab-separated columns where 2"),
     (as_csv([HEAD, ("x", "a"), ("two\nlines", "b")]), 3, "1 tab-separated columns where 2"),
     (as_csv(QUOTED, quoting=csv.QUOTE_ALL), 1, "'\"sentence\"', '\"label\"'"),
@@ -325,7 +325,7 @@ QUOTED = [HEAD, ("plain", "a"), ('He said "no"', "b"), ('"', "a")]
     ('{"sentence": "x", "label": "a"}\n' * 3, 1, "without a tab: CSV and JSON lines"),
     ("sentence\tlabel\rx\ta\ry\tb\r", 1, "old Macs"),
     ("sentence\tlabel\nx\t1\ny\t\"1\"\n", 3, "spell each label in one way"),
-    ("sentence\tlabel\tscore\nx\ta\t1\n", 1, "both a column label (classes) and a column score"),
+    ("sentence\tlabel\tscore\nx\ta\t1\n", 1, "one column named label (classes) or score (a number), not both"),
     *[("sentence\tlabel\nx\ta\n".encode(kind), 1, "UTF-16") for kind in ("utf-16", "utf-16-le", "utf-16-be")],
     ("\ufeffsentence\tlabel\nx\ta\n".encode("utf-16-be"), 1, "UTF-16")])
 def test_what_other_programs_make_of_own_files(content, line, says, tmp_path):

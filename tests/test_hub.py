@@ -301,7 +301,7 @@ def test_a_git_lfs_pointer_is_named(tmp_path, file):
 
 
 @pytest.mark.parametrize("files, says", [
-    ((), "this folder is empty, and while it is there the Hub is not asked"),
+    ((), "in this folder there is nothing, and the Hub is not asked while it is there"),
     (("last.pt", "log.jsonl"), "is the folder of a run: give --resume base, or --eval base.adapter.safetensors"),
     (("adapter.safetensors", "result.json"), "is the folder of a run: give --resume base"),
     (("adapter_config.json", "adapter_model.safetensors"), "in this folder there is adapter_config.json, adapter_model"),
