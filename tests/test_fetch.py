@@ -344,18 +344,3 @@ def test_a_fetch_killed_at_random_goes_on(two_tasks, tmp_path, which):
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         check_after_a_kill(task, tmp_path / str(attempt), address, files)
-
-
-def test_two_processes_fetch_at_once(two_tasks, tmp_path, monkeypatch):
-    """Oracle: the files of the server, when another process puts its files there first."""
-    ((task, files), _), address = two_tasks
-    move_files = fetch.move_files
-
-    def late(source, target):
-        monkeypatch.setattr(fetch, "move_files", move_files)
-        fetch.fetch_task(task, tmp_path, address)
-        move_files(source, target)
-
-    monkeypatch.setattr(fetch, "move_files", late)
-    fetch.fetch_task(task, tmp_path, address)
-    assert files_below(tmp_path / "RTE") == files and [path.name for path in tmp_path.iterdir()] == ["RTE"]
