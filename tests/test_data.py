@@ -2,6 +2,7 @@
 import itertools
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 import data
 from data import TASKS
-from formats import glue, spm, toy
+from formats import glue, toy
 from formats.glue import Split
 
 
@@ -56,22 +57,19 @@ def test_own_files_and_a_file_of_a_task(tmp_path):
 
 # ---- tokenizers and encoding -------------------------------------------------------------------------------
 
-def test_load_tokenizer(minilm, tmp_path, monkeypatch):
+def test_load_tokenizer(minilm, tmp_path):
     """Oracle: no padding, no truncation, though the file has both; spm.model only without tokenizer.json."""
-    file = tmp_path / "tokenizer.json"
-    baked = Tokenizer.from_file(str(minilm / file.name))
+    file, spm = minilm / "tokenizer.json", Path(__file__).parent / "data" / "spm_small.model"
+    baked = Tokenizer.from_file(str(file))
     assert baked.padding and baked.truncation
-    tokenizer = data.load_tokenizer(minilm)
-    assert tokenizer.padding is None and tokenizer.truncation is None
-    assert tokenizer.encode("hello world").ids == [101, 7592, 2088, 102]  # BERT's well-known ids
     message = refusal(ValueError, data.load_tokenizer, tmp_path)
     assert file.name in message and "spm.model" in message
-    (tmp_path / "spm.model").write_bytes(b"model")
-    monkeypatch.setattr(spm, "read_spm", {tmp_path / "spm.model": baked}.get)
-    assert data.load_tokenizer(tmp_path) is baked and baked.padding is None
-    assert data.load_tokenizer(str(tmp_path)) is baked
-    file.write_bytes((minilm / file.name).read_bytes())
-    assert data.load_tokenizer(tmp_path) is not baked
+    shutil.copy(spm, tmp_path / "spm.model")
+    assert data.load_tokenizer(tmp_path).token_to_id("[MASK]") == 400
+    shutil.copy(file, tmp_path)
+    tokenizer = data.load_tokenizer(str(tmp_path))
+    assert tokenizer.padding is None and tokenizer.truncation is None
+    assert tokenizer.encode("hello world").ids == [101, 7592, 2088, 102]       # BERT's well-known ids
 
 
 def test_damaged_tokenizer(minilm, tmp_path):
