@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.test_glue import GLUE, HEADERS, needs_glue, refusal, write
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, processors
 
 import data
 from data import TASKS
@@ -23,16 +23,11 @@ def minilm():
     return Path(package.__file__).parent / "model"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def roberta():
-    """A byte-level BPE in RoBERTa's style, trained here: <s> A </s></s> B </s>, no token types."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog"] * 9, trainer)
-    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    """The demo's words with a template in RoBERTa's style: <s> A </s></s> B </s>, no token types."""
+    tokenizer = toy.tokenizer()
+    tokenizer.post_processor = processors.RobertaProcessing(("[SEP]", 2), ("[CLS]", 1), add_prefix_space=False)
     return tokenizer
 
 
@@ -100,7 +95,7 @@ def rows_of(examples):
     return [(examples.ids[i:j].tolist(), examples.types[i:j].tolist()) for i, j in zip(cuts, cuts[1:])]
 
 
-PAIRS = [("the quick brown fox " * i, "jumps over the lazy dog, naïve 漢字 🙂 " * j)
+PAIRS = [("cue1 role2word3 filler4 cue5 " * i, "filler6 role0word15 naïve cue2 role1word1 " * j)
          for i, j in [(1, 1), (1, 9), (9, 1), (4, 4), (5, 4), (4, 5), (0, 3), (3, 0), (30, 30), (2, 30),
                       (30, 2)]]
 
@@ -109,7 +104,7 @@ PAIRS = [("the quick brown fox " * i, "jumps over the lazy dog, naïve 漢字 �
 def test_encode(style, minilm, roberta):
     """Oracle: the templates [CLS] A [SEP] B [SEP] and <s> A </s></s> B </s> around the tokens of each text, cut by
     a rule written here; single texts lose their end."""
-    tokenizer, cls, between, sep, second = (roberta, [0], [2, 2], [2], 0)      # with one token type only
+    tokenizer, cls, between, sep, second = roberta, [1], [2, 2], [2], 0        # with one token type only
     if style == "bert":
         tokenizer, cls, between, sep, second = data.load_tokenizer(minilm), [101], [102], [102], 1
     tokens = [[tokenizer.encode(text, add_special_tokens=False).ids for text in pair] for pair in PAIRS]
@@ -130,7 +125,7 @@ def test_encode(style, minilm, roberta):
 def test_encode_refuses(minilm, roberta):
     """Oracle: special tokens of a pair: 3 in BERT, 4 in RoBERTa; one more is the least that holds text. And by
     hand: 3 of 5 words are none of the demo's language; 2 of 4 is not more than half of them."""
-    pair, language = Split([("a b", "b c")], None), toy.tokenizer()
+    pair, language = Split([("cue1 cue2", "cue2 cue3")], None), toy.tokenizer()
     for tokenizer, special in ((data.load_tokenizer(minilm), 3), (roberta, 4)):
         for max_len in (-1, 0, special):
             assert f"at least {special + 1}" in refusal(ValueError, data.encode, tokenizer, pair, max_len)
@@ -160,11 +155,10 @@ def test_a_tokenizer_of_another_model_is_refused():
 
 def test_encode_labels_and_pieces(roberta):
     """Oracle: each row encoded by itself, over more rows than one piece of encode; the labels as given."""
-    texts = [(f"the {i}",) for i in range(4100)]
+    texts = [(f"cue{i % 6} filler{i % 20}",) for i in range(4100)]
     examples = data.encode(roberta, Split(texts, [i % 3 for i in range(4100)]), 16)
     rows = rows_of(examples)
-    for i in (0, 1, 4095, 4096, 4099):
-        assert rows[i][0] == roberta.encode(*texts[i]).ids
+    assert len(rows) == 4100 and all(rows[i][0] == roberta.encode(*texts[i]).ids for i in (0, 1, 4095, 4096, 4099))
     assert examples.labels.dtype == torch.int64 and examples.labels.tolist() == [i % 3 for i in range(4100)]
     assert [t.dtype for t in examples[:3]] == [torch.int32, torch.uint8, torch.int64]
     scores = data.encode(roberta, Split(texts[:2], [0.0, 2.5]), 16).labels

@@ -33,13 +33,13 @@ ZIP = "/glue/data/RTE.zip"
 
 @pytest.fixture
 def server():
-    """(address, {path: page}) of a web server on this machine; a page is a function that answers a request."""
+    """(address, {path, or "else": page}) of a web server on this machine; a page is a function that answers a request."""
     pages = {}
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                pages.get(self.path, answer(b"", 404))(self)
+                pages.get(self.path, pages.get("else", answer(b"", 404)))(self)
 
         do_HEAD = do_GET
 
