@@ -18,33 +18,27 @@ def fails(*args):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_write_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_write_file(tmp_path, monkeypatch, name):
     """Oracle: the old content, when the new one cannot be flushed or renamed."""
-    path = tmp_path / "x"
-    disk.write_file(path, "old")
-    for name in ("fsync", "replace"):
-        with monkeypatch.context() as patch:
-            patch.setattr(os, name, fails)
-            with pytest.raises(OSError, match="x could not be written .No space left"):
-                disk.write_file(path, b"new")
-        assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    disk.write_file(path, "new é")
-    assert path.read_bytes() == "new é".encode()
+    disk.write_file(tmp_path / "x", "old")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="x could not be written .No space left"):
+        patch.setattr(os, name, fails)
+        disk.write_file(tmp_path / "x", b"new")
+    assert contents(tmp_path) == {"x": b"old"}
+    disk.write_file(tmp_path / "x", "new é")
+    assert contents(tmp_path) == {"x": "new é".encode()}
 
 
-@pytest.mark.parametrize("fault, says", [("a full disk", "No space left"), ("no file", "No such file"),
-                                         ("safetensors", "I/O|No such file")])
-def test_several_files_or_none(tmp_path, monkeypatch, fault, says):
-    """Oracle: the folder before, when not all can be written: a full disk, no file, safetensors' error."""
+@pytest.mark.parametrize("write", [lambda path: path.write_text("x"),
+                                   lambda path: save_file({"x": torch.zeros(1)}, path)])
+def test_several_files_or_none(tmp_path, write):
+    """Oracle: the folder before, when not all can be written: no such file, safetensors' own error."""
     places = [tmp_path / "a", tmp_path / "b"]
     places[0].write_text("old")
-    with monkeypatch.context() as patch, pytest.raises(OSError, match=says), disk.replacing(*places) as (a, b):
+    with pytest.raises(OSError, match="I/O|No such file"), disk.replacing(*places) as (a, b):
         a.write_text("new")
-        if fault == "a full disk":
-            patch.setattr(os, "fsync", fails)
-            b.write_text("new")
-        if fault == "safetensors":
-            save_file({"x": torch.zeros(1)}, tmp_path / "no such folder" / "b")
+        write(b / "no such folder")
     assert contents(tmp_path) == {"a": b"old"}
     with disk.replacing(*places) as (a, b):
         a.write_text("1")
