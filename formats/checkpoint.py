@@ -107,7 +107,8 @@ def convert(weights, prefix, keys, source):
         if key not in keys and re.match(LEFTOVERS[prefix], key):
             continue
         if key not in keys and re.match(OTHER_HEADS, key):
-            warn(f"{source}: {key} is of a head for another kind of task and is left out")
+            if key.endswith("weight"):             # once for both
+                warn(f"{source}: {key} is of a head for another kind of task and is left out")
             continue
         if key in converted:
             raise ValueError(f"{key} of {source} is there twice: use a plain checkpoint")
