@@ -155,6 +155,7 @@ def test_odd_but_legal_text(tmp_path):
     (b"sentence1\tsentence2\tlabel\na\tb\tneutral\n", 2, "'neutral' where one of 'entailment', 'not_"),
     (b"sentence1\tsentence2\tlabel\na\tb\tentailment\na\t\0b\tentailment\n", 3, "not UTF-8"),
     (b"sentence1\tsentence2\tlabel\na\tb\tentailment\na\t\xe9b\tentailment\n", 3, "UTF-8"),
+    (b"sentence1\tsentence2\tlabel\na\tb\tentailment\r\r\n", 2, "the label is 'entailment\\r' where"),
     (b"sentence1\tsentence2\tlabel\na\tb\t-\n", 2, "the label is '-' where"),      # as raw MNLI and SNLI have it
     ("sentence1\tsentence2\tlabel\n".encode("utf-16"), 1, "UTF-8")])
 def test_bad_files(content, line, says, tmp_path):

@@ -91,6 +91,7 @@ def merged(folder, place):
     place.mkdir()
     shutil.copy(folder / "config.json", place)
     for name, content in written.items():
+        assert b"/gone" not in content                     # a folder of another machine, in OBEYED
         (place / name).write_bytes(content)
     return place
 
