@@ -126,21 +126,24 @@ def test_fetch(server, tmp_path, tells_length):
     assert {path.name for path in tmp_path.iterdir()} == {"RTE", "QNLI", "SST-2"}
 
 
+FILES = {"rte": RTE, "mrpc": MRPC}
+
+
 @pytest.fixture
-def two_tasks(server):
-    """[(Task, {name: bytes} of its files)] and the address: a zip, and MRPC's single files."""
+def honest(server):
+    """The address of a server that has FILES: a zip, and MRPC's single files."""
     address, pages = server
     pages[ZIP] = answer(rte_zip())
     for place, name in TASKS["mrpc"].downloads.items():
         pages[f"/{place}"] = answer(MRPC[name])
-    return [(TASKS["rte"], RTE), (TASKS["mrpc"], MRPC)], address
+    return address
 
 
-def test_fetch_mrpc(two_tasks, tmp_path, monkeypatch):
+def test_fetch_mrpc(honest, tmp_path, monkeypatch):
     """Oracle: the rows of three plain files, from two places, the test file under its official name. What is there
     is not asked for; nothing is where all is there that training needs."""
-    (_, (task, _)), address = two_tasks
-    fetch.fetch_task(task, tmp_path, address)
+    task = TASKS["mrpc"]
+    fetch.fetch_task(task, tmp_path, honest)
     assert data.load_task("mrpc", tmp_path) == {"train": Split([("a", "b")], [1]), "dev": Split([("c", "d")], [0])}
     test = glue.read_split(tmp_path / "MRPC" / "test.tsv", task, labelled=False)
     assert test == Split([("a", "b")], None)
@@ -150,7 +153,7 @@ def test_fetch_mrpc(two_tasks, tmp_path, monkeypatch):
     asked, download = [], fetch.download
     monkeypatch.setattr(fetch, "download", lambda url, *rest: (asked.append(url.rsplit("/")[-1]), download(url, *rest)))
     assert data.is_missing(task, tmp_path)
-    fetch.fetch_task(task, tmp_path, address)
+    fetch.fetch_task(task, tmp_path, honest)
     assert sorted(asked) == ["mrpc_dev_ids.tsv", "msr_paraphrase_test.txt"]
     (tmp_path / "RTE").mkdir()
     (tmp_path / "RTE" / "dev.tsv").write_bytes(RTE_ROW)    # enough to evaluate
@@ -216,16 +219,15 @@ def test_no_member_leads_out_of_the_folder(server, tmp_path):
         assert not any(path.is_symlink() for path in files)
 
 
-def test_a_login_page_is_no_data(two_tasks, server, tmp_path):
+def test_a_login_page_is_no_data(honest, server, tmp_path):
     """Oracle: the folder: MRPC's files are no archive, but tables; what is none, or is cut, is not installed."""
-    (_, (task, _)), address = two_tasks
-    pages = server[1]
+    task, pages = TASKS["mrpc"], server[1]
     for spoilt in task.downloads:
         whole = pages[f"/{spoilt}"]
         for body in (b"<html>Please log in</html>", b"", b"a\tb\n", b"\0\1\2", PAIRS[:48]):
             pages[f"/{spoilt}"] = answer(body)
             with pytest.raises(ValueError, match=f"{spoilt} gives something else than .*by hand"):
-                fetch.fetch_task(task, tmp_path, address)
+                fetch.fetch_task(task, tmp_path, honest)
             assert list(tmp_path.iterdir()) == []
         pages[f"/{spoilt}"] = whole
 
@@ -311,36 +313,36 @@ def check_after_a_kill(task, data_dir, address, files):
 
 
 @needs_fork
-@pytest.mark.parametrize("which", [0, 1])
-def test_a_fetch_killed_between_two_renames_goes_on(two_tasks, tmp_path, which):
+@pytest.mark.parametrize("name", FILES)
+def test_a_fetch_killed_between_two_renames_goes_on(honest, tmp_path, name):
     """Oracle: the files of the server. Whichever rename is the last, in whichever folder, the next run
     sees what is missing and fetches it."""
-    (task, files), address = two_tasks[0][which], two_tasks[1]
+    task, files = TASKS[name], FILES[name]
     for there in (None, [], list(files)[:1], list(files)[1:2], list(files)[2:]):
         tried = 3 - len(there or [])                       # renames
         for n in range(tried + 1):
             data_dir = tmp_path / f"{there} {n}"
             if there is not None:
                 (data_dir / task.folder).mkdir(parents=True)
-                for name in there:
-                    (data_dir / task.folder / name).write_bytes(files[name])
-            pid = fork_that_fetches(task, data_dir, address, lambda: kill_at_rename(n))
+                for file in there:
+                    (data_dir / task.folder / file).write_bytes(files[file])
+            pid = fork_that_fetches(task, data_dir, honest, lambda: kill_at_rename(n))
             assert os.WIFSIGNALED(os.waitpid(pid, 0)[1]) == (n < tried)
-            check_after_a_kill(task, data_dir, address, files)
+            check_after_a_kill(task, data_dir, honest, files)
 
 
 @pytest.mark.ci
 @needs_fork
-@pytest.mark.parametrize("which", [0, 1])
-def test_a_fetch_killed_at_random_goes_on(two_tasks, tmp_path, which):
+@pytest.mark.parametrize("name", FILES)
+def test_a_fetch_killed_at_random_goes_on(honest, tmp_path, name):
     """Oracle: the files of the server, after each of ten kills at any moment of a fetch."""
-    (task, files), address = two_tasks[0][which], two_tasks[1]
+    task, files = TASKS[name], FILES[name]
     start = time.monotonic()
-    os.waitpid(fork_that_fetches(task, tmp_path / "whole", address), 0)
-    rng, longest = random.Random(which), time.monotonic() - start
+    os.waitpid(fork_that_fetches(task, tmp_path / "whole", honest), 0)
+    rng, longest = random.Random(0), time.monotonic() - start
     for attempt in range(10):
-        pid = fork_that_fetches(task, tmp_path / str(attempt), address)
+        pid = fork_that_fetches(task, tmp_path / str(attempt), honest)
         time.sleep(rng.uniform(0, longest))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        check_after_a_kill(task, tmp_path / str(attempt), address, files)
+        check_after_a_kill(task, tmp_path / str(attempt), honest, files)
