@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from formats import hub
+from formats import checkpoint, hub
 from formats.config import HEAD_DROPOUT, check_config, config_to_write
 from formats.disk import read_object
 from formats.head import fit_head
@@ -334,15 +334,15 @@ def from_pretrained(name_or_dir, num_labels, head_dropout=None, labels=None):
         model = SequenceClassifier(config, num_labels)
     model.source = str(name_or_dir)
     wanted = model.state_dict()
-    weights = hub.read_weights(name_or_dir, config)
-    weights = hub.convert(weights, PREFIX[model.kind], wanted, name_or_dir)
+    weights = checkpoint.read_weights(name_or_dir, config)
+    weights = checkpoint.convert(weights, PREFIX[model.kind], wanted, name_or_dir)
     fit_head(weights, model.head_layers(), config, labels, name_or_dir)
     new = {}
     for name, layer in model.head_layers().items():
         there = {f"{name}.weight": layer.weight, f"{name}.bias": layer.bias}
         if weights.keys().isdisjoint(there):  # half a layer is damage
             new |= there
-    hub.check_weights(weights | new, wanted, name_or_dir)  # before memory is taken for new ones
+    checkpoint.check_weights(weights | new, wanted, name_or_dir)  # before new ones take memory
     for key, empty in new.items():
         weights[key] = torch.zeros(empty.shape)
         if key.endswith("weight"):
@@ -367,4 +367,4 @@ def save_pretrained(model, folder):
     if strange:
         raise ValueError(f"{min(strange)} is no plain weight: merge the adapters before saving")
     config = config_to_write(model.config, model.num_labels, next(model.parameters()).dtype)
-    hub.write_checkpoint(folder, config, state, tokenizer_of=model.source)
+    checkpoint.write(folder, config, state, tokenizer_of=model.source)

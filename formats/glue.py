@@ -3,8 +3,6 @@
 A `task` is a row of the table in data.py: no code below asks which one it is. What a user can have
 wrong raises ValueError or OSError with one finished sentence.
 """
-import contextlib
-import math
 import re
 import sys
 from collections import Counter
@@ -21,11 +19,9 @@ MRPC_DOWNLOADS = {                           # address → name to keep it under
     "senteval/senteval_data/msr_paraphrase_train.txt": "msr_paraphrase_train.txt",
     "senteval/senteval_data/msr_paraphrase_test.txt": "test.tsv",
     "glue/data/mrpc_dev_ids.tsv": DEV_IDS}
-# A split without a file → (what it is made of if that is there, as in MRPC's folder; whether its
-# rows are those in DEV_IDS, or the others; None: they are all rows).
-ORIGINALS = {"train": ("msr_paraphrase_train.txt", False),
-             "dev": ("msr_paraphrase_train.txt", True),
-             "test": ("msr_paraphrase_test.txt", None)}
+# What the splits of MRPC were made of: dev has the rows that DEV_IDS lists, train the others.
+ORIGINALS = {"train": "msr_paraphrase_train.txt", "dev": "msr_paraphrase_train.txt",
+             "test": "msr_paraphrase_test.txt"}
 ID_COLUMNS = ("#1 ID", "#2 ID")              # a line of DEV_IDS is such a pair
 NO_LABEL = ("-", "-1", "nan", "null", "n/a", "?")  # as SNLI, the Hub, pandas and others write it
 LONGEST = 1_000_000                          # bytes of a line; a tokenizer takes 150 times as much
@@ -50,7 +46,7 @@ def short(values):
 
 # ---- tables ------------------------------------------------------------------------------------
 def read_lines(path):
-    """The lines of a UTF-8 file. Only \\n and \\r\\n end one; str.splitlines cuts at U+2028 too."""
+    """The lines of a UTF-8 file. Only \\n and \\r\\n end one: str.splitlines cuts at U+2028 too."""
     lines = []
     with reading(path, "a tab-separated file is expected"), open(path, "rb") as file:
         while not lines or 0 < len(lines[-1]) <= LONGEST:
@@ -78,12 +74,6 @@ def read_lines(path):
     return lines
 
 
-def is_row(fields, task):
-    """Whether a file's first line has a row's columns and label already, as in CoLA's own files."""
-    return (len(fields) == len(task.header)
-            and dict(zip(task.header, fields))[task.label] in task.labels)
-
-
 def read_table(path, names, parse, task=None, damaged=False):
     """[parse(fields)] of the rows of a TSV file; fields: a row's texts in the named columns.
 
@@ -96,8 +86,11 @@ def read_table(path, names, parse, task=None, damaged=False):
     lines = read_lines(path)
     header = lines[0].split("\t")
     first = 1                                # index of the first row
-    if task and is_row(header, task):
-        header, first = task.header, 0
+    if task and len(header) == len(task.header):
+        label = header[task.header.index(task.label)]
+        if label in task.labels:             # it is a row, as in CoLA's own files
+            header = task.header
+            first = 0
     for name in names:
         if header.count(name) != 1:
             problem = "more than one column" if name in header else "no column"
@@ -120,8 +113,7 @@ def read_table(path, names, parse, task=None, damaged=False):
         except ValueError as error:
             skipped += 1
             if skipped > allowed:
-                more = f", and {skipped - 1} rows before it are bad too" if skipped > 1 else ""
-                raise ValueError(f"{path}:{number}: {error}{more}") from None
+                raise ValueError(f"{path}:{number}: {error}") from None
     if skipped:
         warn(f"{path}: skipped {skipped} damaged rows of {total}")
     return rows
@@ -136,7 +128,7 @@ def read_split(path, task, labelled=True):
     n = len(task.texts)
 
     def parse(fields):
-        quoted = 0 if task.folder else count_quoted(names, fields)   # in a user's own file
+        quoted = 0 if task.folder else count_quoted(fields)          # in a user's own file
         label = parse_label(task, fields[n]) if labelled else None
         return tuple(fields[:n]), label, quoted
 
@@ -148,6 +140,19 @@ def read_split(path, task, labelled=True):
     return Split(list(texts), list(labels) if labelled else None)
 
 
+def count_quoted(fields):
+    """How many fields stand in quotes, which may be meant.
+
+    ValueError where quotes inside them are doubled, which is how csv says that a field has some.
+    """
+    quoted = [field for field in fields if re.fullmatch('"(?:[^"]|"")*"', field)]
+    for field in quoted:
+        if '""' in field[1:-1]:
+            raise ValueError(f"the field {field[:60]!r} is quoted as csv does: only tabs separate "
+                             "here, save the file without quoting")
+    return len(quoted)
+
+
 def parse_label(task, text):
     """The class id or the score that a label field says."""
     if task.labels:
@@ -156,14 +161,14 @@ def parse_label(task, text):
                              "expected")
         return task.labels.index(text)
     low, high = task.score_range or (-sys.float_info.max, sys.float_info.max)
-    score = math.nan
-    if text.isascii() and "_" not in text:   # float() takes "1_0" and Arabic digits too
-        with contextlib.suppress(ValueError):
-            score = float(text)
-    if not low <= score <= high:
-        expected = f"a number from {low:g} to {high:g}" if task.score_range else "a finite number"
-        raise ValueError(f"the score is {text[:60]!r} where {expected} is expected")
-    return score
+    try:
+        score = float(text)
+        if low <= score <= high and text.isascii() and "_" not in text:    # float() takes "1_0"
+            return score
+    except ValueError:
+        pass
+    expected = f"a number from {low:g} to {high:g}" if task.score_range else "a finite number"
+    raise ValueError(f"the score is {text[:60]!r} where {expected} is expected")
 
 
 # ---- a user's own files ------------------------------------------------------------------------
@@ -176,16 +181,13 @@ def read_columns(path):
     header = read_lines(path)[0].split("\t")
     pair = ("sentence1", "sentence2")
     texts = pair if set(pair) <= set(header) else ("sentence",)
-    if "score" in header and "label" in header:
-        raise ValueError(f"{path}:1: there are both a column label (classes) and a column score (a "
-                         "number to predict): give the one that is not meant another name")
+    if ("label" in header) == ("score" in header):
+        hint = "" if len(header) > 1 else ", without a tab: CSV and JSON lines are not read"
+        raise ValueError(f"{path}:1: the first line has to name the columns, one of label (classes) "
+                         "and score (a number) beside sentence, or sentence1 and sentence2: its "
+                         f"tab-separated columns are {short(header)}{hint}")
     if "score" in header:
         return {"texts": texts, "label": "score", "metrics": ("pearson", "spearman")}
-    if "label" not in header:
-        hint = "" if len(header) > 1 else ", without a tab: CSV and JSON lines are not read"
-        raise ValueError(f"{path}:1: the first line has to name the columns, label (classes) or "
-                         "score (a number) beside sentence, or sentence1 and sentence2: its "
-                         f"tab-separated columns are {short(header)}{hint}")
     labels = read_labels(path, texts)
     if not 2 <= len(labels) <= 1000:
         raise ValueError(f"{path}: the column label has {len(labels)} different values where 2 to "
@@ -244,35 +246,19 @@ def in_unit(split, task, path):
     return split._replace(labels=scores.tolist())
 
 
-def count_quoted(names, fields):
-    """How many fields stand in quotes, which may be meant.
-
-    ValueError where quotes inside them are doubled, which is how csv says that a field has some.
-    """
-    count = 0
-    for name, field in zip(names, fields):
-        if re.fullmatch('"(?:[^"]|"")*"', field):
-            count += 1
-            if '""' in field[1:-1]:
-                raise ValueError(f"the column {name} is {field[:60]!r}, quoted as csv does: only "
-                                 "tabs separate here, save the file without quoting")
-    return count
-
-
 # ---- GLUE's files ------------------------------------------------------------------------------
 def load_split(task, data_dir, name, labelled=True):
     """One split as a Split, from the file that find_split() finds; warns of rows lost or added.
 
     Raises FileNotFoundError that shows the expected layout, and what read_split() raises.
     """
-    folder = Path(data_dir) / task.folder
-    found = find_split(task, data_dir, name)
-    if found is None:
+    folder = Path(data_dir, task.folder)
+    path = find_split(task, data_dir, name)
+    if path is None:
         raise FileNotFoundError(f"there is no {folder / name}.tsv: {by_hand(task, folder)}")
-    path, listed = found
     split = read_split(path, task, labelled)
-    if listed is not None:
-        split = choose(split, path, folder / DEV_IDS, listed)
+    if path.name == ORIGINALS["dev"]:
+        split = choose(split, path, folder / DEV_IDS, listed=name == "dev")
     n = len(split.texts)
     official = task.rows[name]
     # Copies of a damaged file differ by a few rows, by who repaired them: only a larger gap counts.
@@ -283,19 +269,14 @@ def load_split(task, data_dir, name, labelled=True):
 
 
 def find_split(task, data_dir, name):
-    """(path, None) of a split's own file, else (path, listed) of the one it was made of, else None.
-
-    listed: whether its rows are those that DEV_IDS lists, or the others; None: they are all rows.
-    """
-    folder = Path(data_dir) / task.folder
+    """Path of a split's own file, else of the original that it can be made of, else None."""
+    folder = Path(data_dir, task.folder)
     path = folder / f"{name}.tsv"
     if path.exists():
-        return path, None
-    original, listed = ORIGINALS.get(name, (path.name, None))
-    needed = [original] if listed is None else [original, DEV_IDS]
-    if all((folder / file).is_file() for file in needed):
-        return folder / original, listed
-    return None
+        return path
+    original = folder / ORIGINALS.get(name, path.name)
+    is_whole = original.name != ORIGINALS["dev"] or (folder / DEV_IDS).is_file()
+    return original if original.is_file() and is_whole else None
 
 
 def choose(split, path, ids, listed):
@@ -340,11 +321,12 @@ def write_predictions(path, task, predictions, probabilities=None, clip=False):
     if clip and task.score_range:
         low, high = task.score_range
         values = [f"{min(max(value, low), high):.3f}" for value in values]
-    columns = [["index", *range(len(values))], ["prediction", *values]]
+    rows = [["index", "prediction"], *map(list, enumerate(values))]
     if probabilities is not None:
-        for label, column in zip(task.labels, probabilities.T.tolist()):
-            columns.append([label, *(f"{number:.6g}" for number in column)])
-    write_file(path, *("\t".join(map(str, row)) + "\n" for row in zip(*columns)))
+        rows[0] += task.labels
+        for row, numbers in zip(rows[1:], probabilities.tolist()):
+            row += [f"{number:.6g}" for number in numbers]
+    write_file(path, *("\t".join(map(str, row)) + "\n" for row in rows))
 
 
 def place_of_predictions(folder, task, name):

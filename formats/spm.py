@@ -100,7 +100,7 @@ def read_model(data):
     ValueError where the SentencePiece library refuses the file too, and where a spec is missing.
     """
     specs = read_message(data, 0, len(data), MODEL)
-    if not {"pieces", "trainer_spec", "normalizer_spec"}.issubset(specs):
+    if len(specs) < len(MODEL):
         raise ValueError(f"truncated at byte {len(data)}")
     pieces = [(piece["piece"], piece["score"], piece["type"]) for piece in specs["pieces"]]
     trainer = specs["trainer_spec"]
@@ -110,10 +110,10 @@ def read_model(data):
         raise ValueError(f"a piece longer than {LONGEST_PIECE} letters")
     if not all(texts) or len(set(texts)) < len(texts) or not all(map(math.isfinite, scores)):
         raise ValueError("a piece without text, without score or twice")
-    known = range(NORMAL, BYTE + 1)
-    all_bytes = {f"<0x{byte:02X}>" for byte in range(256)} if trainer["byte_fallback"] else set()
-    if (types.count(UNKNOWN) != 1 or NORMAL not in types or not set(types).issubset(known)
-            or {text for text, _, kind in pieces if kind == BYTE} != all_bytes):
+    found = {text for text, _, kind in pieces if kind == BYTE}
+    expected = {f"<0x{byte:02X}>" for byte in range(256)} if trainer["byte_fallback"] else set()
+    are_known = set(types).issubset(range(NORMAL, BYTE + 1))
+    if not are_known or types.count(UNKNOWN) != 1 or NORMAL not in types or found != expected:
         raise ValueError("pieces of wrong type")
     return pieces, trainer, normalizer, read_charsmap(normalizer["precompiled_charsmap"])
 
@@ -139,10 +139,10 @@ def read_charsmap(blob):
     for index, unit in enumerate(units):
         offset = unit >> 10 << (8 if unit >> 9 & 1 else 0)
         bases.append(index ^ offset)
-        furthest, size = bases[index], len(units)
+        is_inside = bases[index] < len(units)
         if unit >> 31:
-            furthest, size = unit & 0x7FFFFFFF, len(replacements)
-        if furthest >= size or units[0] >> 31:
+            is_inside = index > 0 and unit & 0x7FFFFFFF < len(replacements)
+        if not is_inside:
             raise ValueError("charsmap that points outside itself")
     return units, bases, replacements
 
@@ -236,31 +236,22 @@ def read_spm(path):
     except ValueError as error:
         raise ValueError(f"{path} is not a readable SentencePiece model ({error}): download it "
                          "again") from None
-    reasons = reasons_against(pieces, trainer, normalizer, charsmap)
+    missing = {"[PAD]", "[CLS]", "[SEP]"} - {text for text, _, _ in pieces}
+    squeezes = normalizer["remove_extra_whitespaces"]
+    # What would lead to other ids than SentencePiece's.
+    unlike = {
+        f"its model_type is {trainer['model_type']}, not UNIGRAM": trainer["model_type"] != 1,
+        "treat_whitespace_as_suffix is on": trainer["treat_whitespace_as_suffix"],
+        "escape_whitespaces is off": not normalizer["escape_whitespaces"],
+        f"it has no {' '.join(sorted(missing))}": missing,
+        "a replacement has two spaces in a row": squeezes and b"  " in charsmap[2]}
+    reasons = [reason for reason, holds in unlike.items() if holds]
     if reasons:
         raise ValueError(f"{path} is a SentencePiece model of another kind than DeBERTaV3's "
                          f"({', '.join(reasons)}): use a checkpoint that has a tokenizer.json")
     symbols = [text for text, _, kind in pieces if kind == USER_DEFINED]
-    made = SpmNormalizer(charsmap, symbols, normalizer["add_dummy_prefix"],
-                         normalizer["remove_extra_whitespaces"])
+    made = SpmNormalizer(charsmap, symbols, normalizer["add_dummy_prefix"], squeezes)
     return build_tokenizer(pieces, bool(trainer["byte_fallback"]), made)
-
-
-def reasons_against(pieces, trainer, normalizer, charsmap):
-    """What in a sound model would lead to other ids than SentencePiece's: a list of texts."""
-    reasons = []
-    if trainer["model_type"] != 1:
-        reasons.append(f"its model_type is {trainer['model_type']}, not UNIGRAM")
-    if trainer["treat_whitespace_as_suffix"]:
-        reasons.append("treat_whitespace_as_suffix is on")
-    if not normalizer["escape_whitespaces"]:
-        reasons.append("escape_whitespaces is off")
-    missing = {"[PAD]", "[CLS]", "[SEP]"} - {text for text, _, _ in pieces}
-    if missing:
-        reasons.append(f"it has no {' '.join(sorted(missing))}")
-    if b"  " in charsmap[2] and normalizer["remove_extra_whitespaces"]:
-        reasons.append("a replacement has two spaces in a row")
-    return reasons
 
 
 def build_tokenizer(pieces, byte_fallback, normalizer):
@@ -323,7 +314,6 @@ def normalize_first(tokenizer, apply):
             return encode(*normalized(texts), **named)
         return first_normalize
 
-    methods = ["encode", "encode_batch", "encode_batch_fast"]
-    for name in methods + [f"async_{name}" for name in methods]:
-        if hasattr(tokenizer, name):                             # some are new in tokenizers 0.21
+    for name in dir(tokenizer):
+        if re.fullmatch("(async_)?encode(_batch)?(_fast)?", name):
             setattr(tokenizer, name, normalizing(getattr(tokenizer, name)))

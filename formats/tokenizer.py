@@ -74,7 +74,7 @@ class Options(dict):
     def take(self, path, content):
         """Add options that a file gives."""
         self.update(content)
-        self.where.update(dict.fromkeys(content, path))
+        self.where |= dict.fromkeys(content, path)
 
     def refusal(self, option, value, why):
         """The ValueError that names file, option and value."""
@@ -127,8 +127,8 @@ def read_options(files, path):
         options.where["added_tokens_decoder"] = files.get("added_tokens.json")
     if not isinstance(listed, dict) or not all(map(str.isdecimal, listed)):
         raise options.refusal("added_tokens_decoder", listed, "does not give ids and tokens")
-    added = {int(number): as_token(token, "added_tokens_decoder", options)
-             for number, token in listed.items()}
+    added = {int(number): as_token(listed[number], "added_tokens_decoder", options)
+             for number in sorted(listed, key=int)}
     return options, added
 
 
@@ -170,9 +170,7 @@ def kind_of(tokenizer, options):
     fitting = {name: kind for name, kind in KINDS.items()
                if kind.parts.get("model", any_model) == model}
     given = options.get("tokenizer_class")
-    if given is None:
-        return next(iter(fitting.values()))
-    name = str(given).removesuffix("Fast")
+    name = next(iter(fitting)) if given is None else str(given).removesuffix("Fast")
     if name not in fitting:
         raise options.refusal("tokenizer_class", given, "is not implemented for "
                               f"{options.path.name}, only {', '.join(fitting)}")
@@ -208,14 +206,14 @@ def text_of(value):
 def check_model(tokenizer, options):
     """ValueError for a vocabulary that is cut, and for a model that gives no ids, or others."""
     path = options.path
+    model = tokenizer.model
     try:
         tokenizer.encode("a \U00013000")           # a hieroglyph, which no vocabulary has
     except Exception as e:                         # the library raises no other
-        unknown = getattr(tokenizer.model, "unk_token", None)
-        raise options.refusal("unk_token", unknown, f"is not in the vocabulary ({one_line(e)}): "
-                              "get it again") from None
-    if getattr(tokenizer.model, "dropout", None):
-        raise options.refusal("dropout", tokenizer.model.dropout, "makes ids random: remove it")
+        raise options.refusal("unk_token", getattr(model, "unk_token", None), "is not in the "
+                              f"vocabulary ({one_line(e)}): get it again") from None
+    if getattr(model, "dropout", None):
+        raise options.refusal("dropout", model.dropout, "makes ids random: remove it")
     entries = tokenizer.get_vocab_size()
     rows = options.get("vocab_size")
     cut = "one of them is cut or of another checkpoint: get both again"
@@ -237,16 +235,15 @@ def add_tokens(tokenizer, kind, options, added):
     missing = before.keys() - added.keys()
     if missing and kind is not AS_IT_IS and "added_tokens_decoder" in options:
         text = before[min(missing)].content
-        raise options.refusal("added_tokens_decoder", sorted(added),
+        raise options.refusal("added_tokens_decoder", list(added),
                               f"lacks {text!r} of {name}: complete it")
     own = {token.content for token in before.values()}
-    tokens = [added[number] for number in sorted(added)]
-    listed = {token.content for token in tokens}
+    tokens = {token.content: token for token in added.values()}
     named = named_tokens(kind.tokens | options, options)
-    tokens += [token for text, token in named.items() if text not in own | listed]
-    new = [token.content for token in tokens if token.content not in own]
+    new = [text for text in tokens | named if text not in own]
     if name != "spm.model":
-        tokenizer.add_tokens(tokens)
+        others = [token for text, token in named.items() if text not in own | tokens.keys()]
+        tokenizer.add_tokens([*tokens.values(), *others])
     for number, token in added.items():
         found = tokenizer.token_to_id(token.content)
         if found != number:
@@ -302,8 +299,6 @@ def to_write(files):
     tokenizer = read_tokenizer(files)
     options, _ = read_options(files, None)
     config = {"split_special_tokens": tokenizer.encode_special_tokens}
-    if "model_max_length" in options:
-        config["model_max_length"] = options["model_max_length"]
     if "tokenizer.json" not in files and "spm.model" in files:
         written = {"spm.model": files["spm.model"].read_bytes()}
         options.pop("name_or_path", None)          # a place on this machine
@@ -311,6 +306,8 @@ def to_write(files):
     else:
         written = {"tokenizer.json": tokenizer.to_str(pretty=True).encode()}
         config |= token_names(tokenizer, options) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        if "model_max_length" in options:
+            config["model_max_length"] = options["model_max_length"]
         if hasattr(tokenizer.pre_tokenizer, "add_prefix_space"):   # transformers 4 asks for it
             config["add_prefix_space"] = tokenizer.pre_tokenizer.add_prefix_space
     text = json.dumps(config, indent=2, sort_keys=True)

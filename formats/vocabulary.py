@@ -7,8 +7,7 @@ import base64
 import json
 import re
 
-from tokenizers import Tokenizer
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from formats import spm
 from formats.disk import MEGABYTE, one_line, read_bytes
@@ -79,11 +78,10 @@ def read_json(path):
         raise ValueError(f"max_input_chars_per_word is more than {LONGEST_PIECE}")
     tokenizer = Tokenizer.from_buffer(content)
     tokenizer.no_padding()                         # which may be to a billion tokens
-    if tokenizer.num_special_tokens_to_add(True) > 100:
-        raise ValueError("it adds more than 100 special tokens to a text")
+    special = tokenizer.num_special_tokens_to_add(True)
     # A template may name a token that is not there, or repeat the text.
-    if len(tokenizer.encode("a", "b").ids + tokenizer.encode("a").ids) > 100:
-        raise ValueError("it makes more than 100 tokens of three letters")
+    if special > 100 or len(tokenizer.encode("a", "b").ids + tokenizer.encode("a").ids) > 100:
+        raise ValueError("it makes more than 100 tokens of a few letters")
     return tokenizer
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import model as models
-from formats import glue, hub
+from formats import checkpoint, glue, hub
 from formats.disk import writing
 from lora2 import lora2_layers, merge_lora2
 
@@ -65,4 +65,4 @@ def as_peft(net, folder, base_name):
         "base_model_name_or_path": base, "revision": revision,
         "r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
         "target_modules": [name for name, _ in layers], "modules_to_save": net.head}
-    hub.write_checkpoint(folder, config, tensors, tokenizer_of=net.source, prefix="adapter_")
+    checkpoint.write(folder, config, tensors, tokenizer_of=net.source, prefix="adapter_")

@@ -69,40 +69,37 @@ HARD = ["", " ", "  ", "Hello, world!", *TEXT[:10], *(
     around.replace("*", mark) for mark in MARKS for around in AROUND)]
 
 
-def train(text, **options):
-    """SentencePiece's trainer with DeBERTaV3's special pieces; text: strings -> bytes of the .model"""
+def train(text, rules=None, **options):
+    """SentencePiece's trainer with DeBERTaV3's special pieces; text: strings -> bytes of the .model
+
+    rules: {text: replacement}, or None for those of the library, of the name nmt_nfkc if none is given.
+    """
     import sentencepiece
 
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(text), model_writer=model, **{
-        "pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3, "pad_piece": "[PAD]", "bos_piece": "[CLS]",
-        "eos_piece": "[SEP]", "unk_piece": "[UNK]", "hard_vocab_limit": False, "num_threads": 1,
-        "minloglevel": 2, **options})
-    return model.getvalue()
-
-
-def train_small(**options):
-    """-> bytes of spm_small.model"""
     def code_points(text):
         return " ".join(f"{ord(char):X}" for char in text)
 
-    rules = "".join(f"{code_points(key)}\t{code_points(new)}\n" for key, new in RULES.items())
-    before = os.getcwd()
+    model, before = io.BytesIO(), os.getcwd()
+    usual = {"normalization_rule_name": "nmt_nfkc"} if rules is None else {"normalization_rule_tsv": "rules.tsv"}
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # the model notes the name of the rules' file: it shall hold no folder
         try:
-            Path("rules.tsv").write_text(rules, encoding="ascii")
-            return train(TEXT, **{"vocab_size": 400, "normalization_rule_tsv": "rules.tsv",
-                                  "user_defined_symbols": SYMBOLS, **options})
+            lines = [f"{code_points(key)}\t{code_points(new)}\n" for key, new in (rules or {}).items()]
+            Path("rules.tsv").write_text("".join(lines), encoding="ascii")
+            sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(text), model_writer=model, **usual | {
+                "pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3, "pad_piece": "[PAD]", "bos_piece": "[CLS]",
+                "eos_piece": "[SEP]", "unk_piece": "[UNK]", "hard_vocab_limit": False, "num_threads": 1,
+                "minloglevel": 2} | options)
         finally:
             os.chdir(before)
+    return model.getvalue()
 
 
 if __name__ == "__main__":
     import sentencepiece
 
     DATA.mkdir(exist_ok=True)
-    (DATA / "spm_small.model").write_bytes(train_small())
+    (DATA / "spm_small.model").write_bytes(train(TEXT, RULES, vocab_size=400, user_defined_symbols=SYMBOLS))
     processor = sentencepiece.SentencePieceProcessor(model_file=str(DATA / "spm_small.model"))
     golden = {"sentencepiece": sentencepiece.__version__, "ids": processor.encode(HARD)}
     (DATA / "spm_small.json").write_text(json.dumps(golden, separators=(",", ":")) + "\n", encoding="ascii")

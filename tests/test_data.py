@@ -1,16 +1,18 @@
 """Tests of data.py. Each docstring names its oracle. Real GLUE files are used where shared/glue is there."""
+import itertools
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from tests.test_glue import GLUE, HEADERS, needs_glue, refusal, write
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, processors
 
 import data
 from data import TASKS
-from formats import glue, spm, toy
+from formats import glue, toy
 from formats.glue import Split
 
 
@@ -21,16 +23,11 @@ def minilm():
     return Path(package.__file__).parent / "model"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def roberta():
-    """A byte-level BPE in RoBERTa's style, trained here: <s> A </s></s> B </s>, no token types."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog"] * 9, trainer)
-    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    """The demo's words with a template in RoBERTa's style: <s> A </s></s> B </s>, no token types."""
+    tokenizer = toy.tokenizer()
+    tokenizer.post_processor = processors.RobertaProcessing(("[SEP]", 2), ("[CLS]", 1), add_prefix_space=False)
     return tokenizer
 
 
@@ -55,22 +52,19 @@ def test_own_files_and_a_file_of_a_task(tmp_path):
 
 # ---- tokenizers and encoding -------------------------------------------------------------------------------
 
-def test_load_tokenizer(minilm, tmp_path, monkeypatch):
+def test_load_tokenizer(minilm, tmp_path):
     """Oracle: no padding, no truncation, though the file has both; spm.model only without tokenizer.json."""
-    file = tmp_path / "tokenizer.json"
-    baked = Tokenizer.from_file(str(minilm / file.name))
+    file, spm = minilm / "tokenizer.json", Path(__file__).parent / "data" / "spm_small.model"
+    baked = Tokenizer.from_file(str(file))
     assert baked.padding and baked.truncation
-    tokenizer = data.load_tokenizer(minilm)
-    assert tokenizer.padding is None and tokenizer.truncation is None
-    assert tokenizer.encode("hello world").ids == [101, 7592, 2088, 102]  # BERT's well-known ids
     message = refusal(ValueError, data.load_tokenizer, tmp_path)
     assert file.name in message and "spm.model" in message
-    (tmp_path / "spm.model").write_bytes(b"model")
-    monkeypatch.setattr(spm, "read_spm", {tmp_path / "spm.model": baked}.get)
-    assert data.load_tokenizer(tmp_path) is baked and baked.padding is None
-    assert data.load_tokenizer(str(tmp_path)) is baked
-    file.write_bytes((minilm / file.name).read_bytes())
-    assert data.load_tokenizer(tmp_path) is not baked
+    shutil.copy(spm, tmp_path / "spm.model")
+    assert data.load_tokenizer(tmp_path).token_to_id("[MASK]") == 400
+    shutil.copy(file, tmp_path)
+    tokenizer = data.load_tokenizer(str(tmp_path))
+    assert tokenizer.padding is None and tokenizer.truncation is None
+    assert tokenizer.encode("hello world").ids == [101, 7592, 2088, 102]       # BERT's well-known ids
 
 
 def test_damaged_tokenizer(minilm, tmp_path):
@@ -79,8 +73,8 @@ def test_damaged_tokenizer(minilm, tmp_path):
     whole = json.loads((minilm / "tokenizer.json").read_text(encoding="utf-8"))
     whole["post_processor"]["special_tokens"] = {}
     file = tmp_path / "tokenizer.json"
-    for content in (b"", b"{}", b"[1]", b"\xff\xfe", b"{", b"null", b'{"version": "1.0"}',
-                    b'{"model": {"type": "WordPiece", "vocab": {}}}', json.dumps(whole).encode()):
+    for content in (b"", b"[1]", b"\xff\xfe", b"null", b'{"model": {"type": "WordPiece", "vocab": {}}}',
+                    json.dumps(whole).encode()):
         file.write_bytes(content)
         assert str(file) in refusal(ValueError, data.load_tokenizer, tmp_path)
     with pytest.raises(BaseException, match="no entry found"):
@@ -101,47 +95,37 @@ def rows_of(examples):
     return [(examples.ids[i:j].tolist(), examples.types[i:j].tolist()) for i, j in zip(cuts, cuts[1:])]
 
 
-PAIRS = [("the quick brown fox " * i, "jumps over the lazy dog, naïve 漢字 🙂 " * j)
+PAIRS = [("cue1 role2word3 filler4 cue5 " * i, "filler6 role0word15 naïve cue2 role1word1 " * j)
          for i, j in [(1, 1), (1, 9), (9, 1), (4, 4), (5, 4), (4, 5), (0, 3), (3, 0), (30, 30), (2, 30),
                       (30, 2)]]
 
 
 @pytest.mark.parametrize("style", ["bert", "roberta"])
-@pytest.mark.parametrize("max_len", [6, 7, 12, 13, 40, 512])
-def test_encode(style, max_len, minilm, roberta):
-    """Oracle: the templates [CLS] A [SEP] B [SEP] and <s> A </s></s> B </s> around the tokens of each text,
-    cut by a rule written here; and transformers' fast tokenizers on the same lines."""
-    tokenizer, cls, between, sep, second = (roberta, [0], [2, 2], [2], 0)      # with one token type only
+def test_encode(style, minilm, roberta):
+    """Oracle: the templates [CLS] A [SEP] B [SEP] and <s> A </s></s> B </s> around the tokens of each text, cut by
+    a rule written here; single texts lose their end."""
+    tokenizer, cls, between, sep, second = roberta, [1], [2, 2], [2], 0        # with one token type only
     if style == "bert":
         tokenizer, cls, between, sep, second = data.load_tokenizer(minilm), [101], [102], [102], 1
-    examples = data.encode(tokenizer, Split(PAIRS, [1] * len(PAIRS)), max_len)
-    got, expected, cut = rows_of(examples), [], 0
-    for pair in PAIRS:
-        a, b = whole = tuple(tokenizer.encode(text, add_special_tokens=False).ids for text in pair)
-        a, b = longest_first(a, b, max_len, 2 + len(between))
-        cut += (a, b) != whole
-        expected.append((cls + a + between + b + sep, [0] * len(cls + a + between) + [second] * len(b + sep)))
-    assert got == expected
-    assert examples.truncated == cut and examples.max_len == max_len
-    assert tokenizer.truncation is None and tokenizer.padding is None
-    transformers = pytest.importorskip("transformers")
-    if style == "bert":
-        theirs = transformers.AutoTokenizer.from_pretrained(str(minilm))
-    else:
-        theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=roberta)
-    encoded = theirs(*map(list, zip(*PAIRS)), truncation="longest_first", max_length=max_len,
-                     return_token_type_ids=True)  # lists, because a lone pair ("x", "") counts as one text
-    assert list(zip(encoded["input_ids"], encoded["token_type_ids"])) == got
-    singles = [pair[:1] for pair in PAIRS if pair[0]]
-    encoded = theirs([text for (text,) in singles], truncation=True, max_length=max_len)["input_ids"]
-    got = rows_of(data.encode(tokenizer, Split(singles, None), max_len))
-    assert [ids for ids, _ in got] == encoded
+    tokens = [[tokenizer.encode(text, add_special_tokens=False).ids for text in pair] for pair in PAIRS]
+    for max_len in (6, 7, 12, 13, 40, 512):
+        expected, cut = [], 0
+        for whole in tokens:
+            a, b = longest_first(*whole, max_len, 2 + len(between))
+            cut += [a, b] != whole
+            expected.append((cls + a + between + b + sep, [0] * len(cls + a + between) + [second] * len(b + sep)))
+        examples = data.encode(tokenizer, Split(PAIRS, [1] * len(PAIRS)), max_len)
+        assert rows_of(examples) == expected
+        assert examples.truncated == cut and examples.max_len == max_len
+        assert tokenizer.truncation is None and tokenizer.padding is None
+        singles = data.encode(tokenizer, Split([pair[:1] for pair in PAIRS if pair[0]], None), max_len)
+        assert [ids for ids, _ in rows_of(singles)] == [cls + a[:max_len - 2] + sep for a, _ in tokens if a]
 
 
 def test_encode_refuses(minilm, roberta):
     """Oracle: special tokens of a pair: 3 in BERT, 4 in RoBERTa; one more is the least that holds text. And by
     hand: 3 of 5 words are none of the demo's language; 2 of 4 is not more than half of them."""
-    pair, language = Split([("a b", "b c")], None), toy.tokenizer()
+    pair, language = Split([("cue1 cue2", "cue2 cue3")], None), toy.tokenizer()
     for tokenizer, special in ((data.load_tokenizer(minilm), 3), (roberta, 4)):
         for max_len in (-1, 0, special):
             assert f"at least {special + 1}" in refusal(ValueError, data.encode, tokenizer, pair, max_len)
@@ -171,11 +155,10 @@ def test_a_tokenizer_of_another_model_is_refused():
 
 def test_encode_labels_and_pieces(roberta):
     """Oracle: each row encoded by itself, over more rows than one piece of encode; the labels as given."""
-    texts = [(f"the {i}",) for i in range(4100)]
+    texts = [(f"cue{i % 6} filler{i % 20}",) for i in range(4100)]
     examples = data.encode(roberta, Split(texts, [i % 3 for i in range(4100)]), 16)
     rows = rows_of(examples)
-    for i in (0, 1, 4095, 4096, 4099):
-        assert rows[i][0] == roberta.encode(*texts[i]).ids
+    assert len(rows) == 4100 and all(rows[i][0] == roberta.encode(*texts[i]).ids for i in (0, 1, 4095, 4096, 4099))
     assert examples.labels.dtype == torch.int64 and examples.labels.tolist() == [i % 3 for i in range(4100)]
     assert [t.dtype for t in examples[:3]] == [torch.int32, torch.uint8, torch.int64]
     scores = data.encode(roberta, Split(texts[:2], [0.0, 2.5]), 16).labels
@@ -254,34 +237,19 @@ def test_pools_mix(monkeypatch):
     assert 0.35 < sum(steps) / len(steps) < 0.65
 
 
-@pytest.mark.parametrize("max_len", [1, 5, 50, 56, 510, 512])
-def test_width_never_exceeds_max_len(max_len):
-    """Oracle: a model with max_len positions: a batch one wider would index past its table."""
-    examples = examples_of([max_len, max(1, max_len - 3)], max_len)
-    assert next(data.batches(examples, 2)).input_ids.shape == (2, max_len)
-
-
 @needs_glue
-@pytest.mark.parametrize("name, multiple, limit", [
-    ("rte", 8, 1.10), ("mrpc", 8, 1.10), ("stsb", 8, 1.20), ("cola", 8, 1.40),
-    ("rte", 1, 1.08), ("mrpc", 1, 1.08), ("stsb", 1, 1.08), ("cola", 1, 1.08)])
+@pytest.mark.parametrize("name, multiple, limit", [("rte", 8, 1.10), ("cola", 8, 1.40), ("mrpc", 1, 1.08),
+                                                   ("stsb", 1, 1.08)])
 def test_little_padding_much_mixing(name, multiple, limit, minilm):
     """Oracle: tokens counted: processed / real at batch 32 on the real files. And how often two rows of one
     batch meet again in the next epoch: uniform shuffling gives 31 / N, a full sort by length nearly 1."""
     examples = data.encode(data.load_tokenizer(minilm), glue.load_split(TASKS[name], GLUE, "train"), 320)
-    g, where = torch.Generator().manual_seed(0), []
+    g, met = torch.Generator().manual_seed(0), []
     for _ in range(2):
-        batch_of = torch.empty(len(examples.labels), dtype=torch.int64)
-        processed = 0
-        for i, batch in enumerate(data.batches(examples, 32, generator=g, multiple=multiple)):
-            processed += batch.input_ids.numel()
-            batch_of[batch.rows] = i
-        assert processed / len(examples.ids) <= limit
-        where.append(batch_of)
-    sizes = where[0].bincount()
-    met = (where[1][where[0] == i].bincount() for i in range(len(sizes)))  # a batch's rows in the other epoch
-    again = sum(int((count * (count - 1)).sum()) for count in met)
-    assert again / int((sizes * (sizes - 1)).sum()) < 0.25
+        made = list(data.batches(examples, 32, generator=g, multiple=multiple))
+        assert sum(batch.input_ids.numel() for batch in made) / len(examples.ids) <= limit
+        met.append({pair for batch in made for pair in itertools.combinations(batch.rows.sort().values.tolist(), 2)})
+    assert len(met[0] & met[1]) / len(met[0]) < 0.25
 
 
 # ---- metrics -----------------------------------------------------------------------------------------------
@@ -290,8 +258,7 @@ OWN = TASKS["cola"]._replace(metrics=("accuracy", "f1", "matthews"))
 
 
 @pytest.mark.filterwarnings("ignore:A single label")
-@pytest.mark.parametrize("classes", [2, 3, 5])
-@pytest.mark.parametrize("n", [1, 2, 7, 300])
+@pytest.mark.parametrize("classes, n", [(2, 1), (3, 2), (2, 7), (2, 300), (5, 300)])
 def test_classification_metrics_against_sklearn(classes, n):
     """Oracle: scikit-learn."""
     sk = pytest.importorskip("sklearn.metrics")
@@ -306,8 +273,7 @@ def test_classification_metrics_against_sklearn(classes, n):
     assert got == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("step, shift", [(.25, 0), (1e-6, 0), (.25, 1e6), (1e-30, 0)])
-@pytest.mark.parametrize("n", [5, 500])
+@pytest.mark.parametrize("n, step, shift", [(5, .25, 0), (500, 1e-6, 0), (500, .25, 1e6), (500, 1e-30, 0)])
 def test_regression_metrics_against_scipy(n, step, shift):
     """Oracle: scipy, with many ties and on numbers far from zero."""
     stats = pytest.importorskip("scipy.stats")
@@ -333,11 +299,9 @@ def test_metrics_by_hand(task, p, t, expected):
 
 
 @pytest.mark.parametrize("task, p, t", [
-    ("stsb", torch.zeros(3, 1), torch.zeros(3)), ("stsb", torch.zeros(3), torch.zeros(3, 1)),
-    ("stsb", torch.zeros(3, 1), torch.zeros(3, 1)), ("stsb", torch.zeros(1), torch.zeros(3)),
-    ("stsb", [], []),
-    ("stsb", [1.0, float("nan")], [1.0, 2.0]), ("stsb", [1.0, 2.0], [1.0, float("inf")]),
-    ("rte", torch.zeros(3, 2), torch.zeros(3).long()), ("rte", [0, 1], [0.0, float("nan")])])
+    ("stsb", torch.zeros(3, 1), torch.zeros(3)), ("stsb", torch.zeros(3), torch.zeros(3, 1)), ("stsb", [], []),
+    ("stsb", torch.zeros(3, 1), torch.zeros(3, 1)), ("stsb", [1.0, float("nan")], [1.0, 2.0]),
+    ("stsb", [1.0, 2.0], [1.0, float("inf")]), ("rte", torch.zeros(3, 2), torch.zeros(3).long())])
 def test_metrics_refuse(task, p, t):
     """Oracle: (N,) against (N,), finite numbers; (N, 1) and (N,) must never broadcast."""
     refusal(ValueError, data.metrics, task, p, t)

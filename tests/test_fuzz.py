@@ -16,7 +16,7 @@ from tests.test_train import logits
 
 import data
 from data import TASKS
-from formats import glue, hub
+from formats import checkpoint, glue
 from running import folder
 from running.errors import Refused
 
@@ -308,7 +308,7 @@ def finished(cli):
         if kind == "bert":
             as_wordpiece(Path("bert/tokenizer.json"))
         if kind == "deberta":                              # as the Hub ships DeBERTaV3
-            torch.save(hub.read_weights(kind), Path(kind, "pytorch_model.bin"))
+            torch.save(checkpoint.read_weights(kind), Path(kind, "pytorch_model.bin"))
             Path(kind, "model.safetensors").unlink()
         words = f"--model {kind} --out run-{kind} --lr 0.02 --max-steps 6 --init orthonormal"
         assert cli(OWN, words).status == 0

@@ -25,7 +25,7 @@ import data
 import model as models
 import train
 from data import TASKS
-from formats import disk, fetch, glue, hub, spm
+from formats import checkpoint, disk, fetch, glue, hub, spm
 from running import folder, machine, options, saving
 from tests.cli import child, refused, sentences, soon, write_task
 from tests.conftest import SMALL, outcome
@@ -179,7 +179,7 @@ def test_a_state_chooses_no_place(stopped):
 def retold(path, change):
     """An adapter that says something else of itself; its hash fits."""
     tensors, _ = folder.load_adapter(path)
-    with hub.safe_open(path, "pt") as file:
+    with checkpoint.safe_open(path, "pt") as file:
         facts = json.loads(json.loads(file.metadata()["lora2"])[0])
     change(facts)
     facts = json.dumps(facts)
@@ -410,7 +410,7 @@ def test_any_flipped_bit_of_merged_weights_is_noticed(cli):
         content[rng.randrange(begin, len(content))] ^= 1 << rng.randrange(8)
         path.write_bytes(content)
         with pytest.raises(ValueError, match="model.safetensors cannot be read .*hash"):
-            hub.read_weights("merged")
+            checkpoint.read_weights("merged")
     path.write_bytes(whole)
     assert models.from_pretrained("merged", 2).new_weights == []
 
@@ -477,7 +477,7 @@ def test_weights_that_swell(tiny, tmp_path, little_memory, name, old):
         content = {f"{i}": content["0"] for i in range(10**4)}
     torch.save(content, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=not old)
     with pytest.raises(ValueError, match="pytorch_model.bin cannot be read .*(take|more than tensors)"):
-        hub.read_weights(tmp_path)
+        checkpoint.read_weights(tmp_path)
 
 
 def test_a_compressed_bin(tmp_path, little_memory):
@@ -488,7 +488,7 @@ def test_a_compressed_bin(tmp_path, little_memory):
                               zipfile.ZIP_STORED)):
         rezipped(tmp_path / "a.bin", tmp_path / "pytorch_model.bin", edit, kind)
         with pytest.raises(ValueError, match="pytorch_model.bin cannot be read"):
-            hub.read_weights(tmp_path)
+            checkpoint.read_weights(tmp_path)
 
 
 def steps(*parts):

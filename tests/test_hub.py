@@ -4,7 +4,6 @@ The client reads its settings when it is imported, so each situation is a fresh 
 from_pretrained() and load_tokenizer() as a user does. Nothing leaves this machine.
 """
 import hashlib
-import http.server
 import io
 import json
 import os
@@ -12,7 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -24,6 +22,7 @@ import data
 from formats import hub, toy
 from model import from_pretrained
 from tests.checkpoints import NARROW, build, write
+from tests.test_fetch import answer, server
 
 ROOT = Path(__file__).parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -32,99 +31,62 @@ SPM = ROOT / "tests" / "data" / "spm_small.model"
 
 # --- a Hub -------------------------------------------------------------------------------------------------
 
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """HEAD and GET of /{repository}/resolve/{revision}/{file}; the repository's name says what goes wrong."""
-
-    def do_HEAD(self):
-        self.answer(with_body=False)
-
-    def do_GET(self):
-        self.answer(with_body=True)
-
-    def log_message(self, *args):
-        pass
-
-    def answer(self, with_body):
-        found = re.fullmatch(rf"/(.+)/resolve/(?:main|{COMMIT}|refs%2Fpr%2F1)/([^/]+)", self.path)
-        if not found:
-            return self.send(404, "RevisionNotFound", {})
-        repository, file = found.groups()
-        self.server.requests.append((self.command, repository, file))
-        refused = {"no/such": (401, "RepoNotFound"), "no/such-404": (404, "RepoNotFound"),
-                   "gated/asked": (403, "GatedRepo"), "gated/anonymous": (401, "GatedRepo"),
-                   "private/bare401": (401, None), "broken/500": (500, None), "broken/503": (503, None),
-                   "busy/429": (429, None), "no/revision": (404, "RevisionNotFound")}
-        if repository in refused:
-            return self.send(*refused[repository], {"Retry-After": "300"} if repository == "busy/429" else {})
-        if repository == "hangs/forever":
-            return time.sleep(15)
-        if repository == "portal/login":                     # a hotel's login page answers everything
-            return self.send(200, None, {}, b"<html>Please log in</html>" if with_body else b"")
-        content = self.server.files.get(("some/model" if repository.startswith("cut/") else repository, file))
-        if content is None:
-            return self.send(404, "EntryNotFound", {"X-Repo-Commit": COMMIT})
-        headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT,
-                   "Content-Length": str(len(content))}
-        if with_body and file == "model.safetensors":
-            if repository == "cut/short":                    # a whole answer that is not the whole file
-                content, headers["Content-Length"] = content[:10], "10"
-            first = self.server.requests.count(("GET", repository, file)) == 1
-            if repository == "cut/always" or repository == "cut/once" and first:
-                content = content[:len(content) // 2]        # the connection ends before the announced length
-        self.send(200, None, headers, content if with_body else b"")
-
-    def send(self, status, error, headers, body=b""):
-        self.send_response(status)
-        headers = {"Content-Length": str(len(body))} | headers | ({"X-Error-Code": error} if error else {})
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
+PAGES = {  # repository: what it answers to all questions
+    "no/such": answer(b"", 401, X_Error_Code="RepoNotFound"), "no/such-404": answer(b"", 404, X_Error_Code="RepoNotFound"),
+    "gated/asked": answer(b"", 403, X_Error_Code="GatedRepo"), "broken/500": answer(b"", 500),
+    "gated/anonymous": answer(b"", 401, X_Error_Code="GatedRepo"), "private/bare401": answer(b"", 401),
+    "busy/429": answer(b"", 429, Retry_After="300"), "hangs/forever": lambda _: time.sleep(15),
+    "no/revision": answer(b"", 404, X_Error_Code="RevisionNotFound"),
+    "portal/login": answer(b"<html>Please log in</html>")}   # as a hotel's page
 
 
-def as_bytes(weights):
-    buffer = io.BytesIO()
-    torch.save(weights, buffer)
-    return buffer.getvalue()
-
-
-@pytest.fixture(scope="module")
-def server():
-    """A Hub with DeBERTaV3-base's files as they are (no safetensors, fp16, spm.model), and others."""
+@pytest.fixture
+def a_hub(server):
+    """(address, questions asked) of a Hub with DeBERTaV3-base's files as they are (no safetensors, fp16, spm.model), and
+    others: HEAD and GET of /{repository}/resolve/{revision}/{file}."""
     deberta, bert = (build(NARROW[family]).state_dict() for family in ("deberta", "bert"))
     pretrained = {key: t.half() for key, t in deberta.items() if key.startswith("deberta.")}
     pretrained["lm_predictions.lm_head.bias"] = torch.ones(3).half()
+    pickled = io.BytesIO()
+    torch.save(pretrained, pickled)
+    config, weights = json.dumps(NARROW["bert"]).encode(), save(bert)
     names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     parts = [dict(list(bert.items())[i::2]) for i in range(2)]
     index = {"weight_map": {key: name for name, part in zip(names, parts) for key in part}}
-    template = [{"SpecialToken": {"id": "[CLS]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    processor = {"type": "TemplateProcessing", "single": template,
-                 "pair": template + [{"Sequence": {"id": "B", "type_id": 0}}],
-                 "special_tokens": {"[CLS]": {"id": "[CLS]", "ids": [2], "tokens": ["[CLS]"]}}}
-    tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
-                 "normalizer": None, "pre_tokenizer": None, "post_processor": processor, "decoder": None,
-                 "model": {"type": "WordLevel", "vocab": {"low": 0, "[UNK]": 1, "[CLS]": 2},
-                           "unk_token": "[UNK]"}}
     files = {
-        (DEBERTA, "config.json"): NARROW["deberta"],
-        (DEBERTA, "spm.model"): SPM.read_bytes(),
-        (DEBERTA, "pytorch_model.bin"): as_bytes(pretrained),
-        ("some/model", "config.json"): NARROW["bert"], ("some/model", "model.safetensors"): save(bert),
-        ("some/model", "tokenizer.json"): tokenizer, ("some/sharded", "config.json"): NARROW["bert"],
-        ("some/sharded", "model.safetensors.index.json"): index,
-        ("some/sharded", names[0]): save(parts[0]), ("some/sharded", names[1]): save(parts[1]),
-        ("no/weights", "config.json"): NARROW["bert"], ("no/config", "model.safetensors"): save(bert),
-        ("onename", "config.json"): NARROW["bert"], ("onename", "model.safetensors"): save(bert)}
-    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    running.daemon_threads = True
-    running.requests = []
-    running.files = {key: content if isinstance(content, bytes) else json.dumps(content).encode()
-                     for key, content in files.items()}
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    yield running
-    running.shutdown()
-    running.server_close()
+        DEBERTA: {"config.json": json.dumps(NARROW["deberta"]).encode(), "spm.model": SPM.read_bytes(),
+                  "pytorch_model.bin": pickled.getvalue()},
+        "some/model": {"config.json": config, "model.safetensors": weights,
+                       "tokenizer.json": toy.tokenizer().to_str().encode()},
+        "some/sharded": {"config.json": config, "model.safetensors.index.json": json.dumps(index).encode(),
+                         **{name: save(part) for name, part in zip(names, parts)}},
+        "no/weights": {"config.json": config}, "no/config": {"model.safetensors": weights},
+        "onename": {"config.json": config, "model.safetensors": weights}}
+    asked = []
+
+    def page(handler):
+        found = re.fullmatch(rf"/(.+)/resolve/(?:main|{COMMIT}|refs%2Fpr%2F1)/([^/]+)", handler.path)
+        repository, file = found.groups() if found else ("no/revision", None)
+        asked.append((handler.command, repository, file))
+        content = files.get("some/model" if repository.startswith("cut/") else repository, {}).get(file)
+        if repository in PAGES:
+            return PAGES[repository](handler)
+        if content is None:
+            return answer(b"", 404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)(handler)
+        headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X_Repo_Commit": COMMIT,
+                   "Content_Length": len(content)}
+        if handler.command == "HEAD":
+            content = b""
+        elif file == "model.safetensors" and repository == "cut/short":    # a whole answer, not the whole file
+            content, headers["Content_Length"] = content[:10], 10
+        elif file == "model.safetensors" and (repository == "cut/always" or repository == "cut/once"
+                                              and asked.count(asked[-1]) == 1):
+            content = content[:len(content) // 2]            # the connection ends before the announced length
+        answer(content, **headers)(handler)
+
+    address, pages = server
+    pages["else"] = page
+    return address, asked
 
 
 # --- a user ------------------------------------------------------------------------------------------------
@@ -159,10 +121,6 @@ def user(home, endpoint, *names, **settings):
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
-def address(server):
-    return f"http://127.0.0.1:{server.server_address[1]}"
-
-
 GONE = "http://127.0.0.1:9"                                        # nobody listens on the discard port
 
 
@@ -176,50 +134,46 @@ def check_failure(told, *words):
 
 
 @pytest.mark.ci
-def test_first_time_second_time_and_offline(server, tmp_path):
+def test_first_time_second_time_and_offline(a_hub, tmp_path):
     """Oracle: the sum of the server's weights; later runs need no server, not even for absent files."""
     names = [DEBERTA, "some/model", "some/sharded", "onename", "tokenizer of some/model",
              "tokenizer of " + DEBERTA]
-    first = user(tmp_path, address(server), *names)
+    first = user(tmp_path, a_hub[0], *names)
     expected = [sum(t.double().abs().sum().item() for key, t in build(NARROW[family]).state_dict().items()
                     if "embeddings" in key) for family in ("deberta", "bert", "bert", "bert")]
     for told, value in zip(first, expected):
         assert told["sum"] == pytest.approx(value, rel=1e-3), told
-    assert first[4]["ids"] == [2, 0] and len(first[5]["ids"]) >= 3, first      # the latter is [CLS] low [SEP]
-    asked = [file for method, name, file in server.requests if name == DEBERTA]
+    assert first[4]["ids"] == [1, 3, 2] and len(first[5]["ids"]) >= 3, first      # the latter is [CLS] low [SEP]
+    asked = [file for method, name, file in a_hub[1] if name == DEBERTA]
     assert set(asked) == {"config.json", "model.safetensors", "model.safetensors.index.json",
                           "pytorch_model.bin", "tokenizer.json", "spm.model", "tokenizer_config.json",
                           "special_tokens_map.json", "added_tokens.json"}
-    assert [file for method, name, file in server.requests if (method, name) == ("GET", DEBERTA)] == [
+    assert [file for method, name, file in a_hub[1] if (method, name) == ("GET", DEBERTA)] == [
         "config.json", "pytorch_model.bin", "spm.model"]
     gone = user(tmp_path, GONE, *names)
-    offline = user(tmp_path, GONE, *names, "other/model", HF_HUB_OFFLINE="1")
-    check_failure(offline[-1], "other/model/config.json is not in the cache", "HF_HUB_OFFLINE is set")
     # As `hf download` leaves a cache: the same files, and nothing known of those that the Hub has not.
     for known in tmp_path.glob("hub/models--*/.no_exist"):
         shutil.rmtree(known)
-    copied = user(tmp_path, GONE, *names, HF_HUB_OFFLINE="1")
+    offline = user(tmp_path, GONE, *names, "other/model", HF_HUB_OFFLINE="1")
+    check_failure(offline[-1], "other/model/config.json is not in the cache", "HF_HUB_OFFLINE is set")
     alone = user(tmp_path, GONE, *names)                       # with a warning of what cannot be asked for
-    for later in (gone, offline, copied, alone):
+    for later in (gone, offline, alone):
         for told, before in zip(later, first):
             assert told.get("sum") == before.get("sum") and told.get("ids") == before.get("ids"), told
 
 
 @pytest.mark.ci
-def test_failures_are_one_line_and_prompt(server, tmp_path):
+def test_failures_are_one_line_and_prompt(a_hub, tmp_path):
     """Oracle: the sentence. Missing, gated, private; a broken, busy or wrong server; a download cut."""
-    names = ["no/such", "no/such-404", "gated/asked", "gated/anonymous", "private/bare401", "broken/500",
-             "broken/503", "busy/429", "no/revision", "portal/login", "cut/always", "cut/short", "cut/once",
-             "hangs/forever", "tokenizer of broken/500", "bad name!", "no/weights", "no/config"]
-    told = dict(zip(names, user(tmp_path, address(server), *names, HF_HUB_ETAG_TIMEOUT="1")))
-    for name, word in (("no/such", "there is neither a folder here nor a repository"),
-                       ("no/such-404", "neither a folder here nor a repository"), ("gated/asked", "it is gated"),
-                       ("gated/anonymous", "it is gated"), ("bad name!", "neither a folder nor a Hub name"),
-                       ("private/bare401", "401"), ("broken/500", "500"), ("broken/503", "503"),
-                       ("busy/429", "429"), ("no/revision", "Revision"), ("portal/login", "X-Repo-Commit"),
-                       ("hangs/forever", "timed out")):
+    says = {"no/such": "there is neither a folder here nor a repository", "no/such-404": "neither a folder here nor a",
+            "gated/asked": "it is gated", "gated/anonymous": "it is gated", "private/bare401": "401",
+            "broken/500": "500", "busy/429": "429", "no/revision": "Revision", "portal/login": "X-Repo-Commit",
+            "bad name!": "neither a folder nor a Hub name", "hangs/forever": "timed out"}
+    names = [*says, "cut/always", "cut/short", "cut/once", "tokenizer of broken/500", "no/weights", "no/config"]
+    told = dict(zip(names, user(tmp_path, a_hub[0], *names, HF_HUB_ETAG_TIMEOUT="1")))
+    for name, word in says.items():
         check_failure(told[name], f"{name}/config.json is not in the cache and did not arrive from "
-                                  f"{address(server)}", word)
+                                  f"{a_hub[0]}", word)
     for name in ("cut/always", "cut/short"):
         check_failure(told[name], f"{name}/model.safetensors is not in the cache and did not arrive")
     assert told["cut/once"]["sum"] > 0
@@ -236,18 +190,18 @@ def test_failures_are_one_line_and_prompt(server, tmp_path):
 
 
 @pytest.mark.ci
-def test_revisions(server, tmp_path):
+def test_revisions(a_hub, tmp_path):
     """Oracle: the same weights by branch, by reference and by commit. A cache filled by commit knows no branch:
     it is used under owner/name@commit, and the plain name says so, with the cache's path."""
     at_commit, at_reference = f"some/model@{COMMIT}", "some/model@refs/pr/1"
-    [plain] = user(tmp_path / "plain", address(server), "some/model")
-    first = user(tmp_path / "cache", address(server), at_commit, "tokenizer of " + at_commit)
+    first = user(tmp_path / "cache", a_hub[0], at_commit, "tokenizer of " + at_commit)
     later = user(tmp_path / "cache", GONE, at_commit, "tokenizer of " + at_commit, "some/model", HF_HUB_OFFLINE="1")
-    assert first[0]["sum"] == later[0]["sum"] == plain["sum"] and first[1]["ids"] == later[1]["ids"] == [2, 0]
+    told, plain, wrong, empty = user(tmp_path / "other", a_hub[0], at_reference, "some/model",
+                                     "some/model@nowhere", "some/model@")
+    assert first[0]["sum"] == later[0]["sum"] == plain["sum"] == told["sum"]
+    assert first[1]["ids"] == later[1]["ids"] == [1, 3, 2]
     place = tmp_path / "cache" / "hub" / "models--some--model" / "snapshots"
     assert f"--model {at_commit}, which is in {place}" in later[2]["error"]
-    [told, wrong, empty] = user(tmp_path / "other", address(server), at_reference, "some/model@nowhere", "some/model@")
-    assert told["sum"] == plain["sum"]
     assert "some/model@nowhere/config.json is not in the cache" in wrong["error"], wrong
     assert "neither a folder nor a Hub name" in empty["error"], empty
 
@@ -283,25 +237,22 @@ def test_network_is_not_asked_for_extra_files(tmp_path, monkeypatch):
     assert hub.tokenizer_files(tmp_path / "folder") == {"tokenizer.json": tmp_path / "folder/tokenizer.json"}
 
 
-@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json", "spm.model",
-                                  "tokenizer_config.json", "vocab.txt", "model.safetensors.index.json"])
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json",
+                                  "tokenizer_config.json", "spm.model"])
 def test_a_git_lfs_pointer_is_named(tmp_path, file):
     """Oracle: the file's name and what it is, in one line, whichever file a clone without Git LFS left so."""
     folder = write(tmp_path / "model", NARROW["bert"], build(NARROW["bert"]).state_dict())
     toy.tokenizer().save(str(folder / "tokenizer.json"))
-    if file.startswith(("pytorch_model", "model.safetensors.")):
-        (folder / "model.safetensors").unlink()
-    if file in ("spm.model", "vocab.txt"):
-        (folder / "tokenizer.json").unlink()
-    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614\nsize 438007537\n"
-    (folder / file).write_text(pointer)
+    stands_for = {"model.safetensors.index.json": "model.safetensors", "spm.model": "tokenizer.json"}
+    (folder / stands_for.get(file, file)).unlink(missing_ok=True)
+    (folder / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614\nsize 438007537\n")
     with pytest.raises(ValueError, match=f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull`"):
         data.load_tokenizer(folder)
         from_pretrained(folder, 2)
 
 
 @pytest.mark.parametrize("files, says", [
-    ((), "this folder is empty, and while it is there the Hub is not asked"),
+    ((), "in this folder there is nothing, and the Hub is not asked while it is there"),
     (("last.pt", "log.jsonl"), "is the folder of a run: give --resume base, or --eval base.adapter.safetensors"),
     (("adapter.safetensors", "result.json"), "is the folder of a run: give --resume base"),
     (("adapter_config.json", "adapter_model.safetensors"), "in this folder there is adapter_config.json, adapter_model"),

@@ -43,18 +43,16 @@ def sources(tmp_path_factory):
     pytest.importorskip("sentencepiece")                   # without it transformers reads no spm.model
     transformers.logging.set_verbosity_error()
     folder = tmp_path_factory.mktemp("sources")
-    texts = (PLAIN + HARD) * 9
-    bert = BertWordPieceTokenizer(lowercase=False)
-    bert.train_from_iterator(texts, vocab_size=300, show_progress=False)
-    roberta = ByteLevelBPETokenizer()
+    made = {"bert": BertWordPieceTokenizer(lowercase=False), "roberta": ByteLevelBPETokenizer()}
+    made["bert"].train_from_iterator((PLAIN + HARD) * 9, vocab_size=300, show_progress=False)
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    roberta.train_from_iterator(texts, vocab_size=400, special_tokens=special, show_progress=False)
+    made["roberta"].train_from_iterator((PLAIN + HARD) * 9, vocab_size=400, special_tokens=special, show_progress=False)
     found = {}
-    for family, made in (("bert", bert), ("roberta", roberta), ("deberta", None)):
+    for family in MODEL_TYPES:
         place = folder / family
         place.mkdir()
-        if made:
-            made.save_model(str(place))
+        if family in made:
+            made[family].save_model(str(place))
         else:
             shutil.copy(SPM, place / "spm.model")
         found[family, "vocabulary"] = sorted(place.iterdir())
@@ -93,6 +91,7 @@ def merged(folder, place):
     place.mkdir()
     shutil.copy(folder / "config.json", place)
     for name, content in written.items():
+        assert b"/gone" not in content                     # a folder of another machine, in OBEYED
         (place / name).write_bytes(content)
     return place
 
@@ -153,16 +152,13 @@ REFUSED = {"bert": {"do_lower_case": "no", "clean_text": False, "wordpieces_pref
 @pytest.mark.parametrize("family", MODEL_TYPES)
 def test_options_are_refused_by_name(sources, tmp_path, family, kind):
     """Oracle: the sentence: one line with the file, the option and its value."""
-    for option, value in (ALWAYS_REFUSED | REFUSED[family]).items():
-        folder = beside(tmp_path / option, family, sources[family, kind], tokenizer_config={option: value})
-        with pytest.raises(ValueError, match="tokenizer_config.json: ") as error:
+    rows = [("tokenizer_config", {option: value}) for option, value in (ALWAYS_REFUSED | REFUSED[family]).items()]
+    rows += [("added_tokens", {"<ent>": 7}), ("config", {"tokenizer_class": "XLNetTokenizer"})]
+    for i, (name, content) in enumerate(rows):
+        folder = beside(tmp_path / str(i), family, sources[family, kind], **{name: content})
+        with pytest.raises(ValueError, match=f"{name}.json: ({next(iter(content))}|<ent>) = ") as error:
             data.load_tokenizer(folder)
-        says = "<ent> = 7" if option == "added_tokens_decoder" and str(error.value).count("<ent>") else f"{option} = "
-        assert "\n" not in str(error.value) and says in str(error.value), option
-    for name, content in (("added_tokens", {"<ent>": 7}), ("config", {"tokenizer_class": "XLNetTokenizer"})):
-        folder = beside(tmp_path / name, family, sources[family, kind], **{name: content})
-        with pytest.raises(ValueError, match=f"{name}.json: (<ent> = 7|tokenizer_class = 'XLNetTokenizer')"):
-            data.load_tokenizer(folder)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
@@ -199,11 +195,9 @@ def change(path, *keys, value):
     ("bert", ["normalizer", "clean_text"], False, "clean_text = False without"),
     ("bert", ["normalizer"], None, "normalizer = 'NoneType' where its tokenizer_class has BertNormalizer"),
     ("bert", ["pre_tokenizer"], {"type": "Whitespace"}, "pre_tokenizer = 'Whitespace' where"),
-    ("bert", ["post_processor", "pair"], [{"SpecialToken": {"id": "[CLS]", "type_id": 0}},
-                                          {"Sequence": {"id": "A", "type_id": 0}},
-                                          {"SpecialToken": {"id": "[SEP]", "type_id": 0}},
-                                          {"Sequence": {"id": "B", "type_id": 0}},
-                                          {"SpecialToken": {"id": "[SEP]", "type_id": 0}}], "post_processor = "),
+    ("bert", ["post_processor", "pair"], [
+        {"SpecialToken": {"id": "[CLS]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
+        {"SpecialToken": {"id": "[SEP]", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}], "post_processor = "),
     ("roberta", ["pre_tokenizer", "add_prefix_space"], True, "add_prefix_space = True without add_prefix_space"),
     ("roberta", ["model", "dropout"], 0.5, "dropout = 0.5 makes ids random"),
     ("roberta", ["post_processor"], None, "post_processor = None adds no special tokens"),
@@ -226,29 +220,27 @@ def test_a_tokenizer_file_that_contradicts_its_class(sources, tmp_path, family, 
         assert ours(folder, PLAIN) == theirs(folder, PLAIN)
 
 
-@pytest.mark.parametrize("family, file, spoil", [
-    ("bert", "vocab.txt", lambda content: b"\xff" + content), ("bert", "vocab.txt", lambda content: b""),
-    ("roberta", "vocab.json", lambda content: content[:200]), ("roberta", "vocab.json", lambda content: b"{}"),
-    ("roberta", "merges.txt", lambda content: content + b"zq qz\n"), ("roberta", "merges.txt", lambda content: b""),
-    ("roberta", "merges.txt", None), ("bert", "tokenizer_config.json", lambda content: b"{"),
-    ("bert", "special_tokens_map.json", lambda content: b"[]"), ("bert", "added_tokens.json", lambda content: b"\xff"),
-    ("deberta", "spm.model", lambda content: content[:300])])
-def test_spoilt_files(sources, tmp_path, family, file, spoil):
-    """Oracle: one line that names the file; a vocabulary of a cut file is not a smaller vocabulary."""
+@pytest.mark.parametrize("family, file, spoil, says", [
+    ("bert", "vocab.txt", lambda content: b"\xff" + content, "vocab.txt is not a tokenizer file"),
+    ("bert", "vocab.txt", lambda content: b"", "vocab.txt"),
+    ("bert", "vocab.txt", lambda content: content, "config.json: vocab_size = 30522 where .*vocab.txt has"),
+    ("roberta", "vocab.json", lambda content: content[:200], "vocab.json"),
+    ("roberta", "vocab.json", lambda content: b"{}", "vocab.json"),
+    ("roberta", "merges.txt", lambda content: content + b"zq qz\n", "merges.txt"),
+    ("roberta", "merges.txt", lambda content: b"", "merges.txt"), ("roberta", "merges.txt", None, "no merges.txt"),
+    ("bert", "tokenizer_config.json", lambda content: b"{", "tokenizer_config.json"),
+    ("bert", "special_tokens_map.json", lambda content: b"[]", "special_tokens_map.json"),
+    ("deberta", "spm.model", lambda content: content[:300], "spm.model")])
+def test_spoilt_files(sources, tmp_path, family, file, spoil, says):
+    """Oracle: one line that names the file. A vocabulary of a cut file is not a smaller vocabulary: a model's rows may
+    be padded, a thousand words do not just go missing."""
     sizes = {"config": {"model_type": MODEL_TYPES[family], "vocab_size": 30522}}
     folder = beside(tmp_path / "model", family, sources[family, "vocabulary"], **sizes)
     path = folder / file
     path.write_bytes(spoil(path.read_bytes() if path.exists() else b"")) if spoil else path.unlink()
-    with pytest.raises(ValueError, match=file) as error:
+    with pytest.raises(ValueError, match=says) as error:
         data.load_tokenizer(folder)
     assert "\n" not in str(error.value)
-
-
-def test_a_cut_vocabulary(sources, tmp_path):
-    """Oracle: vocab_size of config.json: a model's rows may be padded, a thousand words do not just go missing."""
-    sizes = {"config": {"model_type": "bert", "vocab_size": 30522}}
-    with pytest.raises(ValueError, match="config.json: vocab_size = 30522 where .*vocab.txt has"):
-        data.load_tokenizer(beside(tmp_path / "model", "bert", sources["bert", "vocabulary"], **sizes))
 
 
 MINILM = [{"do_lower_case": True}, {"do_lower_case": False}]
@@ -296,9 +288,10 @@ def trained(cli, sources, tmp_path, family, kind, column):
     return [text for text, _ in rows], predicted
 
 
-@pytest.mark.parametrize("column", ["label", "score"])
-@pytest.mark.parametrize("family, kind", [("bert", "json"), ("bert", "vocabulary"), ("roberta", "vocabulary"),
-                                          ("deberta", "vocabulary"), ("deberta", "json")])
+@pytest.mark.parametrize("family, kind, column", [("roberta", "vocabulary", "score"), *(
+    pytest.param(*row, marks=pytest.mark.ci) for row in (
+        ("bert", "vocabulary", "label"), ("bert", "json", "score"), ("deberta", "vocabulary", "label"),
+        ("deberta", "json", "label")))])
 def test_a_pipeline_on_the_merged_folder_predicts_as_we_do(cli, sources, tmp_path, family, kind, column):
     """Oracle: transformers' text-classification pipeline: names of the labels, or scores of a regression."""
     transformers = pytest.importorskip("transformers")

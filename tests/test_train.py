@@ -259,7 +259,7 @@ def test_merged_zeros_are_the_base(cli, tiny):
         layer.lam.data.zero_()
     run.o.merge = "merged"
     export.write_outputs(run.o, "run", run.task, run.net, predicted=None)
-    merged, base = (models.hub.read_weights(path) for path in ("merged", tiny["deberta"]))
+    merged, base = (models.checkpoint.read_weights(path) for path in ("merged", tiny["deberta"]))
     assert all(torch.equal(merged[name], base[name]) for name in base) and len(merged) > len(base)
 
 
