@@ -234,7 +234,7 @@ def predict(net, examples, batch_size, here, signals=None):
     net.eval()
     for i, batch in enumerate(progress.bar_around(batches, math.ceil(N / batch_size), here)):
         if signals:
-            signals.check_batch(i)
+            signals.check(i)
         if i % here.world == here.rank:
             [rows] = here.copies(batch.rows)
             outputs[rows] = predict_batch(net, batch, here)
@@ -306,7 +306,7 @@ def resume(given):
     """--resume: go on with a run, or show one that has ended and write what more is asked for."""
     result = folder.load_result(given["resume"])
     if not result:
-        saved = folder.load_run(given["resume"])
+        saved = folder.load_state(given["resume"])
         train(options.resumed(saved["settings"], given), saved)
         return
     wanted = progress.finished(given, result)
