@@ -405,20 +405,21 @@ def test_a_full_disk_before_the_first_step(cli, small_disk):
     assert list(Path("run").iterdir()) == []
 
 
-def test_a_full_disk_in_the_end(cli, small_disk):
+@pytest.mark.parametrize("words, limits", [("--merge merged", [100, 4_000, 6_000]), ("--export-peft peft", [6_000]),
+                                           ("--predict new.tsv", [4_000])])
+def test_a_full_disk_in_the_end(cli, small_disk, words, limits):
     """Oracle: the promise: one line, and no merged model, LoRA or predictions that are half there."""
-    assert cli.tiny().status == 0
+    assert cli.tiny("--max-steps 2").status == 0
     before = contents("run")
-    Path("new.tsv").write_text("sentence\n" + "cue0 filler1\n" * 3000)
-    for words in ("--merge merged", "--export-peft peft", "--predict new.tsv"):
-        for limit in (100, 4_000, 6_000):                 # no file, no tokenizer, no weights
-            small_disk(limit)
-            done = cli("--eval run/adapter.safetensors --model", cli.models["deberta"], words)
-            assert done.status == 1 and len(done.errors) == 1 and "make room" in done.errors[0], done.err
-            assert contents("run") == before
-            assert not [*Path().glob("merged/*"), *Path().glob("peft/*")]
+    Path("new.tsv").write_text("sentence\n" + "cue0 filler1\n" * 1000)
+    evaluation = f"--eval run/adapter.safetensors --model {cli.models['deberta']}"
+    for limit in limits:                                   # no file, no tokenizer, no weights
+        small_disk(limit)
+        done = cli(evaluation, words)
+        assert done.status == 1 and len(done.errors) == 1 and "make room" in done.errors[0], done.err
+        assert contents("run") == before and not [*Path().glob("merged/*"), *Path().glob("peft/*")]
     small_disk(None)
-    assert cli("--eval run/adapter.safetensors --merge merged --model", cli.models["deberta"]).status == 0
+    assert cli(evaluation, words).status == 0
 
 
 # --- what is said -------------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def test_the_best_is_kept_and_a_fresh_model_gives_its_score_and_logits(cli, tiny
     net = train.train(options.resolve(options.parse(words.split())))
     evaluations, content = [line for line in log() if "score" in line], result()
     assert [e["step"] for e in evaluations] == list(range(1, 9)) and content["evaluations"] == evaluations
-    assert content["last"] == evaluations[-1]
+    assert content["last"] == evaluations[-1] and len(content["code"]) == 16
     assert content["best"] == max(evaluations, key=lambda e: (e["score"], e["step"]))
     best, stored = folder.load_adapter("run/adapter.safetensors")
     assert stored["best"] == content["best"]
