@@ -172,11 +172,15 @@ def random_state(here):
 
 
 def set_random_state(here, state):
-    """Put random_state() back, but of a device that it began without; ValueError for another."""
+    """Put random_state() back; ValueError for what is none.
+
+    A run that began on another device has no state of this one's generator, and goes on.
+    """
+    kind = here.device.type
     try:
         torch.set_rng_state(state["cpu"])
-        if here.device.type in state.keys() - {"cpu"}:
-            getattr(torch, here.device.type).set_rng_state(state[here.device.type])
+        if kind != "cpu" and kind in state:
+            getattr(torch, kind).set_rng_state(state[kind])
     except (KeyError, TypeError, RuntimeError) as e:       # torch alone can tell
         raise ValueError(f"last.pt holds no random state ({one_line(e, 100)}): begin again with "
                          "--overwrite") from e

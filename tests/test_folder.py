@@ -332,10 +332,6 @@ def test_a_run_is_not_overwritten(cli):
         assert contents("run") == before, words
     assert cli.tiny("--overwrite").status == 0
     assert outcome("run") != before and outcome("run")["result.json"]["settings"]["seed"] == 0
-    Path("notes").mkdir()
-    Path("notes/mine.txt").write_text("x")
-    refused(cli.tiny(out="notes"), "notes is not empty")
-    assert cli.tiny("--overwrite", out="notes").status == 0 and Path("notes/mine.txt").read_text() == "x"
 
 
 def test_overwrite_leaves_other_peoples_files_alone(cli):
@@ -348,6 +344,7 @@ def test_overwrite_leaves_other_peoples_files_alone(cli):
         assert contents("mine") == {name: b"{}"}
         Path("mine", name).unlink()
     Path("mine/gold.tsv").write_text("index\tlabel\n0\tyes\n")
+    refused(cli.tiny(out="mine"), "mine is not empty")
     for _ in range(3):                                     # into a folder that was no run, then into the run
         done = cli.tiny("--overwrite --max-steps 2", out="mine")
         Path("mine/last.pt").write_bytes(b"")              # a partial copy: result.json tells whose it is
