@@ -147,17 +147,14 @@ def keep_freed_memory():
 def peak_memory(device):
     """The most memory this process has held, in GB: on a GPU that of its tensors, else all.
 
-    None where the system does not tell. (On Linux getrusage() would count the parent's too.)
+    None where no kernel tells in Linux's way. (getrusage() would count the parent's too.)
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    with contextlib.suppress(OSError):
-        with open("/proc/self/status", encoding="utf-8") as status:
-            found = [line for line in status if line.startswith("VmHWM")]  # gVisor has no such line
-        return int(found[0].split()[1]) * 1024 / 1e9 if found else None
-    with contextlib.suppress(ImportError):
-        import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9        # on a Mac in bytes
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="utf-8") as status:
+        for line in status:
+            if line.startswith("VmHWM"):                   # gVisor has no such line
+                return int(line.split()[1]) * 1024 / 1e9
     return None
 
 

@@ -7,6 +7,7 @@ import math
 import shlex
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 from tqdm import tqdm
@@ -77,10 +78,10 @@ def labels_text(labels, task):
         mean, deviation = task.unit
         return (f"scores {min(scores):g} to {max(scores):g}; the model learns "
                 f"(score - {mean:g}) / {deviation:g}")
-    counts = labels.bincount(minlength=len(task.labels))   # (classes,)
-    order = counts.argsort(descending=True, stable=True).tolist()
-    texts = [f"{counts[i]:,} {task.labels[i][:60]!r}" for i in order[:20]]
-    more = f" and {len(order) - 20} other classes" if len(order) > 20 else ""
+    counts = Counter(dict.fromkeys(task.labels, 0))
+    counts.update(glue.answers(task, labels))
+    texts = [f"{count:,} {label[:60]!r}" for label, count in counts.most_common(20)]
+    more = f" and {len(counts) - 20} other classes" if len(counts) > 20 else ""
     return ", ".join(texts) + more
 
 

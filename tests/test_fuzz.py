@@ -36,17 +36,10 @@ def insert(rng, content):
 
 
 def flip(rng, content):
-    content = bytearray(content)
-    for _ in range(rng.randint(1, 5)):
-        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-    return bytes(content)
-
-
-def front(rng, content):
-    """Other bytes near the beginning, where formats say what follows."""
-    content, reach = bytearray(content), rng.choice((64, 2000))
+    """Other bytes anywhere, or near the beginning, where formats say what follows."""
+    content, reach = bytearray(content), rng.choice((64, 2000, len(content)))
     for _ in range(rng.choice((1, 1, 3, 20))):
-        content[rng.randrange(min(len(content), reach))] = rng.randrange(256)
+        content[rng.randrange(min(len(content), reach))] ^= rng.choice((1 << rng.randrange(8), rng.randrange(1, 256)))
     return bytes(content)
 
 
@@ -295,10 +288,10 @@ def finished(cli):
 
 
 WEIGHTS = {"deberta": "pytorch_model.bin", "bert": "model.safetensors", "roberta": "model.safetensors"}
-FILES = [("{kind}/config.json", [value, value, value, flip, front, cut, insert, encoding]),
-         ("{kind}/tokenizer.json", [value, value, value, flip, front, front, cut, insert, move]),
-         ("{kind}/{weights}", [flip, front, front, front, cut, insert, move]),
-         ("run-{kind}/adapter.safetensors", [flip, front, cut, insert, move])]
+FILES = [("{kind}/config.json", [value, value, value, flip, flip, cut, insert, encoding]),
+         ("{kind}/tokenizer.json", [value, value, value, flip, flip, flip, cut, insert, move]),
+         ("{kind}/{weights}", [flip, flip, flip, flip, cut, insert, move]),
+         ("run-{kind}/adapter.safetensors", [flip, flip, cut, insert, move])]
 
 
 def spoilt(rng, path, ways, n):
