@@ -143,15 +143,19 @@ TOLD = [
 
 
 def test_an_adapter_chooses_no_place_and_no_size(cli):
-    """Oracle: one sentence, nothing new in the folder; what an adapter of ours cannot say is refused."""
-    assert cli.tiny("--max-steps 2").status == 0
+    """Oracle: one sentence, nothing new in the folder; what an adapter of ours cannot say is refused. It is of a user's
+    own scores, of which no table knows the columns."""
+    Path("own.tsv").write_text("sentence\tscore\n" + "cue0 filler1\t1\ncue1 filler2\t5\n" * 9)
+    words = f"--dev-file own.tsv --model {cli.models['bert']}"
+    assert cli(words, "--train-file own.tsv --out run --max-steps 2 --max-len 16").status == 0
     whole = Path("run/adapter.safetensors").read_bytes()
-    for change in TOLD:
+    for i, change in enumerate(TOLD):
         Path("run/adapter.safetensors").write_bytes(whole)
         retold("run/adapter.safetensors", change)
         before = contents("run")
-        refused(cli("--eval run/adapter.safetensors --model", cli.models["deberta"]))
-        assert [path.name for path in Path().iterdir()] == ["run"] and contents("run") == before
+        done = cli(words, "--eval run/adapter.safetensors")
+        assert done.status == 2 and len(done.errors) == 1, (i, done.err)
+        assert {path.name for path in Path().iterdir()} == {"run", "own.tsv"} and contents("run") == before
 
 
 def test_an_adapter_does_not_choose_the_batch():
