@@ -137,9 +137,9 @@ TOLD = [
     *(put("x", "settings", name) for name in ("merge", "out", "overwrite", "predict", "data_dir")),
     put("x", "merge"), put({}, "settings"), put(None, "settings", "batch_size"), put(10**9, "settings", "k"),
     put(10**9, "settings", "max_len"), put(None, "columns"), put("x", "columns", "downloads"),
-    put([], "columns", "texts"),
-    put([1, 2], "columns", "labels"), put(["x"], "columns", "metrics"), put([0.0, 0.0], "columns", "unit"),
-    put([1.0], "columns", "unit"), put({}, "best"), put("../x", "best"), without("columns")]
+    put([], "columns", "texts"), put([1, 2], "columns", "labels"), put(["x"], "columns", "metrics"),
+    put([], "columns", "metrics"), put([0.0, 0.0], "columns", "unit"), put([1.0], "columns", "unit"),
+    put({}, "best"), put("../x", "best"), without("columns")]
 
 
 def test_an_adapter_chooses_no_place_and_no_size(cli):
