@@ -101,7 +101,7 @@ def fits(value, form):
 
 
 def are_facts(facts):
-    """Whether an adapter of ours can say this of itself. Texts and unit are judged with the data."""
+    """Whether an adapter of ours says this of itself; texts and unit are judged with the data."""
     columns = {"unit": [0.0, 1.0]} | facts["columns"]
     is_whole = fits(facts | {"columns": columns}, FACTS) and len(columns["metrics"]) > 0
     return is_whole and METRICS.keys() >= set(columns["metrics"])
