@@ -226,7 +226,7 @@ def predict(net, examples, batch_size, here, signals=None):
     net.eval()
     for i, batch in enumerate(progress.bar_around(batches, math.ceil(N / batch_size), here)):
         if signals:
-            signals.check_batch(i)
+            signals.check(i)
         if i % here.world == here.rank:
             [rows] = here.copies(batch.rows)
             outputs[rows] = predict_batch(net, batch, here)
@@ -324,7 +324,7 @@ def resume(given, result):
         if wanted:
             evaluate_adapter(wanted)
     else:
-        saved = folder.load_run(given["resume"])
+        saved = folder.load_state(given["resume"])
         train(options.resumed(saved["settings"], given), saved)
 
 

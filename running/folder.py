@@ -15,18 +15,15 @@ import torch
 from data import METRICS
 from formats import config, disk, hub
 from formats.disk import digest
-from running import machine
 from running.errors import user_errors
 from running.options import STORED
 
 FORMAT = {"last.pt": 4, "adapter.safetensors": 3}          # what this version writes
 HASH = 32                                                  # digits of the hash behind last.pt
-# What last.pt and an adapter hold, as fits() has it.
-STATE = {"format": int, "settings": dict, "base": str, "rows": str, "adapter": str, "step": int,
-         "tokens": int, "seconds": float, "evaluations": [dict], "rng": [dict], "log_bytes": int,
-         "weights": dict, "optimizer": {"state": dict, "param_groups": list}, "pruner": dict}
+# What an adapter says of itself, as fits() has it.
+EVALUATION = {"step": int, "scores": {str: {str: float}}, "score": float, "kept": int}
 COLUMNS = {"texts": [str], "label": str, "labels": [str], "metrics": [str], "unit": [float]}
-FACTS = {"format": int, "settings": dict, "columns": COLUMNS, "base": str, "best": dict}
+FACTS = {"format": int, "settings": dict, "columns": COLUMNS, "base": str, "best": EVALUATION}
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -34,11 +31,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def hash_of_code():
     """Hash of the sources that a run depends on, as they are when the program begins."""
-    sources = []
-    for room in ("", "methods", "formats", "running"):
-        paths = sorted((ROOT / room).glob("*.py"))
-        sources += [path.read_bytes() for path in paths if not path.name.startswith("test_")]
-    return digest(*sources)[:16]
+    paths = [ROOT / f"{name}.py" for name in ("lora2", "model", "data", "train")]
+    for room in ("methods", "formats", "running"):
+        paths += sorted((ROOT / room).glob("*.py"))
+    return digest(*[path.read_bytes() for path in paths])[:16]
 
 
 CODE = hash_of_code()
@@ -89,13 +85,14 @@ def is_run(folder):
 def fits(value, form):
     """Whether a value from a file has a form, and is nothing more.
 
-    form: a type; [the form of each item]; {key: its form}; {str: the form of each value}, of which
-    there is one at least; or a tensor that differs in its numbers alone.
+    form: a type; [the form of each item]; {key: its form}, of which "kept" may be absent; {str: the
+    form of each value}, of which there is one at least; or a tensor that differs in its numbers.
     """
     if isinstance(form, dict) and isinstance(value, dict):
         if str in form:
-            return len(value) > 0 and fits(value, dict.fromkeys(value, form[str]))
-        return value.keys() == form.keys() and all(fits(value[key], form[key]) for key in form)
+            return len(value) > 0 and fits(list(value.values()), [form[str]])
+        is_whole = value.keys() | {"kept"} == form.keys() | {"kept"}       # only pruning keeps some
+        return is_whole and all(fits(value[key], form.get(key)) for key in value)
     if isinstance(form, list) and isinstance(value, list):
         return all(fits(item, form[0]) for item in value)
     if isinstance(form, torch.Tensor) and isinstance(value, torch.Tensor):
@@ -103,23 +100,11 @@ def fits(value, form):
     return type(value) is form
 
 
-def are_evaluations(records, metrics):
-    """Whether a file's dicts can be State.evaluations, of these metrics."""
-    scores = {str: dict.fromkeys(metrics, float)}
-    form = {"step": int, "scores": scores, "score": float, "kept": int}
-    return fits([{"kept": 0} | record for record in records], [form])
-
-
 def are_facts(facts):
-    """Whether an adapter of ours can say this of itself."""
+    """Whether an adapter of ours says this of itself; texts and unit are judged with the data."""
     columns = {"unit": [0.0, 1.0]} | facts["columns"]
-    if not fits(facts | {"columns": columns}, FACTS):
-        return False
-    (mean, deviation), metrics = columns["unit"], columns["metrics"]
-    is_unit = math.isfinite(mean) and 0 < deviation < math.inf
-    has_metrics = len(metrics) > 0 and METRICS.keys() >= set(metrics)
-    return (len(columns["texts"]) in (1, 2) and is_unit and has_metrics
-            and are_evaluations([facts["best"]], metrics))
+    is_whole = fits(facts | {"columns": columns}, FACTS) and len(columns["metrics"]) > 0
+    return is_whole and METRICS.keys() >= set(columns["metrics"])
 
 
 def of_this_version(content, file):
@@ -141,30 +126,21 @@ def write_state(folder, state):
             raise OSError(disk.one_line(error)) from error
         hash_ = hash_of_file(beside)
         with open(beside, "ab") as file:
-            file.write(hash_)
+            file.write(hash_.encode())
 
 
+@user_errors()
 def load_state(folder):
-    """What write_state() wrote to that folder, on the CPU."""
+    """What write_state() wrote to that folder, on the CPU, and its "hash"."""
     path = Path(folder) / "last.pt"
     below = [str(found.parent) for found in sorted(Path(folder).glob("*/last.pt"))]
     advice = f"--resume one of {', '.join(below)}" if below else "there is no run to resume"
     with disk.reading(path, advice):
-        if hash_of_file(path, behind=HASH) != last_bytes(path):
+        hash_ = last_bytes(path)                           # before: it may be replaced meanwhile
+        if hash_of_file(path, behind=HASH) != hash_:
             raise ValueError("its hash does not fit, or it is of another version of this program")
-        return of_this_version(disk.load_pickle(path), "last.pt")
-
-
-@user_errors()
-def load_run(folder):
-    """load_state(), and its "hash", of a run to go on with: nothing lacks in it or is too much."""
-    path = Path(folder) / "last.pt"
-    hash_ = last_bytes(path) if path.exists() else b""     # before: it may be replaced meanwhile
-    saved = load_state(folder)
-    if not fits(saved, STATE):
-        raise ValueError(f"{path} is of another version of this program, or damaged: begin again "
-                         "with --overwrite")
-    return saved | {"hash": hash_}
+        state = of_this_version(disk.load_pickle(path), "last.pt")
+        return state | {"hash": hash_, "settings": dict(state["settings"])}
 
 
 def hash_of_file(path, behind=0):
@@ -174,14 +150,14 @@ def hash_of_file(path, behind=0):
         while piece := file.read(min(max(left, 0), 1 << 20)):
             hasher.update(piece)
             left -= len(piece)
-    return hasher.hexdigest().encode()
+    return hasher.hexdigest()
 
 
 def last_bytes(path):
     """What stands where last.pt has its hash."""
     with open(path, "rb") as file:
         file.seek(-min(HASH, path.stat().st_size), os.SEEK_END)
-        return file.read()
+        return file.read().decode("latin-1")
 
 
 def check_state(saved, mine, identity, steps, here, optimizer):
@@ -190,39 +166,35 @@ def check_state(saved, mine, identity, steps, here, optimizer):
     mine: what this run would save now. steps: how many it has. optimizer: whose parameters the
     moments belong to.
     """
-    if saved["base"] != identity["base"]:
+    if saved.get("base") != identity["base"]:
         raise ValueError(f"{identity['settings']['model']} is not the model that the run began "
                          "with: give that one as --model")
-    if saved["rows"] != identity["rows"]:
+    if saved.get("rows") != identity["rows"]:
         raise ValueError("the data are not those that the run began with: give them back")
-    if len(saved["rng"]) != here.world:
-        raise ValueError(f"{len(saved['rng'])} process(es) began this run: resume it with as many")
-    step, pruner = saved["step"], saved["pruner"]
-    moments = saved["optimizer"]["state"]
-    is_whole = (
-        0 <= step <= steps and 0 <= saved["seconds"] < math.inf
-        and min(saved["tokens"], saved["log_bytes"]) >= 0
-        and are_evaluations(saved["evaluations"], identity["columns"]["metrics"])
-        and fits(saved["weights"], mine["weights"])
-        and fits(moments, moments_like(moments, optimizer))
-        and fits(pruner, mine["pruner"]) and step == int(pruner.get("_extra_state", [step])[0])
-        and machine.is_random_state(saved["rng"][here.rank], here))
-    if not is_whole:
+    form = {key: type(value) for key, value in mine.items()}
+    form |= {"format": int, "hash": str, "settings": dict, "base": str, "rows": str,
+             "log_bytes": int, "evaluations": [EVALUATION], "rng": [dict],
+             "optimizer": {"state": dict, "param_groups": list},
+             "weights": mine["weights"], "pruner": mine["pruner"]}
+    if not (fits(saved, form) and are_moments(saved["optimizer"]["state"], optimizer)
+            and 0 <= saved["step"] <= steps and 0 <= saved["seconds"] < math.inf
+            and min(saved["tokens"], saved["log_bytes"]) >= 0
+            and saved["step"] == int(saved["pruner"].get("_extra_state", [saved["step"]])[0])):
         raise ValueError(f"{identity['settings']['out']}/last.pt holds what this run cannot have "
                          "written: begin again with --overwrite")
+    if len(saved["rng"]) != here.world:
+        raise ValueError(f"{len(saved['rng'])} process(es) began this run: resume it with as many")
 
 
-def moments_like(stored, optimizer):
-    """The form of AdamW's moments, of the parameters that have some in a saved state.
+def are_moments(stored, optimizer):
+    """Whether these can be AdamW's moments, of all or some of its parameters.
 
     Shapes, strides and dtypes have to be the parameters': fused AdamW would write elsewhere.
     """
-    moments = {}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, p in enumerate(parameters):
-        if i in stored:                                    # before the first step there are none
-            moments[i] = {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}
-    return moments
+    whole = {i: {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}
+             for i, p in enumerate(parameters)}
+    return stored.keys() <= whole.keys() and fits(stored, {i: whole[i] for i in stored})
 
 
 # --- adapter.safetensors ------------------------------------------------------------------
@@ -233,8 +205,7 @@ def facts_of(identity, best):
     if Path(settings["model"]).is_dir():
         settings["model"] = None
     return {"format": FORMAT["adapter.safetensors"], "settings": settings,
-            "columns": identity["columns"],
-            "base": identity["base"], "best": best}
+            "columns": identity["columns"], "base": identity["base"], "best": best}
 
 
 def write_adapter(folder, tensors, facts):

@@ -32,9 +32,8 @@ class Machine(NamedTuple):
         return 1 if self.device.type == "cpu" else 8
 
     def copies(self, *tensors):
-        """Copies on the device, of what is not there yet. On a GPU the host does not wait for
-        them, which takes pinned memory: without it, as on a Mac, the batch could be gone before it
-        is copied."""
+        """Copies on the device. On a GPU the host does not wait for them, which takes pinned
+        memory: without it the batch could be gone before it is copied."""
         on_gpu = self.device.type == "cuda"
         copies = []
         for tensor in tensors:
@@ -99,7 +98,8 @@ def find_device(name, local, world):
     """The torch.device of that name, or the first there is; process `local` has its own GPU."""
     has_mps = torch.backends.mps.is_available() and world == 1                 # gloo knows no mps
     found = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    wanted, gpus = name or found, torch.cuda.device_count()
+    wanted = name or found
+    gpus = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible and "," not in visible:
         local = 0                                          # a launcher shows each process its own
@@ -125,7 +125,7 @@ def emulates_bf16(kind):
 
 
 def name_of(device):
-    """What results were made on: a GPU's model, else "cpu" or "mps"."""
+    """What results were made on: the name of a GPU, else "cpu" or "mps"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
@@ -135,9 +135,7 @@ def keep_freed_memory():
     """Have malloc keep what a step frees: a step on a CPU is 10 to 18 % faster.
 
     By default glibc hands large blocks back to the system, and gets them back zeroed, page by page.
-    The price is about an eighth more memory. Other systems' malloc is left as it is. (Not by
-    M_MMAP_THRESHOLD: an older glibc, 2.31 say, refuses more than 32 MB, and as any mallopt() fixes
-    the threshold, at 128 KB, it would be slower than without.)
+    The price is about an eighth more memory. (Older ones refuse an M_MMAP_THRESHOLD above 32 MB.)
     """
     if platform.libc_ver()[0] == "glibc":
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4              # malloc.h
@@ -149,18 +147,14 @@ def keep_freed_memory():
 def peak_memory(device):
     """The most memory this process has held, in GB: on a GPU that of its tensors, else all.
 
-    None where the system does not tell (Windows, gVisor). On Linux getrusage() would count what the
-    process that started this one held.
+    None where no kernel tells in Linux's way. (getrusage() would count the parent's too.)
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    with contextlib.suppress(OSError):
-        with open("/proc/self/status", encoding="utf-8") as status:
-            found = [line for line in status if line.startswith("VmHWM")]  # gVisor has no such line
-        return int(found[0].split()[1]) * 1024 / 1e9 if found else None
-    with contextlib.suppress(ImportError):
-        import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9        # on a Mac in bytes
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="utf-8") as status:
+        for line in status:
+            if line.startswith("VmHWM"):                   # gVisor has no such line
+                return int(line.split()[1]) * 1024 / 1e9
     return None
 
 
@@ -175,23 +169,18 @@ def random_state(here):
 
 
 def set_random_state(here, state):
-    """Put random_state() back; a run that began on another device has none of this one's."""
-    torch.set_rng_state(state["cpu"])
+    """Put random_state() back; ValueError for what is none.
+
+    A run that began on another device has no state of this one's generator, and goes on.
+    """
     kind = here.device.type
-    if kind != "cpu" and kind in state:
-        getattr(torch, kind).set_rng_state(state[kind])
-
-
-def is_random_state(state, here):
-    """Whether a file's dict can be random_state(); it is tried, since torch alone can tell."""
-    before = random_state(here)
     try:
-        set_random_state(here, state)
-        return True
-    except (KeyError, TypeError, RuntimeError):
-        return False
-    finally:
-        set_random_state(here, before)
+        torch.set_rng_state(state["cpu"])
+        if kind != "cpu" and kind in state:
+            getattr(torch, kind).set_rng_state(state[kind])
+    except (KeyError, TypeError, RuntimeError) as e:       # torch alone can tell
+        raise ValueError(f"last.pt holds no random state ({one_line(e, 100)}): begin again with "
+                         "--overwrite") from e
 
 
 # --- several processes --------------------------------------------------------------------
@@ -269,25 +258,20 @@ class Signals:
             raise KeyboardInterrupt                        # the second one does not wait
         self.number = number
 
-    def check(self, step):
-        """Raise Stopped if a signal arrived. Several processes agree first: none shall wait.
+    def check(self, i):
+        """Before step or batch i: raise Stopped if a signal arrived. Several processes agree first.
 
-        On GPUs, which would have to wait for it, they do so every 10 steps. (torchrun kills 30
+        On GPUs, which would have to wait for it, they do so every tenth time. (torchrun kills 30
         seconds after a Ctrl-C.)
         """
         highest = self.number
         if self.here.world > 1:
-            if self.here.device.type != "cpu" and step % 10 != 0:
+            if self.here.device.type != "cpu" and i % 10 != 0:
                 return
             highest = torch.tensor(float(self.number), device=self.here.device)
             together(dist.all_reduce, highest, dist.ReduceOp.MAX)
         if highest:
             raise Stopped(int(highest))
-
-    def check_batch(self, i):
-        """check() before batch i of an evaluation; several processes do so every tenth batch."""
-        if self.here.world == 1 or i % 10 == 0:
-            self.check(step=0)
 
     def __exit__(self, *exception):
         for number, handler in self.previous.items():

@@ -7,6 +7,7 @@ import math
 import shlex
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 from tqdm import tqdm
@@ -19,7 +20,7 @@ from methods import baselines
 from running import options
 from running.errors import user_errors
 
-LOG_STEPS = 10                                             # between two lines of the log
+LOG_STEPS = 10                                             # between two lines of log.jsonl
 
 
 # --- before a run -------------------------------------------------------------------------
@@ -63,11 +64,10 @@ def first_look(examples, task, tokenizer):
         if split.labels is not None:
             lines.append("  " + labels_text(split.labels, task))
     train = examples["train"]
-    ids = train.ids[:train.starts[1]].tolist()
+    ids = train.ids[:train.starts[1]][:60].tolist()
     tokens = [tokenizer.id_to_token(number) or "?" for number in ids]  # ?: check_ids() refuses it
-    more = " ..." if len(tokens) > 60 else ""
     [first] = glue.answers(task, train.labels[:1])
-    lines.append(f"first row of train: {' '.join(tokens[:60])}{more} → {shown(first)}")
+    lines.append(f"first row of train: {' '.join(tokens)} → {shown(first)}")
     return "\n".join(lines)
 
 
@@ -78,10 +78,10 @@ def labels_text(labels, task):
         mean, deviation = task.unit
         return (f"scores {min(scores):g} to {max(scores):g}; the model learns "
                 f"(score - {mean:g}) / {deviation:g}")
-    counts = labels.bincount(minlength=len(task.labels))   # (classes,)
-    order = counts.argsort(descending=True, stable=True).tolist()
-    texts = [f"{counts[i]:,} {task.labels[i][:60]!r}" for i in order[:20]]
-    more = f" and {len(order) - 20} other classes" if len(order) > 20 else ""
+    counts = Counter(dict.fromkeys(task.labels, 0))
+    counts.update(glue.answers(task, labels))
+    texts = [f"{count:,} {label[:60]!r}" for label, count in counts.most_common(20)]
+    more = f" and {len(counts) - 20} other classes" if len(counts) > 20 else ""
     return ", ".join(texts) + more
 
 
@@ -127,7 +127,7 @@ class Log:
         self.path = Path(o.out) / "log.jsonl"
         self.floor = baselines.regulariser_floor(o.method, o.k, o.r, o.reg_terms)
         self.bar = None
-        self.warned = set()                                # splits whose predictions were all equal
+        self.between = max(LOG_STEPS, plan.steps // 20 // LOG_STEPS * LOG_STEPS)
 
     def start(self, state, examples):
         """Announce the run, which goes on from this state."""
@@ -136,9 +136,8 @@ class Log:
         if not self.here.is_main:
             return
         announce(self.o, self.here, self.plan, self.task, examples, self.net)
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=self.plan.steps, initial=state.step, unit="step",
-                            dynamic_ncols=True)
+        self.bar = tqdm(total=self.plan.steps, initial=state.step, unit="step",
+                        dynamic_ncols=True, disable=None)  # None: where there is no terminal
 
     def __enter__(self):
         return self
@@ -147,9 +146,9 @@ class Log:
         if self.bar:
             self.bar.close()
 
-    def is_due(self, step):
+    def is_due(self, step, between=LOG_STEPS):
         """Whether a line belongs after this step."""
-        return step % LOG_STEPS == 0 or step in (1, self.plan.steps)
+        return step % between == 0 or step in (1, self.plan.steps)
 
     def write(self, record):
         """One line of log.jsonl."""
@@ -186,18 +185,11 @@ class Log:
             text += f"  {self.task.metrics[0]} {state.evaluations[-1]['score']:.4f}"
         text += f"  {rate} tokens/s"
         self.write(record)
-        if self.bar:
-            self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update(state.step - self.bar.n)
-        elif self.is_shown(state.step):
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(state.step - self.bar.n)
+        if self.bar.disable and self.is_due(state.step, self.between):
             left = seconds / (state.step - self.first_step) * (self.plan.steps - state.step)
             print(f"step {state.step}/{self.plan.steps}  {text}  {left:.0f} s left", flush=True)
-
-    def is_shown(self, step):
-        """Whether a line is printed where there is no bar: about 20 in a run, and the last."""
-        steps = self.plan.steps
-        before = step - LOG_STEPS                          # the first step is shown too
-        return step == steps or step * 20 // steps > before * 20 // steps
 
     def evaluation(self, state, scores, predictions):
         """A line about the evaluation that was just made.
@@ -206,32 +198,24 @@ class Log:
         """
         if not self.here.is_main:
             return
-        warn_if_equal(predictions, self.warned)
+        warn_if_equal(predictions)
         evaluation = state.evaluations[-1]
         self.write(evaluation)
         best = "  (best so far)" if evaluation is state.best else ""
-        text = f"step {state.step}/{self.plan.steps}  {scores_text(scores)}{best}"
-        if self.bar:
-            tqdm.write(text)
-        else:
-            print(text, flush=True)
+        tqdm.write(f"step {state.step}/{self.plan.steps}  {scores_text(scores)}{best}")
+        sys.stdout.flush()
 
 
 def bar_around(batches, total, here):
     """The batches, which are predicted, with a bar if there is a terminal."""
     return tqdm(batches, "predicting", total, leave=False, unit="batch", dynamic_ncols=True,
-                disable=not here.is_main or not sys.stderr.isatty())
+                disable=None if here.is_main else True)
 
 
-def warn_if_equal(predictions, warned=None):
-    """Say so if all predictions for a dev split, {split: (N,)}, are one and the same.
-
-    warned: a set of the splits for which that was said already; it is added to.
-    """
-    warned = set() if warned is None else warned
+def warn_if_equal(predictions):
+    """Say so if all predictions for a dev split, {split: (N,)}, are one and the same."""
     for name, p in predictions.items():
-        if len(p) > 1 and bool((p == p[0]).all()) and name not in warned:
-            warned.add(name)
+        if len(p) > 1 and bool((p == p[0]).all()):
             disk.warn(f"all {len(p)} predictions for {name} are equal: the model may have "
                       "collapsed; a smaller --lr or a longer --warmup may help")
 
@@ -263,13 +247,10 @@ def kept_map(kept, r):
     layers = sorted({layer for _, layer in cells})
     lines = [f"kept of {r} singular values, layers {layers[0]} to {layers[-1]} from left to right"]
     for matrix in models.TARGETS["bert"]:                   # the same short names in every family
-        if not any((matrix, layer) in cells for layer in layers):
-            continue
-        line = f"  {matrix:2}"
-        for layer in layers:
-            count = cells.get((matrix, layer), 0)
-            line += f" {count:2}{' ░▒▓█'[math.ceil(4 * count / r)]}"
-        lines.append(line)
+        counts = [cells.get((matrix, layer)) for layer in layers]
+        if counts != [None] * len(layers):
+            shades = [f"{n or 0:2}{' ░▒▓█'[math.ceil(4 * (n or 0) / r)]}" for n in counts]
+            lines.append(f"  {matrix:2} {' '.join(shades)}")
     return "\n".join(lines)
 
 

@@ -46,31 +46,24 @@ def check_destinations(o):
             raise OSError(f"{name} {place}: {nearest} is no folder to write to: give another")
         there = os.listdir(place) if place.exists() else []
         cut_off = [file for file in there if file.endswith(disk.LEFT)]         # by a kill
-        if name == "--out" and len(there) > len(cut_off):
-            check_run_folder(o, place)
-        elif there and not cut_off:
+        if name != "--out" and there and not cut_off:
             raise ValueError(f"{name} {place}: this folder is not empty: give a new or an empty "
                              "one")
+        if name == "--out" and len(there) > len(cut_off) and not (o.resume or o.eval):
+            files_to_replace(place, o.overwrite)
     if len({place.resolve() for place in places.values()}) < len(places):
         raise ValueError(f"{', '.join(map(str, places.values()))} need a folder each")
 
 
-def check_run_folder(o, place):
-    """ValueError unless a run may write in a folder that is not empty."""
-    if o.overwrite:
-        files_to_replace(place)                            # refuses a folder of somebody else
-    elif not (o.resume or o.eval):
-        has_run = (place / "last.pt").exists()
-        way = f"go on with its run by --resume {place}, " if has_run else ""
-        raise ValueError(f"{place} is not empty: {way}replace it by --overwrite, or give another "
-                         "--out")
+def files_to_replace(place, overwrite):
+    """What a new run removes from a folder, in order: the files of a run of ours alone.
 
-
-def files_to_replace(place):
-    """What --overwrite removes from a folder, in order: the files of a run of ours alone.
-
-    ValueError for a folder that holds such names without a run of ours.
+    ValueError for a folder that is not empty without --overwrite, and for one that holds such names
+    without a run of ours.
     """
+    if not overwrite:
+        raise ValueError(f"{place} is not empty: go on with its run by --resume {place}, replace "
+                         "it by --overwrite, or give another --out")
     there = [place / name for name in FILES if (place / name).exists()]
     if there and not folder.is_run(place):
         raise ValueError(f"{there[0]} is not of a run of this program, --overwrite leaves it "
@@ -83,17 +76,14 @@ def check_predictions(o, task):
     if o.predict is None:
         return
     path = glue.place_of_predictions(o.out, task, Path(o.predict).stem)
-    if path.exists() and not (o.overwrite and are_predictions(path)):
-        raise ValueError(f"the predictions for {o.predict} would replace {path}: move that away, "
-                         "or give another --out, beside --eval if the run has ended")
+    if path.exists():
+        with open(path, "rb") as file:                     # it may be anybody's
+            is_ours = file.readline(100).startswith(b"index\tprediction")
+        if not (o.overwrite and is_ours):
+            raise ValueError(f"the predictions for {o.predict} would replace {path}: move that "
+                             "away, or give another --out, beside --eval if the run has ended")
     if o.predict_scores and not task.labels:
         raise ValueError("--predict-scores: here a score is all that is predicted: leave it out")
-
-
-def are_predictions(path):
-    """Whether a text file, which may be anybody's, begins as those that we write."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return file.readline(100).startswith("index\tprediction")
 
 
 # --- during a run -------------------------------------------------------------------------
@@ -133,7 +123,7 @@ class RunFolder:
         """Make the folder of a new run, without an older one."""
         if self.here.is_main:
             check_destinations(o)                          # again: another run may just have ended
-            for path in files_to_replace(self.path):
+            for path in files_to_replace(self.path, overwrite=True):
                 path.unlink()
             for path in sorted(self.path.glob("*.tsv")):   # of --predict, or somebody's
                 disk.warn(f"{path} stays: it is of --predict, or not of this run")
@@ -152,7 +142,7 @@ class RunFolder:
     def reopen(self, saved, optimizer):
         """Go on where save() was called last; returns the best evaluation and its adapter's hash.
 
-        saved: from folder.load_run(); train.py puts what it holds back. optimizer: whose moments
+        saved: from folder.load_state(); train.py puts what it holds back. optimizer: whose moments
         it has to fit. ValueError if base model, data or number of processes are others.
         """
         if saved["hash"] != folder.last_bytes(self.path / "last.pt"):
@@ -187,12 +177,12 @@ class RunFolder:
         scores: {dev split: {metric: value}}, of which the first decides; predictions: {dev split:
         (N,)}.
         """
-        first = next(iter(scores.values()))
-        evaluation = {"step": state.step, "scores": scores, "score": first[task.metrics[0]]}
+        score = next(iter(scores.values()))[task.metrics[0]]
+        evaluation = {"step": state.step, "scores": scores, "score": score}
         if self.settings["target_rank"] is not None:
             evaluation["kept"] = sum(pruner.kept().values())
         state.evaluations.append(evaluation)
-        if state.best is not None and evaluation["score"] < state.best["score"]:
+        if state.best is not None and score < state.best["score"]:
             return
         state.best = evaluation
         if self.here.is_main:                              # the adapter last: never ahead of these
@@ -205,8 +195,9 @@ class RunFolder:
         """Write and print ranks.json and result.json."""
         settings, numbers = self.settings, progress.counts(net)
         kept = pruner.kept() if pruner else None
-        target = settings["target_rank"]                   # None: it does not prune to a number
-        budget = None if target is None else len(kept) * target
+        budget = None                                      # it does not prune to a number
+        if settings["target_rank"] is not None:
+            budget = len(kept) * settings["target_rank"]
         peak = machine.peak_memory(self.here.device)
         result = {
             "task": settings["task"], "method": settings["method"], "settings": settings,

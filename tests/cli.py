@@ -1,4 +1,4 @@
-"""What the tests of the command line share: small data, a process of its own, what a refusal is."""
+"""What the tests of the command line share: small data, runs that are broken off, what a refusal is."""
 import contextlib
 import os
 import signal
@@ -6,9 +6,14 @@ import sys
 import traceback
 from pathlib import Path
 
+import pytest
+
 import data
 from formats import toy
 import train
+
+BUSY = "--eval-steps 3 --save-steps 2 --max-steps 8"       # with 6 steps to an epoch, of all kinds of steps
+on_unix = pytest.mark.skipif(os.name == "nt", reason="links, signals, fork and locks as Unix has them")
 
 # ---- data --------------------------------------------------------------------------------------
 
@@ -52,11 +57,58 @@ def write_task(name, folder=Path("glue"), n=48):
 
 # ---- runs --------------------------------------------------------------------------------------
 
+def contents(place):
+    """{name: bytes} of the files in a folder."""
+    return {path.name: path.read_bytes() for path in Path(place).iterdir() if path.is_file()}
+
+
 def refused(done, *says):
     """One error for the user, status 2."""
     assert done.status == 2 and len(done.errors) == 1, done.err
     assert done.errors[0].startswith("error: "), done.err
     assert all(word in done.errors[0] for word in says), done.err
+
+
+class Killed(BaseException):
+    """Ends a run as SIGKILL would: nothing catches it."""
+
+
+def die(*_):
+    raise Killed
+
+
+def ctrl_c():
+    signal.raise_signal(signal.SIGINT)
+
+
+@contextlib.contextmanager
+def at_step(step, action, where="task_loss"):
+    """Meanwhile the action is taken once: in that step of a run, or when train.py's `where` is called next."""
+    loss, steps, taken = train.task_loss, 0, False
+
+    def wrapped(real):
+        def call(*arguments):
+            nonlocal steps, taken
+            steps += real is loss                          # called once a step, and not to evaluate
+            if steps == step and real is place and not taken:
+                taken = True
+                action()
+            return real(*arguments)
+        return call
+
+    place = getattr(train, where)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in {"task_loss", where}:
+            patch.setattr(train, name, wrapped(getattr(train, name)))
+        yield
+
+
+@pytest.fixture
+def stopped(cli):
+    """cli, with a run in the folder "run" that was stopped after 4 of 8 steps, and one evaluation."""
+    with at_step(4, ctrl_c):
+        assert cli.tiny(BUSY).status == 130
+    return cli
 
 
 def child(words, out="child.out", err="child.err", within=contextlib.nullcontext(), **environment):

@@ -2,17 +2,15 @@
 import json
 import math
 import os
-import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.cli import child, refused, sentences, write_task
-from tests.test_folder import at_step, ctrl_c
+from tests.cli import BUSY, at_step, child, contents, ctrl_c, refused, sentences, write_task
 from tests.conftest import SMALL, frozen, opened, outcome, write_checkpoint
 
 import data
@@ -21,8 +19,7 @@ import train
 from running import export, folder, machine, options, schedule
 from lora2 import RankPruner, add_lora2, load_lora2_state_dict, lora2_layers, orthogonality_loss
 
-ROOT = Path(__file__).parents[1]
-GLUE = ROOT.parent / "shared" / "glue"
+GLUE = Path(__file__).parents[2] / "shared" / "glue"
 
 
 def result(out="run"):
@@ -53,11 +50,9 @@ def logits(run):
 
 # --- the same again -----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("model, method", [("deberta", "lora2"), ("bert", "lora2"), ("roberta", "lora2"),
-                                           ("deberta", "adalora"), ("deberta", "sora"), ("bert", "lora"),
-                                           ("roberta", "bitfit"), ("deberta", "head"), ("bert", "full")])
+@pytest.mark.parametrize("model, method", [("deberta", "lora2"), ("bert", "full"), ("roberta", "adalora")])
 def test_the_same_seed_gives_the_same_bytes(cli, model, method):
-    """Oracle: a second run. Dropout is on. Another seed must give another adapter."""
+    """Oracle: a second run. Dropout is on. Another seed must give another adapter. (All methods: test_folder.py.)"""
     for out, seed in (("a", 3), ("b", 3), ("c", 4)):
         words = f"--max-steps 7 --method {method} --seed {seed}"
         assert cli.tiny(words, model=model, out=out).status == 0
@@ -66,19 +61,17 @@ def test_the_same_seed_gives_the_same_bytes(cli, model, method):
     assert result("a")["steps"] == 7 and [e["step"] for e in result("a")["evaluations"]] == [6, 7]
 
 
-@pytest.mark.parametrize("method", ["lora2", "adalora"])
-def test_accumulation_changes_nothing(cli, method):
+@pytest.mark.parametrize("words", ["--method lora2 --init orthonormal --k 2", "--method adalora"])
+def test_accumulation_changes_nothing(cli, words):
     """Oracle: --accum 1. Pruning counts optimizer steps, so it keeps the same values at the same steps."""
-    for accum in ("1", "4", "5"):
-        words = "--init orthonormal --k 2" if method == "lora2" else ""
-        assert cli.tiny("--method", method, "--accum", accum, words, model="still", out=accum).status == 0
-    for accum in ("4", "5"):
-        assert Path(accum, "ranks.json").read_text() == Path("1", "ranks.json").read_text()
-        for one, other in zip(log("1"), log(accum), strict=True):
-            assert one["kept"] == other["kept"]
-            assert math.isclose(one.get("loss", 0), other.get("loss", 0), rel_tol=1e-4)
-        for name, tensor in tensors("1").items():
-            torch.testing.assert_close(tensor, tensors(accum)[name], rtol=1e-3, atol=2e-4)
+    for accum in ("1", "5"):                               # 16 rows: four parts of 3 rows, one of 4
+        assert cli.tiny(words, "--accum", accum, model="still", out=accum).status == 0
+    assert Path("5/ranks.json").read_text() == Path("1/ranks.json").read_text()
+    for one, other in zip(log("1"), log("5"), strict=True):
+        assert one["kept"] == other["kept"]
+        assert math.isclose(one.get("loss", 0), other.get("loss", 0), rel_tol=1e-4)
+    for name, tensor in tensors("1").items():
+        torch.testing.assert_close(tensor, tensors("5")[name], rtol=1e-3, atol=2e-4)
 
 
 def test_an_absent_gradient_reaches_the_pruner():
@@ -158,63 +151,34 @@ def test_the_loop_is_the_method(cli, tiny):
 
 # --- saving, evaluating, handing out ------------------------------------------------------------------------
 
-FRESH = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
-torch.set_num_threads(1)
-from running.folder import digest
-from tests.conftest import opened
-from tests.test_train import accuracy, logits
-for i in (2, 4):
-    run = opened(eval=sys.argv[i], model=sys.argv[i + 1])
-    print(accuracy(run).hex(), digest(logits(run)))
-"""
-
-
-def accuracy(run):
-    """Of the dev rows, as --eval computes it."""
-    scores, _ = train.evaluate(run.net, run.examples, run.task, run.o.batch_size, run.here)
-    return scores["dev"]["accuracy"]
-
-
-def test_a_fresh_process_gives_the_same_score_and_logits(cli, tiny):
-    """Oracle: score and logits of the process that trained, bit for bit; the predictions in the run folder are
-    those of the logits, row by row, and the score is theirs."""
-    expected, given = [], []
-    for model, method in (("deberta", "lora2"), ("bert", "full")):
-        words = f"--task demo --model {tiny[model]} --method {method} --out {method} {SMALL}"
-        net = train.train(options.resolve(options.parse(words.split())))
-        score, adapter = result(method)["best"]["score"], f"{method}/adapter.safetensors"
-        load_lora2_state_dict(net, tensors(method))
-        run = opened(eval=adapter, model=str(tiny[model]))
-        run.net = net                                      # the one that was trained
-        expected += [score.hex(), folder.digest(logits(run))]
-        predicted = logits(run).argmax(1).tolist()
-        lines = Path(method, "predictions_dev.tsv").read_text().splitlines()[1:]
-        assert lines == [f"{i}\t{label}" for i, label in enumerate(predicted)]
-        labels = run.examples["dev"].labels.tolist()
-        assert score == sum(map(int.__eq__, predicted, labels)) / len(labels)
-        given += [adapter, str(tiny[model])]
-        again = cli("--eval", adapter, "--model", tiny[model])
-        assert again.status == 0 and again.out.splitlines()[-1] == f"dev accuracy {score:.4f}"
-    fresh = subprocess.check_output([sys.executable, "-c", FRESH, str(ROOT), *given], text=True)
-    assert fresh.split() == expected
-
-
-def test_best_and_last(cli):
-    """Oracle: the evaluations in the log. Of equal scores the later one is the best."""
-    assert cli.tiny("--eval-steps 1 --max-steps 8").status == 0
+def test_the_best_is_kept_and_a_fresh_model_gives_its_score_and_logits(cli, tiny):
+    """Oracles: the evaluations in the log, of equal scores the later one; score and logits of the model that was
+    trained, bit for bit; the predictions in the run folder are those of the logits, and the score is theirs."""
+    words = f"--task demo --model {tiny['deberta']} --out run {SMALL} --eval-steps 1 --max-steps 8"
+    net = train.train(options.resolve(options.parse(words.split())))
     evaluations, content = [line for line in log() if "score" in line], result()
     assert [e["step"] for e in evaluations] == list(range(1, 9)) and content["evaluations"] == evaluations
-    assert content["last"] == evaluations[-1]
+    assert content["last"] == evaluations[-1] and len(content["code"]) == 16
     assert content["best"] == max(evaluations, key=lambda e: (e["score"], e["step"]))
-    assert folder.load_adapter("run/adapter.safetensors")[1]["best"] == content["best"]
-    ranks = json.loads(Path("run/ranks.json").read_text())
-    assert content["kept"] == content["budget"] == sum(ranks.values())
+    best, stored = folder.load_adapter("run/adapter.safetensors")
+    assert stored["best"] == content["best"]
+    assert content["kept"] == content["budget"] == sum(json.loads(Path("run/ranks.json").read_text()).values())
+
+    load_lora2_state_dict(net, best)
+    run = opened(eval="run/adapter.safetensors", model=str(tiny["deberta"]))
+    fresh, run.net = logits(run), net
+    assert torch.equal(fresh, logits(run))
+    score, predicted = content["best"]["score"], fresh.argmax(1).tolist()
+    lines = Path("run/predictions_dev.tsv").read_text().splitlines()[1:]
+    assert lines == [f"{i}\t{label}" for i, label in enumerate(predicted)]
+    labels = run.examples["dev"].labels.tolist()
+    assert score == sum(map(int.__eq__, predicted, labels)) / len(labels)
+    again = cli("--eval run/adapter.safetensors --model", tiny["deberta"])
+    assert again.status == 0 and again.out.splitlines()[-1] == f"dev accuracy {score:.4f}"
 
 
-@pytest.mark.parametrize("model, method", [("deberta", "lora2"), ("bert", "lora2"), ("roberta", "lora"),
-                                           ("bert", "adalora"), ("deberta", "sora"), ("deberta", "bitfit")])
+@pytest.mark.parametrize("model, method", [("deberta", "lora2"), ("roberta", "lora"), ("bert", "adalora"),
+                                           ("deberta", "sora"), ("deberta", "bitfit")])
 def test_merge_and_peft_open_elsewhere(cli, tiny, model, method):
     """Oracle: transformers' and peft's logits, with the head, on the folders that were handed out."""
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
@@ -223,6 +187,9 @@ def test_merge_and_peft_open_elsewhere(cli, tiny, model, method):
     words = "--init orthonormal --k 2" if method == "lora2" else ""
     extra = "--export-peft peft" if method != "bitfit" else ""
     assert cli.tiny("--method", method, words, "--merge merged", extra, model=model).status == 0
+    shown = cli("--resume run")
+    assert shown.status == 0 and "this run is finished" in shown.out
+    assert cli("--resume run --merge again").status == 0 and contents("again") == contents("merged")
     run = opened(eval="run/adapter.safetensors", model=str(tiny[model]))
     changed = [layer.delta_weight().abs().max() > 1e-3 for _, layer in lora2_layers(run.net)]
     assert method == "bitfit" or sum(changed) > 6          # of 12: pruning may leave some without any
@@ -240,47 +207,21 @@ def test_merge_and_peft_open_elsewhere(cli, tiny, model, method):
     assert Path("merged/tokenizer.json").read_bytes() == (tiny[model] / "tokenizer.json").read_bytes()
 
 
-def test_a_finished_run_hands_out_too(cli, tiny):
-    """Oracle: the same request made together with the training."""
-    assert cli.tiny("--merge one --export-peft two").status == 0
-    shown = cli("--resume run")
-    assert shown.status == 0 and "this run is finished" in shown.out and not Path("three").exists()
-    assert cli("--resume run --merge three --export-peft four").status == 0
-    for early, late in (("one", "three"), ("two", "four")):
-        for path in Path(early).iterdir():
-            assert path.read_bytes() == (Path(late) / path.name).read_bytes(), path
-
-
-def test_merged_zeros_are_the_base(cli, tiny):
-    """Oracle: the base checkpoint's own tensors, after all Λ of a trained adapter are set to 0."""
-    assert cli.tiny("--init orthonormal").status == 0
-    run = opened(eval="run/adapter.safetensors", model=str(tiny["deberta"]))
-    for _, layer in lora2_layers(run.net):
-        layer.lam.data.zero_()
-    run.o.merge = "merged"
-    export.write_outputs(run.o, "run", run.task, run.net, predicted=None)
-    merged, base = (models.checkpoint.read_weights(path) for path in ("merged", tiny["deberta"]))
-    assert all(torch.equal(merged[name], base[name]) for name in base) and len(merged) > len(base)
-
-
 # --- what keeps wrong numbers out ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("where, save_steps, last", [("loss", 4, 8), ("gradient", 4, 8), ("loss", 3, 6)])
 def test_a_non_finite_step_is_not_taken(cli, monkeypatch, where, save_steps, last):
-    """Oracle: weights and moments before the bad step; a run that never met one. Step 10 is logged; with
+    """Oracle: weights and moments before the bad step 9; a run that never met one. Step 10 is logged; with
     --save-steps 3 a state would be saved before that."""
-    usual, states = train.update, []                       # before each update, and after the last one
-
-    def state(optimizer, parameters):                      # Λ apart, which the pruner's choice sets to 0
-        return frozen([[p for p in parameters if p.shape != (8,)], optimizer.state_dict()["state"]])
+    usual, states = train.update, {}                       # {step: weights and moments after its update}
 
     def update(optimizer, parameters, loss, plan, step, *rest):
-        states.append(state(optimizer, parameters))
         if step == 9 and where == "gradient":
             parameters[0].grad.fill_(math.inf)
-        usual(optimizer, parameters, loss * (math.inf if step == 9 and where == "loss" else 1), plan, step, *rest)
-        if step == 10:
-            states.append(state(optimizer, parameters))
+        bad = step == 9 and where == "loss"
+        usual(optimizer, parameters, loss * math.inf if bad else loss, plan, step, *rest)
+        weights = [p for p in parameters if p.shape != (8,)]                   # Λ apart, which is pruned
+        states[step] = frozen([weights, optimizer.state_dict()["state"]])
 
     words = f"--save-steps {save_steps} --eval-steps 5"
     with monkeypatch.context() as patch:
@@ -288,30 +229,26 @@ def test_a_non_finite_step_is_not_taken(cli, monkeypatch, where, save_steps, las
         stopped = cli.tiny(words)
     assert stopped.status == 1 and len(stopped.errors) == 1
     assert "at step 9;" in stopped.err and "run/last.pt" in stopped.err
-    assert states[-1] == states[8] != states[7] and len(states) == (11 if last == 8 else 9)
+    assert states[max(states)] == states[8] != states[7] and max(states) == (10 if last == 8 else 9)
     assert folder.load_state("run")["step"] == last
     assert cli("--resume run").status == 0 and outcome("run") == cli.whole(words)
 
 
-@pytest.mark.parametrize("task", ["classification", "regression"])
-def test_non_finite_outputs_are_no_score(cli, monkeypatch, task):
+def test_non_finite_outputs_are_no_score(cli, monkeypatch):
     """Oracle: the promise. The argmax of NaN is a class like any other, and must not be scored."""
-    column = "score" if task == "regression" else "label"
-    Path("own.tsv").write_text(f"sentence\t{column}\n" + "cue0 filler1\t1\ncue0 filler2\t2\n" * 20)
     forward = train.predict_batch
     monkeypatch.setattr(train, "predict_batch", lambda net, batch, here: forward(net, batch, here) * (
         1 if net.training else math.nan))
-    stopped = cli("--train-file own.tsv --dev-file own.tsv --out run --max-steps 3 --max-len 16 --model",
-                  cli.models["deberta"])
+    stopped = cli.tiny("--max-steps 3")
     assert stopped.status == 1 and len(stopped.errors) == 1 and "not finite" in stopped.errors[0]
     assert not Path("run/adapter.safetensors").exists() and not Path("run/result.json").exists()
 
 
 def test_equal_predictions_are_said(cli):
-    """Oracle: a model that cannot tell apart, because nothing but its bias is trained. Twice is once."""
+    """Oracle: a model that cannot tell apart, because nothing but its bias is trained: at each evaluation."""
     warned = cli.tiny("--method head --lr 0 --head-lr 0")
     assert warned.status == 0 and len(result()["evaluations"]) == 2
-    assert warned.err.count("warning: all 64 predictions for dev are equal") == 1
+    assert warned.err.count("warning: all 64 predictions for dev are equal") == 2
     assert "warning" not in cli.tiny("--init orthonormal", out="other").err
 
 
@@ -327,23 +264,20 @@ def test_every_preset_runs(cli, tiny, task):
     """Oracle: the metrics and file names of GLUE, which test_glue.py holds against the table; the first metric
     selects; a test file's rows."""
     tests = [path for split, path in write_task(task).items() if split.startswith("test")]
-    words = f"--task {task} --max-len 32 --batch-size 16 --model {tiny['bert']}"
-    short = cli(words, "--max-steps 5 --out a")
-    whole = cli(words, "--epochs 1 --out b --predict", tests[-1])
-    assert (short.status, whole.status) == (0, 0), short.err + whole.err
+    done = cli(f"--task {task} --max-len 32 --batch-size 16 --model {tiny['bert']} --epochs 1 --out run --predict",
+               tests[-1])
+    assert done.status == 0, done.err
     names = ["dev_matched", "dev_mismatched"] if task == "mnli" else ["dev"]
-    metrics = list(data.TASKS[task].metrics)
-    for out, steps in (("a", 5), ("b", 3)):
-        content = result(out)
-        scores = content["last"]["scores"]
-        assert content["steps"] == steps and content["kept"] == content["budget"]
-        assert list(scores) == names and all(list(values) == metrics for values in scores.values())
-        assert content["metric"] == metrics[0] and content["last"]["score"] == scores[names[0]][metrics[0]]
-    assert f"chosen by {metrics[0]} on {names[0]}" in short.out
-    lines = [line.split("\t") for line in Path("b", submission(task)).read_text().splitlines()]
-    assert [index for index, _ in lines] == ["index", *map(str, range(24))] and lines[0][1] == "prediction"
-    labels = data.TASKS[task].labels
-    assert all(value in labels if labels else 0 <= float(value) <= 5 for _, value in lines[1:])
+    metrics, labels, content = list(data.TASKS[task].metrics), data.TASKS[task].labels, result()
+    scores = content["last"]["scores"]
+    assert content["steps"] == 3 and content["kept"] == content["budget"]
+    assert "unit" not in folder.load_adapter("run/adapter.safetensors")[1]["columns"]  # STS-B's scores stay 0 to 5
+    assert list(scores) == names and all(list(values) == metrics for values in scores.values())
+    assert content["metric"] == metrics[0] and content["last"]["score"] == scores[names[0]][metrics[0]]
+    assert f"chosen by {metrics[0]} on {names[0]}" in done.out
+    head, *lines = (line.split("\t") for line in Path("run", submission(task)).read_text().splitlines())
+    assert head == ["index", "prediction"] and [index for index, _ in lines] == list(map(str, range(24)))
+    assert all(value in labels if labels else 0 <= float(value) <= 5 for _, value in lines)
 
 
 def test_an_adapter_knows_its_task_on_another_file(cli, tiny):
@@ -351,42 +285,13 @@ def test_an_adapter_knows_its_task_on_another_file(cli, tiny):
     paths = write_task("stsb")
     words = f"--task stsb --max-len 32 --batch-size 16 --model {tiny['bert']} --max-steps 5 --limit-dev 20"
     assert cli(words, "--out run").status == 0
-    evaluation = f"--eval run/adapter.safetensors --model {tiny['bert']} --predict {paths['test']} "
-    said, files = [], []
+    seen = []
     for where in ("--data-dir glue", f"--dev-file {paths['dev']}"):
-        done = cli(evaluation + where)
+        done = cli(f"--eval run/adapter.safetensors --model {tiny['bert']} --predict {paths['test']}", where)
         assert done.status == 0, done.err
-        said.append(done.out)
-        files.append(Path("run/STS-B.tsv").read_bytes())
+        seen.append((done.out, Path("run/STS-B.tsv").read_bytes()))
         Path("run/STS-B.tsv").unlink()
-    assert said[0] == said[1] and said[0].startswith("20 rows of dev; a score\ndev pearson ")
-    assert files[0] == files[1]
-
-
-@pytest.mark.parametrize("kind", ["classes", "pairs", "score"])
-def test_own_data(cli, tiny, kind):
-    """Oracle: what a person would expect of such a file: names of classes back, or numbers."""
-    for name, seed, n in (("train", 0, 64), ("dev", 1, 32), ("new", 2, 10)):
-        rows = sentences(n, seed)
-        text = {"pairs": ["sentence1", "sentence2"]}.get(kind, ["sentence"])
-        last = ["score" if kind == "score" else "label"] if name != "new" else []
-        values = [f"{label * 7.5 - 3}" if kind == "score" else ("nay", "yea")[label] for _, label in rows]
-        lines = [[value] * len(last) + [t] * len(text) for (t, _), value in zip(rows, values)]
-        Path(f"{name}.tsv").write_text("".join("\t".join(line) + "\n" for line in [last + text] + lines))
-    words = f"--train-file train.tsv --dev-file dev.tsv --max-len 32 --batch-size 16 --model {tiny['bert']}"
-    first = cli(words, "--epochs 2 --out run --predict new.tsv --merge merged")
-    assert first.status == 0, first.err
-    content, lines = result(), Path("run/new_predictions.tsv").read_text().splitlines()
-    assert content["metric"] == ("pearson" if kind == "score" else "accuracy") and len(lines) == 11
-    values = [line.split("\t")[1] for line in lines[1:]]
-    assert all(math.isfinite(float(v)) for v in values) if kind == "score" else set(values) <= {"nay", "yea"}
-    config = json.loads(Path("merged/config.json").read_text())
-    assert kind == "score" or config["id2label"] == {"0": "nay", "1": "yea"}
-    again = cli("--eval run/adapter.safetensors --dev-file dev.tsv --model", tiny["bert"])
-    assert again.status == 0 and f"{content['metric']} {content['best']['score']:.4f}" in again.out
-    assert "--dev-file" in cli("--eval run/adapter.safetensors --model", tiny["bert"]).errors[0]
-    dev = Path("run/predictions_dev.tsv").read_text().splitlines()
-    assert len(dev) == 33 and (kind == "score" or {line.split("\t")[1] for line in dev[1:]} <= {"nay", "yea"})
+    assert seen[0] == seen[1] and seen[0][0].startswith("20 rows of dev; a score\ndev pearson ")
 
 
 def column(path):
@@ -408,8 +313,8 @@ def write_scores(a, b):
 OWN = "--train-file train.tsv --dev-file dev.tsv --max-len 32 --batch-size 16 --max-steps 12"
 
 
-@pytest.mark.parametrize("a, b", [(20, 0), (0.002, 0), (1000, 0), (1, 2000), (3e4, 1.7e9), (1e-12, 0)])
-@pytest.mark.parametrize("model", ["roberta", "bert"])
+@pytest.mark.parametrize("model, a, b", [("roberta", 20, 0), ("bert", 1, 2000), ("bert", 3e4, 1.7e9),
+                                         ("roberta", 1e-12, 0)])
 def test_scores_may_have_any_unit(cli, model, a, b):
     """Oracle: the run on scores from 0 to 5, whose predictions are p: here they are a p + b, of the run, of
     its adapter and of the merged model, whose head peft's export has too; and the correlations are the same."""
@@ -417,41 +322,25 @@ def test_scores_may_have_any_unit(cli, model, a, b):
     for factor, shift in ((1, 0), (a, b)):
         write_scores(factor, shift)
         words = f"{OWN} --lr 0.005 --overwrite --out run --model {cli.models[model]} --predict new.tsv"
-        assert cli(words).status == 0
-        evaluation = f"--eval run/adapter.safetensors --dev-file dev.tsv --model {cli.models[model]}"
-        again = cli(evaluation, "--merge merged")
+        assert cli(words, "--merge merged --export-peft peft").status == 0
+        again = cli(f"--eval run/adapter.safetensors --dev-file dev.tsv --model {cli.models[model]}")
         assert again.status == 0 and f"pearson {result()['best']['score']:.4f}" in again.out
-        assert cli(evaluation, "--export-peft peft").status == 0
         theirs = load_file("peft/adapter_model.safetensors")
         for name, tensor in load_file("merged/model.safetensors").items():
             assert not name.startswith("classifier") or torch.equal(theirs[f"base_model.model.{name}"], tensor)
-        merged = opened(eval="run/adapter.safetensors", model=str(cli.models[model]), dev_file="dev.tsv")
-        merged.net = models.from_pretrained("merged", 1)
+        run = opened(eval="run/adapter.safetensors", model=str(cli.models[model]), dev_file="dev.tsv")
+        run.net = models.from_pretrained("merged", 1)
         shutil.rmtree("merged")
         shutil.rmtree("peft")
-        outputs = [logits(merged).squeeze(1).double(), column("run/predictions_dev.tsv"),
-                   column("run/new_predictions.tsv")]
-        seen.append((outputs, result()["best"]["scores"]["dev"]))
-    (right, scores), (found, others) = seen
+        seen.append([logits(run).squeeze(1).double(), column("run/predictions_dev.tsv"),
+                     column("run/new_predictions.tsv"), result()["best"]["scores"]["dev"]])
+    (*right, scores), (*found, others) = seen
     deviation = 1.62 * abs(a)
     for p, q in zip(right, found):
         assert (q - (a * p + b)).abs().max() < 0.005 * deviation + abs(b) * 1e-6
     assert (found[0] - found[1]).abs().max() < 1e-5 * deviation + abs(b) * 1e-6
     assert others["spearman"] == pytest.approx(scores["spearman"], abs=0.01)
     assert others["pearson"] == pytest.approx(scores["pearson"], abs=1e-3)
-
-
-def test_the_unit_of_glue_is_left_as_it_is(cli, tiny):
-    """Oracle: STS-B's own scores, on which the paper's tables were trained, and the trained head's weights."""
-    paths = write_task("stsb")
-    words = f"--task stsb --max-len 32 --batch-size 16 --model {tiny['bert']} --max-steps 2 --merge merged"
-    assert cli(words, "--out run").status == 0
-    labels = data.load_task("stsb")["train"].labels
-    assert data.TASKS["stsb"].unit == (0, 1) and max(labels) == 5 and min(labels) == 0
-    assert "unit" not in folder.load_adapter("run/adapter.safetensors")[1]["columns"]
-    head = models.from_pretrained("merged", 1).classifier
-    assert torch.equal(head.weight, tensors()["classifier.weight"])
-    assert data.load_file(paths["dev"], data.TASKS["stsb"]) == data.load_task("stsb", train=False)["dev"]
 
 
 @pytest.mark.parametrize("values, says", [("1e308 -1e308", "train.tsv: the scores are too far apart"),
@@ -487,59 +376,47 @@ settings  task=own""")
     Path("train.tsv").write_text("sentence\tscore\ncue0\t2000\ncue1\t2003\n")
     Path("dev.tsv").write_text("sentence\tscore\ncue0\t1999.5\n")
     shutil.copytree(cli.models["bert"], "bad")
-    Path("bad/model.safetensors").write_bytes(b"")
-    assert cli(words, "bad --out other").out.splitlines()[1:4:2] == [
-        "  scores 2000 to 2003; the model learns (score - 2001.5) / 1.5",
-        "  scores 1999.5 to 1999.5; the model learns (score - 2001.5) / 1.5"]
     tokenizer = json.loads(Path("bad/tokenizer.json").read_text())
     tokenizer["post_processor"]["special_tokens"]["[CLS]"]["ids"] = [9999]  # an id without a token
     Path("bad/tokenizer.json").write_text(json.dumps(tokenizer))
-    shutil.copy(cli.models["bert"] / "model.safetensors", "bad")
     done = cli(words, "bad --out other")
     refused(done, "do not belong together")
+    assert "\n  scores 2000 to 2003; the model learns (score - 2001.5) / 1.5\ndev: 1 rows" in done.out
+    assert "\n  scores 1999.5 to 1999.5; the model learns (score - 2001.5) / 1.5\n" in done.out
     assert "first row of train: ? cue0 [SEP] → 2000" in done.out
 
 
 # --- everyday cases that held at the first try ---------------------------------------------------------------
 
-def write_everyday(folder):
-    """A checkpoint with more rows of embeddings than words and 1,024 positions; train, dev and new files with
-    three classes. All names have blanks and letters that ASCII has not."""
-    write_checkpoint(folder / "ein Modell ✓", "bert", vocab_size=999, max_position_embeddings=1024)
+@pytest.mark.parametrize("texts, sizes", [(["sentence"], "--k 9 --r 2 --target-rank 1"),
+                                          (["sentence2", "sentence1"], "--k 1 --r 8")])
+def test_everyday_names_and_sizes(cli, tmp_path, monkeypatch, texts, sizes):
+    """Oracle: the promise: a batch beyond the data, one row to evaluate on, a row beyond --max-len, more embeddings
+    than words, k and r either way, words in any script; the labels come back as they were written. The console has
+    none of these letters, nor the blocks of which the map of kept values is made."""
+    write_checkpoint(tmp_path / "ein Modell ✓", "bert", vocab_size=999, max_position_embeddings=1024)
     labels = ["ja, gewiss", "niño ✗", "日本"]
     for name, n in (("train", 7), ("dev é", 1), ("new", 2)):
-        rows = [f"{text}\t{labels[i % 3]}\n" for i, (text, _) in enumerate(sentences(n, 0))]
-        Path(folder, f"{name}.tsv").write_text("sentence\tlabel\n" + "".join(rows), encoding="utf-8")
-    (folder / "train.tsv").open("a", encoding="utf-8").write("cue0 " * 700 + "\t日本\n")
-    return labels
-
-
-EVERYDAY = ["--model", "ein Modell ✓", "--train-file", "train.tsv", "--dev-file", "dev é.tsv",
-            "--out", "läuft hier", "--max-steps", "3", "--max-len", "600", "--predict", "new.tsv", "--predict-scores"]
-
-
-@pytest.mark.parametrize("sizes", ["--k 9 --r 2 --target-rank 1", "--k 1 --r 8"])
-def test_everyday_names_and_sizes(cli, tmp_path, sizes):
-    """Oracle: the promise: a batch beyond the data, one row to evaluate on, a row beyond --max-len, k and r
-    either way, words in any script; the labels come back as they were written."""
-    labels = write_everyday(tmp_path)
-    done = cli(*map(Path, EVERYDAY), sizes)
-    assert done.status == 0 and "8 rows of" in done.out and "; 1 are cut to 600" in done.out, done.err
+        rows = ["\t".join([*texts, "label"])]
+        rows += ["\t".join([text] * len(texts) + [labels[i % 3]]) for i, (text, _) in enumerate(sentences(n, 0))]
+        if name == "train":
+            rows.append("cue0 " * 700 + "\tx" * (len(texts) - 1) + "\t日本")
+        Path(f"{name}.tsv").write_text("\n".join(rows), encoding="utf-8")
+    words = ["--model", Path("ein Modell ✓"), "--dev-file", Path("dev é.tsv"), "--out", Path("läuft hier")]
+    with open("console", "w", encoding="ascii") as console, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", console)
+        assert cli(*words, sizes, "--train-file train.tsv --max-steps 3 --max-len 600 --predict new.tsv",
+                   "--predict-scores --merge merged").status == 0
+    said = Path("console").read_text()
+    assert "8 rows of" in said and "; 1 are cut to 600" in said and "kept of" in said and "ni?o ?" in said
     lines = Path("läuft hier/new_predictions.tsv").read_text(encoding="utf-8").splitlines()
     assert lines[0].split("\t")[2:] == sorted(labels)
     assert {line.split("\t")[1] for line in lines[1:]} <= set(labels)
-
-
-@pytest.mark.ci
-def test_a_console_of_no_language(tmp_path):
-    """Oracle: status 0 in a process of its own under LANG=C, whose console has no letter of these names."""
-    labels = write_everyday(tmp_path)
-    environment = os.environ | {"LANG": "C", "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *EVERYDAY], cwd=tmp_path, env=environment,
-                          capture_output=True)
-    assert done.returncode == 0, done.stderr
-    text = (tmp_path / "läuft hier/new_predictions.tsv").read_text(encoding="utf-8")
-    assert text.splitlines()[0].split("\t")[2:] == sorted(labels)
+    config = json.loads(Path("merged/config.json").read_text())
+    assert config["id2label"] == {str(i): label for i, label in enumerate(sorted(labels))}
+    adapter = Path("läuft hier/adapter.safetensors")
+    assert cli("--eval", adapter, *words[:4], "--max-len 600").status == 0
+    refused(cli("--eval", adapter, *words[:2]), "--dev-file")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -553,21 +430,22 @@ def test_two_seeds_at_once(cli):
         assert outcome(f"both{seed}") == outcome(f"alone{seed}")
 
 
+@pytest.mark.ci
 def test_threads_may_change_on_the_way(cli):
     """Oracle: the unbroken run on one thread, within float error."""
     torch.set_num_threads(2)
     with at_step(4, ctrl_c):
-        assert cli.tiny().status == 130
+        assert cli.tiny(BUSY).status == 130
     torch.set_num_threads(1)
     assert cli("--resume run").status == 0
     losses = [[line["loss"] for line in content["log.jsonl"] if "loss" in line]
-              for content in (outcome("run"), cli.whole())]
+              for content in (outcome("run"), cli.whole(BUSY))]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 # --- predictions --------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("task, split", [("rte", "test"), ("mnli", "test_matched"), ("mnli", "test_mismatched")])
+@pytest.mark.parametrize("task, split", [("rte", "test"), ("mnli", "test_mismatched")])
 def test_labels_have_names_and_probabilities(cli, tiny, monkeypatch, task, split):
     """Oracle: argmax and softmax of a fresh evaluation's logits, a column for each class under its name; the same
     labels as without. Class 0 of the head is what class 0 was called when it was trained: a table with another order
@@ -576,19 +454,19 @@ def test_labels_have_names_and_probabilities(cli, tiny, monkeypatch, task, split
     words = f"--max-len 32 --batch-size 16 --model {tiny['bert']} --predict {paths[split]}"
     assert cli(words, f"--task {task} --max-steps 5 --lr 0.02 --out run --predict-scores").status == 0
     paths["train"].unlink()                                # not needed any more
-    evaluation = f"--eval run/adapter.safetensors --model {tiny['bert']} --out plain --predict {paths[split]}"
-    again = cli(evaluation)
+    evaluation = f"--eval run/adapter.safetensors --model {tiny['bert']} --predict {paths[split]} --out"
+    again = cli(evaluation, "plain")
     assert again.status == 0 and f"plain/{file}" in again.out
-    with_, without = [[line.split("\t") for line in Path(out, file).read_text().splitlines()] for out in ("run", "plain")]
-    assert with_[0] == ["index", "prediction", *labels] and [row[:2] for row in with_] == without
+    head, *rows = (line.split("\t") for line in Path("run", file).read_text().splitlines())
+    plain = [line.split("\t") for line in Path("plain", file).read_text().splitlines()[1:]]
+    assert head == ["index", "prediction", *labels] and [row[:2] for row in rows] == plain
     run = opened(eval="run/adapter.safetensors", model=str(tiny["bert"]), predict=str(paths[split]), out="x")
     predictions, outputs = train.predict(run.net, run.unseen, 16, run.here)
-    found = torch.tensor([[float(number) for number in row[2:]] for row in with_[1:]])
+    found = torch.tensor([[float(number) for number in row[2:]] for row in rows])
     torch.testing.assert_close(found, outputs.softmax(1), rtol=1e-4, atol=1e-6)
-    assert [row[1] for row in with_[1:]] == [labels[i] for i in predictions]
-    other = data.TASKS[task]._replace(labels=labels[::-1])
-    monkeypatch.setitem(data.TASKS, task, other)           # as in models of other people
-    refused(cli(evaluation.replace("plain", "new")), repr(labels[0]), repr(labels[1]))
+    assert [row[1] for row in rows] == [labels[i] for i in predictions]
+    monkeypatch.setitem(data.TASKS, task, data.TASKS[task]._replace(labels=labels[::-1]))  # as in others' models
+    refused(cli(evaluation, "new"), repr(labels[0]), repr(labels[1]))
 
 
 def test_predictions_replace_nothing(cli, monkeypatch):
@@ -596,45 +474,37 @@ def test_predictions_replace_nothing(cli, monkeypatch):
     own, also where the run cannot be written to; two files of one name."""
     assert cli.tiny("--max-steps 2").status == 0
     Path("a").mkdir()
-    for name in ("new.tsv", "a/new.tsv"):
-        Path(name).write_text("sentence\n" + "cue0 filler1\n" * (3 if name == "new.tsv" else 5))
+    for name, rows in (("new.tsv", 3), ("a/new.tsv", 5), ("a/gold.tsv", 1)):
+        Path(name).write_text("sentence\n" + "cue0 filler1\n" * rows)
     evaluation = f"--eval run/adapter.safetensors --model {cli.models['deberta']}"
     first = cli(evaluation, "--predict new.tsv")
     assert first.status == 0 and "are in run/new_predictions.tsv" in first.out
-    before = Path("run/new_predictions.tsv").read_bytes()
-    file = Path("file")
-    file.write_text("x")
+    Path("run/gold_predictions.tsv").write_text("index\tlabel\n0\tyes\n")
+    Path("file").write_text("x")
+    before = contents("run")
+    new = "--overwrite --max-steps 2 --predict "
     with monkeypatch.context() as patch:
         patch.setattr(train, "predict_batch", lambda *_: pytest.fail("computed before it was refused"))
-        for words in (evaluation, "--resume run"):
-            refused(cli(words, "--predict a/new.tsv"), "would replace run/new_predictions.tsv", "--out")
-        refused(cli(evaluation, "--predict new.tsv --out file"), "--out file", "no folder")
-        refused(cli(evaluation, "--predict new.tsv --out file/x"), "--out file/x")
-        refused(cli(evaluation, "--predict new.tsv --out x --merge x"), "a folder each")
-        refused(cli(evaluation, "--out x"), "no --out")    # for nothing
-        refused(cli(evaluation, "--predict-scores"), "--predict", "give both")
-        refused(cli("--resume run --predict-scores"), "--predict", "give both")
+        for words, says in (
+                (f"{evaluation} --predict a/new.tsv", "would replace run/new_predictions.tsv"),
+                ("--resume run --predict a/new.tsv", "would replace run/new_predictions.tsv"),
+                (f"{evaluation} --predict new.tsv --out file/x", "--out file/x"),
+                (f"{evaluation} --predict new.tsv --out x --merge x", "a folder each"),
+                (f"{evaluation} --out x", "no --out"),     # for nothing
+                (f"{evaluation} --predict-scores", "--predict"), ("--resume run --predict-scores", "--predict")):
+            refused(cli(words), says)
+        refused(cli.tiny(new, "a/gold.tsv"), "would replace run/gold_predictions.tsv")
+    assert contents("run") == before
     second = cli(evaluation, "--predict a/new.tsv --out a --merge merged")
     assert second.status == 0 and len(Path("a/new_predictions.tsv").read_text().splitlines()) == 6
-    assert Path("run/new_predictions.tsv").read_bytes() == before
-    Path("run/gold_predictions.tsv").write_text("index\tlabel\n0\tyes\n")
-    new = "--overwrite --max-steps 2 --predict"
-    refused(cli.tiny(new, Path("a/gold.tsv")), "a/gold.tsv")                  # is not there
-    Path("a/gold.tsv").write_text("sentence\ncue0 filler1\n")
-    refused(cli.tiny(new, Path("a/gold.tsv")), "would replace run/gold_predictions.tsv")
-    assert Path("run/new_predictions.tsv").read_bytes() == before
     assert cli.tiny(new, "new.tsv --predict-scores").status == 0              # of the run that it replaces
     assert cli.tiny(new, "new.tsv").status == 0
     assert Path("run/new_predictions.tsv").read_text().startswith("index\tprediction\n")
-
-
-def test_probabilities_of_a_score_are_refused(cli):
-    """Oracle: by hand: there are none."""
     write_scores(1, 0)
     refused(cli(OWN, "--predict new.tsv --predict-scores --model", cli.models["bert"]), "--predict-scores")
 
 
-@pytest.mark.parametrize("task", ["cola", "mrpc", "stsb", "rte"])
+@pytest.mark.parametrize("task", ["cola", "stsb"])
 def test_real_files_and_a_real_checkpoint(cli, task):
     """Oracle: k(d_in + d_out) + 2kr + r on all-MiniLM-L6-v2 (6 layers, 384, 1,536); the rows of the file;
     22.7 million weights of 4 bytes."""
@@ -692,15 +562,6 @@ def test_every_option_of_the_computation_matters(cli):
     assert twins == [("", "--epochs 1")]                   # --max-steps rules
 
 
-def test_bf16_runs_on_the_cpu(cli):
-    """Oracle: fp32, from which half precision must differ a little and not a lot."""
-    for dtype in ("fp32", "bf16"):
-        assert cli.tiny("--dtype", dtype, model="still", out=dtype).status == 0
-    assert result("bf16")["dtype"] == "bf16" and result("bf16")["settings"]["dtype"] == "bf16"
-    losses = [[line["loss"] for line in log(dtype) if "loss" in line] for dtype in ("fp32", "bf16")]
-    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.1)
-
-
 @pytest.mark.slow
 def test_compile(cli):
     """Oracle: the run without --compile."""
@@ -712,39 +573,13 @@ def test_compile(cli):
 
 # --- other machines -----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("device, expected", [
-    ("cuda", ["contiguous", "pin_memory", "to cuda, not waited for"]), ("mps", ["to mps"]),
-    ("cpu", ["to cpu"])])
-def test_copies_are_waited_for_unless_pinned(device, expected):
+@pytest.mark.parametrize("device, pinned", [("cuda", True), ("mps", False), ("cpu", False)])
+def test_copies_are_waited_for_unless_pinned(device, pinned):
     """Oracle: the calls written out: what is not pinned may be gone before a copy that nobody waits for."""
-    calls = []
+    tensor = mock.MagicMock(device=torch.device("cpu"))
+    tensor.contiguous.return_value.pin_memory.return_value = ready = mock.MagicMock()
+    here = machine.Machine(torch.device(device), "fp32", 0, 1)
+    here.copies(tensor)
+    assert here.multiple == (1 if device == "cpu" else 8)  # of a batch's width: no padding in vain on a CPU
+    (ready if pinned else tensor).to.assert_called_once_with(torch.device(device), non_blocking=pinned)
 
-    class Recorded:
-        device = torch.device("cpu")
-
-        def to(self, device, non_blocking=False):
-            calls.append(f"to {device}" + ", not waited for" * non_blocking)
-
-        def __getattr__(self, name):
-            return lambda: calls.append(name) or self
-
-    machine.Machine(torch.device(device), "fp32", 0, 1).copies(Recorded())
-    assert calls == expected
-
-
-def test_no_padding_beyond_the_longest_row_on_a_cpu(cli, monkeypatch):
-    """Oracle: the last column of every batch, in training and evaluation: some row has a token there."""
-    real, seen = train.predict_batch, []
-    monkeypatch.setattr(train, "predict_batch", lambda net, batch, here: seen.append(
-        bool(batch.attention_mask[:, -1].any())) or real(net, batch, here))
-    assert cli.tiny().status == 0 and len(seen) > 12 and all(seen)
-
-
-def test_a_console_without_blocks(cli, monkeypatch):
-    """Oracle: the same run: the map of kept values is made of ░ and █, which a Latin-1 console has not."""
-    with open("console", "w", encoding="latin-1") as console, monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", console)
-        assert cli.tiny().status == 0
-    said = Path("console").read_text(encoding="latin-1")
-    assert "kept of" in said and "?" in said and outcome("run") == cli.whole()
-    assert re.fullmatch("[0-9a-f]{16}", result("run")["code"])
