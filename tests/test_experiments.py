@@ -130,7 +130,7 @@ def test_near(mean, std, to, expected):
     """Oracle: by hand: no further from the number than its spread; one run has none. Ratios count from 1."""
     part = {"mean": mean, "std": std, "n": 3}
     assert tables.near(part, to) is expected and not tables.near(None)
-    assert pages.show_change(part, 3, to=to).startswith("≈") is expected
+    assert pages.show(part, 3, to=to).startswith("≈") is expected
 
 
 def test_interval():

@@ -147,7 +147,7 @@ def reported(grid, tuned=None):
     """The runs that a table shows; of one that is tuned as if it had chosen that."""
     if tuned is None:
         return list(grids.cells_of(grid)[1])
-    return [grids.reported_cell(grid, row, task, seed, tuned) for task in grid.tasks for row in grid.rows
+    return [grids.make_cell(grid, row, task, seed, tuned) for task in grid.tasks for row in grid.rows
             for rows, seeds in grid.stages for seed in seeds if row in rows]
 
 
@@ -363,9 +363,15 @@ def test_stages_come_in_order(study):
     args = reproduce.parse(study("--tasks stsb,cola --workers 50"))
     args.grid.rows.reverse()
     handed = []
-    pool = SimpleNamespace(submit=lambda function, cell, *more: handed.append(cell.row) or Future())
-    scheduler = workers.Scheduler(args, pool, None)
-    scheduler.hand_out()
+
+    def submit(function, cell, *more):
+        handed.append(cell.row)
+        stopped = Future()
+        stopped.set_exception(KeyboardInterrupt())
+        return stopped
+
+    with pytest.raises(KeyboardInterrupt):
+        workers.run_all(args, SimpleNamespace(submit=submit), None)
     first, second = (set(rows.split()) for rows, _ in grids.TABLES["study"]["stages"][:2])
     assert len(handed) == 50 and set(handed[:44]) == first and set(handed[44:]) <= second
 
