@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 from experiments import bench
-from experiments.speed import counts, growth, peers, steps, table, texts
+from experiments.speed import counts, growth, peers, steps, table, tasks
 from formats import glue, toy
 from running import progress
 
@@ -75,18 +75,18 @@ def test_saved_bytes_of_a_chain_of_linears():
     net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3), nn.Tanh())
     x = torch.randn(4, 5)
     forward = lambda: net(x).sum()
-    assert counts.saved_bytes(forward, net) == 4 * (4 * 5 + 4 * 7 + 4 * 3)  # the 4 × 7 twice, counted once
+    assert counts.saved(forward, net).total() == 4 * (4 * 5 + 4 * 7 + 4 * 3)  # the 4 × 7 twice, counted once
     net[0].weight.requires_grad_(False)
-    assert counts.saved_bytes(forward, net) == 4 * (4 * 7 + 4 * 3)
+    assert counts.saved(forward, net).total() == 4 * (4 * 7 + 4 * 3)
     net[0].bias.requires_grad_(False)
     net[2].weight.requires_grad_(False)
-    assert counts.saved_bytes(forward, net) == 4 * (4 * 3)                  # only the last bias is trained
+    assert counts.saved(forward, net).total() == 4 * (4 * 3)                  # only the last bias is trained
 
 
 def test_saved_bytes_count_the_whole_storage_behind_a_view():
     """Oracle: by hand. A column of a 4 × 1000 matrix keeps all 16,000 bytes alive; a parameter is free."""
     net, wide = nn.Linear(4, 1, bias=False), torch.randn(4, 1000)
-    assert counts.saved_bytes(lambda: (net.weight * wide[:, 0]).sum(), net) == 16000
+    assert counts.saved(lambda: (net.weight * wide[:, 0]).sum(), net).total() == 16000
 
 
 @pytest.mark.parametrize("shape, T", [("tiny", 16), ("tiny", 160), ("tiny-roberta", 24)])
@@ -273,12 +273,13 @@ def test_texts_are_timed_side_by_side(tmp_path, monkeypatch, capsys):
     """Oracle: by hand: a time for the file and one for the texts of each, a round; never of other ids."""
     pytest.importorskip("sentencepiece")
     shutil.copy(ROOT / "tests" / "data" / "spm_small.model", tmp_path / "spm.model")
-    times = texts.measure(tmp_path, ["A man is playing a guitar."] * 20, 2)
-    assert times.keys() == {"SentencePiece", "transformers", "own"}
-    assert all(len(pairs) == 2 and min(map(min, pairs)) > 0 for pairs in times.values())
-    monkeypatch.setitem(texts.READERS, "own", lambda folder: lambda rows: [[1, 3, 2]] * len(rows))
+    times = tasks.measure_texts(tmp_path, ["A man is playing a guitar."] * 20, 2)
+    for some in times:
+        assert some.keys() == {"SentencePiece", "transformers", "own"}
+        assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in some.values())
+    monkeypatch.setitem(tasks.READERS, "own", lambda folder: lambda rows: [[1, 3, 2]] * len(rows))
     with pytest.raises(ValueError, match="20 of 20 texts have other ids"):
-        texts.measure(tmp_path, ["A man is playing a guitar."] * 20, 2)
+        tasks.measure_texts(tmp_path, ["A man is playing a guitar."] * 20, 2)
     assert bench.main(["--texts"]) == 2 and "row 13 needs --spm" in capsys.readouterr().err
 
 
@@ -304,7 +305,7 @@ def test_folders_are_named_by_their_last_part(tmp_path, monkeypatch, capsys):
     words = ["--model", "/a/b/minilm", "--quick", "--out", "x/results"]
     assert bench.main(words) == 2
     assert capsys.readouterr().err.startswith("error: rows 9, 12 and 13 need glue/")
-    for task in bench.TASKS:
+    for task in tasks.TASKS:
         Path("glue", data.TASKS[task].folder).mkdir(parents=True)
     job = bench.parse(words)
     bench.prepare(job)

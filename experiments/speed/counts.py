@@ -1,10 +1,11 @@
 """What can be counted instead of timed: it is the same on every machine, however busy.
 
     with Operations() as counted: ...      # aten operations and host reads
-    saved_bytes(forward, model)            # what a forward pass keeps for the backward pass
+    saved(forward, model)                  # bytes a forward pass keeps for the backward pass
     frozen_flops(config, B, T)             # of the matrix products of a step with frozen weights
 """
 import collections
+import sys
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -110,17 +111,25 @@ def saved(forward, model):
     return kept
 
 
-def saved_bytes(forward, model):
-    """All bytes of saved()."""
-    return saved(forward, model).total()
-
-
 def peak_bytes(step, before):
     """Bytes that a GPU has reserved for three steps, beyond those before: two to be recorded."""
     torch.cuda.reset_peak_memory_stats()
     for _ in range(3):
         step()
     return torch.cuda.max_memory_reserved() - before
+
+
+def synchronises(step):
+    """1 if the host waits for the GPU inside a step, else 0."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+        return 0
+    except RuntimeError as error:
+        print(f"row 7: {error}", file=sys.stderr)
+        return 1
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def frozen_flops(config, B, T):

@@ -44,7 +44,7 @@ def measure(job, name, value):
         if job.device == "cuda":
             memory = counts.peak_bytes(step, torch.cuda.memory_allocated())
         else:
-            memory = counts.saved_bytes(step.loss, step.net)
+            memory = counts.saved(step.loss, step.net).total()
         point[variant] = {"seconds": table.summary(times[variant]), "bytes": memory}
     print(f"{name} = {value}", file=sys.stderr, flush=True)
     return point
@@ -116,7 +116,7 @@ def markdown(content):
     return "\n".join(parts)
 
 
-def main(job, about):
+def measure_all(job, about):
     """Measure, print, write growth-DEVICE.json and .md into job.out."""
     job.folder = steps.write_checkpoint(job.work / "model", job.config)
     sweeps = {}
@@ -129,8 +129,4 @@ def main(job, about):
     for name in ("B", "T", "layers", "rounds"):
         del about[name]
     content = about | {"base": BASE, "sweeps": sweeps, "data": read}
-    text = markdown(content)
-    quick = "-quick" if job.quick else ""
-    path = table.write(Path(job.out) / f"growth-{job.device}{quick}", content, text)
-    print(text, f"written: {path}", sep="\n")
-    return 0
+    table.write("growth", job, content, markdown(content))
