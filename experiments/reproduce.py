@@ -132,15 +132,15 @@ def labels_of(grid):
 
 def paper_of(grid, base):
     """{row, of Table 2 task: what the paper says of it}."""
-    if grid.table not in PAPER:
-        return {}
-    known = PAPER[grid.table]["rows"]
+    known = PAPER.get(grid.table, {"rows": {}})["rows"]
     if grid.is_timed:
         return known
-    names = {}
+    found = {}
     for row in grids.TABLES[grid.table]["rows"][base].split():
-        names[grids.full_name(row, grid.preset["base"])] = grids.full_name(row, "lora2-k1")
-    return {row: known[names[row]] for row in grid.rows if names[row] in known}
+        ours, theirs = (grids.full_name(row, name) for name in (grid.preset["base"], "lora2-k1"))
+        if ours in grid.rows and theirs in known:
+            found[ours] = known[theirs]
+    return found
 
 
 def content_of(path):
@@ -228,12 +228,11 @@ def parse(argv):
 
 def chosen(words, known, what):
     """The names in "a,b,c", each once; all that are known for None. ValueError for another one."""
-    if words is None:
-        return list(known)
-    for name in words.split(","):
+    names = list(known) if words is None else list(dict.fromkeys(words.split(",")))
+    for name in names:
         if name not in known:
             raise ValueError(f"there is no {what} {name!r}: there are {', '.join(known)}")
-    return list(dict.fromkeys(words.split(",")))
+    return names
 
 
 def flags_of(args):

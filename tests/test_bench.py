@@ -51,11 +51,10 @@ def test_operations_are_counted_forward_and_backward():
     x, w = torch.randn(3, 4), torch.randn(4, 5, requires_grad=True)
     with counts.Operations() as forward:
         y = (x @ w).sum()
-    assert forward.names == {"mm": 1, "sum": 1} and forward.total == 2 and forward.views == 0
+    assert forward.names == {"mm": 1, "sum": 1} and forward.total == 2
     with counts.Operations() as backward:
         y.backward()
     assert backward.names == {"ones_like": 1, "mm": 1}      # dw = xᵀ @ 1; the gradient of a sum is a view
-    assert backward.views >= 2                              # expand and t at least
 
 
 @pytest.mark.parametrize("read, n", [

@@ -33,15 +33,14 @@ class _Calls(TorchFunctionMode):
 class Operations(TorchDispatchMode):
     """Context that counts the aten operations inside, forward and backward.
 
-    names: a Counter of those that compute, copy or allocate; total: how many they are.
-    views: those that only look at the same memory in another shape (view, t, expand, detach ...).
+    names: a Counter of those that compute, copy or allocate; those that only look at the same
+    memory in another shape (view, t, expand, detach ...) are not. total: how many they are.
     reads: how often the host waited for a number of the device.
     """
 
     def __init__(self):
         super().__init__()
         self.names = collections.Counter()
-        self.views = 0
         self._calls = _Calls()
 
     def __enter__(self):
@@ -57,9 +56,7 @@ class Operations(TorchDispatchMode):
         if name.startswith("index") and isinstance(args[1], (list, tuple)):
             kinds = {part.dtype for part in args[1] if part is not None}
             self._calls.reads += bool(kinds & {torch.bool, torch.uint8})       # looks for its Trues
-        if function.is_view or name == "_unsafe_view":
-            self.views += 1
-        else:
+        if not function.is_view and name != "_unsafe_view":
             self.names[name] += 1
         return function(*args, **(kwargs or {}))
 
@@ -73,7 +70,7 @@ class Operations(TorchDispatchMode):
 
 
 def count_parts(step):
-    """{part of a step: how many operations}, and "total", "views", "host reads" of all parts.
+    """{part of a step: how many operations}, and "total" and "host reads" of all parts.
 
     They are of a second step: the first makes plans and AdamW's state.
     """
@@ -82,7 +79,6 @@ def count_parts(step):
     step(parts.__getitem__)
     found = {part: counted.total for part, counted in parts.items()}
     found["total"] = sum(found.values())
-    found["views"] = sum(counted.views for counted in parts.values())
     found["host reads"] = sum(counted.reads for counted in parts.values())
     return found
 

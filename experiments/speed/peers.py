@@ -6,9 +6,11 @@ update_and_allocate after each optimizer step, as its documentation says. Needs
 requirements-dev.txt.
 """
 import contextlib
+import itertools
 import math
 import time
 import warnings
+from types import SimpleNamespace
 
 import torch
 
@@ -35,12 +37,8 @@ def available():
 
 def target_names(config):
     """Dotted names of the six matrices of each layer: transformers' are the checkpoint's."""
-    kind = config.model_type
-    names = []
-    for i in range(config.num_hidden_layers):
-        layer = f"{models.PREFIX[kind]}.encoder.layer.{i}"
-        names += [f"{layer}.{end}" for end in models.TARGETS[kind].values()]
-    return names
+    as_ours = SimpleNamespace(kind=config.model_type, config=config.to_dict())
+    return models.target_modules(as_ours, models.TARGETS[config.model_type])
 
 
 def load(folder, labels=2):
@@ -154,26 +152,20 @@ def parity_of_adalora(folder, batch, layers):
     """AdaLoRA with random factors against peft's, regulariser included."""
     own = OwnStep(folder, "adalora", batch, r=8, extras=False, layers=layers)
     peer = PeerStep(folder, "adalora", batch, r=8, layers=layers)
-    adapters = pairs(own, peer)
-    for layer, theirs in adapters:
-        for mine, factor in both_factors(layer, theirs).values():
-            factor.data.copy_(in_pefts_layout(mine.data))
+    factors = {"P": [], "lam": [], "Q": []}                # (ours, peft's)
+    for layer, theirs in pairs(own, peer):
+        factors["P"].append((layer.P, theirs.lora_A["default"]))
+        factors["lam"].append((layer.lam, theirs.lora_E["default"]))
+        factors["Q"].append((layer.Q, theirs.lora_B["default"]))
+    for ours, theirs in itertools.chain(*factors.values()):
+        theirs.data.copy_(in_pefts_layout(ours.data))
     errors = {"AdaLoRA logits": difference([(logits(own), logits(peer))])}
     (own.loss() + 0.1 * baselines.regulariser("adalora", own.net, None)).backward()
     peer.loss().backward()
-    gradients = {"P": [], "lam": [], "Q": []}
-    for layer, theirs in adapters:
-        for name, (mine, factor) in both_factors(layer, theirs).items():
-            gradients[name].append((in_pefts_layout(mine.grad), factor.grad))
-    for name, of_all in gradients.items():
-        errors[f"AdaLoRA gradient of {name}"] = difference(of_all)
+    for name, some in factors.items():
+        gradients = [(in_pefts_layout(ours.grad), theirs.grad) for ours, theirs in some]
+        errors[f"AdaLoRA gradient of {name}"] = difference(gradients)
     return errors
-
-
-def both_factors(layer, theirs):
-    """{our name: (our parameter, peft's)} of the three factors of an AdaLoRA adapter."""
-    return {"P": (layer.P, theirs.lora_A["default"]), "lam": (layer.lam, theirs.lora_E["default"]),
-            "Q": (layer.Q, theirs.lora_B["default"])}
 
 
 def in_pefts_layout(factor):

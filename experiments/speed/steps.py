@@ -95,7 +95,7 @@ class OwnStep:
         if layers is not None:
             del net.backbone.encoder.layer[layers:]
             net.config["num_hidden_layers"] = layers
-        names = models.target_modules(net, ["q", "k", "v", "o", "f1", "f2"])
+        names = models.target_modules(net, models.TARGETS[net.kind])
         self.method, self.batch, self.extras = method, batch, extras
         self.here = machine.Machine(batch.input_ids.device, dtype, 0, 1)
         if method == "frozen":
@@ -103,16 +103,14 @@ class OwnStep:
         else:
             baselines.add_method(method, net, names, net.head, k, r, 32, None)
         fast.speed_up(net.to(self.here.device).train(), dtype, compile)
-        if method != "frozen":
-            self.optimizer, self.parameters = train.make_optimizer(
-                net, lr=1e-3, head_lr=1e-3, weight_decay=0.0)
         loss_of = functools.partial(train.part_loss, net, self.here)
         self.recorded = None if eager else fast.recorder(loss_of, net)
         if method == "frozen":
             return
+        self.optimizer, self.parameters = train.make_optimizer(net, lr=1e-3, head_lr=1e-3,
+                                                               weight_decay=0.0)
         self.plan = schedule.Plan(1000, 1000, 0, 0, 10, 1, None, None, None)
-        self.step = 0
-        self.pruner = None
+        self.step, self.pruner = 0, None
         if extras:
             self.pruner = baselines.make_pruner(method, net, max(1, r // 2),
                                                 **self.plan.pruning())
