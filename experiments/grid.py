@@ -157,7 +157,7 @@ def make_cell(grid, row, task, seed, tuned):
 def record_of(grid, cell):
     """The record of a finished run, of whatever row; None without one."""
     run = grid.known.get(key_of_flags(cell.flags))
-    return run and run | {"row": cell.row}
+    return None if run is None else run | {"row": cell.row}
 
 
 # --- how a row is tuned ----------------------------------------------------------------------
@@ -249,4 +249,4 @@ def finished(grid):
     done = {cell: record_of(grid, cell) for cell in tuning | reported}
     shows_tuning = grid.starts or grid.table == "tune"
     shown = [run for cell, run in done.items() if run and (shows_tuning or cell in reported)]
-    return shown, list(filter(None, done.values()))
+    return shown, [run for run in done.values() if run]

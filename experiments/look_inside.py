@@ -14,6 +14,7 @@ class Judge(RankPruner):
     of_task: its I is that of the task's gradient, without what R adds. by_mean: S = Ī, without Ū.
     """
 
+    prunes, of_task, by_mean = True, False, False
     returned = 0                        # how often a choice took back what the one before left out
 
     def scored_weights(self):
@@ -64,12 +65,11 @@ def make_judges(row, o, net, plan):
         names = ["itself", "of-task", "by-mean"] if row == "unpruned" else ["itself"]
     judges = {}
     for name in names:
-        judge = Judge(net, o.target_rank, plan.steps, plan.prune_warmup, plan.prune_final,
-                      plan.prune_interval)
+        judges[name] = judge = Judge(net, o.target_rank, plan.steps, plan.prune_warmup,
+                                     plan.prune_final, plan.prune_interval)
         judge.prunes = row != "unpruned"
         judge.of_task = "of-task" in (row, name)
         judge.by_mean = "by-mean" in (row, name)
-        judges[name] = judge
     return judges
 
 

@@ -316,7 +316,7 @@ def test_a_run_leaves_its_picture(method, steps, cli):
     lines = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
     told = [line for line in lines if "ranks" in line]
     assert plot.main(["run", "--out", "out"]) == 0 and [line["step"] for line in told] == steps
-    assert sorted(Path("out").glob("pruning.*")) == [Path("out/pruning.json"), Path("out/pruning.svg")] * bool(steps)
+    assert len(list(Path("out").glob("pruning.*"))) == (2 if steps else 0)
     if steps:
         story = json.loads(Path("out/pruning.json").read_text(encoding="utf-8"))
         ranks = json.loads(Path("run/ranks.json").read_text())

@@ -106,8 +106,7 @@ def judged(gamma, kind=look_inside.Judge, **what):
     """A pruner after six steps of a model that nothing else updates."""
     net, _ = adapted(k=1, r=4, layer=LoRA2Linear, init="gaussian")  # orthonormal: R has no gradient
     judge = kind(net, 1, total_steps=6, warmup=0, final=1, interval=1)
-    settings = {"of_task": False, "by_mean": False, "prunes": True, "clipped": 1.0} | what
-    for name, value in settings.items():
+    for name, value in ({"clipped": 1.0} | what).items():
         setattr(judge, name, value)
     judge.mean = 0                                         # Ī by hand, (n, r), where nothing is pruned
     for t in range(6):
