@@ -202,36 +202,6 @@ def test_places(q, family):
             progress.place_of(bad)
 
 
-def run_folder(folder, method="lora2"):
-    """The files of a finished run, of a pruned one or of one that was not."""
-    folder.mkdir(parents=True)
-    (folder / "result.json").write_text(json.dumps({"task": "cola", "method": method, "settings": {"r": 8}}))
-    more = lambda s: {"R": 2 / s, "kept": 48 - s} if method == "lora2" else {}
-    records = [{"step": s, "loss": 1 / s, "lr": 0.1} | more(s) for s in range(1, 30)]
-    records.append({"step": 29, "score": 0.5})
-    (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    if method == "lora2":
-        kept = {f"bert.encoder.layer.{i}.{end}": i for i in range(6) for end in models.TARGETS["bert"].values()}
-        (folder / "ranks.json").write_text(json.dumps(kept))
-    return folder
-
-
-@pytest.mark.parametrize("method, stems", [("lora2", {"ranks", "training"}), ("full", {"training"})])
-def test_pictures_of_a_run(method, stems, tmp_path, capsys):
-    """Oracle: the file formats' first bytes; drawing twice gives the same bytes."""
-    pytest.importorskip("matplotlib")
-    folder = run_folder(tmp_path / "run", method)
-    assert plot.main([str(folder), "--out", str(tmp_path / "a")]) == 0
-    names = {path.name for path in (tmp_path / "a").iterdir()}
-    assert names == {f"{stem}.{kind}" for stem in stems for kind in ("png", "svg")}
-    assert len(capsys.readouterr().out.splitlines()) == 2 * len(stems)
-    plot.main([str(folder), "--out", str(tmp_path / "b")])
-    for path in (tmp_path / "a").iterdir():
-        start = path.read_bytes()[:400]
-        assert start.startswith(b"\x89PNG") if path.suffix == ".png" else b"<svg" in start
-        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
-
-
 def test_heat_map_shows_the_counts():
     """Oracle: the numbers put in: rows are matrices in the paper's order, columns layers."""
     pytest.importorskip("matplotlib")
@@ -240,6 +210,16 @@ def test_heat_map_shows_the_counts():
     assert image.get_array().tolist() == [[8, 2], [0, 5.5]] and image.get_clim() == (0, 8)
     assert [text.get_text() for text in axes.texts] == ["8", "2", "0", "5.5"]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["query", "feed-forward 2"]
+
+
+def run_folder(folder):
+    """The files of a finished run that was pruned."""
+    folder.mkdir()
+    (folder / "result.json").write_text(json.dumps({"task": "cola", "method": "lora2", "settings": {"r": 8}}))
+    (folder / "log.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0, "R": 2.0, "kept": 48}))
+    kept = {f"bert.encoder.layer.{i}.{end}": i for i in range(6) for end in models.TARGETS["bert"].values()}
+    (folder / "ranks.json").write_text(json.dumps(kept))
+    return folder
 
 
 @pytest.mark.parametrize("name, text, says", [
@@ -308,21 +288,29 @@ def test_the_picture_that_moves_is_of_its_story():
     assert summary.comparable(vars(options.resolve(options.parse(words)))) == story["settings"]
 
 
-@pytest.mark.parametrize("method, steps", [("lora2", [1, 10, 12]), ("adalora", [1, 10, 12]), ("sora", []), ("lora", [])])
-def test_a_run_leaves_its_picture(method, steps, cli):
-    """Oracle: ranks.json and the log of a run of twelve steps; SoRA and LoRA have no budget to show."""
+@pytest.mark.parametrize("method, steps", [("lora2", [1, 10, 12]), ("adalora", [1, 10, 12]), ("sora", []), ("full", [])])
+def test_a_run_leaves_its_pictures(method, steps, cli, capsys):
+    """Oracle: ranks.json and the log of a run of twelve steps; the file formats' first bytes; SoRA has no budget to
+    show, full fine-tuning has no ranks. Drawing twice gives the same bytes."""
     pytest.importorskip("matplotlib")
     assert cli.tiny("--method", method, "--max-steps 12").status == 0
-    lines = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
-    told = [line for line in lines if "ranks" in line]
-    assert plot.main(["run", "--out", "out"]) == 0 and [line["step"] for line in told] == steps
-    assert len(list(Path("out").glob("pruning.*"))) == (2 if steps else 0)
+    told = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines() if "ranks" in line]
+    assert [line["step"] for line in told] == steps
+    drawn = []
+    for _ in range(2 if method == "adalora" else 1):
+        assert plot.main(["run", "--out", "out"]) == 0
+        drawn.append({path.name: path.read_bytes() for path in Path("out").iterdir()})
+    stems = ["training"] + ([] if method == "full" else ["ranks"])
+    names = {f"{stem}.{kind}" for stem in stems for kind in ("png", "svg")}
+    assert drawn[0].keys() == names | ({"pruning.json", "pruning.svg"} if steps else set()) and drawn[0] == drawn[-1]
+    assert len(capsys.readouterr().out.splitlines()) == len(drawn) * len(drawn[0])
+    assert all(drawn[0][name].startswith(b"\x89PNG") == name.endswith("png") for name in drawn[0])
     if steps:
-        story = json.loads(Path("out/pruning.json").read_text(encoding="utf-8"))
+        story = json.loads(drawn[0]["pruning.json"])
         ranks = json.loads(Path("run/ranks.json").read_text())
         assert told[-1]["ranks"] == [ranks[name] for name in sorted(ranks)]
         assert story["frames"][-1]["ranks"] == summary.by_place(ranks)
-        check_picture(story, Path("out/pruning.svg").read_text(encoding="utf-8"))
+        check_picture(story, drawn[0]["pruning.svg"].decode())
 
 
 def test_of_a_long_run_some_frames_are_left_out(monkeypatch):

@@ -427,10 +427,10 @@ def test_a_study_whose_choice_is_on_an_edge_is_refused(spoil, says, ran, capsys)
 
 # --- what is trusted ----------------------------------------------------------------------------------------
 
-def test_what_is_finished_is_not_run(ran):
+def test_what_is_finished_is_not_run(ran, capsys):
     """Oracle: the list of runs, and the bytes. The second call runs nothing and writes the same; nothing that a
     table lists is run, by this table or by another; one more seed runs alone; a narrower table loses nothing.
-    Only what Eq. 8 and Eq. 9 keep is not in Table 4."""
+    Only what Eq. 8 and Eq. 9 keep is not in Table 4. A damaged file is named."""
     words = "--tasks cola,mrpc --seeds"
     assert len(ran(f"table4 {words} 0,1")) == 4 * 2 * 2
     folder = grid_of("table4").path.parent
@@ -443,7 +443,11 @@ def test_what_is_finished_is_not_run(ran):
     assert ran(f"table4 {words} 0,1") == [] and page_of("table4").encode() in before.values()
     assert {call[0] for call in ran(f"pruning {words} 0,1,2")} == {"lora2-k1-unpruned"}
     assert {call[0] for call in ran(f"overlap {words} 0")} == {"lora2-k1", "lora2-k1-eq8"}
-    assert ran(f"overlap {words} 0") == []
+    assert ran(f"overlap {words} 0") == [] and len(content_of("overlap")["runs"]) == 4
+    assert all(run["kept"] == {"f2": [[0, 1], [run["seed"] % 3]]} for run in content_of("overlap")["runs"])
+    assert "| 68.66 |" in page_of("table4")                # the paper's
+    grid_of("table4").path.write_text("{")
+    refused(f"table4 {words} 0", capsys, "table4.json is damaged", "remove it")
 
 
 def test_another_choice_leaves_the_runs_of_before(ran):
@@ -515,34 +519,6 @@ def test_a_matrix_that_one_run_lacks(table, name, spoilt, ran, capsys):
     content["runs"][spoilt][name]["f2"] = content["runs"][spoilt][name]["f2"][:1]
     summary.write(grid_of(words).path, content)
     refused(f"{words} --no-run", capsys, f"{name} is of other matrices", "run it again")
-
-
-def test_a_tables_file_is_whole_and_has_a_line_for_each_run(ran, capsys):
-    """Oracle: json: what is read is what was written; shared settings once. A damaged file is named."""
-    words = "overlap --tasks cola --seeds 0,1"
-    ran(words)
-    grid = grid_of(words)
-    lines = [json.loads(line.strip().rstrip(",")) for line in grid.path.read_text(encoding="utf-8").splitlines()
-             if line.startswith('  {"row"')]
-    assert [(line["row"], line["seed"], line["settings"]) for line in lines] == [
-        (row, seed, {"importance": which}) for row, which in (("lora2-k1", "reduced"), ("lora2-k1-eq8", "full"))
-        for seed in (0, 1)]
-    for cell, run in zip(reported(grid), summary.load(grid.path)["runs"], strict=True):
-        assert run["settings"] == summary.comparable(grids.settings_of(cell.flags))
-        assert run["kept"] == {"f2": [[0, 1], [cell.seed % 3]]} and run["part"] == "reported"
-    grid.path.write_text("{")
-    refused(words, capsys, "overlap.json is damaged", "remove it")
-
-
-def test_the_table_says_where_it_comes_from(ran):
-    """Oracle: by hand, height() of seeds 0 and 1, the paper's 68.66, the command as given but for its folders."""
-    words = "table4 --tasks cola --seeds 0,1"
-    ran(f"{words} --runs /a/b/runs")
-    text, mean = page_of(words), 100 * (height(ran.cells[0]) + 0.0005)
-    assert f"{mean:.2f}±0.07" in text and "| 68.66 |" in text and "not run" not in text
-    assert f"`python experiments/reproduce.py {words} --runs runs`" in text
-    assert ("8 runs, 0.08 hours; seed 0, 1; device cpu; dtype fp32; threads 1; torch 2; python 3; "
-            "date 2026-01-01") in text
 
 
 def test_a_dry_run_leaves_no_trace(ran, capsys):
