@@ -77,9 +77,7 @@ class PeerStep:
             self.net = adapt(self.net, method, r, steps=1000, alpha=alpha)
         self.net.to(batch.input_ids.device).train()
         self.parameters = [p for p in self.net.parameters() if p.requires_grad]
-        if method != "frozen":
-            self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3, weight_decay=0.0,
-                                               fused=True)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3, weight_decay=0.0, fused=True)
 
     def loss(self):
         """Cross entropy; peft adds its regulariser inside where it gets the labels."""
@@ -92,17 +90,14 @@ class PeerStep:
         """One step, R inside "forward, backward": peft does not let them apart."""
         with part("forward, backward"):
             self.loss().backward()
-        if self.method == "frozen":
-            for parameter in self.parameters:
-                parameter.grad = None
-            return
-        self.step += 1
-        with part("clip, AdamW"):
-            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-            self.optimizer.step()
-        with part("importance, selection"):
-            if self.method == "adalora":
-                self.net.base_model.update_and_allocate(self.step)
+        if self.method != "frozen":
+            self.step += 1
+            with part("clip, AdamW"):
+                torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+                self.optimizer.step()
+            with part("importance, selection"):
+                if self.method == "adalora":
+                    self.net.base_model.update_and_allocate(self.step)
         self.optimizer.zero_grad()
 
 
