@@ -314,12 +314,12 @@ def test_a_run_leaves_its_pictures(method, steps, cli, capsys):
 
 
 def test_of_a_long_run_some_frames_are_left_out(monkeypatch):
-    """Oracle: by hand: of 7 frames every third, so that the last is among them."""
+    """Oracle: by hand: of 8 frames every third, so that the last is among them."""
     monkeypatch.setattr(moving, "FRAMES", 3)
-    frames = [{"step": i, "loss": 0.0, "kept": 8 - i, "ranks": {"q": [8 - i, 0]}} for i in range(1, 8)]
-    story = {"settings": {"r": 8, "task": "own", "model": '<"a&b">'}, "steps": 7, "singular_values": 16,
+    frames = [{"step": i, "loss": 0.0, "kept": 9 - i, "ranks": {"q": [9 - i, 0]}} for i in range(1, 9)]
+    story = {"settings": {"r": 9, "task": "own", "model": '<"a&b">'}, "steps": 8, "singular_values": 16,
              "last": {"scores": {"dev": {"accuracy": 0.5}}}, "frames": frames}
-    assert [rows for rows, _ in read_picture(moving.picture(story))] == [{0: [8 - i, 0]} for i in (1, 4, 7)]
+    assert [rows for rows, _ in read_picture(moving.picture(story))] == [{0: [9 - i, 0]} for i in (2, 5, 8)]
 
 
 def test_figure3(tmp_path):
