@@ -131,7 +131,7 @@ def page(content, device):
 
 
 def write(kind, job, content, text):
-    """Write the JSON file of a measurement and its Markdown into job.out; show what stands first."""
+    """Write the JSON file of a measurement and its Markdown into job.out; show what is first."""
     shape = "" if job.shape == "deberta-v3-base" else f"-{job.shape}"
     quick = "-quick" if job.quick else ""
     stem = Path(job.out) / f"{kind}-{job.device}{shape}{quick}"

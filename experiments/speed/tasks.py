@@ -82,7 +82,7 @@ READERS = {"SentencePiece": sentencepiece, "transformers": transformers, "own": 
 
 
 def time_texts(job, most=40_000):
-    """Row 13: texts to ids, the first different ones of the tasks, and the time to read the file."""
+    """Row 13: the tasks' first different texts to ids, and the time to read the file."""
     found = {}
     for task in TASKS:
         for name in ("train", "dev"):
