@@ -10,13 +10,12 @@
         optimizer.zero_grad()
 
 The update of a frozen W0 is AdaLoRA's P Λ Q, whose factors P = v u and Q = U V are products
-through k numbers, the second scale (Eq. 4, row vectors; here d = 768, k = 8, r = 8):
+through k numbers, the second scale (Eq. 4, row vectors; shapes for d = 768, k = 8, r = 4):
 
          ┌──────────────────  W0ᵀ, b  (frozen)  ─────────────────┐
     x ───┤                                                       + ─── y
          └─── v ────── u ────── Λ ────── U ────── V ─── scale ───┘
-  N×768     768×8     8×8       8       8×8     8×768             N×768
-            └──── P ────┘               └──── Q ────┘
+  N×768     768×8     8×4       4       4×8     8×768             N×768
 
     symbol   shape        init          scored?   meaning
     v        (d_in, k)    N(0, 0.02²)   no        takes the input down to k numbers
@@ -27,8 +26,8 @@ through k numbers, the second scale (Eq. 4, row vectors; here d = 768, k = 8, r 
     scale    alpha / r                            with the initial r: pruning keeps it
 
 ΔW has rank min(k, r) at most. If k < r, the Λ_i are not its singular values but r terms of a sum
-in k × k numbers: k = 1 gives exactly the updates of LoRA with r = 1. The rank falls once fewer than
-k of them are left. Until then pruning shares out terms between the matrices of a model.
+in k × k numbers: k = 1 gives exactly the updates of LoRA with r = 1. Until fewer than k of them are
+left, pruning does not lower the rank: it shares out terms between the matrices of a model.
 """
 import math
 import warnings
@@ -43,8 +42,8 @@ class LoRA2Linear(nn.Module):
     base: the nn.Linear, which is frozen here.
     k, r: projected dimension and number of singular values, each from 1 to min(d_in, d_out).
     alpha: positive. The update is scaled by alpha / r.
-    init: "gaussian", N(0, 0.02²) as in the authors' code, or "orthonormal", which is ours: R of
-        Eq. 5 starts at its floor, and the first gradients of Λ are not tiny.
+    init: "gaussian", as in the authors' code, or "orthonormal", which is ours: R of Eq. 5 starts
+        at its floor, and the first gradients of Λ are not tiny.
     """
 
     def __init__(self, base, k=1, r=8, alpha=32, init="gaussian"):
@@ -103,37 +102,43 @@ class LoRA2Linear(nn.Module):
         return self.base.bias
 
 
-def require(condition, message, error: type = ValueError):
+def require(condition, message, error=ValueError):
     """Raise `error` unless `condition`. The message says what is wrong and what to do."""
     if not condition:
         raise error(message)
 
 
-def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
-              layer=LoRA2Linear):
+def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(), layer=LoRA2Linear):
     """Freeze `model` and put a LoRA2Linear around its target layers. Returns their names, in order.
 
     targets: names of modules, or one: "query" is also every name that ends in ".query".
         "all-linear": every linear layer but the output embeddings of a transformers model.
-    k, r, alpha, init: as for LoRA2Linear.
+    k, r, alpha, init: as for LoRA2Linear, or the subclass of it that is given as `layer`.
     trainable: parts of dotted names, such as "classifier", of what trains in full, not adapted.
-    layer: LoRA2Linear or a subclass.
     ValueError or TypeError, and no change, if a name has no match or a match cannot be adapted.
     """
     require(not lora2_layers(model), "the model has LoRA² adapters already: name all in one call")
     targets = {targets} if isinstance(targets, str) else set(targets)
     trainable = {trainable} if isinstance(trainable, str) else set(trainable)
     modules = find_modules(model, targets, trainable)
-    parameters = find_parameters(model, trainable)
-    places = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
+    in_full, missing, places = [], set(trainable), []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places.append(id(parameter))
+        words = trainable.intersection(name.split("."))
+        if words and parameter.is_floating_point():
+            in_full.append(parameter)
+            missing -= words
+    require(not missing, f"trainable {sorted(missing)} match nothing that can be trained; the model"
+            f" consists of {list(dict(model.named_children()))}")
     for name, base in modules.items():
         check_base(name, base, k, r, alpha, init)
         uses = places.count(id(base.weight))
         require(uses == 1, f"{name}, or its weight, is used in {uses} places: leave it out")
+    adapters = {name: layer(base, k, r, alpha, init) for name, base in modules.items()}
     model.requires_grad_(False)
-    for name, base in modules.items():
-        model.set_submodule(name, layer(base, k, r, alpha, init))
-    for parameter in parameters:
+    for name, adapter in adapters.items():
+        model.set_submodule(name, adapter)
+    for parameter in in_full:
         parameter.requires_grad_(True)
     return list(modules)
 
@@ -152,33 +157,20 @@ def find_modules(model, targets, trainable):
         if words:
             modules[name] = module
             missing -= words
-    require(modules and not missing,
-            f"targets {sorted(missing)} match nothing; Linear layers: {sorted(linear)}")
+    require(modules and not missing, f"targets {sorted(missing)} match nothing outside of "
+            f"`trainable`; Linear layers: {sorted(linear)}")
     return modules
-
-
-def find_parameters(model, trainable):
-    """[parameter to train in full, ...]. ValueError for an entry of `trainable` without a match."""
-    found, missing = [], set(trainable)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        words = trainable.intersection(name.split("."))
-        if words and parameter.is_floating_point():
-            found.append(parameter)
-            missing -= words
-    require(not missing, f"trainable {sorted(missing)} match nothing that can be trained")
-    return found
 
 
 def check_base(name, base, k, r, alpha, init):
     """TypeError or ValueError unless `base` is an nn.Linear that k, r, alpha and init fit. No other
     subclass: it computes something else, or nobody calls it, as nn.MultiheadAttention's out_proj.
     """
-    quantised = is_quantised(base)
-    require(type(base) is nn.Linear or quantised, f"{name} is a {type(base).__name__}, "
+    require(type(base) is nn.Linear or is_quantised(base), f"{name} is a {type(base).__name__}, "
             "not an nn.Linear: leave it out, or put one in its place", TypeError)
     W = base.weight
-    plain = type(W) is nn.Parameter and W.is_floating_point() and W.itemsize > 1
-    require((plain or quantised) and not W.is_meta, f"{name} has no plain weight of "
+    plain = type(W) is nn.Parameter and W.is_floating_point() and W.itemsize > 1  # no fp8
+    require((plain or is_quantised(base)) and not W.is_meta, f"{name} has no plain weight of "
             "its own: meta device, quantised or re-parametrised. Leave it out", TypeError)
     most = min(base.in_features, base.out_features)
     require(type(k) is int and type(r) is int and 1 <= min(k, r) and max(k, r) <= most,
@@ -189,10 +181,9 @@ def check_base(name, base, k, r, alpha, init):
 
 def is_quantised(base):
     """Whether W0 is held in few bits, by a linear layer of bitsandbytes or a tensor of torchao."""
-    if not isinstance(base, nn.Linear):
-        return False
-    holds = base.weight if type(base) is nn.Linear else base
-    return type(holds).__module__.partition(".")[0] in ("bitsandbytes", "torchao")
+    holder = base.weight if type(base) is nn.Linear else base
+    package = type(holder).__module__.partition(".")[0]
+    return isinstance(base, nn.Linear) and package in ("bitsandbytes", "torchao")
 
 
 def lora2_layers(model):
@@ -206,7 +197,6 @@ def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
     terms: the pairs to take, as in Table 3. ValueError if they are no choice of these.
     Why: for orthonormal P and Q (if k ≥ r), ‖ΔW‖² = scale² Σ Λ_i². So |Λ_i| is the size of its term
     in every layer, and can be compared; else a factor may grow and Λ_i shrink with the same ΔW.
-    Ours: the mean over the adapters. The paper is silent; 0.1 · the sum over 72 begins at 135.
     """
     adapters = lora2_layers(model)
     require(adapters and terms and set(terms) <= {"uv", "UV", "PQ"},
@@ -227,7 +217,7 @@ def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
                 # tr X = tr PᵀP and tr X² = tr (PᵀP)²: ‖PᵀP − I_r‖² = tr (X − I_k)² + r − k.
                 R = R + distance(Gv @ Gu) + layer.r - layer.k  # ‖PᵀP − I‖²
                 R = R + distance(GV @ GU) + layer.r - layer.k  # ‖QQᵀ − I‖²
-    return R / len(adapters)
+    return R / len(adapters)  # ours: where the paper is silent. 0.1 · the sum over 72 starts at 135
 
 
 def distance(X):
@@ -267,7 +257,7 @@ class RankPruner(nn.Module):
         kinds = {(layer.k, layer.r, layer.lam.dtype, layer.lam.device) for _, layer in found}
         require(len(kinds) == 1,
                 f"the pruner needs adapters of one (k, r, dtype, device), not {kinds or 'none'}")
-        self.names, self.layers = zip(*found)
+        self.names, self.layers = zip(*found)  # a tuple: they stay the model's submodules
         self.k, self.r = self.layers[0].k, self.layers[0].r
         require(type(target_rank) is int and 0 <= target_rank <= self.r,
                 f"target_rank = {target_rank!r}: give an integer from 0 to r = {self.r}")
@@ -279,14 +269,13 @@ class RankPruner(nn.Module):
                 f"beta1 = {beta1!r}, beta2 = {beta2!r}: give numbers from 0 to below 1")
         require(importance in ("reduced", "full"),
                 f"importance = {importance!r}: give 'reduced' or 'full'")
-        self.target_rank, self.total_steps = target_rank, total_steps
-        self.warmup, self.final, self.interval = warmup, final, interval
-        self.beta1, self.beta2 = beta1, beta2
+        self.total_steps, self.warmup, self.final, self.interval = steps
+        self.target_rank, self.beta1, self.beta2 = target_rank, beta1, beta2
         if importance == "full":
             self.factors = (*self.factors, "v", "V")
         self.all_parameters = list(model.parameters())
-        self.t, self.kept_total = 0, len(found) * self.r
-        lam = torch.stack([layer.lam for layer in self.layers])  # (n, r)
+        lam = torch.stack(self.scored()[:len(found)])  # (n, r)
+        self.t, self.kept_total = 0, lam.numel()
         self.dtype = torch.promote_types(lam.dtype, torch.float32)  # fp16 would round I to 0
         zeros = lam.new_zeros(sum(self.sizes()), dtype=self.dtype)
         self.register_buffer("sensitivity", zeros)  # Ī of all that is scored, one after another
@@ -297,20 +286,21 @@ class RankPruner(nn.Module):
         """b(t), how many singular values of the whole model to keep at step t = 1 .. T."""
         start, end = len(self.layers) * self.r, len(self.layers) * self.target_rank
         fall = self.total_steps - self.final - self.warmup  # steps from start to end
-        left = fall - min(max(t - self.warmup, 0), fall)
-        return end + (start - end) * left ** 3 // fall ** 3  # rounded down, without floats
+        gone = min(max(t - self.warmup, 0), fall)
+        return end + (start - end) * (fall - gone) ** 3 // fall ** 3  # rounded down, without floats
 
     @torch.no_grad()
     def step(self):
         """Algorithm 1 for one optimizer step. Returns how many are kept; the host does not wait."""
         require(self.t < self.total_steps,
                 f"step() came more than {self.total_steps} times", RuntimeError)
-        t, last_choice = self.t + 1, self.total_steps - self.final
-        if t <= last_choice:  # afterwards scores and choice stay
+        last_choice = self.total_steps - self.final
+        if self.t < last_choice:  # afterwards scores and choice stay
             self.update_averages()
-        self.t = t
-        if t % self.interval == 0 or t >= last_choice:
-            self.kept_total = self.budget(t)
+        self.t += 1
+        # In the last phase at every step: AdamW's momentum moves a Λ_i off 0 again.
+        if self.t % self.interval == 0 or self.t >= last_choice:
+            self.kept_total = self.budget(self.t)
             self.prune()
         return self.kept_total
 
@@ -329,45 +319,7 @@ class RankPruner(nn.Module):
             I.append((w.to(self.dtype) * dw.to(self.dtype)).abs().flatten())
         I = torch.where(finite, torch.cat(I), 0)
         self.sensitivity.lerp_(I, 1 - self.beta1)  # Ī ← β1 Ī + (1 − β1) I
-        distance = (I - self.sensitivity).abs()
-        self.uncertainty.lerp_(distance, 1 - self.beta2)  # Ū likewise, with the new Ī
-
-    def scores(self):
-        """Importance of every singular value, (n, r), from S(w) = Ī · Ū. Without v and V, Eq. 9
-        needs 24 numbers in place of 1,560 at k = 1, r = 8, d = 768. (Letters as in
-        Section 3.1; Section 3.2 swaps capitals and small ones.)"""
-        n = len(self.layers)
-        S = (self.sensitivity * self.uncertainty).split(self.sizes())
-        lam = torch.stack(S[:n])  # (n, r)
-        u = torch.stack(S[n:2 * n]).view(n, -1, self.r)  # (n, k, r)
-        U = torch.stack(S[2 * n:3 * n]).view(n, self.r, -1)  # (n, r, k)
-        scores = lam + u.mean(1) + U.mean(2)
-        # Eq. 8 adds (ΣS(v) + ΣS(V)) / k, as u and U count by their mean over k. It is the same for
-        # all i: it cannot change the order in an adapter, but over all adapters it can.
-        for row, its_v, its_V in zip(scores, S[3 * n:4 * n], S[4 * n:]):
-            row += (its_v.sum() + its_V.sum()) / self.k
-        return scores
-
-    def prune(self):
-        """Keep the kept_total best, exactly; of equal ones the first. Set the rest to 0, in the
-        last phase at every step: AdamW's momentum moves a Λ_i off 0 again."""
-        ranking = self.scores().flatten().argsort(descending=True, stable=True)
-        self.keep.zero_()
-        self.keep.view(-1)[ranking[:self.kept_total]] = True
-        for layer, row in zip(self.layers, self.keep):
-            layer.lam.mul_(row)
-
-    def scored(self):
-        """What is scored, a list: Λ of all adapters, then all u, then all U; v and V for Eq. 8."""
-        found = []
-        for factor in self.factors:
-            for layer in self.layers:
-                found.append(getattr(layer, factor))
-        return found
-
-    def sizes(self):
-        """How many numbers each of scored() has."""
-        return [w.numel() for w in self.scored()]
+        self.uncertainty.lerp_((I - self.sensitivity).abs(), 1 - self.beta2)  # with the new Ī
 
     def all_finite(self):
         """Whether all gradients of the model are finite, a tensor. If not, a GradScaler has skipped
@@ -377,6 +329,36 @@ class RankPruner(nn.Module):
                 "zero_grad(), and see that the loss depends on the adapters", RuntimeError)
         plain = [p.grad for p in self.all_parameters if type(p.grad) is torch.Tensor]  # no shards
         return nn.utils.get_total_norm(plain, math.inf) < math.inf  # of NaN it is NaN
+
+    def scored(self):
+        """Λ of all adapters, then all u, then all U; for Eq. 8 all v and all V."""
+        return [getattr(layer, factor) for factor in self.factors for layer in self.layers]
+
+    def sizes(self):
+        """How many numbers each of scored() has."""
+        return list(map(torch.numel, self.scored()))
+
+    def scores(self):
+        """Importance of every singular value, (n, r), from S(w) = Ī · Ū. Without v and V, Eq. 9
+        needs 24 numbers in place of 1,560 at k = 1, r = 8, d = 768. (Letters as in Section 3.1.)"""
+        n = len(self.layers)
+        S = (self.sensitivity * self.uncertainty).split(self.sizes())
+        u = torch.stack(S[n:2 * n]).view(n, -1, self.r)  # (n, k, r)
+        U = torch.stack(S[2 * n:3 * n]).view(n, self.r, -1)  # (n, r, k)
+        scores = torch.stack(S[:n]) + u.mean(1) + U.mean(2)
+        # Eq. 8 adds (ΣS(v) + ΣS(V)) / k, as u and U count by their mean over k. It is the same for
+        # all i: it cannot change the order in an adapter, but over all adapters it can.
+        for row, its_v, its_V in zip(scores, S[3 * n:4 * n], S[4 * n:]):
+            row += (its_v.sum() + its_V.sum()) / self.k
+        return scores
+
+    def prune(self):
+        """Keep the kept_total best, exactly; of equal ones the first. Set the rest to 0."""
+        best = self.scores().flatten().argsort(descending=True, stable=True)[:self.kept_total]
+        self.keep.zero_()
+        self.keep.view(-1)[best] = True
+        for layer, row in zip(self.layers, self.keep):
+            layer.lam.mul_(row)
 
     @torch.no_grad()
     def mask(self, model):
@@ -394,7 +376,7 @@ class RankPruner(nn.Module):
     def kept(self):
         """{adapter: singular values that the last choice kept}, the data of Figure 3. RuntimeError
         if in the last phase the model's Λ are other ones, as after loading the best weights."""
-        pruned = torch.stack([layer.lam for layer in self.layers])[~self.keep]
+        pruned = torch.stack(self.scored()[:len(self.layers)])[~self.keep]
         require(self.t < self.total_steps - self.final or not pruned.any(),
                 "the model's Λ are not what the pruner left: call pruner.mask(model)", RuntimeError)
         return dict(zip(self.names, self.keep.sum(1).tolist()))
@@ -410,7 +392,7 @@ class RankPruner(nn.Module):
 def lora2_state_dict(model):
     """{name: copy} of all that may have changed: state_dict() without frozen parameters and without
     a RankPruner. Beside each adapter stands what tells alpha and base by: NAME.scale, and
-    NAME.base_sample, at most 16 numbers of W0, or NaN, which fits any, if W0 is quantised."""
+    NAME.base_sample, up to 16 numbers of W0, or 16 NaN, which fit any, if W0 is quantised."""
     changing = set()
     for name, module in model.named_modules(remove_duplicate=False):
         for key, parameter in module.named_parameters(name, recurse=False):
@@ -420,12 +402,11 @@ def lora2_state_dict(model):
             changing |= dict(module.named_buffers(name, recurse=False)).keys()
     state = {key: w.clone() for key, w in model.state_dict().items() if key in changing}
     for name, layer in lora2_layers(model):
-        sample = torch.full((16,), math.nan)
+        state[f"{name}.scale"] = torch.tensor(layer.scale)
+        state[f"{name}.base_sample"] = torch.full((16,), math.nan)
         if not is_quantised(layer.base):
             W = layer.base.weight.flatten()
-            sample = W[::math.ceil(len(W) / 16)].float().clone()
-        state[f"{name}.scale"] = torch.tensor(layer.scale)
-        state[f"{name}.base_sample"] = sample
+            state[f"{name}.base_sample"] = W[::math.ceil(len(W) / 16)].float().clone()
     return state
 
 

@@ -1,4 +1,4 @@
-"""Fine-tune DeBERTaV3, RoBERTa or BERT on GLUE with LoRA² or a method it is compared with.
+"""Fine-tune DeBERTaV3, RoBERTa or BERT on GLUE with LoRA² (arXiv 2408.06854) or another method.
 
     python train.py --task demo                    # nothing to download, under a minute
     python train.py --task rte --k 1               # DeBERTaV3-base and RTE, fetched if missing
@@ -11,6 +11,7 @@
 import math
 import sys
 from functools import partial
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -75,17 +76,17 @@ def make_optimizer(net, lr, head_lr, weight_decay, outer_lr=None):
 
     Biases and LayerNorms do not decay; head and outer factors may have learning rates of their own.
     """
-    groups = {}
+    alike = {}
     for name, p in net.named_parameters():
         if p.requires_grad:
             peak = head_lr if models.in_head(name, net.head) else lr
             if outer_lr is not None and name.endswith(baselines.OUTER):
                 peak = outer_lr
             decay = 0.0 if name.endswith("bias") or "LayerNorm" in name else weight_decay
-            new = {"params": [], "peak": peak, "lr": peak, "weight_decay": decay}
-            groups.setdefault((peak, decay), new)["params"].append(p)
-    optimizer = torch.optim.AdamW(list(groups.values()), fused=True)
-    return optimizer, [p for group in optimizer.param_groups for p in group["params"]]
+            alike.setdefault((peak, decay), []).append(p)
+    groups = [{"params": parameters, "peak": peak, "lr": peak, "weight_decay": decay}
+              for (peak, decay), parameters in alike.items()]
+    return torch.optim.AdamW(groups, fused=True), list(chain(*alike.values()))
 
 
 def start_along_gradient(o, plan, examples, net, here):
@@ -116,7 +117,7 @@ def fit(o, here, plan, task, examples, net, pruner, identity, saved=None):
         log.start(state, examples)
         batches = stream(examples["train"], o, plan, state.step, net, here)
         while True:
-            if plan.evaluates(state):
+            if plan.evaluates(state):                      # never before the first step
                 finite.check()
                 scores, predicted = evaluate(net, examples, task, o.batch_size, here, signals)
                 run_folder.keep_best(state, net, pruner, task, scores, predicted)
@@ -125,16 +126,16 @@ def fit(o, here, plan, task, examples, net, pruner, identity, saved=None):
                 run_folder.save()
             if plan.is_over(state):
                 break
-            signals.check(state.step)              # Ctrl-C: on its way out run_folder saves
+            signals.check(state.step)                      # Ctrl-C: on its way out run_folder saves
 
             # ---- one training step -------------------------------------------------------
-            batch = next(batches)
+            batch = next(batches)                          # ids, mask, types (B, T); labels (B,)
             state.step += 1
-            loss = gradients(net, batch, here, o.accum, recorded)        # forward, backward
+            loss = gradients(net, batch, here, o.accum, recorded)    # forward, backward
             R = baselines.regulariser(o.method, net, o.reg_terms)    # LoRA²: Eq. 5
             if R is not None:
                 fast.add_gradients(o.reg * R, parameters)            # as (γ R).backward() does
-                R = R.detach()
+                R = R.detach()                                       # only its value is wanted
             update(optimizer, parameters, loss, plan, state.step, o.clip, finite)
             kept = pruner.step() if pruner else None                 # LoRA²: Algorithm 1
             optimizer.zero_grad()
@@ -149,13 +150,14 @@ def fit(o, here, plan, task, examples, net, pruner, identity, saved=None):
 def gradients(net, batch, here, accum, recorded=None):
     """Forward and backward over this process's parts of a batch. Returns the loss, a scalar.
 
-    A part's loss is weighted by its share of the rows, so that gradients and loss, summed over
-    parts and processes, are those of the mean over the batch. R is the same in each process: it
-    is added afterwards, once. recorded: on a GPU a fast.Recorded, which does the same faster.
+    Rows are dealt out in turn to processes and their `accum` parts: of 5, process 0 of 2 gets rows
+    0, 2, 4. A part's loss is weighted by its share of the rows, so that gradients and loss, summed
+    over all parts, are those of the mean over the batch. R is the same in each process: it is added
+    afterwards, once. recorded: on a GPU a fast.Recorded, which does the same faster.
     """
-    loss = torch.zeros((), device=here.device)
-    for part in parts_of(batch, here.rank, here.world, accum):
-        part = data.Batch(*here.copies(*part))
+    loss, n = torch.zeros((), device=here.device), here.world * accum
+    for i in range(here.rank, min(n, len(batch.rows)), here.world):  # so that no part is empty
+        part = data.Batch(*here.copies(*(tensor[i::n] for tensor in batch)))
         share = len(part.rows) / len(batch.rows)
         if recorded:
             loss += recorded(part, share)
@@ -207,16 +209,6 @@ def stream(examples, o, plan, step, net, here):
         yield from data.batches(examples, o.batch_size, net.config["pad_token_id"], order, skip,
                                 here.multiple)
         epoch, skip = epoch + 1, 0
-
-
-def parts_of(batch, rank, world, accum):
-    """This process's share of a batch, in `accum` parts, none of them empty.
-
-    Rows are dealt out in turn: of 5, process 0 of 2 gets rows 0, 2, 4 and process 1 rows 1, 3.
-    """
-    n = world * accum
-    for i in range(rank, min(n, len(batch.rows)), world):
-        yield data.Batch(*(tensor[i::n] for tensor in batch))
 
 
 # --- evaluation ---------------------------------------------------------------------------
@@ -302,18 +294,6 @@ def evaluate_adapter(given):
     write_outputs(o, here, task, unseen, net)
 
 
-def resume(given):
-    """--resume: go on with a run, or show one that has ended and write what more is asked for."""
-    result = folder.load_result(given["resume"])
-    if not result:
-        saved = folder.load_run(given["resume"])
-        train(options.resumed(saved["settings"], given), saved)
-        return
-    wanted = progress.finished(given, result)
-    if wanted:
-        evaluate_adapter(wanted)
-
-
 def write_outputs(o, here, task, unseen, net):
     """--predict, --merge and --export-peft, of the adapters that the model now holds."""
     predicted, outputs = None, None
@@ -331,10 +311,21 @@ def act(argv):
     elif "eval" in given:
         evaluate_adapter(given)
     elif "resume" in given:
-        resume(given)
+        resume(given, folder.load_result(given["resume"]))
     else:
         train(options.resolve(given))
     machine.leave()
+
+
+def resume(given, result):
+    """--resume: go on with a run, or show one that has ended and write what more is asked for."""
+    if result:
+        wanted = progress.finished(given, result)
+        if wanted:
+            evaluate_adapter(wanted)
+    else:
+        saved = folder.load_run(given["resume"])
+        train(options.resumed(saved["settings"], given), saved)
 
 
 def main(argv=None):

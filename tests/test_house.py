@@ -100,7 +100,7 @@ def lines_of(*names):
 
 
 # File or room → how many lines it may have, which are today's; the aim stands behind where it is less.
-SIZES = {"lora2.py": 461,           # 350
+SIZES = {"lora2.py": 442,           # 350
          "model.py": 400, "data.py": 350, "train.py": 350,
          "the four that are read": 1540,                                     # 1,450
          "product": 7180,           # 4,300: all but tests/ and experiments/
