@@ -244,7 +244,7 @@ def test_rows_are_what_they_are_called(row, tuned, expected):
 
 def test_choice():
     """Oracle: by hand: the best last score, the first of equals, None before all have run; variants as their base;
-    one that diverged is the worst."""
+    one that diverged is the worst. Of a search none whose neighbours cannot be tried."""
     grid = grid_of("table3 --preset small --tasks cola --seeds 0")
     base = grid.preset["base"]
     cells, chosen = grids.tuning_of(grid, base, "cola")
@@ -256,6 +256,13 @@ def test_choice():
     assert grids.tuning_of(grid, base, "cola")[1] == dict(cells[1].tuned)
     assert {dict(cell.flags)["lr"] for cell in reported(grid)} == {dict(cells[1].tuned)["lr"]}
     assert grids.tuning_of(grid_of("table3 --tasks cola"), "lora2-k1", "cola") == ([], {})
+    study = grid_of(f"{STUDY} --rows head")
+    while wanted := grids.missing(study):                  # the larger the better: it ends at the ladder's end
+        for cell in wanted:
+            point = dict(cell.tuned)
+            record = summary.start_of(cell, grids.settings_of(cell.flags))
+            study.remember(record | {"part": "tune", "tuned": point, "last": {"score": point["lr"]}})
+    assert grids.tuning_of(study, "head", "stsb")[1] is None and grids.cells_of(study)[2] == [("head", "stsb")]
 
 
 def test_a_task_may_have_the_tuning_of_another(ran):
