@@ -98,8 +98,9 @@ def products(job, T):
     N, d, f = job.B * T, job.config["hidden_size"], job.config["intermediate_size"]
     repeat = 1 if job.device == "cuda" else 10
     dtype = torch.bfloat16 if job.dtype == "bf16" else torch.float32
+    side = 256 if job.quick else 2048
     functions, flops = {}, {}
-    for name, (n, d_in, d_out) in {"feed-forward": (N, d, f), "square": [2048] * 3}.items():
+    for name, (n, d_in, d_out) in {"feed-forward": (N, d, f), "square": [side] * 3}.items():
         x = torch.randn(n, d_in, device=job.device, dtype=dtype)
         W = torch.randn(d_out, d_in, device=job.device, dtype=dtype)
 

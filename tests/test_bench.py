@@ -160,9 +160,9 @@ def test_the_loop_reads_no_more_than_the_step(cli, monkeypatch):
     numbers each, the width of a batch and its count of tokens, both on the host."""
     monkeypatch.setattr(progress, "LOG_STEPS", 10**9)
     reads = []
-    for steps_of_run in (30, 20, 30):                      # the first makes the plans of positions
+    for steps_of_run in (15, 5, 15):                       # the first makes the plans of positions
         with counts.Operations() as counted:
-            assert cli.tiny(f"--limit-train 640 --max-steps {steps_of_run} --overwrite").status == 0
+            assert cli.tiny(f"--limit-train 240 --max-steps {steps_of_run} --overwrite").status == 0
         reads.append(counted.reads)
     assert reads[2] - reads[1] == 10 * 2
 
