@@ -136,6 +136,7 @@ def test_a_judge():
     assert idle.keep.sum() == 2 and all(layer.lam.all() for layer in idle.layers)
     assert not all(layer.lam.all() for layer in itself.layers)
     torch.testing.assert_close(idle.scores(), idle.mean, rtol=1e-6, atol=0)
+    assert (idle.uncertainty != 1).all()                   # Ū is put back
 
 
 def test_what_is_seen():
