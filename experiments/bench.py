@@ -13,7 +13,6 @@ dropout (speed/peers.py). Without them, without a GPU, without --model (a folder
 or --spm (a folder; for row 13) the rows concerned are "not run".
 """
 import argparse
-import contextlib
 import datetime
 import gc
 import importlib.metadata
@@ -30,14 +29,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data
-import train
 from experiments import summary
-from experiments.speed import counts, growth, peers, steps, table, texts
-from formats import disk, glue
+from experiments.speed import counts, growth, peers, steps, table, tasks
+from formats import disk
 from lora2 import lora2_layers, merge_lora2
-from running import machine, options
+from running import machine
 
-TASKS = ("rte", "mrpc", "stsb", "cola")
 OURS = ("own LoRA² k=1", "own LoRA² k=8")
 PEERS = ("transformers, frozen", "transformers, lora", "transformers, adalora")
 # Named in steps.json: own and peers' steps; eager ones tell what recording is worth on a GPU.
@@ -61,50 +58,34 @@ def count_operations(job):
     folder = steps.write_checkpoint(job.work / "narrow", config)
     batch = steps.make_batch(config, 2, job.T, job.device)
     names = ["own frozen", "own AdaLoRA r=8", *OURS, *(PEERS if job.peers else [])]
-    found, all_layers = {}, config["num_hidden_layers"]
-    for layers in (2, all_layers):
+    job.details["operations"], updates = [], {}            # of ours, by the number of layers
+    for layers in (2, config["num_hidden_layers"]):
+        found = {}
         for name in names:
             step = make(job, name, job.T, folder, batch=batch, layers=layers)
-            found[name, layers] = counts.count_parts(step)
-    updates = {}                                           # of ours, by the number of layers
-    for layers in (2, all_layers):
-        ours = [found[name, layers] for name in OURS]
+            found[name] = counts.count_parts(step)
+            job.details["operations"].append({"step": name, "layers": layers} | found[name])
+        ours = [found[name] for name in OURS]
         updates[layers] = [parts["clip, AdamW"] + parts["importance, selection"] for parts in ours]
     job.results["6"] = table.worst(parts["total"] for parts in ours)
-    job.results["6 update"] = table.worst(updates[all_layers])
-    job.results["6 depth"] = table.worst(a - b for a, b in zip(updates[all_layers], updates[2]))
+    job.results["6 update"] = table.worst(updates[layers])
+    job.results["6 depth"] = table.worst(a - b for a, b in zip(updates[layers], updates[2]))
     job.results["7"] = table.worst(parts["host reads"] for parts in ours)
-    job.details["operations"] = [{"step": name, "layers": layers} | parts
-                                 for (name, layers), parts in found.items()]
 
 
 def count_saved(job):
     """Row 5: bytes a forward pass keeps. Of four ratios (two k, two peers) the worst counts."""
     theirs = PEERS[1:] if job.peers else []                # that adapt
-    batches = [steps.make_batch(job.config, job.B, T) for T in (job.T, 2 * job.T)]
-    lines = [{"B": job.B, "T": T, "layers": job.layers or "all"} for T in (job.T, 2 * job.T)]
-    for name in [*OURS, *theirs]:
-        step = make(job, name, job.T, batch=batches[0], dtype="fp32")
-        for batch, line in zip(batches, lines):
-            step.batch = batch
-            line[name] = counts.saved_bytes(step.loss, step.net)
-    job.details["saved bytes"] = lines
-    for row, line in zip(("5 T=128", "5 T=256"), lines):
+    lines = []
+    for row, T in (("5 T=128", job.T), ("5 T=256", 2 * job.T)):
+        line = {"B": job.B, "T": T, "layers": job.layers or "all"}
+        for name in [*OURS, *theirs]:
+            step = make(job, name, T, dtype="fp32")
+            line[name] = counts.saved(step.loss, step.net).total()
+        lines.append(line)
         if theirs:
             job.results[row] = table.worst(line[a] / line[b] for a in OURS for b in theirs)
-
-
-def count_tokens(job):
-    """Row 9: what an epoch's batches of 32 hold, padding included, per token of the data."""
-    for task in TASKS:
-        split = glue.load_split(data.TASKS[task], job.data_dir, "train")
-        tokenizer = data.load_tokenizer(job.model)
-        examples = data.encode(tokenizer, split, options.PRESETS[task]["max_len"])
-        total = real = 0
-        for batch in data.batches(examples, 32, 0, torch.Generator().manual_seed(0)):
-            total += batch.attention_mask.numel()
-            real += int(batch.attention_mask.sum())
-        job.results[f"9 {task}"] = table.summary([total / real], processed=total, real=real)
+    job.details["saved bytes"] = lines
 
 
 # --- what is timed ---------------------------------------------------------------------------
@@ -117,8 +98,9 @@ def products(job, T):
     N, d, f = job.B * T, job.config["hidden_size"], job.config["intermediate_size"]
     repeat = 1 if job.device == "cuda" else 10
     dtype = torch.bfloat16 if job.dtype == "bf16" else torch.float32
+    side = 256 if job.quick else 2048
     functions, flops = {}, {}
-    for name, (n, d_in, d_out) in {"feed-forward": (N, d, f), "square": [2048] * 3}.items():
+    for name, (n, d_in, d_out) in {"feed-forward": (N, d, f), "square": [side] * 3}.items():
         x = torch.randn(n, d_in, device=job.device, dtype=dtype)
         W = torch.randn(d_out, d_in, device=job.device, dtype=dtype)
 
@@ -162,7 +144,7 @@ def time_steps(job, T, only=None):
     times = steps.interleave(variants | matrices, job.rounds, job.device)
     job.details[f"seconds, T={T}"] = {name: table.summary(some) for name, some in times.items()}
     if job.device == "cuda" and only is None:              # no less than was counted
-        waits = synchronises(variants["own LoRA² k=8"])
+        waits = counts.synchronises(variants["own LoRA² k=8"])
         job.results["7"] = table.worst([job.results["7"]["value"], waits])
         job.results["14"] = table.worst([steps.launches(variants["own LoRA² k=8"])])
         job.details["host calls, eager"] = steps.launches(variants["own LoRA² k=8, eager"])
@@ -188,19 +170,6 @@ def rates(job, T, times, products):
         if name in times:
             found[row] = table.summary(flops / t / rate for t, rate in zip(times[name], best))
     return found
-
-
-def synchronises(step):
-    """1 if the host waits for the GPU inside a step, else 0."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-        return 0
-    except RuntimeError as error:
-        print(f"row 7: {error}", file=sys.stderr)
-        return 1
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def peak_memory(job):
@@ -231,52 +200,6 @@ def look_inside(job):
     job.details["saved"] = {what: n / unit for what, n in kept}
 
 
-def epochs(job, task, rows):
-    """Seconds of an epoch on a task's first `rows` (0: all): (train.py's, the peer's).
-
-    Both as a user starts them, without imports, with a new selection at every step.
-    """
-    words = ["--task", task, "--model", job.model, "--data-dir", job.data_dir,
-             "--out", str(job.work / "epoch"), "--device", job.device, "--dtype", job.dtype]
-    words += "--k 8 --r 8 --epochs 1 --limit-dev 1 --overwrite".split()
-    words += "--prune-warmup 0 --prune-final 0 --prune-interval 1".split()
-    if rows:
-        words += ["--limit-train", str(rows)]
-    start = time.perf_counter()
-    status, said = steps.heard(train.main, words)
-    ours = time.perf_counter() - start
-    if status:
-        raise RuntimeError(f"train.py ended with {status}: {said[-2000:]}")
-    theirs, _ = steps.heard(peers.epoch, job.model, task, job.data_dir, rows,
-                            options.PRESETS[task]["max_len"], job.device, job.dtype)
-    return ours, theirs
-
-
-def time_epochs(job):
-    """Row 12, one of each in turn."""
-    epochs(job, TASKS[-1], 32)                             # warms up
-    for task in TASKS:
-        ours, theirs = epochs(job, task, job.epoch_rows)
-        job.results[f"12 {task}"] = table.paired([theirs], [ours]) | {
-            "own_seconds": [ours], "peer_seconds": [theirs], "rows": job.epoch_rows or "all"}
-
-
-def time_texts(job):
-    """Row 13: texts to ids with DeBERTaV3's spm.model, and the time to read that file."""
-    some = texts.of_tasks(TASKS, job.data_dir)
-    times = texts.measure(job.spm, some, job.rounds)
-    read, used = {}, {}
-    for name, pairs in times.items():
-        read[name], used[name] = zip(*pairs)
-        job.details[f"texts, {name}"] = {
-            "texts a second": table.summary(len(some) / seconds for seconds in used[name]),
-            "seconds to read": table.summary(read[name])}
-    job.results["13"] = table.paired(used["transformers"], used["own"])
-    job.results["13 library"] = table.paired(used["SentencePiece"], used["own"])
-    job.results["13 read"] = table.summary(read["own"])
-    job.results["13 peer"] = table.summary(read["transformers"])
-
-
 # --- the whole -------------------------------------------------------------------------------
 
 def circumstances(job, words):
@@ -286,9 +209,14 @@ def circumstances(job, words):
         if importlib.util.find_spec(name):
             versions[name] = importlib.metadata.version(name)
     versions["python"] = platform.python_version()
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        models = [line for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        name = models[0].split(":")[1].strip() if models else name
+    name = f"{name}, {os.cpu_count()} cores"
     return {
         "command": summary.command_of("bench.py", words, "--model", "--spm", "--data-dir", "--out"),
-        "device": torch.cuda.get_device_name() if job.device == "cuda" else cpu_name(),
+        "device": torch.cuda.get_device_name() if job.device == "cuda" else name,
         "threads": torch.get_num_threads(), "versions": versions,
         "date": datetime.date.today().isoformat(), "shape": job.shape,
         "layers": job.layers or "all", "dtype": job.dtype, "B": job.B, "T": job.T,
@@ -298,15 +226,6 @@ def circumstances(job, words):
         "memory": "malloc keeps what is freed, as train.py has it do on a CPU, for ours and the "
                   "peers",
         "own AdaLoRA": "adapter by adapter, as it is to be read: nothing of it is batched"}
-
-
-def cpu_name():
-    """The processor's name and its number of cores."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return f"{name}, {os.cpu_count()} cores"
 
 
 def parse(argv):
@@ -342,7 +261,7 @@ def prepare(job):
         job.epoch_rows, job.rounds = 64, 3
     job.config = steps.SHAPES[job.shape]
     job.peers = peers.available()
-    folders = [Path(job.data_dir) / data.TASKS[task].folder for task in TASKS]
+    folders = [Path(job.data_dir) / data.TASKS[task].folder for task in tasks.TASKS]
     missing = [str(folder) for folder in folders if not folder.is_dir()]
     if (job.model or job.spm) and missing and not job.growth:
         raise ValueError(f"rows 9, 12 and 13 need {', '.join(missing)}: give --data-dir, or leave "
@@ -361,7 +280,7 @@ def measure(job):
 
     if job.spm and job.peers:
         say("timing texts")
-        time_texts(job)
+        tasks.time_texts(job)
     job.folder = steps.write_checkpoint(job.work / "model", job.config)
     for T in (job.T, 2 * job.T) if job.peers else ():      # at 256 distances share buckets
         small = steps.make_batch(job.config, 2, T, job.device)
@@ -373,7 +292,7 @@ def measure(job):
         say("counting saved bytes")
         count_saved(job)
     if job.model:
-        count_tokens(job)
+        tasks.count_tokens(job)
     say("timing steps")
     job.results |= time_steps(job, job.T)
     look_inside(job)
@@ -386,7 +305,7 @@ def measure(job):
     if job.model and job.peers:
         say("timing epochs")
         try:
-            time_epochs(job)
+            tasks.time_epochs(job)
         except KeyboardInterrupt:                          # the longest part: the rest stays
             say("stopped")
     say("done")
@@ -404,26 +323,19 @@ def main(argv=None):
         return 2
     if job.device == "cpu":
         machine.keep_freed_memory()
+    about = circumstances(job, words)
     with tempfile.TemporaryDirectory() as work:
         job.work = Path(work)
         if job.growth:
-            return growth.main(job, circumstances(job, words))
-        if job.texts:
-            time_texts(job)
+            growth.measure_all(job, about)
+        elif job.texts:
+            tasks.time_texts(job)
             of_texts = [row for row in table.ROWS if row.startswith("13")]
             print(table.report(job.results, job.device, only=of_texts), job.details, sep="\n")
-            return 0
-        taken = measure(job)
-    rows = {}
-    for row, (what, *_) in table.ROWS.items():
-        rows[row] = {"ratio": what, "goal": table.goal_of(row, job.device),
-                     "result": job.results.get(row, "not run")}
-    content = circumstances(job, words) | {"seconds": taken, "rows": rows, "details": job.details}
-    shape = "" if job.shape == "deberta-v3-base" else f"-{job.shape}"
-    quick = "-quick" if job.quick else ""
-    text = table.page(content, job.device)
-    path = table.write(Path(job.out) / f"bench-{job.device}{shape}{quick}", content, text)
-    print(text.partition("\n## ")[0], f"written: {path}", sep="\n")
+        else:
+            content = about | {"seconds": measure(job), "rows": table.rows(job)}
+            content["details"] = job.details
+            table.write("bench", job, content, table.page(content, job.device))
     return 0
 
 

@@ -64,10 +64,13 @@ class Grid(NamedTuple):
         return self.table == "table2"
 
     def remember(self, record):
-        """Have a record count as a finished run: the first, unless what was kept is asked for."""
-        key = key_of(record["settings"])
-        if key not in self.known or (self.table == "overlap" and "kept" in record):
-            self.known[key] = record
+        """Have a record count as a finished run, the first of equal ones.
+
+        A run that overlap shows counts only where the record says what it kept.
+        """
+        wants_kept = self.table == "overlap" and record["seed"] != TUNE_SEED
+        if not wants_kept or record.keys() & {"kept", "failed"}:
+            self.known.setdefault(key_of(record["settings"]), record)
 
 
 # --- what a run is ---------------------------------------------------------------------------
@@ -98,11 +101,6 @@ def command_line(flags):
     return words
 
 
-def part_of(seed):
-    """What a run is for."""
-    return "tune" if seed == TUNE_SEED else "reported"
-
-
 @functools.cache
 def settings_of(flags):
     """All settings that train.py would run with; ValueError for what it would refuse."""
@@ -123,13 +121,20 @@ def key_of_flags(flags):
     return key_of(summary.comparable(settings_of(flags)))
 
 
-def make_cell(grid, row, task, seed, tuned, **extra):
+def make_cell(grid, row, task, seed, tuned):
     """A row's run on a task. tuned: {"lr": ..., "scale": ..., "outer": ...}, or {} for presets.
 
     The folder's name says how it is tuned: runs with another choice have others.
     """
     flags = {"task": task, "model": grid.model, "data-dir": grid.data_dir, "seed": seed}
-    flags |= grid.flags | row_of(row)[1] | extra
+    flags |= grid.flags | row_of(row)[1]
+    part = "reported"
+    if grid.is_timed:
+        part = "timing"
+        flags |= {"max-steps": grid.preset["timed_steps"], "limit-dev": 32}
+    elif seed == TUNE_SEED:
+        part = "tune"
+        flags |= grid.preset["tuning"].get(task, {})
     task_settings = settings_of((("task", task), ("method", flags.get("method", "lora2"))))
     if flags.get("r") == "target-rank":                    # as small at first as others in the end
         flags["r"] = task_settings["target_rank"]
@@ -145,34 +150,17 @@ def make_cell(grid, row, task, seed, tuned, **extra):
     if "outer" in tuned:
         flags["outer-lr"] = float(f"{tuned['lr'] * tuned['outer']:g}")
     tag = "".join(f"-{name}{value:g}" for name, value in tuned.items())
-    part = "timing" if grid.is_timed else part_of(seed)
     folder = grid.runs / part / task / f"{row}{tag}-s{seed}"
     return Cell(row, task, seed, tuple(tuned.items()), folder, tuple(flags.items()))
 
 
-# --- how a row is tuned ----------------------------------------------------------------------
-
 def record_of(grid, cell):
     """The record of a finished run, of whatever row; None without one."""
     run = grid.known.get(key_of_flags(cell.flags))
-    if run is None:
-        return None
-    wants_kept = grid.table == "overlap" and cell.seed != TUNE_SEED
-    if wants_kept and not run.keys() & {"kept", "failed"}:
-        return None
-    return run | {"row": cell.row}
+    return None if run is None else run | {"row": cell.row}
 
 
-def tuned_on(grid, task):
-    """The task whose tuning a task has: its own, unless the preset names another."""
-    return grid.preset["tuned_on"].get(task, task)
-
-
-def tune_cell(grid, row, task, point):
-    """The run that tries a point."""
-    extra = grid.preset["tuning"].get(task, {})
-    return make_cell(grid, row, task, TUNE_SEED, point, **extra)
-
+# --- how a row is tuned ----------------------------------------------------------------------
 
 def fixed_points(grid, row):
     """One grid for all rows, but for the lower rates of full fine-tuning."""
@@ -188,54 +176,39 @@ def fixed_points(grid, row):
     return found
 
 
+def searched_points(grid, row, task):
+    """The points that a search has run, in the order of the file."""
+    found = []
+    for run in grid.known.values():
+        if run.get("part") == "tune" and (run["row"], run["task"]) == (row, task):
+            cell = make_cell(grid, row, task, TUNE_SEED, run["tuned"])
+            if key_of_flags(cell.flags) == key_of(run["settings"]):
+                found.append(run["tuned"])
+    return found
+
+
 def tuning_of(grid, row, task):
     """([cell], the point that is chosen): all that the tuning of a row has tried or tries next.
 
     row, task: those whose tuning it is. The choice is the best, the first of equals; None before
     all have run, or if the best is at an edge where a search goes on; {} if nothing is tuned.
     """
-    if grid.is_timed:
+    if grid.is_timed or not (grid.starts or grid.preset["lrs"]):
         return [], {}
+    points = searched_points(grid, row, task) if grid.starts else fixed_points(grid, row)
+    tried = []
+    for point in points:
+        run = record_of(grid, make_cell(grid, row, task, TUNE_SEED, point))
+        if run:
+            tried.append((point, tables.final_score(run)))
     if grid.starts:
-        tried = tried_points(grid, row, task)
-        points = [point for point, _ in tried]
         points += search.missing(tried, grid.starts[row])
-        is_over = search.is_inside(tried)
-    else:
-        points, tried = fixed_points(grid, row), []
-        for point in points:
-            run = record_of(grid, tune_cell(grid, row, task, point))
-            if run:
-                tried.append((point, tables.final_score(run)))
-        is_over = True
-    cells = [tune_cell(grid, row, task, point) for point in points]
-    if not cells:
-        return [], {}
-    if not is_over or len(tried) < len(cells):
-        return cells, None
-    return cells, search.best(tried)
-
-
-def tried_points(grid, row, task):
-    """[(point, score)] of what a search has tried, in the order of the file."""
-    found = []
-    for run in grid.known.values():
-        if run.get("part") == "tune" and (run["row"], run["task"]) == (row, task):
-            cell = tune_cell(grid, row, task, run["tuned"])
-            if key_of_flags(cell.flags) == key_of(run["settings"]):
-                found.append((run["tuned"], tables.final_score(run)))
-    return found
+    cells = [make_cell(grid, row, task, TUNE_SEED, point) for point in points]
+    has_all = len(tried) == len(points) and (not grid.starts or search.is_inside(tried))
+    return cells, search.best(tried) if has_all else None
 
 
 # --- what runs -------------------------------------------------------------------------------
-
-def reported_cell(grid, row, task, seed, tuned):
-    """A run whose score, or time, the table shows."""
-    extra = {}
-    if grid.is_timed:
-        extra = {"max-steps": grid.preset["timed_steps"], "limit-dev": 32}
-    return make_cell(grid, row, task, seed, tuned, **extra)
-
 
 def cells_of(grid):
     """({cell that tunes: its stage}, {cell that is reported: its stage}, [(row, task)] that wait).
@@ -246,7 +219,8 @@ def cells_of(grid):
     tuning, reported, later = {}, {}, []
     for task in grid.tasks:
         for row in grid.rows:
-            cells, chosen = tuning_of(grid, row_of(row)[2], tuned_on(grid, task))
+            tuned_on = grid.preset["tuned_on"].get(task, task)
+            cells, chosen = tuning_of(grid, row_of(row)[2], tuned_on)
             stages = [i for i, (rows, _) in enumerate(grid.stages) if row in rows]
             for cell in cells:
                 tuning[cell] = min(stages[0], tuning.get(cell, stages[0]))
@@ -257,19 +231,22 @@ def cells_of(grid):
                 continue
             for stage in stages:
                 for seed in grid.stages[stage][1]:
-                    reported[reported_cell(grid, row, task, seed, chosen)] = stage
+                    reported[make_cell(grid, row, task, seed, chosen)] = stage
     return tuning, reported, later
+
+
+def missing(grid):
+    """[cell] of all that can run now and has no record, in the order of the stages."""
+    tuning, reported, _ = cells_of(grid)
+    cells = tuning | reported
+    left = [cell for cell in cells if not record_of(grid, cell)]
+    return sorted(left, key=cells.get)                     # within a stage as they came
 
 
 def finished(grid):
     """(the records that the table shows, those of all its runs)."""
     tuning, reported, _ = cells_of(grid)
+    done = {cell: record_of(grid, cell) for cell in tuning | reported}
     shows_tuning = grid.starts or grid.table == "tune"
-    shown, others = [], []
-    for cell in tuning | reported:
-        run = record_of(grid, cell)
-        if run and (shows_tuning or cell in reported):
-            shown.append(run)
-        elif run:
-            others.append(run)
-    return shown, shown + others
+    shown = [run for cell, run in done.items() if run and (shows_tuning or cell in reported)]
+    return shown, [run for run in done.values() if run]

@@ -14,34 +14,30 @@ class Judge(RankPruner):
     of_task: its I is that of the task's gradient, without what R adds. by_mean: S = Ī, without Ū.
     """
 
+    prunes, of_task, by_mean = True, False, False
     returned = 0                        # how often a choice took back what the one before left out
-
-    def scored_weights(self):
-        """Λ, u and U of all adapters."""
-        return [w for layer in self.layers for w in (layer.lam, layer.u, layer.U)]
 
     def see(self):
         """Remember the gradients of the task, before those of R are added."""
-        self.seen = [w.grad.clone() for w in self.scored_weights()]
+        self.seen = [w.grad.clone() for w in self.scored()]
 
     def step(self):
         """As a RankPruner's, of the task's gradients as clipping leaves them, if those count."""
-        gradients = [w.grad for w in self.scored_weights()]
+        gradients = [w.grad for w in self.scored()]
         if self.of_task:
-            for w, gradient in zip(self.scored_weights(), self.seen):
+            for w, gradient in zip(self.scored(), self.seen):
                 w.grad = gradient * self.clipped
         super().step()
-        for w, gradient in zip(self.scored_weights(), gradients):
+        for w, gradient in zip(self.scored(), gradients):
             w.grad = gradient
 
     def scores(self):
         """As a RankPruner's, with Ū = 1 if Ī alone counts."""
-        doubts = [(x, x.clone()) for name, x in self.named_buffers() if "uncertainty" in name]
-        for doubt, _ in doubts if self.by_mean else ():
-            doubt.fill_(1)
+        before = self.uncertainty.clone()
+        if self.by_mean:
+            self.uncertainty.fill_(1)
         scores = super().scores()
-        for doubt, before in doubts:
-            doubt.copy_(before)
+        self.uncertainty.copy_(before)
         return scores
 
     def prune(self):
@@ -64,12 +60,11 @@ def make_judges(row, o, net, plan):
         names = ["itself", "of-task", "by-mean"] if row == "unpruned" else ["itself"]
     judges = {}
     for name in names:
-        judge = Judge(net, o.target_rank, plan.steps, plan.prune_warmup, plan.prune_final,
-                      plan.prune_interval)
+        judges[name] = judge = Judge(net, o.target_rank, plan.steps, plan.prune_warmup,
+                                     plan.prune_final, plan.prune_interval)
         judge.prunes = row != "unpruned"
         judge.of_task = "of-task" in (row, name)
         judge.by_mean = "by-mean" in (row, name)
-        judges[name] = judge
     return judges
 
 

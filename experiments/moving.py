@@ -133,8 +133,8 @@ def title_of(story):
 def words_around(story, foot):
     """The title, what the squares mean, and the scores."""
     scores = progress.scores_text(story["last"]["scores"])
-    r = story["settings"]["r"]
-    meaning = f"Filled squares: how many of the {r} singular values of a matrix are kept."
+    meaning = (f"Filled squares: how many of the {story['settings']['r']} singular values of a "
+               "matrix are kept.")
     return [text(16, 30, title_of(story), "title"), text(16, 50, meaning, "note"),
             text(RIGHT, foot + 26, f"after the last step: {scores}", "note end")]
 

@@ -13,7 +13,6 @@ import datetime
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,18 +23,14 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
-from experiments.speed import peers, steps
+from experiments import one_step
+from experiments.speed import steps
 from formats import disk
-from lora2 import lora2_layers
-from methods import baselines
 from running import demo, errors, folder, machine, progress
 
-BERT = {"model_type": "bert", "type_vocab_size": 2, "pad_token_id": 0,
-        "max_position_embeddings": 512}
 # 60 steps on made-up sentences, of the demo.
 SHORT = "--task demo --batch-size 32 --limit-train 640 --limit-dev 100 --epochs 3".split()
 PRUNED = "--r 4 --target-rank 2 --prune-warmup 5 --prune-final 10 --prune-interval 5".split()
@@ -55,43 +50,23 @@ def small_model(job, dropout=0.0):
     return path
 
 
-def shape(job, name):
-    """(a folder with random weights of that shape, its config), tiny in a rehearsal; made once."""
-    config = steps.SHAPES["tiny" if job.rehearse else "deberta-v3-base"]
-    if name in ("roberta", "bert"):
-        sizes = ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers")
-        other = steps.SHAPES["roberta-large"] | {size: config[size] for size in sizes}
-        config = other if name == "roberta" else other | BERT
-    place = job.work / name
-    if not place.exists():
-        steps.write_checkpoint(place, config)
-    return place, config
-
-
-def call(*words, expect=0):
-    """train.py on these words; what it said. AssertionError if it ends with another status."""
+def call(*words, expect=0, says=""):
+    """train.py on these words. AssertionError if it ends with another status, or other words."""
     status, said = steps.heard(train.main, [str(word) for word in words])
-    assert status == expect, f"status {status}, {said[-600:]}"
-    return said
+    assert status == expect and says in said, f"status {status}, {said[-600:]}"
 
 
-def run(job, name, *words, method="lora2", model=None, device=None, dtype="fp32", expect=0):
-    """A short run of train.py: (its folder, what it said)."""
+def run(job, name, *words, method="lora2", model=None, device=None, dtype="fp32", **expected):
+    """A short run of train.py, which is call()ed; its folder."""
     out = job.work / name
     place = ["--device", device or job.device, "--dtype", dtype, "--out", out, "--overwrite"]
     short = [*SHORT, "--max-steps", "24"] if job.rehearse else SHORT
     what = [*short, "--method", method, *METHODS[method], "--model", model or small_model(job)]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)                               # matrices this small are slower on more
-    said = call(*what, *place, *words, expect=expect)
+    call(*what, *place, *words, **expected)
     torch.set_num_threads(threads)
-    return out, said
-
-
-def losses(out):
-    """The logged losses of a run."""
-    lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+    return out
 
 
 def state(out):
@@ -101,14 +76,13 @@ def state(out):
 
 def trained(job, *words, **more):
     """state() of a short run."""
-    return state(run(job, "trained", *words, **more)[0])
+    return state(run(job, "trained", *words, **more))
 
 
-def farthest(a, b):
-    """The largest difference of two {name: tensor}, relative to the largest number: 0 for equal."""
-    assert a.keys() == b.keys()
-    largest = max(tensor.abs().max().item() for tensor in b.values())
-    return max((a[name] - b[name]).abs().max().item() for name in a) / largest
+def losses(out):
+    """The logged losses of a run."""
+    lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
 
 
 # --- what is checked ----------------------------------------------------------------------
@@ -118,95 +92,16 @@ def card(job):
     facts = {"torch": torch.__version__, "python": sys.version.split()[0], "cores": os.cpu_count(),
              "device": machine.name_of(torch.device(job.device))}
     if job.device == "cuda":
-        facts["driver"] = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"],
-            capture_output=True, text=True, check=False).stdout.strip()
-        facts["capability"] = torch.cuda.get_device_capability()
+        facts["properties"] = str(torch.cuda.get_device_properties(0))
     return facts
-
-
-def make_step(place, batch, k, **more):
-    """An OwnStep of LoRA², the same on any device: its update is not 0, dropout is."""
-    torch.manual_seed(0)
-    step = steps.OwnStep(place, "lora2", batch, k=k, eager=True, **more)
-    for _, layer in lora2_layers(step.net):
-        layer.lam.data.copy_(0.1 * torch.randn(layer.lam.shape))
-    peers.without_dropout(step.net)
-    return step
-
-
-def outcome(step, batch):
-    """{"logits": ..., name: gradient, "score …": importance of one step}, on the CPU."""
-    step.net.zero_grad()
-    logits = train.predict_batch(step.net, batch, step.here)
-    train.task_loss(logits, batch.labels).backward()
-    found = {name: p.grad for name, p in step.net.named_parameters() if p.requires_grad}
-    for importance in ("reduced", "full"):
-        pruner = baselines.make_pruner("lora2", step.net, 4, importance, total_steps=10, warmup=0,
-                                       final=0, interval=1)
-        pruner.update_averages()
-        found[f"score {importance}"] = pruner.scores()
-    found["logits"] = logits.detach()
-    return {name: tensor.cpu().clone() for name, tensor in found.items()}
-
-
-def gradients(found):
-    """The gradients alone of an outcome()."""
-    return {name: tensor for name, tensor in found.items() if "." in name}
-
-
-def parity(job):
-    """Logits, gradients and scores of three families, on the GPU against the CPU, in fp32.
-
-    In bf16 they are shown, and have the same bits once more, also where T > 132 shares buckets.
-    """
-    facts = {}
-    for family, T, k in (("deberta", 128, 1), ("deberta", 128, 8), ("deberta", 256, 8),
-                         ("deberta", 512, 8), ("roberta", 128, 1), ("roberta", 128, 8),
-                         ("bert", 128, 1), ("bert", 128, 8)):
-        place, config = shape(job, family)
-        found = []
-        for device, dtype in (("cpu", "fp32"), (job.device, "fp32"), (job.device, job.low_name),
-                              (job.device, job.low_name)):
-            batch = steps.make_batch(config, 2, T, device)
-            found.append(outcome(make_step(place, batch, k, dtype=dtype), batch))
-        right, ours, low, again = found
-        assert farthest(again, low) == 0, f"{family} T={T} k={k}, twice"
-        facts[f"{family} T={T} k={k}"] = compare(ours, right) | {"in bf16": compare(low, right)}
-    worst = {}
-    for what in ("logits", "gradients", "scores"):
-        worst[what] = max(line[what] for line in facts.values())
-        worst[f"{what} in bf16"] = max(line["in bf16"][what] for line in facts.values())
-    assert worst["logits"] <= 1e-5 and worst["gradients"] <= 1e-4, (worst, facts)
-    return {"worst": worst} | facts
-
-
-def compare(a, b):
-    """{"logits", "gradients", "scores"}: how far a is from b, relative to b, all finite.
-
-    The gradients of one kind of parameter, all v say, are one vector: what hardly moves the loss
-    has gradients that are rounding alone.
-    """
-    kinds = {}
-    for name in b:
-        kinds.setdefault(name.rpartition(".")[2], []).append(name)
-    found = {"logits": 0.0, "gradients": 0.0, "scores": 0.0}
-    for kind, names in kinds.items():
-        ours = torch.cat([a[name].flatten().double() for name in names])
-        right = torch.cat([b[name].flatten().double() for name in names])
-        error = ((ours - right).norm() / right.norm()).item()
-        assert math.isfinite(error), kind
-        what = kind if kind == "logits" else "scores" if "score" in kind else "gradients"
-        found[what] = max(found[what], error)
-    return found
 
 
 def whole_run(job):
     """A run of 60 steps without dropout, on the GPU against the CPU: losses, ranks, weights."""
-    (gpu, _), (cpu, _) = run(job, "gpu"), run(job, "cpu", device="cpu")
+    gpu, cpu = run(job, "gpu"), run(job, "cpu", device="cpu")
     pairs = list(zip(losses(gpu), losses(cpu), strict=True))
     facts = {"losses": max(abs(a - b) / abs(b) for a, b in pairs),
-             "weights": farthest(state(gpu), state(cpu)), "lines": len(pairs),
+             "weights": one_step.farthest(state(gpu), state(cpu)), "lines": len(pairs),
              "ranks equal": (gpu / "ranks.json").read_bytes() == (cpu / "ranks.json").read_bytes()}
     assert facts["losses"] <= 1e-4 and facts["weights"] <= 1e-3 and facts["ranks equal"], facts
     return facts
@@ -221,7 +116,7 @@ def recorded(job):
                             ([], {"method": "adalora"}), ([], {"dtype": job.low_name})):
             a = trained(job, *words, model=model, **more)
             b = trained(job, *words, "--eager", model=model, **more)
-            facts[f"dropout {dropout} {words} {more}"] = farthest(a, b)
+            facts[f"dropout {dropout} {words} {more}"] = one_step.farthest(a, b)
     assert not any(facts.values()), facts
     return facts
 
@@ -236,12 +131,12 @@ def resumed(job):
 
     for device, words in ((job.device, []), (job.device, ["--eager"]), ("cpu", [])):
         with mock.patch.object(machine.Signals, "check", stop_at_20):
-            half, _ = run(job, "half", *words, model=model, expect=143)
+            half = run(job, "half", *words, model=model, expect=143)
         call("--resume", half, "--device", device, *words)
         if device == job.device:
             whole = trained(job, *words, model=model)
-            facts[f"twice {words}"] = farthest(trained(job, *words, model=model), whole)
-            facts[f"resumed {words}"] = farthest(state(half), whole)
+            facts[f"twice {words}"] = one_step.farthest(trained(job, *words, model=model), whole)
+            facts[f"resumed {words}"] = one_step.farthest(state(half), whole)
     assert not any(facts.values()), facts
     return facts
 
@@ -282,17 +177,16 @@ def not_finite(job):
         usual(optimizer, parameters, loss, plan, step, *rest)
 
     with mock.patch.object(train, "update", update):
-        out, said = run(job, "inf", "--save-steps", "5", expect=1)
-    assert "not finite at step 7" in said, said[-600:]
+        out = run(job, "inf", "--save-steps", "5", expect=1, says="not finite at step 7")
     assert all(tensor.isfinite().all() for tensor in state(out).values())
-    return {"said": said.strip().splitlines()[-1]}
+    return {"step": 7}
 
 
 def out_of_memory(job):
     """A full GPU is one sentence, whether memory ends in a step or while the model is loaded."""
     if job.device != "cuda":
         return {"not run": "needs a GPU"}
-    place, config = shape(job, "deberta")
+    place, config = one_step.shape(job, "deberta")
     total = torch.cuda.get_device_properties(0).total_memory
 
     def large_step():
@@ -331,7 +225,7 @@ def nccl(job):
         assert x.tolist() == [0, 1, 2, 3, 4]
         values = [None]
         dist.all_gather_object(values, "here")
-        return {"gathered": values, "steps": len(losses(run(job, "nccl")[0]))}
+        return {"gathered": values, "steps": len(losses(run(job, "nccl")))}
     finally:
         machine.leave()
 
@@ -340,9 +234,7 @@ def demo_in_bf16(job):
     """The demo's question on the GPU in bf16: LoRA² at k = 1 answers it, accuracy ≥ 0.98."""
     if job.rehearse:
         return {"not run": "takes half a minute of pretraining"}
-    words = ["--task", "demo", "--seed", "1", "--out", str(job.work / "demo")]
-    subprocess.run([sys.executable, str(ROOT / "train.py"), *words], check=True,
-                   stdout=subprocess.DEVNULL)
+    call("--task", "demo", "--seed", "1", "--out", job.work / "demo")
     facts = {}
     for dtype in ("fp32", "bf16"):
         call("--task", "demo", "--model", job.work / "demo" / "base",
@@ -354,33 +246,14 @@ def demo_in_bf16(job):
     return facts
 
 
-def compiled(job):
-    """Layers compiled, any T: gradients against eager ones, how many graphs, seconds.
-
-    Differences are relative to the largest gradient of the model: one that is 1e-8 is rounding.
-    """
-    (place, config), facts = shape(job, "deberta"), {}
-    torch._dynamo.utils.counters.clear()
-    first = steps.make_batch(config, 8, 8, job.device)
-    ours, plain = (make_step(place, first, 8, compile=compile) for compile in (True, False))
-    for B, T in zip((8, 6), (8, 24) if job.rehearse else (64, 160)):
-        batch = steps.make_batch(config, B, T, job.device)
-        start = time.perf_counter()
-        error = farthest(gradients(outcome(ours, batch)), gradients(outcome(plain, batch)))
-        facts[f"B={B} T={T}"] = {"gradients": error,
-                                 "seconds": round(time.perf_counter() - start, 2)}
-    assert max(found["gradients"] for found in facts.values()) <= 1e-4, facts
-    return facts | {"graphs": torch._dynamo.utils.counters["stats"].get("unique_graphs")}
-
-
-ITEMS = (card, parity, whole_run, recorded, resumed, sync, not_finite, out_of_memory, nccl,
-         demo_in_bf16, compiled)
+ITEMS = (card, one_step.parity, whole_run, recorded, resumed, sync, not_finite, out_of_memory, nccl,
+         demo_in_bf16, one_step.compiled)
 
 
 # --- the whole ----------------------------------------------------------------------------
 
-def parse(argv):
-    """The command line as a namespace."""
+def main(argv=None):
+    """Look at the items; returns the exit status, 1 if one has failed."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -388,12 +261,7 @@ def parse(argv):
     add("--only", help="names of items, a,b,c, in place of all")
     add("--seconds", type=float, default=460, help="no item begins later than that (460)")
     add("--rehearse", action="store_true", help="small, on a CPU if there is no GPU")
-    return parser.parse_args(argv)
-
-
-def main(argv=None):
-    """Look at the items; returns the exit status, 1 if one has failed."""
-    job, begun = parse(argv), time.perf_counter()
+    job, begun = parser.parse_args(argv), time.perf_counter()
     job.device = "cuda" if torch.cuda.is_available() else "cpu"
     if job.device == "cpu" and not job.rehearse:
         print("error: there is no GPU here: give --rehearse", file=sys.stderr)

@@ -11,6 +11,7 @@ WHICH = {"last": "after the last step", "best": "at the best evaluation"}
 SPREAD = ("Mean ± standard deviation over the seeds; (n = ...) where it is of another number of "
           "values. ≈: a difference, of a ratio that from 1, not larger than its own spread over "
           "the seeds.")
+AVERAGE = {"average": "average"}                           # a column
 LEGEND = ("The best evaluation is chosen on the dev set itself. An average is over tasks, seed by "
           "seed; MNLI and QQP count as the mean of their columns.")
 
@@ -23,27 +24,15 @@ def markdown(head, rows):
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def show(part, seeds, digits=2, sign=""):
-    """A summary as text."""
+def show(part, seeds, digits=2, sign="", to=None):
+    """A summary as text, after ≈ if it is not further from the number `to` than its own spread."""
     if part is None:
         return "not run"
     text = f"{part['mean']:{sign}.{digits}f}"
     if part["std"] is not None:
         text += f"±{part['std']:.{digits}f}"
-    return with_count(text, part, seeds)
-
-
-def with_count(text, part, seeds):
-    """A text with the number of a summary's values if that is not `seeds`, and a real minus."""
-    if part["n"] != seeds:
-        text += f" (n = {part['n']})"
-    return text.replace("-", "−")
-
-
-def show_change(part, seeds, digits=2, sign="", to=0):
-    """The same, after ≈ if it is not further from a number than its own spread."""
-    mark = "≈" if tables.near(part, to) else ""
-    return mark + show(part, seeds, digits, sign)
+    mark = "≈" if to is not None and tables.near(part, to) else ""
+    return mark + with_count(text, part, seeds)
 
 
 def show_interval(part, seeds):
@@ -57,6 +46,13 @@ def show_interval(part, seeds):
     return with_count(text, part, seeds)
 
 
+def with_count(text, part, seeds):
+    """A text with the number of a summary's values if that is not `seeds`, and a real minus."""
+    if part["n"] != seeds:
+        text += f" (n = {part['n']})"
+    return text.replace("-", "−")
+
+
 def span(values):
     """Counts, which may differ between tasks, as text: "1,560–1,640"; "–" for none."""
     values = sorted(value for value in set(values) if value is not None)
@@ -66,67 +62,59 @@ def span(values):
 
 # --- tables ----------------------------------------------------------------------------------
 
-def layout(content):
-    """(tasks in the order of the paper's columns, their names, number of seeds) of a table."""
-    tasks = [task for task in tables.COLUMNS if task in content["tasks"]]
-    return tasks, [tables.COLUMNS[task][0] for task in tasks], len(content["seeds"])
+def table(title, lines, columns, cell):
+    """A line for each of {key: label} `lines`: cell(key, column) for each of {column: label}."""
+    rows = []
+    for key, label in lines.items():
+        rows.append([label, *(cell(key, column) for column in columns)])
+    return markdown([title, *columns.values()], rows)
 
 
-def table_of(content, title, cell, **last):
-    """A line for each row, of cell(row, task) for each task. last: {name: function of a row}."""
-    tasks, names, _ = layout(content)
-    lines = []
-    for row, label in content["rows"].items():
-        line = [label, *(cell(row, task) for task in tasks)]
-        lines.append([*line, *(column(row) for column in last.values())])
-    return markdown([title, *names, *last], lines)
+def tasks_of(content):
+    """{task: its name} of a table, in the order of the paper's columns."""
+    return {task: name for task, (name, _) in tables.COLUMNS.items() if task in content["tasks"]}
+
+
+def pairs_of(content):
+    """{(row a, row b): label} of the pairs whose rows are both shown."""
+    rows, found = content["rows"], {}
+    for a, b in content["pairs"]:
+        if {a, b} <= rows.keys():
+            found[a, b] = f"{rows[a]} − {rows[b]}"
+    return found
 
 
 def score_table(content, which="last"):
     """The scores of all rows on all tasks."""
-    seeds = len(content["seeds"])
-
     def cell(row, task):
-        return "/".join(show(part, seeds) for part in tables.score_of(content, row, task, which))
+        parts = [tables.average_of(content, row, which)]
+        if task != "average":
+            parts = tables.score_of(content, row, task, which)
+        return "/".join(show(part, len(content["seeds"])) for part in parts)
 
-    def average_cell(row):
-        return show(tables.average_of(content, row, which), seeds)
-
-    return table_of(content, WHICH[which], cell, average=average_cell)
-
-
-def pairs_of(content):
-    """[(label, row a, row b)] of the pairs whose rows are both shown."""
-    found = []
-    for a, b in content["pairs"]:
-        if {a, b} <= content["rows"].keys():
-            found.append((f"{content['rows'][a]} − {content['rows'][b]}", a, b))
-    return found
+    return table(WHICH[which], content["rows"], tasks_of(content) | AVERAGE, cell)
 
 
 def difference_table(content, which="last"):
     """Pairs of rows, seed by seed."""
-    tasks, names, seeds = layout(content)
-    lines = []
-    for label, a, b in pairs_of(content):
-        parts = [tables.difference(content, a, b, task, which) for task in tasks]
-        lines.append([label, *(show_change(part, seeds, sign="+") for part in parts)])
-    return markdown([f"difference {WHICH[which]}", *names], lines)
+    def cell(pair, task):
+        part = tables.difference(content, *pair, task, which)
+        return show(part, len(content["seeds"]), sign="+", to=0)
+
+    return table(f"difference {WHICH[which]}", pairs_of(content), tasks_of(content), cell)
 
 
 def interval_table(content):
     """The same with an interval; the last column is of the mean over tasks."""
-    tasks, names, seeds = layout(content)
-    lines = []
-    for label, a, b in pairs_of(content):
-        by_task = [tables.differences(content, a, b, task) for task in tasks]
-        of_all = []
-        for seed in set.intersection(*map(set, by_task)):
-            of_all.append(statistics.mean(found[seed] for found in by_task))
-        columns = [list(found.values()) for found in by_task] + [of_all]
-        shown = [show_interval(tables.summary(values), seeds) for values in columns]
-        lines.append([label, *shown])
-    return markdown(["difference, its 95 % interval", *names, "average"], lines)
+    def cell(pair, task):
+        wanted = content["tasks"] if task == "average" else [task]
+        by_task = [tables.differences(content, *pair, each) for each in wanted]
+        seeds = set.intersection(*map(set, by_task))
+        values = [statistics.mean(found[seed] for found in by_task) for seed in seeds]
+        return show_interval(tables.summary(values), len(content["seeds"]))
+
+    columns = tasks_of(content) | AVERAGE
+    return table("difference, its 95 % interval", pairs_of(content), columns, cell)
 
 
 def worst_table(content):
@@ -136,7 +124,7 @@ def worst_table(content):
         scores = [tables.mean_of(tables.score(run, "last", task)) for run in runs]
         return f"{min(scores):.2f}".replace("-", "−") if scores else "not run"
 
-    return table_of(content, "the worst seed", cell)
+    return table("the worst seed", content["rows"], tasks_of(content), cell)
 
 
 def choice_table(content):
@@ -151,7 +139,7 @@ def choice_table(content):
         text += f", {lost} diverged)" if lost else ")"
         return text if search.is_inside(points) else f"{text} unfinished"
 
-    return table_of(content, "learning rate, scale (of how many)", cell)
+    return table("learning rate, scale (of how many)", content["rows"], tasks_of(content), cell)
 
 
 def tuning_table(content):
@@ -165,75 +153,79 @@ def tuning_table(content):
         scale = f", {settings['alpha'] / settings['r']:g}" if "alpha" in settings else ""
         return f"{settings['lr']:g}{scale} ({score:.2f}, of {len(runs)})"
 
-    return table_of(content, "learning rate, scale (score, of how many runs)", cell)
+    return table("learning rate, scale (score, of how many runs)", content["rows"],
+                 tasks_of(content), cell)
 
 
 def parameter_table(content):
     """How many parameters a row trains, how many survive its pruning, and what the paper says."""
-    lines = []
-    for row, label in content["rows"].items():
-        runs = [run for run in content["runs"] if run["row"] == row]
-        paper = content.get("paper", {}).get(row, {})
-        trained = span(run["adapter_parameters"] for run in runs)
-        surviving = span(run["surviving_parameters"] for run in runs)
-        lines.append([label, trained, surviving, paper.get("parameters", "–")])
-    return markdown(["parameters", "trained", "surviving", "the paper's"], lines)
+    columns = {"adapter_parameters": "trained", "surviving_parameters": "surviving",
+               "paper": "the paper's"}
+
+    def cell(row, column):
+        if column == "paper":
+            return content.get("paper", {}).get(row, {}).get("parameters", "–")
+        return span(run[column] for run in content["runs"] if run["row"] == row)
+
+    return table("parameters", content["rows"], columns, cell)
 
 
 def paper_table(content):
     """The scores that the paper reports of the same rows and tasks."""
-    tasks, names, _ = layout(content)
-    lines = []
-    for row, paper in content["paper"].items():
-        scores = {task: paper["scores"].get(task, [None]) for task in tasks}
-        line = [content["rows"][row]]
-        for task in tasks:
-            line.append("/".join("–" if x is None else f"{x:.2f}" for x in scores[task]))
-        unknown = any(None in columns for columns in scores.values())
-        lines.append([*line, "–" if unknown else f"{tables.average(scores):.2f}"])
-    if not lines:
+    paper = content["paper"]
+    if not paper:
         return "The paper reports nothing of these rows.\n"
-    return markdown(["the paper", *names, "average"], lines)
+
+    def cell(row, task):
+        scores = {each: paper[row]["scores"].get(each, [None]) for each in content["tasks"]}
+        if task != "average":
+            return "/".join("–" if x is None else f"{x:.2f}" for x in scores[task])
+        unknown = any(None in columns for columns in scores.values())
+        return "–" if unknown else f"{tables.average(scores):.2f}"
+
+    rows = {row: content["rows"][row] for row in paper}
+    return table("the paper", rows, tasks_of(content) | AVERAGE, cell)
 
 
 def overlap_table(content):
     """How alike the selections by Eq. 8 and Eq. 9 are."""
-    tasks, names, seeds = layout(content)
-    found = {task: tables.overlap(content, task) for task in tasks}
-    lines = []
-    for measure in found[tasks[0]]:
-        parts = [tables.summary(found[task][measure]) for task in tasks]
-        lines.append([measure, *(show(part, seeds, 1) for part in parts)])
-    return markdown(["%", *names], lines)
+    found = {task: tables.overlap(content, task) for task in content["tasks"]}
+    measures = {measure: measure for some in found.values() for measure in some}
+
+    def cell(measure, task):
+        return show(tables.summary(found[task][measure]), len(content["seeds"]), 1)
+
+    return table("%", measures, tasks_of(content), cell)
 
 
 def ratio_table(content):
     """Times of a step over those of the first row, ours and the paper's."""
-    tasks, names, seeds = layout(content)
     base, *others = content["rows"]
-    lines = []
-    for task, name in zip(tasks, names):
-        parts = [tables.time_ratio(content, row, base, task) for row in others]
-        paper = content["paper"].get(task)
-        lines.append([name, *(show_change(part, seeds, 3, to=1) for part in parts),
-                      f"{paper[1] / paper[0]:.3f}" if paper else "–"])
-    labels = list(content["rows"].values())
-    return markdown([f"time of a step over {labels[0]}'s", *labels[1:], "the paper's"], lines)
+
+    def cell(task, row):
+        if row != "paper":
+            part = tables.time_ratio(content, row, base, task)
+            return show(part, len(content["seeds"]), 3, to=1)
+        first, second = content["paper"].get(task, (1, None))
+        return f"{second / first:.3f}" if second else "–"
+
+    columns = {row: content["rows"][row] for row in others} | {"paper": "the paper's"}
+    title = f"time of a step over {content['rows'][base]}'s"
+    return table(title, tasks_of(content), columns, cell)
 
 
 def speed_table(content):
     """Tokens per second; of the paper's rows seconds per step."""
-    tasks, names, seeds = layout(content)
-    lines = []
-    for task, name in zip(tasks, names):
-        line = [name]
-        for row in content["rows"]:
+    def cell(task, row):
+        if row != "paper":
             runs = tables.by_seed(content, row, task).values()
-            line.append(show(tables.summary(run["tokens_per_second"] for run in runs), seeds, 0))
-        paper = content["paper"].get(task)
-        lines.append([*line, f"{paper[0]:.2f} → {paper[1]:.2f}" if paper else "–"])
-    labels = content["rows"].values()
-    return markdown(["tokens per second", *labels, "the paper's seconds"], lines)
+            part = tables.summary(run["tokens_per_second"] for run in runs)
+            return show(part, len(content["seeds"]), 0)
+        seconds = [f"{value:.2f}" for value in content["paper"].get(task, [])]
+        return " → ".join(seconds) or "–"
+
+    columns = content["rows"] | {"paper": "the paper's seconds"}
+    return table("tokens per second", tasks_of(content), columns, cell)
 
 
 def kept_tables(content):
@@ -253,15 +245,15 @@ def kept_tables(content):
 
 # --- pages -----------------------------------------------------------------------------------
 
-def study_parts(content, reported):
-    """The tables of a study of the rows that have begun, and which have not."""
+def study_parts(content, shown):
+    """The tables of a study: of the rows that have begun, and which have not."""
     search.check_choices(content)
     begun = {run["row"] for run in content["runs"]}
     rows = {row: label for row, label in content["rows"].items() if row in begun}
     waiting = [label for row, label in content["rows"].items() if row not in begun]
-    reported = reported | {"rows": rows}
-    parts = [score_table(reported), interval_table(reported), worst_table(reported),
-             choice_table(content | {"rows": rows}), parameter_table(reported)]
+    shown = shown | {"rows": rows}
+    parts = [score_table(shown), interval_table(shown), worst_table(shown),
+             choice_table(content | {"rows": rows}), parameter_table(shown)]
     if waiting:
         parts.append(f"Not run: {'; '.join(waiting)}.\n")
     return parts
@@ -303,18 +295,13 @@ def facts_of(runs):
 
 def page(content):
     """TABLE.md, from what TABLE.json holds. ValueError for runs that fit no one table."""
-    done, lost = [], []
-    for run in content["runs"]:
-        is_reported = run.get("part") == "reported" or content["name"] != "study"
-        if "failed" not in run:
-            done.append(run)
-        elif is_reported:
-            lost.append(tables.name_of(run))
+    is_study = content["name"] == "study"
+    counted = [run for run in content["runs"] if not is_study or run["part"] == "reported"]
+    done = [run for run in content["runs"] if "failed" not in run]
     tables.check_sources(done)
-    reported = done
-    if content["name"] == "study":
-        reported = [run for run in done if run["part"] == "reported"]
-    parts, others = parts_of(content, content | {"runs": reported})
+    shown = [run for run in counted if "failed" not in run]
+    parts, others = parts_of(content, content | {"runs": shown})
+    lost = [tables.name_of(run) for run in counted if "failed" in run]
     if lost:
         parts.append(f"Diverged, and in no mean: {', '.join(lost)}.\n")
     legend = [SPREAD, LEGEND]

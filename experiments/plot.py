@@ -58,14 +58,12 @@ def save(figure, stem, kinds=SAVED):
 
 def figure3(content, stem):
     """Draw Figure 3 from what figure3.json holds: a panel for each task, the mean over seeds."""
-    panels = []
-    for title, runs in tables.panels(content):
-        if runs:
-            panels.append((tables.mean_ranks(runs), runs[0]["settings"]["r"], title))
+    panels = [(title, runs) for title, runs in tables.panels(content) if runs]
     if panels:
         figure, all_axes = new_figure(len(panels))
-        for axes, panel in zip(all_axes, panels):
-            figure.colorbar(heat_map(axes, *panel), ax=axes)
+        for axes, (title, runs) in zip(all_axes, panels):
+            image = heat_map(axes, tables.mean_ranks(runs), runs[0]["settings"]["r"], title)
+            figure.colorbar(image, ax=axes)
         save(figure, stem, [".svg"])
 
 

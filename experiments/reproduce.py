@@ -25,7 +25,6 @@ import os
 import shlex
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -41,6 +40,7 @@ from running.errors import Refused
 
 PAPER = disk.read_json(grids.ROOT / "experiments" / "paper.json", "restore it")
 NOTES = disk.read_json(grids.ROOT / "experiments" / "notes.json", "restore it")
+LEFT_OUT = {"overlap": [], "study": ["kept", "ranks"]}     # of records; by default what was kept
 
 
 # --- running ---------------------------------------------------------------------------------
@@ -60,12 +60,11 @@ def run_all(args):
         print(f"[{time.monotonic() - started:.0f} s, {left} to go] {tables.name_of(record)}"
               f"{point and ': '}{point}: {result}", flush=True)
 
+    if grids.missing(args.grid):
+        check_known(args)
     pool = workers.make_pool(args.workers)
     try:
-        scheduler = workers.Scheduler(args, pool, keep)
-        if scheduler.waiting:
-            check_known(args)
-        failures = scheduler.run()
+        failures = workers.run_all(args, pool, keep)
     except BaseException:
         for process in multiprocessing.active_children():
             process.terminate()         # SIGTERM: train.py saves its state and ends
@@ -117,7 +116,7 @@ def notes_of(grid, preset):
         return [*notes, f"{steps_each} steps of each run, with train.py's own settings."]
     notes += NOTES[preset]
     if grid.preset["lrs"]:
-        notes.append(NOTES["tuned"] if grid.table in ("tune", "table1") else NOTES["shared"])
+        notes.append(NOTES["tuned" if grid.table in ("tune", "table1") else "shared"])
     return notes
 
 
@@ -133,15 +132,15 @@ def labels_of(grid):
 
 def paper_of(grid, base):
     """{row, of Table 2 task: what the paper says of it}."""
-    if grid.table not in PAPER:
-        return {}
-    known = PAPER[grid.table]["rows"]
+    known = PAPER.get(grid.table, {"rows": {}})["rows"]
     if grid.is_timed:
         return known
-    names = {}
+    found = {}
     for row in grids.TABLES[grid.table]["rows"][base].split():
-        names[grids.full_name(row, grid.preset["base"])] = grids.full_name(row, "lora2-k1")
-    return {row: known[names[row]] for row in grid.rows if names[row] in known}
+        ours, theirs = (grids.full_name(row, name) for name in (grid.preset["base"], "lora2-k1"))
+        if ours in grid.rows and theirs in known:
+            found[ours] = known[theirs]
+    return found
 
 
 def content_of(path):
@@ -153,13 +152,15 @@ def write(args, before):
     """Write TABLE.json of the finished runs. What it held before stays in it, as "left_out"."""
     grid = args.grid
     runs, _ = grids.finished(grid)
-    runs = [workers.without(grid, run) for run in runs]
     shown = {grids.key_of(run["settings"]) for run in runs}
     left_out = [run for run in before["runs"] + before["left_out"]
                 if grids.key_of(run["settings"]) not in shown]
+    for run in runs + left_out:
+        for name in LEFT_OUT.get(grid.table, ["kept"]):
+            run.pop(name, None)
     tasks, seeds = grid.tasks, sorted({seed for _, some in grid.stages for seed in some})
     if grid.table == "tune":
-        tasks = list(dict.fromkeys(grids.tuned_on(grid, task) for task in tasks))
+        tasks = list(dict.fromkeys(grid.preset["tuned_on"].get(task, task) for task in tasks))
         seeds = [grids.TUNE_SEED]
     table, pairs = grids.TABLES[grid.table], []
     for pair in table["pairs"]:
@@ -227,12 +228,11 @@ def parse(argv):
 
 def chosen(words, known, what):
     """The names in "a,b,c", each once; all that are known for None. ValueError for another one."""
-    if words is None:
-        return list(known)
-    for name in words.split(","):
+    names = list(known) if words is None else list(dict.fromkeys(words.split(",")))
+    for name in names:
         if name not in known:
             raise ValueError(f"there is no {what} {name!r}: there are {', '.join(known)}")
-    return list(dict.fromkeys(words.split(",")))
+    return names
 
 
 def flags_of(args):
@@ -294,14 +294,6 @@ def make_grid(args):
     return grid
 
 
-def stop_on_signals():
-    """Have SIGTERM, and a lost terminal's SIGHUP, end this program as Ctrl-C does."""
-    if threading.current_thread() is threading.main_thread():
-        for name in ("SIGTERM", "SIGHUP"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), signal.default_int_handler)
-
-
 def main(argv=None):
     """Run and write a table; returns the exit status."""
     failures, status = [], 0
@@ -310,7 +302,9 @@ def main(argv=None):
         if args.dry_run:
             list_grid(args.grid)
             return 0
-        stop_on_signals()
+        for name in ("SIGTERM", "SIGHUP"):                 # end it as Ctrl-C does
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.default_int_handler)
         try:
             if not args.no_run:
                 with disk.alone(args.grid.runs, "reproduce.py", "--runs"):

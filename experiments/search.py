@@ -32,31 +32,26 @@ def best(tried):
 
     A run that diverged has the score −inf and is never the best.
     """
-    chosen, highest = None, -math.inf
-    for point, score in tried:
-        if score > highest:
-            chosen, highest = point, score
-    return chosen
+    point, score = max(tried, key=lambda entry: entry[1], default=(None, -math.inf))
+    return None if score == -math.inf else point
 
 
 def missing(tried, start):
     """The points to run next, [] when the search is over. tried: [(point, score)]."""
     points = [point for point, _ in tried]
-    wanted = [point for point in [start, *neighbours(start)] if point not in points]
-    chosen = best(tried)
-    if not wanted and chosen is not None:
-        wanted = [point for point in neighbours(chosen) if point not in points]
-    return wanted
+    for centre in (start, best(tried) or start):
+        wanted = [point for point in [centre, *neighbours(centre)] if point not in points]
+        if wanted:
+            return wanted
+    return []
 
 
 def is_inside(tried):
     """Whether the best of [(point, score)] has all its neighbours beside it, two for each axis."""
-    points = [point for point, _ in tried]
     chosen = best(tried)
     if chosen is None:
         return False
-    around = neighbours(chosen)
-    return len(around) == 2 * len(chosen) and all(point in points for point in around)
+    return len(neighbours(chosen)) == 2 * len(chosen) and missing(tried, chosen) == []
 
 
 # --- the search of a table --------------------------------------------------------------------
@@ -69,11 +64,8 @@ def point_text(point):
 
 def tried(content, row, task):
     """[(point, score)] of a row's tuning, in order; −inf for a run that diverged."""
-    found = []
-    for run in tables.runs_of(content, row, task):
-        if run["part"] == "tune":
-            found.append((run["tuned"], tables.final_score(run)))
-    return found
+    return [(run["tuned"], tables.final_score(run))
+            for run in tables.runs_of(content, row, task) if run["part"] == "tune"]
 
 
 def check_choices(content):

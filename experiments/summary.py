@@ -43,12 +43,9 @@ def command_of(program, words, *places):
 
 def comparable(settings):
     """The settings that make a run what it is; of a model in a folder its name alone."""
-    found = {}
-    for name, value in settings.items():
-        if value is not None and name not in FREE:
-            found[name] = value
-    found["model"] = Path(str(settings.get("model"))).name
-    return found
+    found = {name: value for name, value in settings.items()
+             if value is not None and name not in FREE}
+    return found | {"model": Path(str(settings.get("model"))).name}
 
 
 def record(cell):
@@ -88,14 +85,12 @@ def read_ranks(folder):
 
 def by_place(values):
     """{module name: value} → {matrix: [value of layer 0, layer 1, ...]}, in Figure 3's order."""
-    grid = {}
-    for name, value in values.items():
-        short, layer = progress.place_of(name)
-        grid.setdefault(short, {})[layer] = value
+    places = {progress.place_of(name): value for name, value in values.items()}
     found = {}
     for short in tables.MATRICES:
-        if short in grid:
-            found[short] = [grid[short][layer] for layer in range(len(grid[short]))]
+        layers = sorted(layer for matrix, layer in places if matrix == short)
+        if layers:
+            found[short] = [places[short, layer] for layer in layers]
     return found
 
 
@@ -120,19 +115,18 @@ def speed(folder):
 def write(path, content):
     """Write TABLE.json. content: a dict, with records in the lists "runs" and "left_out"."""
     records = content["runs"] + content["left_out"]
-    shared = dict(records[0]["settings"]) if records else {}
-    for run in records:
-        for name in list(shared):
-            if run["settings"].get(name) != shared[name]:
-                del shared[name]
+    shared = {}
+    for name, value in records[0]["settings"].items() if records else ():
+        if all(run["settings"].get(name) == value for run in records):
+            shared[name] = value
     elsewhere = shared.keys() | {"task", "seed"}           # which a record has anyway
-    brief = {"settings": shared}
+    brief = content | {"settings": shared}
     for part in ("runs", "left_out"):
         brief[part] = []
         for run in content[part]:
             own = {name: value for name, value in run["settings"].items() if name not in elsewhere}
             brief[part].append(run | {"settings": own})
-    disk.write_file(path, layout(content | brief) + "\n")
+    disk.write_file(path, layout(brief) + "\n")
 
 
 def load(path):

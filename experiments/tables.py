@@ -133,19 +133,18 @@ def name_of(record):
 
 
 def check_sources(runs):
-    """ValueError unless all runs are of one model, and those of a task of the same data."""
-    check_equal("models", runs, "base")
-    for task in COLUMNS:
-        check_equal(f"{task} data", [run for run in runs if run["task"] == task], "rows")
+    """ValueError unless all runs are of one model, and those of a task of the same data.
 
-
-def check_equal(what, runs, name):
-    """ValueError unless the runs that have a fingerprint of this name have the same one."""
-    known = [run for run in runs if run.get(name) is not None]
-    for run in known:
-        if run[name] != known[0][name]:
-            raise ValueError(f"{name_of(known[0])} and {name_of(run)} are runs on different {what} "
-                             "of one name: give another --runs and --out")
+    Runs without a fingerprint do not tell.
+    """
+    first = {}
+    for run in runs:
+        for name, what in (("base", "models"), ("rows", f"{run['task']} data")):
+            if run.get(name) is not None:
+                other = first.setdefault(what, run)
+                if other[name] != run[name]:
+                    raise ValueError(f"{name_of(other)} and {name_of(run)} are runs on different "
+                                     f"{what} of one name: give another --runs and --out")
 
 
 def check_alike(runs, name):
@@ -163,11 +162,6 @@ def check_alike(runs, name):
 
 
 # --- kept singular values --------------------------------------------------------------------
-
-def kept_of(record):
-    """[the indices of the kept singular values] of each matrix of a run."""
-    return [set(indices) for layers in record["kept"].values() for indices in layers]
-
 
 def shared(a, b):
     """Percentage of the kept singular values, [the indices of each matrix], that two runs share."""
@@ -187,16 +181,15 @@ def shared_by_chance(a, b):
     return 100 * sum(map(min, pairs)) / len(a) / kept
 
 
-def part_with(kept, n):
-    """The part of the matrices that keep n singular values, in percent."""
-    return 100 * sum(len(one) == n for one in kept) / len(kept)
-
-
 def overlap(content, task):
     """{measure: values}: how alike the selections of the two rows are, Eq. 9's and Eq. 8's."""
     runs = [list(by_seed(content, row, task).values()) for row in content["rows"]]
     check_alike(runs[0] + runs[1], "kept")
-    nine, eight = ([kept_of(run) for run in some] for some in runs)
+
+    def kept_of(record):                                   # of each matrix
+        return [set(indices) for layers in record["kept"].values() for indices in layers]
+
+    nine, eight = (list(map(kept_of, some)) for some in runs)
     same_seed = [(kept_of(a), kept_of(b)) for a, b in in_both(content, *content["rows"], task)]
     two_seeds = list(itertools.combinations(nine, 2))
     found = {
@@ -204,10 +197,11 @@ def overlap(content, task):
         "kept by both: as many of each matrix": [shared_counts(a, b) for a, b in same_seed],
         "for scale: as many, Eq. 9 with two seeds": [shared_counts(a, b) for a, b in two_seeds],
         "for scale: the same, matrices shuffled": [shared_by_chance(a, b) for a, b in two_seeds]}
-    r = [run["settings"]["r"] for run in runs[0] + runs[1]]
-    for name, kept in (("Eq. 9", nine), ("Eq. 8", eight)):
-        found[f"matrices that keep nothing, {name}"] = [part_with(one, 0) for one in kept]
-        found[f"matrices that keep everything, {name}"] = [part_with(one, r[0]) for one in kept]
+    r = max((run["settings"]["r"] for run in runs[0] + runs[1]), default=0)
+    for name, some in (("Eq. 9", nine), ("Eq. 8", eight)):
+        for what, n in (("nothing", 0), ("everything", r)):
+            parts = [100 * statistics.mean(len(one) == n for one in kept) for kept in some]
+            found[f"matrices that keep {what}, {name}"] = parts
     return found
 
 

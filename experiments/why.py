@@ -10,6 +10,7 @@ on. Learning rate and scale are those that the study on a GPU chose, or those in
 """
 import argparse
 import itertools
+import math
 import sys
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ from experiments import look_inside, search, summary, why_page
 from formats import disk
 from lora2 import LoRA2Linear, lora2_layers
 from methods import baselines, three_scales
-from running import machine, options, schedule
+from running import errors, machine, options, schedule
 
 HERE = Path(__file__).resolve().parent
 GIVEN = disk.read_json(HERE / "why.json", "restore it")
@@ -46,28 +47,25 @@ def run(row, task_name, seed, point, args):
     plan = schedule.plan(o, rows=len(examples["train"].labels))
     optimizer, parameters = train.make_optimizer(net, o.lr, o.head_lr, o.weight_decay, o.outer_lr)
 
-    def backward(batch):
-        train.gradients(net, batch, here, 1)
-
-    def batches():
-        return train.stream(examples["train"], o, plan, 0, net, here)
-
     if o.init == "gradient":
-        train.start_at_gradient(net, backward, batches())
+        train.start_along_gradient(o, plan, examples, net, here)
     if row.startswith("zero"):
         start_at_zero(net)
     judges = look_inside.make_judges(row, o, net, plan)
     film = look_inside.Film(net, judges)
     record = {"row": row, "task": task_name, "seed": seed, "tuned": point,
               "part": "tune" if seed == GIVEN["search_seed"] else "reported"}
-    for t, batch in zip(range(1, plan.steps + 1), batches()):
-        backward(batch)
+    finite = errors.FiniteCheck(here.device, ".")
+    batches = train.stream(examples["train"], o, plan, 0, net, here)
+    for t, batch in zip(range(1, plan.steps + 1), batches):
+        loss = train.gradients(net, batch, here, 1)
         for judge in judges.values():
             judge.see()
         add_regulariser(row, o, net)
-        norm = update(optimizer, parameters, o.clip, plan.lr_factor(t))
-        if not norm < float("inf"):
+        norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf).item()     # clips nothing
+        if not norm < math.inf:
             return record | {"failed": f"a gradient was not finite at step {t}"}, None
+        train.update(optimizer, parameters, loss, plan, t, o.clip, finite)
         for judge in judges.values():
             judge.clipped = min(1.0, o.clip / (norm + NEAR_0))
             judge.step()
@@ -80,16 +78,6 @@ def run(row, task_name, seed, point, args):
                "device": here.device.type, "dtype": o.dtype, "torch": torch.__version__,
                "seconds": round(time.monotonic() - began, 1)}
     return record, film.updates[-1]
-
-
-def update(optimizer, parameters, max_norm, factor):
-    """Clip and step; returns the norm before, a number. What is not finite changes nothing."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * factor
-    if norm < float("inf"):
-        optimizer.step()
-    return norm
 
 
 def add_regulariser(row, o, net):

@@ -1,8 +1,4 @@
-"""Workers: processes that run one cell after the other, and who tells them which.
-
-A Scheduler hands out runs in the order of their stages. It asks grid.py what comes next whenever
-the runs that it waited for are there.
-"""
+"""Workers: processes that run one cell after the other, and who tells them which."""
 import multiprocessing
 import os
 import shutil
@@ -15,15 +11,6 @@ import train
 from experiments import grid as grids
 from experiments import summary
 from experiments.speed import steps
-
-# What a table's records leave out; others leave out what each matrix kept.
-LEFT_OUT = {"overlap": (), "study": ("kept", "ranks")}
-
-
-def without(grid, record):
-    """A record with what its table keeps of it."""
-    left_out = LEFT_OUT.get(grid.table, ("kept",))
-    return {name: value for name, value in record.items() if name not in left_out}
 
 
 def work(cell, is_timed, keep):
@@ -80,66 +67,36 @@ def visible_gpus():
     return named.split(",")[:count] if named else [str(i) for i in range(count)]
 
 
-# --- running ---------------------------------------------------------------------------------
+def run_all(args, pool, keep):
+    """Run until nothing is left to do, or to begin; returns what went wrong, a line each.
 
-class Scheduler:
-    """Gives runs to workers in the order of their stages, and asks for more as results come in."""
-
-    def __init__(self, args, pool, keep):
-        """pool: an Executor. keep: called with each record, and how many runs are to come."""
-        self.args, self.grid, self.pool, self.keep = args, args.grid, pool, keep
-        self.until = time.monotonic() + args.seconds       # when the last one may begin
-        self.seen = set()               # what was ever put into the line
-        self.waiting = []               # (stage, cell), in order
-        self.running = {}               # future → cell
-        self.failures = []
-        self.ask()
-
-    def ask(self):
-        """Put what is needed next into the line: of a row whose tuning is under way, nothing."""
-        tuning, reported, _ = grids.cells_of(self.grid)
-        busy = {cell[:2] for cell in [*self.running.values(), *(cell for _, cell in self.waiting)]
-                if cell.seed == grids.TUNE_SEED}
-        for cell, stage in (tuning | reported).items():
-            is_busy = cell in tuning and cell[:2] in busy
-            if cell not in self.seen and not is_busy and not grids.record_of(self.grid, cell):
-                self.seen.add(cell)
-                self.waiting.append((stage, cell))
-        self.waiting.sort(key=lambda entry: entry[0])      # by stage; within one as they came
-
-    def hand_out(self):
-        """Start runs while a worker is free and there is time."""
-        while (self.waiting and len(self.running) < self.args.workers
-               and time.monotonic() < self.until):
-            _, cell = self.waiting.pop(0)
-            future = self.pool.submit(work, cell, self.grid.is_timed, self.args.keep)
-            self.running[future] = cell
-
-    def take_in(self, future):
-        """Keep the record of a run that has ended, and ask for more."""
-        cell = self.running.pop(future)
-        try:
-            record = future.result()
-        except BrokenExecutor:
-            raise OSError("a worker was killed, perhaps for its memory: the same command goes on, "
-                          "with fewer --workers") from None
-        except RuntimeError as error:
-            self.failures.append(str(error))
-            return                                         # it was seen: others go on
-        assert grids.key_of(record["settings"]) == grids.key_of_flags(cell.flags), cell
-        record = without(self.grid, record)
-        record |= {"part": grids.part_of(cell.seed), "tuned": dict(cell.tuned),
-                   "tuned_as": grids.row_of(cell.row)[2]}
-        self.grid.remember(record)
-        self.ask()
-        self.keep(record, len(self.waiting) + len(self.running))
-
-    def run(self):
-        """Run until nothing is left to do, or to begin; returns what went wrong, a line each."""
-        self.hand_out()
-        while self.running:
-            done, _ = wait(self.running, return_when=FIRST_COMPLETED)
-            for future in done:
-                self.take_in(future)
-            self.hand_out()
-        return self.failures
+    pool: an Executor. keep: called with each record, and how many runs are known to be to come.
+    Whenever a run has ended grid.py says anew what is missing: a result may change what to try.
+    """
+    grid, until = args.grid, time.monotonic() + args.seconds
+    running, begun, failures = {}, set(), []               # running: {future: cell}
+    while True:
+        waiting = [cell for cell in grids.missing(grid) if cell not in begun]
+        while waiting and len(running) < args.workers and time.monotonic() < until:
+            cell = waiting.pop(0)
+            begun.add(cell)
+            running[pool.submit(work, cell, grid.is_timed, args.keep)] = cell
+        if not running:
+            return failures
+        done, _ = wait(running, return_when=FIRST_COMPLETED)
+        for future in done:
+            cell = running.pop(future)
+            try:
+                record = future.result()
+            except BrokenExecutor:
+                raise OSError("a worker was killed, perhaps for its memory: the same command goes "
+                              "on, with fewer --workers") from None
+            except RuntimeError as error:
+                failures.append(str(error))                # the others go on
+                continue
+            assert grids.key_of(record["settings"]) == grids.key_of_flags(cell.flags), cell
+            part = "tune" if cell.seed == grids.TUNE_SEED else "reported"
+            record |= {"part": part, "tuned": dict(cell.tuned),
+                       "tuned_as": grids.row_of(cell.row)[2]}
+            grid.remember(record)
+            keep(record, len(waiting) + len(running))

@@ -23,6 +23,7 @@ if __name__ == "__main__":
 import torch
 import torch.cuda.amp.common
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from formats import toy
 
@@ -54,9 +55,6 @@ class Simulated(torch.Tensor):
         GPU.waits("torch.save")
         return self.inner.__reduce_ex__(protocol)
 
-    def __repr__(self):
-        return f"Simulated({self.inner})"
-
     def storage(self):                                     # safetensors asks who shares memory
         return self.inner.storage()
 
@@ -70,29 +68,17 @@ class Simulated(torch.Tensor):
 
 def mapped(function, value):
     """value, but of each tensor in its lists, tuples and dicts what the function makes of it."""
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, (list, tuple)):
-        return type(value)([mapped(function, item) for item in value])
-    if isinstance(value, dict):
-        return {key: mapped(function, item) for key, item in value.items()}
-    return value
+    return tree_map_only(torch.Tensor, function, value)
 
 
 def tensors_in(value):
-    found = []
-    mapped(found.append, value)
-    return found
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def on_cpu(args, kwargs):
     """The same arguments for the CPU."""
-    def inner_of(tensor):
-        return tensor.inner if isinstance(tensor, Simulated) else tensor
-    args, kwargs = mapped(inner_of, (args, kwargs))
-    if kwargs.get("device") is not None:
-        kwargs["device"] = "cpu"
-    return args, kwargs
+    args, kwargs = tree_map_only(Simulated, lambda tensor: tensor.inner, (args, kwargs))
+    return args, kwargs | ({"device": "cpu"} if kwargs.get("device") is not None else {})
 
 
 def written(function, args, kwargs):
@@ -111,6 +97,18 @@ class Device:
         self.strict = False                                # set_sync_debug_mode("error")
         self.recording = None                              # a Graph
         self.random = torch.Generator().manual_seed(0).get_state()
+
+    def manual_seed_all(self, seed):
+        self.random = torch.Generator().manual_seed(seed).get_state()
+
+    def get_rng_state(self, device=None):
+        return self.random.clone()
+
+    def set_rng_state(self, state, device=None):
+        self.random = state.clone()
+
+    def set_sync_debug_mode(self, mode):
+        self.strict = mode == "error"
 
     def operate(self, function, args, kwargs):
         """An operation of torch that has to do with the GPU; its result."""
@@ -245,44 +243,21 @@ SAYS = {"_lazy_init": None, "set_device": None, "is_available": True, "is_bf16_s
         "current_device": 0, "max_memory_allocated": 0, "get_device_name": "simulated", "graph_pool_handle": None}
 
 
-def always(value):
-    return lambda *_, **__: value
-
-
 def pin_memory(tensor, device=None):
     copy = tensor.clone()
     copy.is_pinned_here = True
     return copy
 
 
-def seed_all(seed):
-    GPU.random = torch.Generator().manual_seed(seed).get_state()
-
-
-def get_rng_state(device=None):
-    return GPU.random.clone()
-
-
-def set_rng_state(state, device=None):
-    GPU.random = state.clone()
-
-
-def set_sync_debug_mode(mode):
-    GPU.strict = mode == "error"
-
-
 def pretend():
     """Let torch, from now on, believe in the GPU."""
-    cuda = torch.cuda
     for name, value in SAYS.items():
-        setattr(cuda, name, always(value))
-    cuda.amp.common.amp_definitely_not_available = always(False)
-    cuda.manual_seed_all = seed_all
-    cuda.get_rng_state = get_rng_state
-    cuda.set_rng_state = set_rng_state
-    cuda.set_sync_debug_mode = set_sync_debug_mode
-    cuda.CUDAGraph = Graph
-    cuda.graph = record
+        setattr(torch.cuda, name, lambda *_, value=value, **__: value)
+    for name in ("manual_seed_all", "get_rng_state", "set_rng_state", "set_sync_debug_mode"):
+        setattr(torch.cuda, name, getattr(GPU, name))
+    torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+    torch.cuda.CUDAGraph = Graph
+    torch.cuda.graph = record
     torch.Tensor.pin_memory = pin_memory
     torch.__future__.set_swap_module_params_on_conversion(True)    # a parameter's .data cannot move here
 

@@ -12,78 +12,78 @@ import pytest
 import model as models
 from experiments import grid as grids
 from experiments import moving, pages, plot, reproduce, summary, tables
+from experiments.speed import growth
 from experiments.speed import table as bench_table
 from running import options, progress
 from tests.test_reproduce import PAPER, refused
 
 ROOT = Path(__file__).parent.parent
-
-
-def cola(value):
-    return {"dev": {"matthews": value}}
+RESULTS = ROOT / "experiments" / "results"
 
 
 # --- numbers ------------------------------------------------------------------------------------------------
 
 def test_the_papers_averages_are_over_eight_tasks():
-    """Oracle: the averages that the paper prints, to its two digits, by one rule for all rows; by that rule
-    LoRA² k=8 has 89.43. Its printed 89.68 is the mean over the ten columns."""
-    for row, entry in PAPER["table1"]["rows"].items():
+    """Oracle: the averages that the paper prints, to its two digits, by one rule for all rows; by that rule LoRA² k=8
+    has 89.43, its printed 89.68 is the mean over the ten columns. Tables 3 and 4 end in LoRA² k=1 of Table 1; Table
+    2's mean ratio is 1.148."""
+    rows = PAPER["table1"]["rows"]
+    for row, entry in rows.items():
         assert entry["scores"].keys() == tables.COLUMNS.keys()
         mean = tables.average(entry["scores"])
         assert round(mean, 2) == pytest.approx(89.43 if row == "lora2-k8" else entry["average"], abs=0.005)
-    columns = [x for columns in PAPER["table1"]["rows"]["lora2-k8"]["scores"].values() for x in columns]
+    columns = [x for columns in rows["lora2-k8"]["scores"].values() for x in columns]
     assert len(columns) == 10 and round(sum(columns) / 10, 2) == 89.68
-
-
-def test_the_papers_tables_agree_with_each_other():
-    """Oracle: the paper. Tables 3 and 4 end in LoRA² k=1 of Table 1; Table 2's mean ratio is 1.148."""
-    table1 = PAPER["table1"]["rows"]["lora2-k1"]["scores"]
     for name in ("table3", "table4"):
         for task, columns in PAPER[name]["rows"]["lora2-k1"]["scores"].items():
-            assert [a for a, b in zip(columns, table1[task]) if a is not None and a != b] == []
+            assert all(a in (b, None) for a, b in zip(columns, rows["lora2-k1"]["scores"][task]))
     ratios = [b / a for a, b in PAPER["table2"]["rows"].values()]
     assert sum(ratios) / 7 == pytest.approx(1.148, abs=5e-4)
 
 
-def test_summary():
-    """Oracle: by hand. 40, 50, 60: mean 50, sample standard deviation 10 (with n − 1, not 8.16)."""
-    assert tables.summary([40, 50, 60]) == {"mean": 50, "std": 10, "n": 3}
-    assert tables.summary([7]) == {"mean": 7, "std": None, "n": 1} and tables.summary([]) is None
+@pytest.mark.parametrize("values, how, expected", [
+    ([40, 50, 60], {}, "50.00±10.00"), ([7], {"seeds": 1}, "7.00"), ([], {}, "not run"),
+    ([-40, -50, -60], {"seeds": 4, "digits": 1, "sign": "+"}, "−50.0±10.0 (n = 3)"),
+    ([0.9, 1.1, 1.3], {"to": 1}, "≈1.10±0.20"), ([0.8, 0.9, 1.0], {"to": 1}, "≈0.90±0.10"),
+    ([0.7, 0.8, 0.9], {"to": 1}, "0.80±0.10"), ([-1, 0, 2], {"to": 0}, "≈0.33±1.53"), ([0.1], {"to": 0}, "0.10 (n = 1)")])
+def test_a_summary_as_text(values, how, expected):
+    """Oracle: by hand: the sample standard deviation (with n − 1); ≈ where the mean is no further from a number than
+    its spread, of which one value has none."""
+    assert pages.show(tables.summary(values), **{"seeds": 3} | how) == expected
+
+
+def test_numbers_as_text():
+    """Oracle: by hand."""
     assert tables.mean_of([0.0, 50.0]) == 25 and tables.mean_of([None, 50.0]) == 50
-    assert pages.show(tables.summary([40, 50, 60]), 3) == "50.00±10.00"
-    assert pages.show(tables.summary([-40, -50, -60]), 4, 1, "+") == "−50.0±10.0 (n = 3)"
-    assert pages.show(tables.summary([7]), 1) == "7.00" and pages.show(None, 3) == "not run"
     assert pages.span([1640, 1560, 1600]) == "1,560–1,640"
     assert pages.span([5, 5]) == "5" and pages.span([]) == "–" == pages.span([None])
 
 
-def content_by_hand():
-    """Two rows on CoLA and MNLI: a with three and two seeds, b with one seed of CoLA alone."""
-    def run(row, task, seed, best, last, adapter=1560, survive=None):
-        scores = {"cola": lambda x: {"dev": {"matthews": x}},
-                  "mnli": lambda x: {"dev_matched": {"accuracy": x[0]}, "dev_mismatched": {"accuracy": x[1]}}}
-        return {"row": row, "task": task, "seed": seed, "adapter_parameters": adapter,
-                "surviving_parameters": survive, "best": {"scores": scores[task](best)},
-                "last": {"scores": scores[task](last)}}
+def run_of(row, task, seed, best, last, adapter=1560, survive=None):
+    """A record; best, last: a score for each column of the task."""
+    found = {"row": row, "task": task, "seed": seed, "adapter_parameters": adapter, "surviving_parameters": survive}
+    for which, columns in (("best", best), ("last", last)):
+        found[which] = {"scores": {}}
+        for (split, metric), value in zip(tables.COLUMNS[task][1], columns, strict=True):
+            found[which]["scores"][split] = {metric: value}
+    return found
 
+
+@pytest.fixture
+def content():
+    """Two rows on CoLA and MNLI: a with three and two seeds, b with one seed of CoLA alone."""
     paper = {"a": {"parameters": "2k", "scores": {"cola": [70.0], "mnli": [90.0, 80.0]}},
              "b": {"scores": {"cola": [60.0]}}}
+    runs = [run_of("a", "cola", 0, [0.4], [0.3]), run_of("a", "cola", 1, [0.5], [0.5]),
+            run_of("a", "cola", 2, [0.6], [0.4]), run_of("a", "mnli", 0, [0.8, 0.7], [0.7, 0.7], 1640),
+            run_of("a", "mnli", 2, [0.6, 0.5], [0.5, 0.4], 1640), run_of("b", "cola", 1, [0.2], [0.1], survive=20)]
     return {"name": "table1", "tasks": ["mnli", "cola"], "seeds": [0, 1, 2], "pairs": [["a", "b"]],
-            "rows": {"a": "method a", "b": "method b"}, "paper": paper, "runs": [
-                run("a", "cola", 0, 0.4, 0.3), run("a", "cola", 1, 0.5, 0.5), run("a", "cola", 2, 0.6, 0.4),
-                run("a", "mnli", 0, (0.8, 0.7), (0.7, 0.7), 1640),
-                run("a", "mnli", 2, (0.6, 0.5), (0.5, 0.4), 1640), run("b", "cola", 1, 0.2, 0.1, survive=20)]}
+            "rows": {"a": "method a", "b": "method b"}, "paper": paper, "runs": runs}
 
 
-def test_score_table():
-    """Oracle: by hand, from eight scores; columns stand in the paper's order."""
-    content = content_by_hand()
-    assert tables.score_of(content, "a", "cola", "best") == [pytest.approx({"mean": 50, "std": 10, "n": 3})]
-    assert [part["mean"] for part in tables.score_of(content, "a", "mnli", "last")] == pytest.approx([60, 55])
-    # seeds 0 and 2 have both tasks: (40 + (80 + 70) / 2) / 2 = 57.5 and (60 + 55) / 2 = 57.5
-    assert tables.average_of(content, "a", "best") == pytest.approx({"mean": 57.5, "std": 0, "n": 2})
-    assert tables.average_of(content, "b", "best") is None
+def test_score_tables(content):
+    """Oracle: by hand, from eight scores; columns stand in the paper's order. Seeds 0 and 2 have both tasks: their
+    averages are (40 + (80 + 70) / 2) / 2 = 57.5 and (60 + 55) / 2 = 57.5."""
     assert pages.score_table(content, "best").splitlines() == [
         "| at the best evaluation | CoLA | MNLI | average |", "| --- | --- | --- | --- |",
         "| method a | 50.00±10.00 | 70.00±14.14 (n = 2)/60.00±14.14 (n = 2) | 57.50±0.00 (n = 2) |",
@@ -96,18 +96,12 @@ def test_score_table():
         "| method a | 1,560–1,640 | – | 2k |", "| method b | 1,560 | 20 | – |"]
 
 
-def test_differences():
-    """Oracle: by hand. Over common seeds alone; ≈ where the mean is not above the standard deviation."""
-    content = content_by_hand()
-    extra = {"best": {"scores": cola(0.3)}, "last": {"scores": cola(0.4)}, "seed": 0}
-    content["runs"].append(content["runs"][-1] | extra)
-    pair = tables.difference(content, "a", "b", "cola", "best")
-    assert pair == pytest.approx({"mean": 20, "std": math.sqrt(200), "n": 2})              # 10 and 30
-    pair = tables.difference(content, "a", "b", "cola", "last")
-    assert pair == pytest.approx({"mean": 15, "std": math.sqrt(1250), "n": 2})             # −10 and 40
-    line = "| method a − method b | {} | not run |"
-    assert pages.difference_table(content, "best").splitlines()[2] == line.format("+20.00±14.14 (n = 2)")
-    assert pages.difference_table(content).splitlines()[2] == line.format("≈+15.00±35.36 (n = 2)")
+def test_differences(content):
+    """Oracle: by hand. Over common seeds alone: 10 and 30 at the best evaluation, −10 and 40 after the last step."""
+    content["runs"].append(run_of("b", "cola", 0, [0.3], [0.4]))
+    for which, expected in (("best", "+20.00±14.14 (n = 2)"), ("last", "≈+15.00±35.36 (n = 2)")):
+        text = pages.difference_table(content, which)
+        assert text.splitlines()[2] == f"| method a − method b | {expected} | not run |"
 
 
 def test_time_tables():
@@ -116,30 +110,15 @@ def test_time_tables():
     content = {"tasks": ["cola"], "seeds": [0, 1], "rows": {row: row for row in speeds}, "runs": [
         {"row": row, "task": "cola", "seed": seed, "tokens_per_second": speed}
         for row, some in speeds.items() for seed, speed in enumerate(some)], "paper": PAPER["table2"]["rows"]}
-    assert tables.time_ratio(content, "lora2-k1", "adalora-r8", "cola") == pytest.approx(
-        {"mean": 2.5, "std": math.sqrt(0.5), "n": 2})
-    ratios, speeds = pages.ratio_table(content), pages.speed_table(content)
-    assert ratios.splitlines()[2] == "| CoLA | 2.500±0.707 | 1.000 (n = 1) | 1.129 |"
-    assert speeds.splitlines()[2] == "| CoLA | 110±14 | 45±7 | 100 (n = 1) | 1.01 → 1.14 |"
-
-
-@pytest.mark.parametrize("mean, std, to, expected", [
-    (1.1, 0.2, 1, True), (0.9, 0.1, 1, True), (0.8, 0.1, 1, False), (0.1, 0.2, 0, True),
-    (0.1, None, 0, False)])
-def test_near(mean, std, to, expected):
-    """Oracle: by hand: no further from the number than its spread; one run has none. Ratios count from 1."""
-    part = {"mean": mean, "std": std, "n": 3}
-    assert tables.near(part, to) is expected and not tables.near(None)
-    assert pages.show_change(part, 3, to=to).startswith("≈") is expected
+    assert pages.ratio_table(content).splitlines()[2] == "| CoLA | 2.500±0.707 | 1.000 (n = 1) | 1.129 |"
+    assert pages.speed_table(content).splitlines()[2] == "| CoLA | 110±14 | 45±7 | 100 (n = 1) | 1.01 → 1.14 |"
 
 
 def test_interval():
     """Oracle: by hand: of 1, 2, 3 the mean is 2, s/√3 = 0.577, t = 4.303; one value has none. The t table by
     numerical integration of Student's density."""
     assert tables.half_of(tables.summary([2])) is None and pages.show_interval(None, 3) == "not run"
-    found = tables.summary([1, 2, 3])
-    assert tables.half_of(found) == pytest.approx(4.303 / math.sqrt(3))
-    assert pages.show_interval(found, 3) == "≈+2.00 [−0.48, +4.48]"
+    assert pages.show_interval(tables.summary([1, 2, 3]), 3) == "≈+2.00 [−0.48, +4.48]"
     assert pages.show_interval(tables.summary([4, 4]), 3) == "+4.00 [+4.00, +4.00] (n = 2)"
     for df, t in enumerate(tables.T95, 1):
         c = math.gamma((df + 1) / 2) / math.gamma(df / 2) / math.sqrt(df * math.pi)
@@ -151,23 +130,14 @@ def test_interval():
 
 
 def test_overlap():
-    """Oracle: by hand. Of 4 kept singular values 2 are the same ones, and 3 lie in the same matrices."""
-    a, b = [{0, 1, 2}, {5}], [{0, 3}, {5, 6}]
-    assert tables.shared(a, b) == 50 and tables.shared(a, a) == 100
-    assert tables.shared_counts(a, b) == 75
-    assert tables.shared([set()], [set()]) == 0
-
-
-def test_overlap_table():
-    """Oracle: by hand, from four runs."""
-    kept = {("a", 0): {"q": [[0, 1, 2], [5]]}, ("b", 0): {"q": [[0, 3], [5, 6]]},
-            ("a", 1): {"q": [[7], [1, 2, 3]]}}
+    """Oracle: by hand, from four runs. Of 4 kept singular values 2 are the same ones, 3 lie in the same matrices.
+    Shuffled: 3 and 1 of one seed against 1 and 3 of the other share 2 as they are, 4 the other way round."""
+    kept = {("a", 0): {"q": [[0, 1, 2], [5]]}, ("b", 0): {"q": [[0, 3], [5, 6]]}, ("a", 1): {"q": [[7], [1, 2, 3]]}}
     content = {"tasks": ["cola"], "seeds": [0, 1], "rows": {"a": "Eq. 9", "b": "Eq. 8"}, "runs": [
         {"row": row, "task": "cola", "seed": seed, "settings": {"r": 3}, "kept": what}
         for (row, seed), what in kept.items()]}
-    # Shuffled: 3 and 1 of one seed against 1 and 3 of the other share 2 as they are, 4 the other way round.
     means = [tables.summary(values)["mean"] for values in tables.overlap(content, "cola").values()]
-    assert means == [50, 75, 50, 75, 0, 50, 0, 0]
+    assert means == [50, 75, 50, 75, 0, 50, 0, 0] and tables.shared([set()], [set()]) == 0
     assert pages.overlap_table(content).splitlines()[2].endswith("| 50.0 (n = 1) |")
 
 
@@ -196,24 +166,24 @@ def test_the_committed_tables_follow_from_their_runs(table, tmp_path, monkeypatc
         assert both[0] == both[1]                          # Table 2's runs once stood seed by seed
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "experiments" / "results").glob("study*.json")),
-                         ids=lambda path: path.stem)
-def test_a_committed_study_can_go_on(path):
-    """Oracle: its Markdown file, to the byte; each of its records is of a run that its table asks for."""
-    content = summary.load(path)
-    assert pages.page(content) == path.with_suffix(".md").read_text(encoding="utf-8")
-    found, _ = grids.finished(reproduce.parse(["study", "--out", str(path)]).grid)
-    key = lambda run: (run["row"], run["task"], run["seed"], *run["tuned"].values())
-    assert sorted(found, key=key) == sorted(content["runs"], key=key)
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "experiments" / "results").glob("bench-*.json")),
-                         ids=lambda path: path.stem)
-def test_the_committed_benches_follow_from_their_json(path):
-    """Oracle: the Markdown file beside it, to the byte."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    device = "cuda" if "NVIDIA" in content["device"] else "cpu"
-    assert bench_table.page(content, device) == path.with_suffix(".md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("path", [*RESULTS.glob("study*.json"), *RESULTS.glob("bench-*.json"),
+                                  *RESULTS.glob("growth*.json")], ids=lambda path: path.stem)
+def test_committed_pages_follow_from_their_json(path):
+    """Oracle: the Markdown file beside it, to the byte; each record of a study is of a run that its table asks for; a
+    file that takes too long to read is said to."""
+    content = summary.load(path) if "study" in path.stem else json.loads(path.read_text(encoding="utf-8"))
+    if "study" in path.stem:
+        text = pages.page(content)
+        found, _ = grids.finished(reproduce.parse(["study", "--out", str(path)]).grid)
+        key = lambda run: (run["row"], run["task"], run["seed"], *run["tuned"].values())
+        assert sorted(found, key=key) == sorted(content["runs"], key=key)
+    elif "bench" in path.stem:
+        text = bench_table.page(content, "cuda" if "NVIDIA" in content["device"] else "cpu")
+    else:
+        text = growth.markdown(content)
+        content["data"][-1]["seconds"] = 61.0
+        assert "OVER" in growth.markdown(content) and "OVER" not in text
+    assert text == path.with_suffix(".md").read_text(encoding="utf-8")
 
 
 # --- pictures -----------------------------------------------------------------------------------------------
@@ -226,69 +196,46 @@ def test_places(q, family):
               f"{prefix}.0.output.dense": 2, f"{prefix}.0.attention.output.dense": 3,
               f"{prefix}.0.intermediate.dense": 0}
     found = summary.by_place(values)
-    assert found == {"q": [5, 1], "o": [3], "f1": [0], "f2": [2]}
-    assert list(found) == ["q", "o", "f1", "f2"]           # Figure 3's order
+    assert list(found.items()) == [("q", [5, 1]), ("o", [3]), ("f1", [0]), ("f2", [2])]    # Figure 3's order
     for bad in ("classifier", "encoder.output.dense"):
         with pytest.raises(ValueError, match="matrix of an encoder layer"):
             progress.place_of(bad)
-
-
-def run_folder(folder, method="lora2"):
-    """The files of a finished run, of a pruned one or of one that was not."""
-    folder.mkdir(parents=True)
-    (folder / "result.json").write_text(json.dumps({"task": "cola", "method": method, "settings": {"r": 8}}))
-    more = lambda s: {"R": 2 / s, "kept": 48 - s} if method == "lora2" else {}
-    records = [{"step": s, "loss": 1 / s, "lr": 0.1} | more(s) for s in range(1, 30)]
-    records.append({"step": 29, "score": 0.5})
-    (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    if method == "lora2":
-        ends = models.TARGETS["bert"].values()
-        kept = {f"bert.encoder.layer.{i}.{end}": i for i in range(6) for end in ends}
-        (folder / "ranks.json").write_text(json.dumps(kept))
-    return folder
-
-
-@pytest.mark.parametrize("method, stems", [("lora2", {"ranks", "training"}), ("full", {"training"})])
-def test_pictures_of_a_run(method, stems, tmp_path, capsys):
-    """Oracle: the file formats' first bytes; drawing twice gives the same bytes."""
-    pytest.importorskip("matplotlib")
-    folder = run_folder(tmp_path / "run", method)
-    assert plot.main([str(folder), "--out", str(tmp_path / "a")]) == 0
-    names = {path.name for path in (tmp_path / "a").iterdir()}
-    assert names == {f"{stem}.{kind}" for stem in stems for kind in ("png", "svg")}
-    assert len(capsys.readouterr().out.splitlines()) == 2 * len(stems)
-    plot.main([str(folder), "--out", str(tmp_path / "b")])
-    for path in (tmp_path / "a").iterdir():
-        start = path.read_bytes()[:400]
-        assert start.startswith(b"\x89PNG") if path.suffix == ".png" else b"<svg" in start
-        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
 def test_heat_map_shows_the_counts():
     """Oracle: the numbers put in: rows are matrices in the paper's order, columns layers."""
     pytest.importorskip("matplotlib")
     figure, (axes,) = plot.new_figure()
-    kept = {"q": [8, 2], "f2": [0, 5.5]}
-    image = plot.heat_map(axes, kept, 8, "CoLA")
-    assert image.get_array().tolist()[0] == [8, 2] and image.get_array().tolist()[1][1] == 5.5
-    assert image.get_clim() == (0, 8) and [text.get_text() for text in axes.texts] == ["8", "2", "0", "5.5"]
+    image = plot.heat_map(axes, {"q": [8, 2], "f2": [0, 5.5]}, 8, "CoLA")
+    assert image.get_array().tolist() == [[8, 2], [0, 5.5]] and image.get_clim() == (0, 8)
+    assert [text.get_text() for text in axes.texts] == ["8", "2", "0", "5.5"]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["query", "feed-forward 2"]
 
 
-@pytest.mark.parametrize("spoil, says", [
-    (lambda f: (f / "result.json").unlink(), "result.json cannot be read"),
-    (lambda f: (f / "log.jsonl").unlink(), "log.jsonl cannot be read"),
-    (lambda f: (f / "log.jsonl").write_text(""), "no line is about a step"),
-    (lambda f: (f / "log.jsonl").write_text('{"step": 1, "lo'), "damaged"),
-    (lambda f: (f / "result.json").write_text("{}"), "damaged"),
-    (lambda f: (f / "log.jsonl").write_text('{"loss": 1}'), "damaged"),
-    (lambda f: (f / "ranks.json").write_text("[]"), "damaged"),
-    (lambda f: (f / "ranks.json").write_text('{"bert.encoder.layer.0.output.dense": "x"}'), "no counts"),
-    (lambda f: (f / "ranks.json").write_text('{"classifier": 3}'), "matrix of an encoder layer")])
-def test_a_folder_without_the_files(spoil, says, tmp_path, capsys):
-    """Oracle: status 2 and one line "error: ..."."""
+def run_folder(folder):
+    """The files of a finished run that was pruned."""
+    folder.mkdir()
+    (folder / "result.json").write_text(json.dumps({"task": "cola", "method": "lora2", "settings": {"r": 8}}))
+    (folder / "log.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0, "R": 2.0, "kept": 48}))
+    kept = {f"bert.encoder.layer.{i}.{end}": i for i in range(6) for end in models.TARGETS["bert"].values()}
+    (folder / "ranks.json").write_text(json.dumps(kept))
+    return folder
+
+
+@pytest.mark.parametrize("name, text, says", [
+    ("result.json", None, "result.json cannot be read"), ("log.jsonl", None, "log.jsonl cannot be read"),
+    ("log.jsonl", "", "no line is about a step"), ("log.jsonl", '{"step": 1, "lo', "damaged"),
+    ("log.jsonl", '{"loss": 1}', "damaged"), ("result.json", "{}", "damaged"), ("ranks.json", "[]", "damaged"),
+    ("log.jsonl", '{"step": 1, "loss": 1.0, "kept": 3, "ranks": [3]}', "log.jsonl is damaged"),
+    ("ranks.json", '{"bert.encoder.layer.0.output.dense": "x"}', "no counts"),
+    ("ranks.json", '{"classifier": 3}', "matrix of an encoder layer")])
+def test_a_folder_without_the_files(name, text, says, tmp_path, capsys):
+    """Oracle: status 2 and one line "error: ..."; the counts of a log are those of ranks.json."""
     pytest.importorskip("matplotlib")
-    spoil(run_folder(tmp_path / "run"))
+    path = run_folder(tmp_path / "run") / name
+    path.unlink()
+    if text is not None:
+        path.write_text(text)
     refused([str(tmp_path / "run")], capsys, says, main=plot.main)
 
 
@@ -331,8 +278,8 @@ def check_picture(story, text):
 
 def test_the_picture_that_moves_is_of_its_story():
     """Oracle: pruning-stsb.json, read back out of the SVG by an XML parser; drawn anew, the same bytes."""
-    path = ROOT / "experiments" / "results" / "pruning-stsb.json"
-    story, text = json.loads(path.read_text(encoding="utf-8")), (ROOT / "docs" / "pruning.svg").read_bytes()
+    story = json.loads((RESULTS / "pruning-stsb.json").read_text(encoding="utf-8"))
+    text = (ROOT / "docs" / "pruning.svg").read_bytes()
     assert moving.picture(story).encode() == text and len(text) < 150_000
     check_picture(story, text.decode())
     assert [frame["step"] for frame in story["frames"]] == [1, *range(10, story["steps"] + 1, 10)]
@@ -341,40 +288,38 @@ def test_the_picture_that_moves_is_of_its_story():
     assert summary.comparable(vars(options.resolve(options.parse(words)))) == story["settings"]
 
 
-@pytest.mark.parametrize("method", ["lora2", "adalora", "sora", "lora"])
-def test_a_run_leaves_its_picture(method, cli):
-    """Oracle: ranks.json and the log of a run of twelve steps; SoRA and LoRA have no budget to show."""
+@pytest.mark.parametrize("method, steps", [("lora2", [1, 10, 12]), ("adalora", [1, 10, 12]), ("sora", []), ("full", [])])
+def test_a_run_leaves_its_pictures(method, steps, cli, capsys):
+    """Oracle: ranks.json and the log of a run of twelve steps; the file formats' first bytes; SoRA has no budget to
+    show, full fine-tuning has no ranks. Drawing twice gives the same bytes."""
     pytest.importorskip("matplotlib")
     assert cli.tiny("--method", method, "--max-steps 12").status == 0
-    lines = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
-    told = [line for line in lines if "ranks" in line]
-    assert plot.main(["run", "--out", "out"]) == 0
-    assert {path.name for path in Path("out").glob("pruning.*")} == (
-        {"pruning.json", "pruning.svg"} if told else set())
-    assert [line["step"] for line in told] == ([1, 10, 12] if method in ("lora2", "adalora") else [])
-    if told:
-        story = json.loads(Path("out/pruning.json").read_text(encoding="utf-8"))
+    told = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines() if "ranks" in line]
+    assert [line["step"] for line in told] == steps
+    drawn = []
+    for _ in range(2 if method == "adalora" else 1):
+        assert plot.main(["run", "--out", "out"]) == 0
+        drawn.append({path.name: path.read_bytes() for path in Path("out").iterdir()})
+    stems = ["training"] + ([] if method == "full" else ["ranks"])
+    names = {f"{stem}.{kind}" for stem in stems for kind in ("png", "svg")}
+    assert drawn[0].keys() == names | ({"pruning.json", "pruning.svg"} if steps else set()) and drawn[0] == drawn[-1]
+    assert len(capsys.readouterr().out.splitlines()) == len(drawn) * len(drawn[0])
+    assert all(drawn[0][name].startswith(b"\x89PNG") == name.endswith("png") for name in drawn[0])
+    if steps:
+        story = json.loads(drawn[0]["pruning.json"])
         ranks = json.loads(Path("run/ranks.json").read_text())
         assert told[-1]["ranks"] == [ranks[name] for name in sorted(ranks)]
         assert story["frames"][-1]["ranks"] == summary.by_place(ranks)
-        check_picture(story, Path("out/pruning.svg").read_text(encoding="utf-8"))
-
-
-def test_counts_of_other_matrices(cli, capsys):
-    """Oracle: status 2 and one line "error: ..."; the log has a count too many."""
-    assert cli.tiny("--max-steps 12").status == 0
-    log = Path("run/log.jsonl")
-    log.write_text(log.read_text().replace('"ranks": [', '"ranks": [1, ', 1))
-    refused(["run"], capsys, "log.jsonl is damaged", main=plot.main)
+        check_picture(story, drawn[0]["pruning.svg"].decode())
 
 
 def test_of_a_long_run_some_frames_are_left_out(monkeypatch):
-    """Oracle: by hand: of 7 frames every third, so that the last is among them."""
+    """Oracle: by hand: of 8 frames every third, so that the last is among them."""
     monkeypatch.setattr(moving, "FRAMES", 3)
-    frames = [{"step": i, "loss": 0.0, "kept": 8 - i, "ranks": {"q": [8 - i, 0]}} for i in range(1, 8)]
-    story = {"settings": {"r": 8, "task": "own", "model": '<"a&b">'}, "steps": 7, "singular_values": 16,
+    frames = [{"step": i, "loss": 0.0, "kept": 9 - i, "ranks": {"q": [9 - i, 0]}} for i in range(1, 9)]
+    story = {"settings": {"r": 9, "task": "own", "model": '<"a&b">'}, "steps": 8, "singular_values": 16,
              "last": {"scores": {"dev": {"accuracy": 0.5}}}, "frames": frames}
-    assert [rows for rows, _ in read_picture(moving.picture(story))] == [{0: [8 - i, 0]} for i in (1, 4, 7)]
+    assert [rows for rows, _ in read_picture(moving.picture(story))] == [{0: [9 - i, 0]} for i in (2, 5, 8)]
 
 
 def test_figure3(tmp_path):

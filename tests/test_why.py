@@ -106,33 +106,21 @@ def judged(gamma, kind=look_inside.Judge, **what):
     """A pruner after six steps of a model that nothing else updates."""
     net, _ = adapted(k=1, r=4, layer=LoRA2Linear, init="gaussian")  # orthonormal: R has no gradient
     judge = kind(net, 1, total_steps=6, warmup=0, final=1, interval=1)
-    judge.of_task = judge.by_mean = False
-    judge.prunes, judge.clipped = True, 1.0
-    for name, value in what.items():
+    for name, value in ({"clipped": 1.0} | what).items():
         setattr(judge, name, value)
-    for _ in range(6):
+    judge.mean = 0                                         # Ī by hand, (n, r), where nothing is pruned
+    for t in range(6):
         net(torch.randn(6, 9).double()).square().sum().backward()
         if kind is look_inside.Judge:
             judge.see()
         (gamma * orthogonality_loss(net)).backward()
+        I = [[(w * w.grad).abs().detach() for w in (layer.lam, layer.u, layer.U)] for layer in judge.layers]
+        if t < 5:                                          # the last step is final: averages stay
+            I = torch.stack([lam + u.mean(0) + U.mean(1) for lam, u, U in I])
+            judge.mean = 0.85 * judge.mean + 0.15 * I
         judge.step()
         net.zero_grad()
     return judge
-
-
-def plain_scores(gamma):
-    """Ī by hand, after the steps of judged() without pruning: (n, r)."""
-    net, layers = adapted(k=1, r=4, layer=LoRA2Linear, init="gaussian")
-    mean = 0
-    for t in range(6):
-        net(torch.randn(6, 9).double()).square().sum().backward()
-        (gamma * orthogonality_loss(net)).backward()
-        I = [[(w * w.grad).abs().detach() for w in (layer.lam, layer.u, layer.U)] for layer in layers]
-        I = torch.stack([lam + u.mean(0) + U.mean(1) for lam, u, U in I])
-        if t < 5:                                          # the last step is final: averages stay
-            mean = 0.85 * mean + 0.15 * I
-        net.zero_grad()
-    return mean
 
 
 def test_a_judge():
@@ -144,12 +132,11 @@ def test_a_judge():
     assert not torch.allclose(itself.scores(), of_task, atol=0)
     half = judged(9.0, of_task=True, clipped=0.5).scores()                  # Ī and Ū are both half as large
     torch.testing.assert_close(4 * half, of_task, rtol=1e-6, atol=0)
-    idle = judged(9.0, prunes=False)
+    idle = judged(9.0, by_mean=True, prunes=False)
     assert idle.keep.sum() == 2 and all(layer.lam.all() for layer in idle.layers)
     assert not all(layer.lam.all() for layer in itself.layers)
-    scores = judged(9.0, by_mean=True, prunes=False).scores()
-    S = plain_scores(9.0)
-    torch.testing.assert_close(scores, S, rtol=1e-6, atol=0)
+    torch.testing.assert_close(idle.scores(), idle.mean, rtol=1e-6, atol=0)
+    assert (idle.uncertainty != 1).all()                   # Ū is put back
 
 
 def test_what_is_seen():
@@ -178,12 +165,17 @@ def test_what_is_seen():
     assert look_inside.cosine(film.updates[0], [(A, 0 * B) for A, B in film.updates[0]]) == 0
 
 
-@pytest.mark.parametrize("row", ["lora", "lora2", "gradient"])
-def test_a_run_is_that_of_train(row, cli, monkeypatch):
-    """Oracle: train.py itself, with the words that why.py would give it: the same scores after the last step."""
+@pytest.fixture
+def args(cli, monkeypatch):
+    """Six steps on a small file of STS-B, as the command line of why.py would have it."""
     write_task("stsb")
     monkeypatch.setitem(why.GIVEN, "flags", "--max-steps 6 --batch-size 16 --max-len 16 --device cpu")
-    args = SimpleNamespace(model=str(cli.models["bert"]), data_dir="glue")
+    return SimpleNamespace(model=str(cli.models["bert"]), data_dir="glue")
+
+
+@pytest.mark.parametrize("row", ["lora", "lora2", "gradient"])
+def test_a_run_is_that_of_train(row, args):
+    """Oracle: train.py itself, with the words that why.py would give it: the same scores after the last step."""
     point = {"lr": 0.01, "scale": 8}
     record, end = why.run(row, "stsb", 3, point, args)
     assert train.main([*why.words_of(row, "stsb", 3, point, args), "--out", "run"]) == 0
@@ -192,11 +184,8 @@ def test_a_run_is_that_of_train(row, cli, monkeypatch):
     assert record["film"]["t"] == [1, 6] and len(end) == len(record["film"]["size"]) * 6
 
 
-def test_rows_that_differ_in_the_loop(cli, monkeypatch):
+def test_rows_that_differ_in_the_loop(args):
     """Oracle: by hand: V = 0 has no direction at first; what judges in a run that is not pruned does not prune."""
-    write_task("stsb")
-    monkeypatch.setitem(why.GIVEN, "flags", "--max-steps 6 --batch-size 16 --max-len 16 --device cpu")
-    args = SimpleNamespace(model=str(cli.models["bert"]), data_dir="glue")
     films = {}
     for row in ("three", "zero", "of-task", "unpruned", "lora2"):
         films[row] = why.run(row, "stsb", 0, {"lr": 0.01, "scale": 8}, args)[0]["film"]

@@ -1,10 +1,11 @@
 """What can be counted instead of timed: it is the same on every machine, however busy.
 
     with Operations() as counted: ...      # aten operations and host reads
-    saved_bytes(forward, model)            # what a forward pass keeps for the backward pass
+    saved(forward, model)                  # bytes a forward pass keeps for the backward pass
     frozen_flops(config, B, T)             # of the matrix products of a step with frozen weights
 """
 import collections
+import sys
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -32,15 +33,14 @@ class _Calls(TorchFunctionMode):
 class Operations(TorchDispatchMode):
     """Context that counts the aten operations inside, forward and backward.
 
-    names: a Counter of those that compute, copy or allocate; total: how many they are.
-    views: those that only look at the same memory in another shape (view, t, expand, detach ...).
+    names: a Counter of those that compute, copy or allocate; those that only look at the same
+    memory in another shape (view, t, expand, detach ...) are not. total: how many they are.
     reads: how often the host waited for a number of the device.
     """
 
     def __init__(self):
         super().__init__()
         self.names = collections.Counter()
-        self.views = 0
         self._calls = _Calls()
 
     def __enter__(self):
@@ -56,9 +56,7 @@ class Operations(TorchDispatchMode):
         if name.startswith("index") and isinstance(args[1], (list, tuple)):
             kinds = {part.dtype for part in args[1] if part is not None}
             self._calls.reads += bool(kinds & {torch.bool, torch.uint8})       # looks for its Trues
-        if function.is_view or name == "_unsafe_view":
-            self.views += 1
-        else:
+        if not function.is_view and name != "_unsafe_view":
             self.names[name] += 1
         return function(*args, **(kwargs or {}))
 
@@ -72,7 +70,7 @@ class Operations(TorchDispatchMode):
 
 
 def count_parts(step):
-    """{part of a step: how many operations}, and "total", "views", "host reads" of all parts.
+    """{part of a step: how many operations}, and "total" and "host reads" of all parts.
 
     They are of a second step: the first makes plans and AdamW's state.
     """
@@ -81,7 +79,6 @@ def count_parts(step):
     step(parts.__getitem__)
     found = {part: counted.total for part, counted in parts.items()}
     found["total"] = sum(found.values())
-    found["views"] = sum(counted.views for counted in parts.values())
     found["host reads"] = sum(counted.reads for counted in parts.values())
     return found
 
@@ -110,17 +107,25 @@ def saved(forward, model):
     return kept
 
 
-def saved_bytes(forward, model):
-    """All bytes of saved()."""
-    return saved(forward, model).total()
-
-
 def peak_bytes(step, before):
     """Bytes that a GPU has reserved for three steps, beyond those before: two to be recorded."""
     torch.cuda.reset_peak_memory_stats()
     for _ in range(3):
         step()
     return torch.cuda.max_memory_reserved() - before
+
+
+def synchronises(step):
+    """1 if the host waits for the GPU inside a step, else 0."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+        return 0
+    except RuntimeError as error:
+        print(f"row 7: {error}", file=sys.stderr)
+        return 1
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def frozen_flops(config, B, T):

@@ -32,8 +32,8 @@ PARTS = (16, 4, 1)                                         # of it: a sixteenth,
 def measure(job, name, value):
     """{name: value, and seconds and bytes of a step of ours and of theirs} at one point."""
     at = BASE | {name: value}
-    batch = steps.make_batch(job.config, at["B"], at["T"], job.device)
-    common = {"batch": batch, "dtype": job.dtype, "layers": at["layers"]}
+    common = {"batch": steps.make_batch(job.config, at["B"], at["T"], job.device),
+              "dtype": job.dtype, "layers": at["layers"]}
     variants = {"own LoRA²": steps.OwnStep(job.folder, "lora2", k=at["k"], **common)}
     if job.peers:
         peer = peers.PeerStep(job.folder, "adalora", r=at["k"], **common)
@@ -44,7 +44,7 @@ def measure(job, name, value):
         if job.device == "cuda":
             memory = counts.peak_bytes(step, torch.cuda.memory_allocated())
         else:
-            memory = counts.saved_bytes(step.loss, step.net)
+            memory = counts.saved(step.loss, step.net).total()
         point[variant] = {"seconds": table.summary(times[variant]), "bytes": memory}
     print(f"{name} = {value}", file=sys.stderr, flush=True)
     return point
@@ -96,12 +96,14 @@ def markdown(content):
         f"{content['threads']}, {content['date']}.\n"]
     for name, points in content["sweeps"].items():
         head = [name]
-        lines = [[str(point[name])] for point in points]
         for variant in list(points[0])[1:]:
             head += [f"{variant}, s", f"{variant}, MB"]
-            for line, point in zip(lines, points):
-                line.append(f"{point[variant]['seconds']['value']:.3f}")
-                line.append(f"{point[variant]['bytes'] / 1e6:,.0f}")
+        lines = []
+        for point in points:
+            lines.append([str(point[name])])
+            for variant in list(point)[1:]:
+                lines[-1].append(f"{point[variant]['seconds']['value']:.3f}")
+                lines[-1].append(f"{point[variant]['bytes'] / 1e6:,.0f}")
         parts.append(pages.markdown(head, lines))
     lines = []
     for file in content["data"]:
@@ -116,7 +118,7 @@ def markdown(content):
     return "\n".join(parts)
 
 
-def main(job, about):
+def measure_all(job, about):
     """Measure, print, write growth-DEVICE.json and .md into job.out."""
     job.folder = steps.write_checkpoint(job.work / "model", job.config)
     sweeps = {}
@@ -129,8 +131,4 @@ def main(job, about):
     for name in ("B", "T", "layers", "rounds"):
         del about[name]
     content = about | {"base": BASE, "sweeps": sweeps, "data": read}
-    text = markdown(content)
-    quick = "-quick" if job.quick else ""
-    path = table.write(Path(job.out) / f"growth-{job.device}{quick}", content, text)
-    print(text, f"written: {path}", sep="\n")
-    return 0
+    table.write("growth", job, content, markdown(content))

@@ -6,9 +6,11 @@ update_and_allocate after each optimizer step, as its documentation says. Needs
 requirements-dev.txt.
 """
 import contextlib
+import itertools
 import math
 import time
 import warnings
+from types import SimpleNamespace
 
 import torch
 
@@ -35,12 +37,8 @@ def available():
 
 def target_names(config):
     """Dotted names of the six matrices of each layer: transformers' are the checkpoint's."""
-    kind = config.model_type
-    names = []
-    for i in range(config.num_hidden_layers):
-        layer = f"{models.PREFIX[kind]}.encoder.layer.{i}"
-        names += [f"{layer}.{end}" for end in models.TARGETS[kind].values()]
-    return names
+    as_ours = SimpleNamespace(kind=config.model_type, config=config.to_dict())
+    return models.target_modules(as_ours, models.TARGETS[config.model_type])
 
 
 def load(folder, labels=2):
@@ -79,9 +77,7 @@ class PeerStep:
             self.net = adapt(self.net, method, r, steps=1000, alpha=alpha)
         self.net.to(batch.input_ids.device).train()
         self.parameters = [p for p in self.net.parameters() if p.requires_grad]
-        if method != "frozen":
-            self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3, weight_decay=0.0,
-                                               fused=True)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3, weight_decay=0.0, fused=True)
 
     def loss(self):
         """Cross entropy; peft adds its regulariser inside where it gets the labels."""
@@ -94,17 +90,14 @@ class PeerStep:
         """One step, R inside "forward, backward": peft does not let them apart."""
         with part("forward, backward"):
             self.loss().backward()
-        if self.method == "frozen":
-            for parameter in self.parameters:
-                parameter.grad = None
-            return
-        self.step += 1
-        with part("clip, AdamW"):
-            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-            self.optimizer.step()
-        with part("importance, selection"):
-            if self.method == "adalora":
-                self.net.base_model.update_and_allocate(self.step)
+        if self.method != "frozen":
+            self.step += 1
+            with part("clip, AdamW"):
+                torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+                self.optimizer.step()
+            with part("importance, selection"):
+                if self.method == "adalora":
+                    self.net.base_model.update_and_allocate(self.step)
         self.optimizer.zero_grad()
 
 
@@ -154,26 +147,20 @@ def parity_of_adalora(folder, batch, layers):
     """AdaLoRA with random factors against peft's, regulariser included."""
     own = OwnStep(folder, "adalora", batch, r=8, extras=False, layers=layers)
     peer = PeerStep(folder, "adalora", batch, r=8, layers=layers)
-    adapters = pairs(own, peer)
-    for layer, theirs in adapters:
-        for mine, factor in both_factors(layer, theirs).values():
-            factor.data.copy_(in_pefts_layout(mine.data))
+    factors = {"P": [], "lam": [], "Q": []}                # (ours, peft's)
+    for layer, theirs in pairs(own, peer):
+        factors["P"].append((layer.P, theirs.lora_A["default"]))
+        factors["lam"].append((layer.lam, theirs.lora_E["default"]))
+        factors["Q"].append((layer.Q, theirs.lora_B["default"]))
+    for ours, theirs in itertools.chain(*factors.values()):
+        theirs.data.copy_(in_pefts_layout(ours.data))
     errors = {"AdaLoRA logits": difference([(logits(own), logits(peer))])}
     (own.loss() + 0.1 * baselines.regulariser("adalora", own.net, None)).backward()
     peer.loss().backward()
-    gradients = {"P": [], "lam": [], "Q": []}
-    for layer, theirs in adapters:
-        for name, (mine, factor) in both_factors(layer, theirs).items():
-            gradients[name].append((in_pefts_layout(mine.grad), factor.grad))
-    for name, of_all in gradients.items():
-        errors[f"AdaLoRA gradient of {name}"] = difference(of_all)
+    for name, some in factors.items():
+        gradients = [(in_pefts_layout(ours.grad), theirs.grad) for ours, theirs in some]
+        errors[f"AdaLoRA gradient of {name}"] = difference(gradients)
     return errors
-
-
-def both_factors(layer, theirs):
-    """{our name: (our parameter, peft's)} of the three factors of an AdaLoRA adapter."""
-    return {"P": (layer.P, theirs.lora_A["default"]), "lam": (layer.lam, theirs.lora_E["default"]),
-            "Q": (layer.Q, theirs.lora_B["default"])}
 
 
 def in_pefts_layout(factor):

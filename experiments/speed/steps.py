@@ -65,7 +65,7 @@ def head_of(net):
 
 
 def freeze(net, names):
-    """Train the head and three biases, those of q, k and v in the first layer; returns them all.
+    """Train the head and three biases, those of q, k and v in the first layer.
 
     net: any model with our module names; names: of its adapted matrices. These biases are the
     cheapest thing that makes the gradient flow exactly as far down as adapters need it: through all
@@ -75,7 +75,6 @@ def freeze(net, names):
     head = head_of(net)
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name in first or models.in_head(name, head))
-    return [p for p in net.parameters() if p.requires_grad]
 
 
 class OwnStep:
@@ -95,25 +94,20 @@ class OwnStep:
         if layers is not None:
             del net.backbone.encoder.layer[layers:]
             net.config["num_hidden_layers"] = layers
-        names = models.target_modules(net, ["q", "k", "v", "o", "f1", "f2"])
+        names = models.target_modules(net, models.TARGETS[net.kind])
         self.method, self.batch, self.extras = method, batch, extras
         self.here = machine.Machine(batch.input_ids.device, dtype, 0, 1)
         if method == "frozen":
-            self.parameters = freeze(net, names)
+            freeze(net, names)
         else:
             baselines.add_method(method, net, names, net.head, k, r, 32, None)
         fast.speed_up(net.to(self.here.device).train(), dtype, compile)
-        if method != "frozen":
-            self.optimizer, self.parameters = train.make_optimizer(
-                net, lr=1e-3, head_lr=1e-3, weight_decay=0.0)
+        self.optimizer, self.parameters = train.make_optimizer(net, 1e-3, 1e-3, weight_decay=0.0)
         loss_of = functools.partial(train.part_loss, net, self.here)
         self.recorded = None if eager else fast.recorder(loss_of, net)
-        if method == "frozen":
-            return
         self.plan = schedule.Plan(1000, 1000, 0, 0, 10, 1, None, None, None)
-        self.step = 0
-        self.pruner = None
-        if extras:
+        self.step, self.pruner = 0, None
+        if extras and method != "frozen":
             self.pruner = baselines.make_pruner(method, net, max(1, r // 2),
                                                 **self.plan.pruning())
         self.finite = errors.FiniteCheck(self.here.device, ".")
@@ -127,21 +121,18 @@ class OwnStep:
         """One step. part(name) is a context around each of its parts, to count them."""
         with part("forward, backward"):
             loss = train.gradients(self.net, self.batch, self.here, 1, self.recorded)
-        if self.method == "frozen":
-            for parameter in self.parameters:
-                parameter.grad = None
-            return
-        self.step += 1
-        with part("R"):
-            if self.extras:
-                R = baselines.regulariser(self.method, self.net, ("uv", "UV", "PQ"))
-                fast.add_gradients(0.1 * R, self.parameters)
-        with part("clip, AdamW"):
-            train.update(self.optimizer, self.parameters, loss, self.plan, self.step, 1.0,
-                         self.finite)
-        with part("importance, selection"):
-            if self.pruner:
-                self.pruner.step()
+        if self.method != "frozen":
+            self.step += 1
+            with part("R"):
+                if self.extras:
+                    R = baselines.regulariser(self.method, self.net, ("uv", "UV", "PQ"))
+                    fast.add_gradients(0.1 * R, self.parameters)
+            with part("clip, AdamW"):
+                train.update(self.optimizer, self.parameters, loss, self.plan, self.step, 1.0,
+                             self.finite)
+            with part("importance, selection"):
+                if self.pruner:
+                    self.pruner.step()
         self.optimizer.zero_grad()
 
 

@@ -1,6 +1,5 @@
 """The table of bench.py: its rows with their goals, and how values become a verdict."""
 import json
-import operator
 import statistics
 from pathlib import Path
 
@@ -11,14 +10,21 @@ from formats import disk
 # None, perhaps the two steps, or evaluations, whose times it compares (their names in bench.py). A
 # row with several goals has several entries: its number is what stands before the space.
 ROWS = disk.read_json(Path(__file__).parent / "goals.json", "restore it")
-SIGNS = {"≤": operator.le, "≥": operator.ge, "=": operator.eq}
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")       # in a profile; in place too, as addmm_
 
 
 def goal_of(row, device):
     """The goal of a row on that device, or None."""
-    _, on_cpu, on_gpu, *_ = ROWS[row]
-    return on_gpu if device == "cuda" else on_cpu
+    return ROWS[row][2 if device == "cuda" else 1]
+
+
+def rows(job):
+    """{row: what is measured, its goal, its result or "not run"} of a whole bench."""
+    found = {}
+    for row, (what, *_) in ROWS.items():
+        found[row] = {"ratio": what, "goal": goal_of(row, job.device),
+                      "result": job.results.get(row, "not run")}
+    return found
 
 
 def summary(values, **more):
@@ -44,7 +50,8 @@ def paired(a, b):
 def passes(value, goal):
     """Whether a value meets a goal such as "≤ 1.10"."""
     sign, bound = goal.split()
-    return SIGNS[sign](value, float(bound))
+    met = {"≤": value <= float(bound), "≥": value >= float(bound), "=": value == float(bound)}
+    return met[sign]
 
 
 def shown(result):
@@ -79,10 +86,7 @@ def products_text(lines, products):
     products: {"GFLOP": of a step, "GFLOP/s": summary() of the measured rate}.
     """
     total = sum(line["seconds"] for line in lines)
-    taken = 0
-    for line in lines:
-        if line["operation"].rstrip("_") in PRODUCTS:
-            taken += line["seconds"]
+    taken = sum(line["seconds"] for line in lines if line["operation"].rstrip("_") in PRODUCTS)
     reached, rate = products["GFLOP"] / taken, products["GFLOP/s"]["max"]      # the fastest of both
     return (f"The matrix products take {1000 * taken:,.0f} of {1000 * total:,.0f} ms, at "
             f"{reached:,.0f} of the {rate:,.0f} GFLOP/s that were measured at best. Alone they "
@@ -126,9 +130,12 @@ def page(content, device):
         "## Row 5: what a forward pass keeps\n", saved])
 
 
-def write(stem, content, text):
-    """Write stem.json and stem.md; returns the path of the former."""
+def write(kind, job, content, text):
+    """Write the JSON file of a measurement and its Markdown into job.out; show what is first."""
+    shape = "" if job.shape == "deberta-v3-base" else f"-{job.shape}"
+    quick = "-quick" if job.quick else ""
+    stem = Path(job.out) / f"{kind}-{job.device}{shape}{quick}"
     stem.parent.mkdir(parents=True, exist_ok=True)
     disk.write_file(f"{stem}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     disk.write_file(f"{stem}.md", text)
-    return f"{stem}.json"
+    print(text.partition("\n## ")[0], f"written: {stem}.json", sep="\n")
