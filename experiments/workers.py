@@ -67,6 +67,12 @@ def visible_gpus():
     return named.split(",")[:count] if named else [str(i) for i in range(count)]
 
 
+def may_begin(cell, running):
+    """Whether a cell need not wait: what is reported does, while a run that tunes its row runs."""
+    tuning = {other.row for other in running if other.seed == grids.TUNE_SEED}
+    return cell.seed == grids.TUNE_SEED or grids.row_of(cell.row)[2] not in tuning
+
+
 def run_all(args, pool, keep):
     """Run until nothing is left to do, or to begin; returns what went wrong, a line each.
 
@@ -77,10 +83,13 @@ def run_all(args, pool, keep):
     running, begun, failures = {}, set(), []               # running: {future: cell}
     while True:
         waiting = [cell for cell in grids.missing(grid) if cell not in begun]
-        while waiting and len(running) < args.workers and time.monotonic() < until:
-            cell = waiting.pop(0)
-            begun.add(cell)
-            running[pool.submit(work, cell, grid.is_timed, args.keep)] = cell
+        for cell in list(waiting):
+            if len(running) == args.workers or time.monotonic() >= until:
+                break
+            if may_begin(cell, running.values()):
+                waiting.remove(cell)
+                begun.add(cell)
+                running[pool.submit(work, cell, grid.is_timed, args.keep)] = cell
         if not running:
             return failures
         done, _ = wait(running, return_when=FIRST_COMPLETED)
