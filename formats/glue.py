@@ -183,8 +183,8 @@ def read_columns(path):
     texts = pair if set(pair) <= set(header) else ("sentence",)
     if ("label" in header) == ("score" in header):
         hint = "" if len(header) > 1 else ", without a tab: CSV and JSON lines are not read"
-        raise ValueError(f"{path}:1: the first line has to name the columns, one of label (classes) "
-                         "and score (a number) beside sentence, or sentence1 and sentence2: its "
+        raise ValueError(f"{path}:1: the first line has to name the columns, one of label (classes)"
+                         " and score (a number) beside sentence, or sentence1 and sentence2: its "
                          f"tab-separated columns are {short(header)}{hint}")
     if "score" in header:
         return {"texts": texts, "label": "score", "metrics": ("pearson", "spearman")}
