@@ -127,7 +127,7 @@ class Log:
         self.path = Path(o.out) / "log.jsonl"
         self.floor = baselines.regulariser_floor(o.method, o.k, o.r, o.reg_terms)
         self.bar = None
-        self.between = max(LOG_STEPS, plan.steps // 20 // LOG_STEPS * LOG_STEPS)
+        self.between = LOG_STEPS * math.ceil(plan.steps / 20 / LOG_STEPS)  # about 20 lines are shown
 
     def start(self, state, examples):
         """Announce the run, which goes on from this state."""
@@ -146,7 +146,7 @@ class Log:
         if self.bar:
             self.bar.close()
 
-    def is_due(self, step, between=LOG_STEPS):
+    def is_due(self, step, between):
         """Whether a line belongs after this step."""
         return step % between == 0 or step in (1, self.plan.steps)
 
@@ -163,7 +163,7 @@ class Log:
         singular values the last selection kept, or None; then the pruner is asked where, and
         "ranks" lists it in the order of ranks.json. Tokens and seconds are the whole run's.
         """
-        if not self.is_due(state.step):
+        if not self.is_due(state.step, LOG_STEPS):
             return
         self.finite.check()
         if not self.here.is_main:
