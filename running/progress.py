@@ -127,7 +127,7 @@ class Log:
         self.path = Path(o.out) / "log.jsonl"
         self.floor = baselines.regulariser_floor(o.method, o.k, o.r, o.reg_terms)
         self.bar = None
-        self.between = LOG_STEPS * math.ceil(plan.steps / 20 / LOG_STEPS)  # about 20 lines are shown
+        self.between = LOG_STEPS * math.ceil(plan.steps / 20 / LOG_STEPS)  # about 20 lines
 
     def start(self, state, examples):
         """Announce the run, which goes on from this state."""
