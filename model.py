@@ -34,16 +34,19 @@ from formats.head import fit_head
 
 PREFIX = {"deberta-v2": "deberta", "roberta": "roberta", "bert": "bert"}
 # The six matrices of a layer: LoRA²'s short names (arXiv 2408.06854, Table 4) → their places.
-TARGETS = {"bert": {"q": "attention.self.query",
-                    "k": "attention.self.key",
-                    "v": "attention.self.value",
-                    "o": "attention.output.dense",
-                    "f1": "intermediate.dense",
-                    "f2": "output.dense"}}
-TARGETS["roberta"] = TARGETS["bert"]
-TARGETS["deberta-v2"] = TARGETS["bert"] | {"q": "attention.self.query_proj",
-                                           "k": "attention.self.key_proj",
-                                           "v": "attention.self.value_proj"}
+OF_BERT = {"q": "attention.self.query",
+           "k": "attention.self.key",
+           "v": "attention.self.value",
+           "o": "attention.output.dense",
+           "f1": "intermediate.dense",
+           "f2": "output.dense"}
+OF_DEBERTA = {"q": "attention.self.query_proj",
+              "k": "attention.self.key_proj",
+              "v": "attention.self.value_proj",
+              "o": "attention.output.dense",
+              "f1": "intermediate.dense",
+              "f2": "output.dense"}
+TARGETS = {"bert": OF_BERT, "roberta": OF_BERT, "deberta-v2": OF_DEBERTA}
 # The head is dropout → dense → activation → dropout → output. Of each family: the option with the
 # first dropout's rate, the activation, the names of dense and output.
 HEADS = {"deberta-v2": ("pooler_dropout", F.gelu, "pooler.dense", "classifier"),
@@ -147,11 +150,13 @@ class DisentangledSelfAttention(nn.Module):
         v = split_heads(self.value_proj(x), self.heads)      # (B, H, T, e)
         Q = split_heads(self.query_proj(table), self.heads)  # (H, R, e)
         K = split_heads(self.key_proj(table), self.heads)    # (H, R, e)
-        c2c = q @ k.mT                            # [i, j] = q_i · k_j
-        index = index.expand_as(c2c)              # (B, H, T, T), without a copy
-        c2p = (q @ K.mT).gather(-1, index)        # [i, j] = q_i · K_δ
-        p2c = (k @ Q.mT).gather(-1, index.mT).mT  # [i, j] = k_j · Q_δ
-        scores = (c2c + c2p + p2c) / math.sqrt(3 * q.shape[-1])
+        c2c = q @ k.mT                       # [i, j] = q_i · k_j
+        index = index.expand_as(c2c)         # (B, H, T, T), without a copy
+        q_K = q @ K.mT                       # (B, H, T, R): [i, row] = q_i · K_row
+        c2p = q_K.gather(-1, index)          # [i, j] = q_i · K_δ
+        k_Q = k @ Q.mT                       # (B, H, T, R): [j, row] = k_j · Q_row
+        p2c = k_Q.gather(-1, index.mT)       # [j, i] = k_j · Q_δ
+        scores = (c2c + c2p + p2c.mT) / math.sqrt(3 * q.shape[-1])
         return attend(scores, mask, v, self.dropout)
 
 
@@ -166,11 +171,12 @@ def bucket(distance, buckets, max_position):
         bucket      0    1    128    129    137    207    255    −207
     """
     mid = buckets // 2
-    size = distance.abs().clamp(min=mid).float()  # at least mid: no log of 0
+    size = distance.abs()
+    ratio = size.clamp(min=mid).float() / mid         # near ones have the ratio 1: log 1 = 0
     longest = torch.tensor((max_position - 1) / mid)  # in float32, to round as transformers does
-    share = torch.log(size / mid) / torch.log(longest)  # 0 at mid, 1 at the longest
+    share = ratio.log() / longest.log()               # 0 at mid, 1 at the longest
     far = mid + torch.ceil(share * (mid - 1)).long()
-    return torch.where(distance.abs() <= mid, distance, far * distance.sign())
+    return torch.where(size <= mid, distance, far * distance.sign())
 
 
 class Output(nn.Module):
@@ -224,7 +230,7 @@ class Encoder(nn.Module):
         mask = attention_mask.bool()[:, None, None]  # (B, 1, 1, T)
         positions = ()
         if self.kind == "deberta-v2":
-            i = torch.arange(x.shape[1], device="cpu")  # a GPU's log may round otherwise
+            i = torch.arange(x.shape[1], device="cpu")  # a GPU's log may round to another bucket
             distance = i[:, None] - i  # (T, T): i − j
             index = bucket(distance, self.buckets, self.max_position) + self.buckets
             table = self.LayerNorm(self.rel_embeddings.weight)  # (R, d)
@@ -299,12 +305,14 @@ class SequenceClassifier(nn.Module):
 def target_modules(model, names):
     """Full names of the chosen of TARGETS in every layer; ValueError for none or another."""
     places = TARGETS[model.kind]
-    if not names or not set(names) <= places.keys():
-        raise ValueError(f"unknown target among {[*names]}: give some of {','.join(places)}")
+    unknown = [name for name in names if name not in places]
+    if unknown or not names:
+        raise ValueError(f"unknown target {unknown}: give some of {','.join(places)}")
     found = []
     for i in range(model.config["num_hidden_layers"]):
-        layer = f"{PREFIX[model.kind]}.encoder.layer.{i}"
-        found += [f"{layer}.{place}" for name, place in places.items() if name in names]
+        for name, place in places.items():
+            if name in names:
+                found.append(f"{PREFIX[model.kind]}.encoder.layer.{i}.{place}")
     return found
 
 

@@ -11,7 +11,6 @@
 import math
 import sys
 from functools import partial
-from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -24,22 +23,53 @@ from methods.first_gradient import start_at_gradient
 from running import demo, export, folder, inputs, machine, options, progress, saving, schedule
 from running.errors import FiniteCheck, exit_status, user_errors
 
-# --- one run ------------------------------------------------------------------------------
+# --- one run: data → model → adapters → optimizer → loop → result --------------------------
 
 def train(o, saved=None):
-    """Train from the start or a saved state to the end, as the options say; returns the model."""
+    """Train from the start, or from a saved state, to the end, as the options say."""
     with user_errors():                                    # what a user can have wrong: one line
         here = machine.join(o.device, o.dtype)             # device, dtype, rank, world
         task, examples, unseen, net, identity = prepare(o, here)
         plan = schedule.plan(o, rows=len(examples["train"].labels))
         pruner = baselines.make_pruner(o.method, net, o.target_rank, o.importance,
                                        o.sora_threshold, **plan.pruning())  # LoRA²: RankPruner
-    fit(o, here, plan, task, examples, net, pruner, identity, saved)
-    if o.predict or o.merge or o.export_peft:
-        tensors, _ = folder.load_adapter(f"{o.out}/adapter.safetensors")
-        load_lora2_state_dict(net, tensors)                # the best, not the last
-        write_outputs(o, here, task, unseen, net)
-    return net
+    optimizer, parameters = make_optimizer(net, o.lr, o.head_lr, o.weight_decay, o.outer_lr)
+    state, finite = schedule.State(), FiniteCheck(here.device, o.out)
+    recorded = None if o.eager else fast.recorder(partial(part_loss, net, here), net)
+    last_pt = partial(snapshot, state, net, optimizer, pruner, finite, here)
+    with (saving.RunFolder(identity, plan, here, last_pt) as run_folder,
+          machine.Signals(here) as signals, progress.Log(o, plan, here, task, net, finite) as log):
+        if saved:
+            go_on(saved, run_folder, state, net, optimizer, pruner, here)
+        else:
+            begin(o, run_folder, plan, examples, net, here)
+        log.start(state, examples)
+        batches = stream(examples["train"], o, plan, state.step, net, here)
+        while True:
+            if plan.evaluates(state):                      # never before the first step
+                finite.check()
+                scores, predicted = evaluate(net, examples, task, o.batch_size, here, signals)
+                run_folder.keep_best(state, net, pruner, task, scores, predicted)
+                log.evaluation(state, scores, predicted)
+            if plan.saves(state):
+                run_folder.save()
+            if plan.is_over(state):
+                break
+            signals.check(state.step)                      # Ctrl-C: on its way out run_folder saves
+            # ---- one training step -------------------------------------------------------
+            batch = next(batches)                # ids, mask, types (B, T); labels, rows (B,)
+            state.step += 1
+            loss = gradients(net, batch, here, o.accum, recorded)    # forward, backward
+            R = baselines.regulariser(o.method, net, o.reg_terms)    # LoRA²: Eq. 5
+            if R is not None:
+                R = fast.add_gradients(R, parameters, o.reg)         # γ ∂R; returns R's value
+            update(optimizer, parameters, loss, plan, state.step, o.clip, finite)
+            kept = pruner.step() if pruner else None                 # LoRA²: Algorithm 1
+            optimizer.zero_grad()
+            # ------------------------------------------------------------------------------
+            log.training(state, batch, loss, R, kept, optimizer, pruner)  # a line every ten steps
+        run_folder.finish(state, net, pruner, task)
+    write_best(o, here, task, unseen, net)
 
 
 # --- data → model → adapters → optimizer --------------------------------------------------
@@ -76,73 +106,17 @@ def make_optimizer(net, lr, head_lr, weight_decay, outer_lr=None):
 
     Biases and LayerNorms do not decay; head and outer factors may have learning rates of their own.
     """
-    alike = {}
+    groups = {}
     for name, p in net.named_parameters():
         if p.requires_grad:
             peak = head_lr if models.in_head(name, net.head) else lr
             if outer_lr is not None and name.endswith(baselines.OUTER):
                 peak = outer_lr
             decay = 0.0 if name.endswith("bias") or "LayerNorm" in name else weight_decay
-            alike.setdefault((peak, decay), []).append(p)
-    groups = [{"params": parameters, "peak": peak, "lr": peak, "weight_decay": decay}
-              for (peak, decay), parameters in alike.items()]
-    return torch.optim.AdamW(groups, fused=True), list(chain(*alike.values()))
-
-
-def start_along_gradient(o, plan, examples, net, here):
-    """--init gradient: let v and V begin along W0's first gradient."""
-    in_fp32 = here._replace(dtype="fp32")                  # copies of W0 in bf16 have no gradient
-    start_at_gradient(net, lambda batch: gradients(net, batch, in_fp32, o.accum),
-                      stream(examples["train"], o, plan, 0, net, here))
-
-
-# --- the loop -----------------------------------------------------------------------------
-
-def fit(o, here, plan, task, examples, net, pruner, identity, saved=None):
-    """The loop, which writes into the run folder."""
-    optimizer, parameters = make_optimizer(net, o.lr, o.head_lr, o.weight_decay, o.outer_lr)
-    if o.init == "gradient" and saved is None:
-        start_along_gradient(o, plan, examples, net, here)
-    state = schedule.State()
-    finite = FiniteCheck(here.device, o.out)
-    recorded = None if o.eager else fast.recorder(partial(part_loss, net, here), net)
-    last_pt = partial(snapshot, state, net, optimizer, pruner, finite, here)
-    with (saving.RunFolder(identity, plan, here, last_pt) as run_folder,
-          machine.Signals(here) as signals, progress.Log(o, plan, here, task, net, finite) as log):
-        if saved is None:
-            run_folder.begin(o)
-        else:
-            state.best, state.adapter = run_folder.reopen(saved, optimizer)
-            restore(saved, state, net, optimizer, pruner, here)
-        log.start(state, examples)
-        batches = stream(examples["train"], o, plan, state.step, net, here)
-        while True:
-            if plan.evaluates(state):                      # never before the first step
-                finite.check()
-                scores, predicted = evaluate(net, examples, task, o.batch_size, here, signals)
-                run_folder.keep_best(state, net, pruner, task, scores, predicted)
-                log.evaluation(state, scores, predicted)
-            if plan.saves(state):
-                run_folder.save()
-            if plan.is_over(state):
-                break
-            signals.check(state.step)                      # Ctrl-C: on its way out run_folder saves
-
-            # ---- one training step -------------------------------------------------------
-            batch = next(batches)                          # ids, mask, types (B, T); labels (B,)
-            state.step += 1
-            loss = gradients(net, batch, here, o.accum, recorded)    # forward, backward
-            R = baselines.regulariser(o.method, net, o.reg_terms)    # LoRA²: Eq. 5
-            if R is not None:
-                fast.add_gradients(o.reg * R, parameters)            # as (γ R).backward() does
-                R = R.detach()                                       # only its value is wanted
-            update(optimizer, parameters, loss, plan, state.step, o.clip, finite)
-            kept = pruner.step() if pruner else None                 # LoRA²: Algorithm 1
-            optimizer.zero_grad()
-            # ------------------------------------------------------------------------------
-            state.tokens += int(batch.attention_mask.sum())
-            log.training(state, loss, R, kept, optimizer, pruner)  # a line every ten steps
-        run_folder.finish(state, net, pruner, task)
+            new = {"params": [], "peak": peak, "lr": peak, "weight_decay": decay}
+            groups.setdefault((peak, decay), new)["params"].append(p)
+    parameters = [p for group in groups.values() for p in group["params"]]
+    return torch.optim.AdamW(list(groups.values()), fused=True), parameters
 
 
 # --- the parts of a step: the benchmark times these very functions ------------------------
@@ -155,7 +129,8 @@ def gradients(net, batch, here, accum, recorded=None):
     over all parts, are those of the mean over the batch. R is the same in each process: it is added
     afterwards, once. recorded: on a GPU a fast.Recorded, which does the same faster.
     """
-    loss, n = torch.zeros((), device=here.device), here.world * accum
+    loss = torch.zeros((), device=here.device)
+    n = here.world * accum                                 # parts
     for i in range(here.rank, min(n, len(batch.rows)), here.world):  # so that no part is empty
         part = data.Batch(*here.copies(*(tensor[i::n] for tensor in batch)))
         share = len(part.rows) / len(batch.rows)
@@ -177,10 +152,13 @@ def part_loss(net, here, part, share):
 def update(optimizer, parameters, loss, plan, step, max_norm, finite):
     """Clip the gradients to a norm, set the learning rates of this step, AdamW.
 
-    After a first step that is not finite AdamW changes nothing any more: see FiniteCheck.
+    From the first step on whose loss or norm is not finite, `is_broken` is 1, and AdamW leaves
+    weights and moments alone: found_inf is what a GradScaler sets. No step waits for the device,
+    so that the user learns of it later, from finite.check().
     """
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    optimizer.found_inf = finite.note(loss + norm, step)     # GradScaler's hook: at 1 no update
+    is_broken = finite.note(loss + norm, step)             # 0.0 or 1.0, on the device
+    optimizer.found_inf = is_broken
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * plan.lr_factor(step)
     optimizer.step()
@@ -250,10 +228,19 @@ def evaluate(net, examples, task, batch_size, here, signals=None):
     return scores, predictions
 
 
-# --- what last.pt holds -------------------------------------------------------------------
+# --- where a run begins, or goes on ------------------------------------------------------
+
+def begin(o, run_folder, plan, examples, net, here):
+    """Make the folder of a new run, with a last.pt from which it can be begun again."""
+    if o.init == "gradient":                               # v and V along W0's first gradient
+        in_fp32 = here._replace(dtype="fp32")              # copies of W0 in bf16 have no gradient
+        batches = stream(examples["train"], o, plan, 0, net, here)
+        start_at_gradient(net, lambda batch: gradients(net, batch, in_fp32, o.accum), batches)
+    run_folder.begin(o)
+
 
 def snapshot(state, net, optimizer, pruner, finite, here):
-    """All on which the rest of a run depends: a dict of tensors and plain values."""
+    """What last.pt holds: all on which the rest of a run depends, tensors and plain values."""
     finite.check()                                         # no bad step is saved
     return {"step": state.step, "tokens": state.tokens, "seconds": state.elapsed(),
             "evaluations": state.evaluations, "adapter": state.adapter,
@@ -264,8 +251,9 @@ def snapshot(state, net, optimizer, pruner, finite, here):
 
 
 @user_errors()
-def restore(saved, state, net, optimizer, pruner, here):
+def go_on(saved, run_folder, state, net, optimizer, pruner, here):
     """Put back what snapshot() gave, in place; AdamW's settings stay this run's own."""
+    state.best, state.adapter = run_folder.reopen(saved, optimizer)
     state.step = saved["step"]
     state.tokens = saved["tokens"]
     state.seconds = saved["seconds"]
@@ -294,6 +282,14 @@ def evaluate_adapter(given):
     write_outputs(o, here, task, unseen, net)
 
 
+def write_best(o, here, task, unseen, net):
+    """--predict, --merge and --export-peft after a run: of its best adapter, not of the last."""
+    if o.predict or o.merge or o.export_peft:
+        tensors, _ = folder.load_adapter(f"{o.out}/adapter.safetensors")
+        load_lora2_state_dict(net, tensors)
+        write_outputs(o, here, task, unseen, net)
+
+
 def write_outputs(o, here, task, unseen, net):
     """--predict, --merge and --export-peft, of the adapters that the model now holds."""
     predicted, outputs = None, None
@@ -311,14 +307,15 @@ def act(argv):
     elif "eval" in given:
         evaluate_adapter(given)
     elif "resume" in given:
-        resume(given, folder.load_result(given["resume"]))
+        resume(given)
     else:
         train(options.resolve(given))
     machine.leave()
 
 
-def resume(given, result):
+def resume(given):
     """--resume: go on with a run, or show one that has ended and write what more is asked for."""
+    result = folder.load_result(given["resume"])
     if result:
         wanted = progress.finished(given, result)
         if wanted:

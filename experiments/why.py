@@ -48,7 +48,7 @@ def run(row, task_name, seed, point, args):
     optimizer, parameters = train.make_optimizer(net, o.lr, o.head_lr, o.weight_decay, o.outer_lr)
 
     if o.init == "gradient":
-        train.start_along_gradient(o, plan, examples, net, here)
+        train.begin(o, mock.Mock(), plan, examples, net, here)     # there is no folder
     if row.startswith("zero"):
         start_at_zero(net)
     judges = look_inside.make_judges(row, o, net, plan)

@@ -90,9 +90,7 @@ class Recorded:
 
     def differentiate(self, part, share):
         """What is recorded."""
-        loss = self.function(part, share)
-        add_gradients(loss, self.parameters)
-        return loss.detach()
+        return add_gradients(self.function(part, share), self.parameters)
 
     def record(self, part, share):
         """(graph, the memory it reads a part from, the memory it writes the loss to)."""

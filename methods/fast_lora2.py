@@ -6,7 +6,7 @@
     with shared_updates(model):                            # if you like: around a forward pass
         loss = ...
     loss.backward()
-    add_gradients(gamma * orthogonality_loss(model), parameters)   # not a second backward()
+    add_gradients(orthogonality_loss(model), parameters, gamma)    # not a second backward()
 
 The numbers are those of lora2.py but for rounding: it is the oracle of tests/test_fast.py. A layer
 that is there already becomes fast by layer.__class__ = FastLoRA2Linear. fast.py makes a whole model
@@ -220,15 +220,17 @@ def in_a_row(tensors, dtype):
     return torch.cat([tensor.flatten() for tensor in tensors]).to(dtype)
 
 
-def add_gradients(loss, parameters):
-    """loss.backward(), but all gradients are added to those that are there in one operation.
+def add_gradients(loss, parameters, weight=1):
+    """(weight · loss).backward(), but all gradients are added to those there in one operation.
 
     Every parameter that `loss` depends on must have a .grad already; the others are left alone.
+    Returns the value of `loss`, without what autograd knows of it.
     """
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    gradients = torch.autograd.grad(weight * loss, parameters, allow_unused=True)
     there = [p.grad for p, gradient in zip(parameters, gradients) if gradient is not None]
     new = [gradient for gradient in gradients if gradient is not None]
     torch._foreach_add_(there, new)
+    return loss.detach()
 
 
 class FrozenLinear(nn.Linear):

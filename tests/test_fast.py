@@ -252,7 +252,9 @@ def test_add_gradients(terms):
     (0.3 * orthogonality_loss(other, terms)).backward()
     unused = nn.Parameter(torch.ones(2))
     parameters = [p for p in net.parameters() if p.requires_grad]
-    add_gradients(0.3 * orthogonality_loss(net, terms), [*parameters, unused])
+    R = orthogonality_loss(net, terms)
+    value = add_gradients(R, [*parameters, unused], 0.3)
+    assert torch.equal(value, R) and not value.requires_grad
     assert_close([p.grad for p in net.parameters()], [p.grad for p in other.parameters()])
     assert unused.grad is None
 

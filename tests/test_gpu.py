@@ -150,7 +150,7 @@ LOSS = "task_loss(predict_batch(net, part, here), part.labels) * share"
 PART = "part = data.Batch(*here.copies(*(tensor[i::n] for tensor in batch)))"
 REFUSED = {
     "a loss whose graph is kept while recording": (
-        "R = R.detach()", "pass", "operation would make the legacy stream depend on a capturing blocking stream"),
+        "R = fast.add_gradients(", "fast.add_gradients(", "operation would make the legacy stream depend on a capturing blocking stream"),
     "a number read while recording": (LOSS, f"{LOSS} + 0 * part.labels.sum().item()", "is capturing: _local_scalar"),
     "a copy while recording": (LOSS, f"{LOSS} + 0 * torch.ones(2).to(here.device).sum()", "is capturing: a copy to"),
     "a number read in a step": (PART, f"{PART}; loss.item()", "synchronizing CUDA operation: _local_scalar"),

@@ -151,11 +151,14 @@ def test_the_loop_is_the_method(cli, tiny):
 
 # --- saving, evaluating, handing out ------------------------------------------------------------------------
 
-def test_the_best_is_kept_and_a_fresh_model_gives_its_score_and_logits(cli, tiny):
+def test_the_best_is_kept_and_a_fresh_model_gives_its_score_and_logits(cli, tiny, monkeypatch):
     """Oracles: the evaluations in the log, of equal scores the later one; score and logits of the model that was
     trained, bit for bit; the predictions in the run folder are those of the logits, and the score is theirs."""
     words = f"--task demo --model {tiny['deberta']} --out run {SMALL} --eval-steps 1 --max-steps 8"
-    net = train.train(options.resolve(options.parse(words.split())))
+    trained = []                                            # what is handed out is of this model
+    monkeypatch.setattr(train, "write_best", lambda *given: trained.append(given[-1]))
+    train.train(options.resolve(options.parse(words.split())))
+    [net] = trained
     evaluations, content = [line for line in log() if "score" in line], result()
     assert [e["step"] for e in evaluations] == list(range(1, 9)) and content["evaluations"] == evaluations
     assert content["last"] == evaluations[-1] and len(content["code"]) == 16

@@ -126,7 +126,7 @@ class OwnStep:
             with part("R"):
                 if self.extras:
                     R = baselines.regulariser(self.method, self.net, ("uv", "UV", "PQ"))
-                    fast.add_gradients(0.1 * R, self.parameters)
+                    fast.add_gradients(R, self.parameters, 0.1)
             with part("clip, AdamW"):
                 train.update(self.optimizer, self.parameters, loss, self.plan, self.step, 1.0,
                              self.finite)
