@@ -25,9 +25,9 @@ through k numbers, the second scale (Eq. 4, row vectors; shapes for d = 768, k =
     V        (k, d_out)   N(0, 0.02²)   no        takes k numbers up to the output
     scale    alpha / r                            with the initial r: pruning keeps it
 
-ΔW has rank min(k, r) at most. If k < r, the Λ_i are not its singular values but r terms of a sum
-in k × k numbers: k = 1 gives exactly the updates of LoRA with r = 1. Until fewer than k of them are
-left, pruning does not lower the rank: it shares out terms between the matrices of a model.
+ΔW has rank min(k, r) at most. If k < r, the Λ_i are not its singular values: they weigh r terms
+that share k directions. With k = 1 the updates are exactly those of LoRA with r = 1. Pruning lowers
+the rank only where fewer than k terms are left. Until then it shares them out between the matrices.
 """
 import math
 import warnings
@@ -36,36 +36,40 @@ import torch
 from torch import nn
 
 
+def require(condition, message, error=ValueError):
+    """Raise `error` unless `condition`. The message says what is wrong and what to do."""
+    if not condition:
+        raise error(message)
+
+
 class LoRA2Linear(nn.Module):
     """A frozen nn.Linear plus the update of Eq. 4, with factors in fp32 (fp64 on an fp64 base).
 
-    base: the nn.Linear, which is frozen here.
-    k, r: projected dimension and number of singular values, each from 1 to min(d_in, d_out).
+    k, r: projected dimension and number of singular values, from 1 to min(d_in, d_out).
     alpha: positive. The update is scaled by alpha / r.
-    init: "gaussian", as in the authors' code, or "orthonormal", which is ours: R of Eq. 5 starts
-        at its floor, and the first gradients of Λ are not tiny.
-    """
+    init: "gaussian" is that of the authors' code. "orthonormal" is ours: R of Eq. 5 starts
+        at its floor, and the first gradients of Λ are not tiny."""
 
     def __init__(self, base, k=1, r=8, alpha=32, init="gaussian"):
         super().__init__()
         check_base("base", base, k, r, alpha, init)
         self.base = base.requires_grad_(False)
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.in_features = d_in = base.in_features
+        self.out_features = d_out = base.out_features
         self.k, self.r, self.scale = k, r, alpha / r
-        dtype = torch.promote_types(base.weight.dtype, torch.float32)
-
-        def factor(*shape):
-            w = torch.empty(shape, dtype=dtype, device=base.weight.device)
+        like = {"dtype": torch.promote_types(base.weight.dtype, torch.float32),
+                "device": base.weight.device}
+        self.v = nn.Parameter(torch.empty(d_in, k, **like))
+        self.u = nn.Parameter(torch.empty(k, r, **like))
+        self.lam = nn.Parameter(torch.zeros(r, **like))  # ΔW = 0: training starts at the base
+        self.U = nn.Parameter(torch.empty(r, k, **like))
+        self.V = nn.Parameter(torch.empty(k, d_out, **like))
+        for factor in (self.v, self.u, self.U, self.V):
             if init == "gaussian":
-                return nn.Parameter(nn.init.normal_(w, std=0.02))
-            return nn.Parameter(nn.init.orthogonal_(w))
-
-        self.v = factor(base.in_features, k)
-        self.u = factor(k, r)
-        self.lam = nn.Parameter(torch.zeros_like(self.u[0]))  # ΔW = 0: training starts at the base
-        self.U = factor(r, k)
-        self.V = factor(k, base.out_features)
-        self.train(base.training)
+                nn.init.normal_(factor, std=0.02)
+            else:
+                nn.init.orthogonal_(factor)
+        self.train(base.training)  # its mode
 
     def core(self):
         """C = scale · u diag(Λ) U, (k, k), between v and V; not rounded by autocast."""
@@ -82,7 +86,7 @@ class LoRA2Linear(nn.Module):
         """ΔW = B @ A as a LoRA of rank k, exactly: copies of A (k, d_in) and B (d_out, k)."""
         with torch.autocast(self.u.device.type, enabled=False):
             A, B = self.v.T, (self.core() @ self.V).T
-        return A.clone(memory_format=torch.contiguous_format), B.contiguous()
+        return A.contiguous().clone(), B.contiguous()
 
     def forward(self, x):
         """x (..., d_in) → (..., d_out). ΔW is never built: its gradient would be as large as W0."""
@@ -93,7 +97,7 @@ class LoRA2Linear(nn.Module):
 
     @property
     def weight(self):
-        """W0 + ΔW: to merge, and for parents that read it, as nn.TransformerEncoderLayer may."""
+        """W0 + ΔW, to merge. Some parents read it: nn.TransformerEncoderLayer, to be fast."""
         require(not is_quantised(self.base), "W0 is quantised: there is no W0 + ΔW", TypeError)
         return (self.base.weight + self.delta_weight()).to(self.base.weight.dtype)
 
@@ -102,34 +106,28 @@ class LoRA2Linear(nn.Module):
         return self.base.bias
 
 
-def require(condition, message, error=ValueError):
-    """Raise `error` unless `condition`. The message says what is wrong and what to do."""
-    if not condition:
-        raise error(message)
-
-
 def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(), layer=LoRA2Linear):
     """Freeze `model` and put a LoRA2Linear around its target layers. Returns their names, in order.
 
     targets: names of modules, or one: "query" is also every name that ends in ".query".
         "all-linear": every linear layer but the output embeddings of a transformers model.
     k, r, alpha, init: as for LoRA2Linear, or the subclass of it that is given as `layer`.
-    trainable: parts of dotted names, such as "classifier", of what trains in full, not adapted.
-    ValueError or TypeError, and no change, if a name has no match or a match cannot be adapted.
-    """
+    trainable: whole parts of dotted names, such as "classifier": they train in full, unadapted.
+    ValueError or TypeError, and no change, if a name has no match or a match cannot be adapted."""
     require(not lora2_layers(model), "the model has LoRA² adapters already: name all in one call")
     targets = {targets} if isinstance(targets, str) else set(targets)
     trainable = {trainable} if isinstance(trainable, str) else set(trainable)
     modules = find_modules(model, targets, trainable)
-    in_full, missing, places = [], set(trainable), []
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        places.append(id(parameter))
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    in_full, matched = [], set()
+    for name, parameter in parameters:
         words = trainable.intersection(name.split("."))
         if words and parameter.is_floating_point():
             in_full.append(parameter)
-            missing -= words
-    require(not missing, f"trainable {sorted(missing)} match nothing that can be trained; the model"
-            f" consists of {list(dict(model.named_children()))}")
+            matched |= words
+    require(trainable == matched, f"trainable {sorted(trainable - matched)} match nothing that can "
+            f"be trained; the model consists of {list(dict(model.named_children()))}")
+    places = [id(parameter) for _, parameter in parameters]
     for name, base in modules.items():
         check_base(name, base, k, r, alpha, init)
         uses = places.count(id(base.weight))
@@ -146,26 +144,27 @@ def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
 def find_modules(model, targets, trainable):
     """{name: module to adapt}, in the model's order. ValueError for a target without a match."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    modules, linear, missing = {}, set(), set(targets)
+    modules, matched, linear = {}, set(), set()
     for name, module in model.named_modules(remove_duplicate=False):
-        if not name or not trainable.isdisjoint(name.split(".")):
+        parts = name.split(".")
+        if name == "" or not trainable.isdisjoint(parts):
             continue
-        words = {target for target in targets if f".{name}".endswith(f".{target}")}
-        if module is not head and (type(module) is nn.Linear or is_quantised(module)):
-            linear.add(name.rpartition(".")[2])
-            words |= targets & {"all-linear"}
-        if words:
-            modules[name] = module
-            missing -= words
-    require(modules and not missing, f"targets {sorted(missing)} match nothing outside of "
-            f"`trainable`; Linear layers: {sorted(linear)}")
+        is_linear = module is not head and (type(module) is nn.Linear or is_quantised(module))
+        if is_linear:
+            linear.add(parts[-1])
+        for target in targets:
+            is_named = f".{name}".endswith(f".{target}")
+            if is_named or (target == "all-linear" and is_linear):
+                modules[name] = module
+                matched.add(target)
+    require(modules and targets == matched, f"targets {sorted(targets - matched)} match nothing "
+            f"outside of `trainable`; Linear layers: {sorted(linear)}")
     return modules
 
 
 def check_base(name, base, k, r, alpha, init):
-    """TypeError or ValueError unless `base` is an nn.Linear that k, r, alpha and init fit. No other
-    subclass: it computes something else, or nobody calls it, as nn.MultiheadAttention's out_proj.
-    """
+    """TypeError or ValueError unless `base` is an nn.Linear that the rest fits. A subclass of it
+    may compute something else, or be called by nobody, as nn.MultiheadAttention's out_proj."""
     require(type(base) is nn.Linear or is_quantised(base), f"{name} is a {type(base).__name__}, "
             "not an nn.Linear: leave it out, or put one in its place", TypeError)
     W = base.weight
@@ -173,17 +172,19 @@ def check_base(name, base, k, r, alpha, init):
     require((plain or is_quantised(base)) and not W.is_meta, f"{name} has no plain weight of "
             "its own: meta device, quantised or re-parametrised. Leave it out", TypeError)
     most = min(base.in_features, base.out_features)
-    require(type(k) is int and type(r) is int and 1 <= min(k, r) and max(k, r) <= most,
-            f"k = {k!r} or r = {r!r} does not fit {name}: give integers from 1 to {most}")
-    require(0 < alpha < math.inf and init in ("gaussian", "orthonormal"),
-            f"alpha = {alpha!r} must be positive, init = {init!r} 'gaussian' or 'orthonormal'")
+    for letter, size in (("k", k), ("r", r)):
+        require(type(size) is int and 1 <= size <= most,
+                f"{letter} = {size!r} does not fit {name}: give an integer from 1 to {most}")
+    require(0 < alpha < math.inf, f"alpha = {alpha!r}: give a positive number")
+    require(init in ("gaussian", "orthonormal"), f"init = {init!r}: 'gaussian' or 'orthonormal'")
 
 
 def is_quantised(base):
     """Whether W0 is held in few bits, by a linear layer of bitsandbytes or a tensor of torchao."""
-    holder = base.weight if type(base) is nn.Linear else base
-    package = type(holder).__module__.partition(".")[0]
-    return isinstance(base, nn.Linear) and package in ("bitsandbytes", "torchao")
+    if not isinstance(base, nn.Linear):
+        return False
+    kind = type(base.weight) if type(base) is nn.Linear else type(base)
+    return kind.__module__.split(".")[0] in ("bitsandbytes", "torchao")
 
 
 def lora2_layers(model):
@@ -194,18 +195,17 @@ def lora2_layers(model):
 def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
     """R of Eq. 5 without gamma, a scalar. Add it once per optimizer step, not per micro-batch.
 
-    terms: the pairs to take, as in Table 3. ValueError if they are no choice of these.
-    Why: for orthonormal P and Q (if k ≥ r), ‖ΔW‖² = scale² Σ Λ_i². So |Λ_i| is the size of its term
-    in every layer, and can be compared; else a factor may grow and Λ_i shrink with the same ΔW.
-    """
+    terms: the pairs to take, as in Table 3. ValueError for any other.
+    Why: pruning compares Λ_i between layers. If P or Q may grow, Λ_i can shrink with the same ΔW.
+    For orthonormal P and Q, which need k ≥ r, ‖ΔW‖² = scale² Σ Λ_i²: |Λ_i| is its term's size."""
     adapters = lora2_layers(model)
     require(adapters and terms and set(terms) <= {"uv", "UV", "PQ"},
             f"terms = {terms!r}: list some of 'uv', 'UV', 'PQ', on a model with LoRA² adapters")
     R = 0
     for _, layer in adapters:
         with torch.autocast(layer.u.device.type, enabled=False):
-            # The paper has vvᵀ and uᵀu, the other sides. The gradient is the same, because
-            # ‖AAᵀ − I_n‖² = ‖AᵀA − I_k‖² + n − k for A (n, k).
+            # The paper has vvᵀ, which is d × d, and uᵀu. Their terms differ by a constant, and so
+            # not in the gradient: ‖AAᵀ − I_n‖² = ‖AᵀA − I_k‖² + n − k for A (n, k).
             Gv, Gu = layer.v.T @ layer.v, layer.u @ layer.u.T  # (k, k)
             GU, GV = layer.U.T @ layer.U, layer.V @ layer.V.T  # (k, k)
             if "uv" in terms:
@@ -217,7 +217,7 @@ def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
                 # tr X = tr PᵀP and tr X² = tr (PᵀP)²: ‖PᵀP − I_r‖² = tr (X − I_k)² + r − k.
                 R = R + distance(Gv @ Gu) + layer.r - layer.k  # ‖PᵀP − I‖²
                 R = R + distance(GV @ GU) + layer.r - layer.k  # ‖QQᵀ − I‖²
-    return R / len(adapters)  # ours: where the paper is silent. 0.1 · the sum over 72 starts at 135
+    return R / len(adapters)  # ours: the paper is silent, but a sum would grow with the model
 
 
 def distance(X):
@@ -238,15 +238,15 @@ class RankPruner(nn.Module):
     target_rank: singular values per adapter in the end, on average.
     total_steps: T, in optimizer steps, never micro-batches.
     warmup: t_i, the first steps, in which all are kept. Then b(t) falls along a cubic.
-    final: t_f, the last steps, in which the choice is fixed. Until then what is 0 may return.
+    final: t_f, the last steps, in which the choice is fixed. Before, what was set to 0 may return.
     interval: ΔT, steps from choice to choice.
-    beta1, beta2: of Ī and Ū, at least 0 and below 1.
+    beta1, beta2: of the averages Ī and Ū, at least 0 and below 1.
     importance: "reduced" (Eq. 9) or "full" (Eq. 8). ValueError for what does not fit.
 
-    Call step() after optimizer.step() and before zero_grad(). As in AdaLoRA's loop, importance is
-    the new weights times this step's gradients, of task + gamma · R: what R pulls at counts too,
-    above all early, when Λ is 0. (A Module has a state_dict(), and so a pruner can be resumed.)
-    """
+    Make it when the adapters are on their device. Call step() after optimizer.step() and before
+    zero_grad(): it multiplies the new weights by this step's gradients, as AdaLoRA does. These are
+    of task + gamma · R, so that the pull of R counts too, above all early, when Λ is near 0.
+    It is a Module for its state_dict(): so a run can be resumed."""
 
     factors = ("lam", "u", "U")  # of each adapter: what is scored
 
@@ -262,7 +262,7 @@ class RankPruner(nn.Module):
         require(type(target_rank) is int and 0 <= target_rank <= self.r,
                 f"target_rank = {target_rank!r}: give an integer from 0 to r = {self.r}")
         steps = (total_steps, warmup, final, interval)
-        are_counts = set(map(type, steps)) == {int} and min(steps) >= 0
+        are_counts = all(type(n) is int and n >= 0 for n in steps)
         require(are_counts and warmup + final < total_steps and interval > 0,
                 f"T, warmup, final, interval = {steps}: keep warmup + final < T and interval > 0")
         require(0 <= beta1 < 1 and 0 <= beta2 < 1,
@@ -274,43 +274,45 @@ class RankPruner(nn.Module):
         if importance == "full":
             self.factors = (*self.factors, "v", "V")
         self.all_parameters = list(model.parameters())
-        lam = torch.stack(self.scored()[:len(found)])  # (n, r)
-        self.t, self.kept_total = 0, lam.numel()
+        self.t, self.kept_total = 0, len(found) * self.r
+        lam = self.layers[0].lam
         self.dtype = torch.promote_types(lam.dtype, torch.float32)  # fp16 would round I to 0
-        zeros = lam.new_zeros(sum(self.sizes()), dtype=self.dtype)
+        zeros = torch.zeros(sum(self.sizes()), dtype=self.dtype, device=lam.device)
+        keep = torch.ones(len(found), self.r, dtype=torch.bool, device=lam.device)
         self.register_buffer("sensitivity", zeros)  # Ī of all that is scored, one after another
         self.register_buffer("uncertainty", zeros.clone())  # Ū
-        self.register_buffer("keep", torch.ones_like(lam, dtype=torch.bool))  # the last choice
+        self.register_buffer("keep", keep)  # the last choice
 
     def budget(self, t):
         """b(t), how many singular values of the whole model to keep at step t = 1 .. T."""
         start, end = len(self.layers) * self.r, len(self.layers) * self.target_rank
         fall = self.total_steps - self.final - self.warmup  # steps from start to end
-        gone = min(max(t - self.warmup, 0), fall)
-        return end + (start - end) * (fall - gone) ** 3 // fall ** 3  # rounded down, without floats
+        left = min(max(self.total_steps - self.final - t, 0), fall)  # of these, after step t
+        return end + ((start - end) * left ** 3) // fall ** 3  # (left / fall)³, rounded down
 
     @torch.no_grad()
     def step(self):
         """Algorithm 1 for one optimizer step. Returns how many are kept; the host does not wait."""
         require(self.t < self.total_steps,
                 f"step() came more than {self.total_steps} times", RuntimeError)
+        t = self.t + 1  # this step, 1 .. T
         last_choice = self.total_steps - self.final
-        if self.t < last_choice:  # afterwards scores and choice stay
+        if t <= last_choice:  # later the scores stay, and with them the choice
             self.update_averages()
-        self.t += 1
+        self.t = t
         # In the last phase at every step: AdamW's momentum moves a Λ_i off 0 again.
-        if self.t % self.interval == 0 or self.t >= last_choice:
-            self.kept_total = self.budget(self.t)
+        if t % self.interval == 0 or t >= last_choice:
+            self.kept_total = self.budget(t)
             self.prune()
         return self.kept_total
 
     def update_averages(self):
-        """Ī and Ū of all that is scored. AdaLoRA's: where the paper refers to them is a "??".
+        """Ī and Ū of all that is scored, as in AdaLoRA.
 
-        I is, to first order, what the loss would change by without a number. One batch is noisy,
-        so Ī is its mean. Ū, its mean distance from Ī, keeps numbers still in doubt: a heuristic.
-        Ours: I = 0 in a step that a GradScaler skipped, and for an adapter without gradients.
-        """
+        I = |w · ∂L/∂w| estimates how much the loss would change if w were 0. One batch is noisy,
+        so Ī averages it over the steps. Ū averages |I − Ī|: it is large for what is still in doubt.
+        That their product is the score is a heuristic.
+        Ours: I = 0 in a step that a GradScaler skipped, and for an adapter without gradients."""
         finite = self.all_finite()
         self.to(self.dtype)  # if it was cast with a model
         I = []
@@ -323,12 +325,13 @@ class RankPruner(nn.Module):
 
     def all_finite(self):
         """Whether all gradients of the model are finite, a tensor. If not, a GradScaler has skipped
-        the step, and may have left them times its scale. RuntimeError if no Λ has one."""
+        the step, and may have left them times its scale."""
         require(any(layer.lam.grad is not None for layer in self.layers),
                 "no adapter has a gradient: call pruner.step() after optimizer.step() and before "
                 "zero_grad(), and see that the loss depends on the adapters", RuntimeError)
-        plain = [p.grad for p in self.all_parameters if type(p.grad) is torch.Tensor]  # no shards
-        return nn.utils.get_total_norm(plain, math.inf) < math.inf  # of NaN it is NaN
+        grads = [p.grad for p in self.all_parameters if type(p.grad) is torch.Tensor]  # no shards
+        largest = nn.utils.get_total_norm(grads, math.inf)  # NaN if one is NaN
+        return largest < math.inf  # False for NaN
 
     def scored(self):
         """Λ of all adapters, then all u, then all U; for Eq. 8 all v and all V."""
@@ -336,20 +339,21 @@ class RankPruner(nn.Module):
 
     def sizes(self):
         """How many numbers each of scored() has."""
-        return list(map(torch.numel, self.scored()))
+        return [w.numel() for w in self.scored()]
 
     def scores(self):
-        """Importance of every singular value, (n, r), from S(w) = Ī · Ū. Without v and V, Eq. 9
-        needs 24 numbers in place of 1,560 at k = 1, r = 8, d = 768. (Letters as in Section 3.1.)"""
-        n = len(self.layers)
+        """Importance of every singular value, (n, r), from S(w) = Ī · Ū."""
+        n, k, r = len(self.layers), self.k, self.r
         S = (self.sensitivity * self.uncertainty).split(self.sizes())
-        u = torch.stack(S[n:2 * n]).view(n, -1, self.r)  # (n, k, r)
-        U = torch.stack(S[2 * n:3 * n]).view(n, self.r, -1)  # (n, r, k)
-        scores = torch.stack(S[:n]) + u.mean(1) + U.mean(2)
-        # Eq. 8 adds (ΣS(v) + ΣS(V)) / k, as u and U count by their mean over k. It is the same for
-        # all i: it cannot change the order in an adapter, but over all adapters it can.
-        for row, its_v, its_V in zip(scores, S[3 * n:4 * n], S[4 * n:]):
-            row += (its_v.sum() + its_V.sum()) / self.k
+        S_lam = torch.stack(S[:n])  # (n, r)
+        S_u = torch.stack(S[n:2 * n]).view(n, k, r)
+        S_U = torch.stack(S[2 * n:3 * n]).view(n, r, k)
+        scores = S_lam + S_u.mean(1) + S_U.mean(2)  # Eq. 9
+        if "v" in self.factors:
+            # Eq. 8 adds ΣS(v) and ΣS(V), over k as u and U count by their mean. It is the same for
+            # all i: it changes no order within an adapter, but that between adapters.
+            for i in range(n):
+                scores[i] += (S[3 * n + i].sum() + S[4 * n + i].sum()) / k
         return scores
 
     def prune(self):
@@ -362,8 +366,8 @@ class RankPruner(nn.Module):
 
     @torch.no_grad()
     def mask(self, model):
-        """Put the last choice on a model with the same adapters, at the end of a run: on averaged
-        or loaded weights. It warns if the budget was not reached."""
+        """Put the last choice on a model with the same adapters, as averaged or loaded weights are,
+        at the end of a run. It warns if the budget was not reached."""
         found = lora2_layers(model)
         require(len(found) == len(self.layers) and found[0][1].r == self.r,
                 "mask() needs a model with the adapters that the pruner has")
@@ -375,7 +379,7 @@ class RankPruner(nn.Module):
 
     def kept(self):
         """{adapter: singular values that the last choice kept}, the data of Figure 3. RuntimeError
-        if in the last phase the model's Λ are other ones, as after loading the best weights."""
+        if in the last phase the model has other Λ, as after loading its best weights."""
         pruned = torch.stack(self.scored()[:len(self.layers)])[~self.keep]
         require(self.t < self.total_steps - self.final or not pruned.any(),
                 "the model's Λ are not what the pruner left: call pruner.mask(model)", RuntimeError)
@@ -391,8 +395,8 @@ class RankPruner(nn.Module):
 @torch.no_grad()
 def lora2_state_dict(model):
     """{name: copy} of all that may have changed: state_dict() without frozen parameters and without
-    a RankPruner. Beside each adapter stands what tells alpha and base by: NAME.scale, and
-    NAME.base_sample, up to 16 numbers of W0, or 16 NaN, which fit any, if W0 is quantised."""
+    a RankPruner. Two entries for each adapter guard against a wrong file: NAME.scale, alpha / r,
+    and NAME.base_sample, up to 16 numbers of W0; NaN, which fits any, if W0 is quantised."""
     changing = set()
     for name, module in model.named_modules(remove_duplicate=False):
         for key, parameter in module.named_parameters(name, recurse=False):
@@ -414,23 +418,25 @@ def load_lora2_state_dict(model, state):
     """Load lora2_state_dict() into a model that the same add_lora2() call prepared. Strict:
     ValueError, and nothing is loaded, if a name, a shape, alpha or the base differs."""
     own = lora2_state_dict(model)
+    advice = "use the file's base model, targets, k, r and trainable names"
     for name in sorted(own | state):
-        fits = name in own and name in state and own[name].shape == state[name].shape
-        require(fits, f"{name} is not in both file and model, or not with one shape: use the "
-                "file's base model, targets, k, r and trainable names")
+        require(name in own, f"{name} is in the file alone: {advice}")
+        require(name in state, f"{name} is in the model alone: {advice}")
+        here, there = tuple(own[name].shape), tuple(state[name].shape)
+        require(here == there, f"{name} is {there} in the file, {here} in the model: {advice}")
     for name, _ in lora2_layers(model):
         for key, tolerance in ((f"{name}.scale", 1e-6), (f"{name}.base_sample", 0.02)):
             here, there = own[key], state[key].to(own[key])  # W0 may be in bf16 on one side
-            differs = (there - here).abs() > tolerance * here.abs() + 1e-7  # a NaN never does
+            differs = (there - here).abs() > tolerance * here.abs() + 1e-7  # False for NaN
             require(not differs.any(),
                     f"{key} differs between file and model: use the file's alpha and base model")
-    model.load_state_dict(state, strict=False)  # no frozen ones, but scale and base_sample
+    model.load_state_dict(state, strict=False)  # nothing frozen is there, but scale and base_sample
 
 
 @torch.no_grad()
 def merge_lora2(model):
     """Add every ΔW to its W0, in place, and put the nn.Linear back. Returns the model. TypeError,
-    and no change, if a W0 is quantised: merge into the full-precision base, with the same file."""
+    and no change, if a W0 is quantised."""
     for name, layer in lora2_layers(model):
         require(not is_quantised(layer.base), f"{name} has a quantised W0: load the adapters' file "
                 "into the full-precision base and merge there", TypeError)

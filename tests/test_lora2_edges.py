@@ -211,7 +211,7 @@ REFUSED = {
     "int32": (lambda: integer_linear(torch.int32), TypeError, "quantised"),
     "fp8": (lambda: nn.Linear(8, 8).to(torch.float8_e4m3fn), TypeError, "quantised"),
     "tensor subclass": (subclassed_weight, TypeError, "bad has no plain weight"),
-    "too small for k": (lambda: nn.Linear(8, 1), ValueError, "does not fit bad: give integers from 1 to 1"),
+    "too small for k": (lambda: nn.Linear(8, 1), ValueError, "does not fit bad: give an integer from 1 to 1"),
     "shared": (lambda: SHARED, ValueError, "bad, or its weight, is used in 2 places"),
 }
 
@@ -263,9 +263,9 @@ def test_what_cannot_have_a_gradient_stays_frozen():
     (dict(targets=[""]), r"\[''\] match nothing"),
     (dict(trainable=["clas"]), r"trainable \['clas'\] match nothing that can be trained; .* \['query', "),
     (dict(trainable=["query"]), r"targets \['query'\] match nothing outside of `trainable`"),
-    (dict(k=0), "k = 0"), (dict(r=0), "r = 0"), (dict(k=-1), "k = -1"), (dict(k=9), "integers from 1 to 8"),
-    (dict(r=9), "integers from 1 to 8"), (dict(k=2.0), "k = 2.0"), (dict(r=True), "r = True"),
-    (dict(alpha=0), "alpha = 0 must be positive"), (dict(alpha=-1), "alpha = -1"),
+    (dict(k=0), "k = 0"), (dict(r=0), "r = 0"), (dict(k=-1), "k = -1"), (dict(k=9), "an integer from 1 to 8"),
+    (dict(r=9), "an integer from 1 to 8"), (dict(k=2.0), "k = 2.0"), (dict(r=True), "r = True"),
+    (dict(alpha=0), "alpha = 0: give a positive"), (dict(alpha=-1), "alpha = -1"),
     (dict(alpha=math.inf), "alpha = inf"), (dict(alpha=math.nan), "alpha = nan"),
     (dict(init="zeros"), "init = 'zeros'"),
 ])
@@ -700,15 +700,15 @@ def with_key(state, key, value):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda s: with_key(s, "query.lam", None), "query.lam is not in both file and model, or not with one shape"),
-    (lambda s: with_key(s, "classifier.1.bias", None), "classifier.1.bias is not in both"),
-    (lambda s: with_key(s, "up.scale", None), "up.scale is not in both"),
-    (lambda s: with_key(s, "dense.lam", torch.zeros(4)), "dense.lam is not in both"),
-    (lambda s: with_key(s, "query.u", torch.zeros(3, 4)), "query.u is not in both"),
-    (lambda s: with_key(s, "classifier.1.bias", torch.zeros(5)), "classifier.1.bias is not in both"),
+    (lambda s: with_key(s, "query.lam", None), "query.lam is .*the (file|model)"),
+    (lambda s: with_key(s, "classifier.1.bias", None), "classifier.1.bias is .*the (file|model)"),
+    (lambda s: with_key(s, "up.scale", None), "up.scale is .*the (file|model)"),
+    (lambda s: with_key(s, "dense.lam", torch.zeros(4)), "dense.lam is .*the (file|model)"),
+    (lambda s: with_key(s, "query.u", torch.zeros(3, 4)), "query.u is .*the (file|model)"),
+    (lambda s: with_key(s, "classifier.1.bias", torch.zeros(5)), "classifier.1.bias is .*the (file|model)"),
     (lambda s: with_key(s, "down.scale", s["down.scale"] * 1.01), "down.scale differs between file and"),
     (lambda s: with_key(s, "value.base_sample", s["value.base_sample"] * 1.1), "value.base_sample differs"),
-    (lambda s: {}, "classifier.0.bias is not in both"),
+    (lambda s: {}, "classifier.0.bias is .*the (file|model)"),
 ])
 def test_loading_is_strict_and_changes_nothing_when_it_refuses(change, message):
     """Oracle: the sentence, and a hash of the whole model from before."""
@@ -722,15 +722,15 @@ def test_loading_is_strict_and_changes_nothing_when_it_refuses(change, message):
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(k=3), "down.U is not in both file and model, or not with one shape: use the file's base model, targets, k"),
-    (dict(r=3), "down.U is not in both"),
+    (dict(k=3), "down.U is .*the (file|model).*: use the file's base model, targets, k"),
+    (dict(r=3), "down.U is .*the (file|model)"),
     (dict(alpha=16), "query.scale differs .* the file's alpha"),
     (dict(alpha=8.1), "query.scale differs"),
-    (dict(targets=["query", "value"]), "down.U is not in both"),
-    (dict(trainable=[]), "classifier.0.bias is not in both"),
-    (dict(trainable=["classifier", "norm"]), "norm.bias is not in both"),
-    (dict(base=Block(classes=5)), "classifier.1.bias is not in both"),
-    (dict(base=Block(h=9)), "down.base_sample is not in both"),
+    (dict(targets=["query", "value"]), "down.U is .*the (file|model)"),
+    (dict(trainable=[]), "classifier.0.bias is .*the (file|model)"),
+    (dict(trainable=["classifier", "norm"]), "norm.bias is .*the (file|model)"),
+    (dict(base=Block(classes=5)), "classifier.1.bias is .*the (file|model)"),
+    (dict(base=Block(h=9)), "down.base_sample is .*the (file|model)"),
     (dict(base=Block()), "query.base_sample differs between file and model: .* base model"),
 ])
 def test_loading_into_another_model_is_refused(options, message):
@@ -786,7 +786,7 @@ def test_the_file_can_be_copied_and_read():
     imports = {alias.name for node in of_kind(ast.Import) for alias in node.names}
     imports |= {node.module.split(".")[0] for node in of_kind(ast.ImportFrom)}
     assert imports <= {"torch", *sys.stdlib_module_names}
-    assert len(lines) <= 442 and max(map(len, lines)) <= 100
+    assert len(lines) <= 448 and max(map(len, lines)) <= 100
     prose = set()
     for node in of_kind(ast.Expr):                         # docstrings
         prose |= set(range(node.lineno, node.end_lineno + 1)) if isinstance(node.value, ast.Constant) else set()
