@@ -343,17 +343,17 @@ class RankPruner(nn.Module):
 
     def scores(self):
         """Importance of every singular value, (n, r), from S(w) = Ī · Ū."""
-        n, k, r = len(self.layers), self.k, self.r
+        n, r = len(self.layers), self.r
         S = (self.sensitivity * self.uncertainty).split(self.sizes())
         S_lam = torch.stack(S[:n])  # (n, r)
-        S_u = torch.stack(S[n:2 * n]).view(n, k, r)
-        S_U = torch.stack(S[2 * n:3 * n]).view(n, r, k)
+        S_u = torch.stack(S[n:2 * n]).view(n, -1, r)  # (n, k, r)
+        S_U = torch.stack(S[2 * n:3 * n]).view(n, r, -1)  # (n, r, k)
         scores = S_lam + S_u.mean(1) + S_U.mean(2)  # Eq. 9
         if "v" in self.factors:
             # Eq. 8 adds ΣS(v) and ΣS(V), over k as u and U count by their mean. It is the same for
             # all i: it changes no order within an adapter, but that between adapters.
             for i in range(n):
-                scores[i] += (S[3 * n + i].sum() + S[4 * n + i].sum()) / k
+                scores[i] += (S[3 * n + i].sum() + S[4 * n + i].sum()) / self.k
         return scores
 
     def prune(self):

@@ -19,7 +19,6 @@ import data
 import model as models
 from lora2 import load_lora2_state_dict, lora2_state_dict
 from methods import baselines, fast
-from methods.first_gradient import start_at_gradient
 from running import demo, export, folder, inputs, machine, options, progress, saving, schedule
 from running.errors import FiniteCheck, exit_status, user_errors
 
@@ -42,7 +41,7 @@ def train(o, saved=None):
         if saved:
             go_on(saved, run_folder, state, net, optimizer, pruner, here)
         else:
-            begin(o, run_folder, plan, examples, net, here)
+            run_folder.begin(o)
         log.start(state, examples)
         batches = stream(examples["train"], o, plan, state.step, net, here)
         while True:
@@ -228,16 +227,7 @@ def evaluate(net, examples, task, batch_size, here, signals=None):
     return scores, predictions
 
 
-# --- where a run begins, or goes on ------------------------------------------------------
-
-def begin(o, run_folder, plan, examples, net, here):
-    """Make the folder of a new run, with a last.pt from which it can be begun again."""
-    if o.init == "gradient":                               # v and V along W0's first gradient
-        in_fp32 = here._replace(dtype="fp32")              # copies of W0 in bf16 have no gradient
-        batches = stream(examples["train"], o, plan, 0, net, here)
-        start_at_gradient(net, lambda batch: gradients(net, batch, in_fp32, o.accum), batches)
-    run_folder.begin(o)
-
+# --- what --resume needs ------------------------------------------------------------------
 
 def snapshot(state, net, optimizer, pruner, finite, here):
     """What last.pt holds: all on which the rest of a run depends, tensors and plain values."""

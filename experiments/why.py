@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
 from experiments import look_inside, search, summary, why_page
+from experiments.first_gradient import start_at_gradient
 from formats import disk
 from lora2 import LoRA2Linear, lora2_layers
 from methods import baselines, three_scales
@@ -47,8 +48,9 @@ def run(row, task_name, seed, point, args):
     plan = schedule.plan(o, rows=len(examples["train"].labels))
     optimizer, parameters = train.make_optimizer(net, o.lr, o.head_lr, o.weight_decay, o.outer_lr)
 
-    if o.init == "gradient":
-        train.begin(o, mock.Mock(), plan, examples, net, here)     # there is no folder
+    if row == "gradient":
+        start_at_gradient(net, lambda batch: train.gradients(net, batch, here, 1),
+                          train.stream(examples["train"], o, plan, 0, net, here))
     if row.startswith("zero"):
         start_at_zero(net)
     judges = look_inside.make_judges(row, o, net, plan)

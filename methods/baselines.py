@@ -150,12 +150,9 @@ def add_method(method, model, targets, head, k, r, alpha, init):
 
     targets: names of the layers to adapt.
     head: parts of the names of the head's parameters, as add_lora2() has them in `trainable`.
-    k, r, alpha, init: of the adapters; None for a method that has no use for them. "gradient" is
-        "orthonormal" until first_gradient.py replaces v and V.
+    k, r, alpha, init: of the adapters; None for a method that has no use for them.
     """
     if method in LAYERS:
-        if init == "gradient":
-            init = "orthonormal"
         return add_lora2(model, targets, k or 1, r, alpha, init or "gaussian", head, LAYERS[method])
     for name, parameter in model.named_parameters():
         chosen = {"full": True, "bitfit": name.endswith("bias"), "head": False}[method]

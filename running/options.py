@@ -83,8 +83,7 @@ OPTIONS = {
                "preset's scale", (), ADAPTERS),
         Option("targets", names, "q,k,v,o,f1,f2", "query, key, value, attention output, "
                "feed-forward matrices", (), ADAPTERS),
-        Option("init", ("gaussian", "orthonormal", "gradient"), "gaussian", "how v, u, U and V "
-               "start; gradient: v and V along the first gradient of W0", (), LORA2),
+        Option("init", ("gaussian", "orthonormal"), "gaussian", "of v, u, U and V", (), LORA2),
         Option("reg", float, PRESET, "gamma, the weight of the regulariser R", AMOUNT, PRUNING),
         Option("reg-terms", names, "uv,UV,PQ", "groups of Eq. 5 to add", (), LORA2),
         Option("importance", ("reduced", "full"), "reduced", "scores Λ, u and U (Eq. 9), or v and "

@@ -743,9 +743,9 @@ def test_a_tiny_study_through_train(cli, here):
     assert len(shown) == 2 and {run["settings"]["method"] for run in found.values()} == {"head"}
     assert shown[0]["last"]["scores"]["dev"].keys() == {"pearson", "spearman"}
     assert [path for path in grid.runs.rglob("*") if path.is_file()] == []
-    cell = grids.make_cell(grid, "lora2-k1-gradient-rates", "stsb", 0, POINT | {"outer": 0.3})
+    cell = grids.make_cell(grid, "lora2-k1-rates", "stsb", 0, POINT | {"outer": 0.3})
     record = workers.work(cell, False, False)
-    assert record["settings"]["outer_lr"] == 0.0003 and record["settings"]["init"] == "gradient"
+    assert record["settings"]["outer_lr"] == 0.0003 and record["settings"]["init"] == "orthonormal"
     counts = {short: [len(indices) for indices in layers] for short, layers in record["kept"].items()}
     assert counts == record["ranks"] and sum(map(sum, counts.values())) == 12 * 1          # STS-B's target rank
     record = workers.work(grids.make_cell(grid, "lora-r1", "stsb", 0, {"lr": 1e30, "scale": 8192}), False, False)

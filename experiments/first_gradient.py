@@ -30,8 +30,7 @@ def start_at_gradient(net, backward, batches):
     net.train()
     for layer in layers:
         G = layer.base.weight.grad.T                        # (d_in, d_out), like ΔWᵀ = v C V
-        require(G.isfinite().all(), "the first gradient of W0 is not finite: give another --init",
-                FloatingPointError)
+        require(G.isfinite().all(), "the first gradient of W0 is not finite", FloatingPointError)
         left, right = leading(G.to(layer.v.dtype), layer.k)
         with torch.no_grad():
             layer.v.copy_(left)
