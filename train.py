@@ -82,7 +82,8 @@ def prepare(o, here, stored=None):
     saving.check_destinations(o)
     task, examples, tokenizer = inputs.load_examples(o, here, stored)
     torch.manual_seed(o.seed)                              # before head and adapters are drawn
-    net = models.from_pretrained(o.model, max(1, len(task.labels)), o.head_dropout, task.labels)
+    outputs = len(task.labels) or 1                        # a score has no labels
+    net = models.from_pretrained(o.model, outputs, o.head_dropout, task.labels)
     if o.max_len > net.max_len:
         raise ValueError(f"--max-len {o.max_len}: this model takes {net.max_len} tokens at most")
     data.check_ids(examples, net.config, o.model)
@@ -91,12 +92,12 @@ def prepare(o, here, stored=None):
     if stored:
         folder.check_adapter(stored, identity, o.eval)
 
-    targets = models.target_modules(net, o.targets) if o.targets else []
+    targets = models.target_modules(net, o.targets) if o.targets else []   # of BitFit: none
     baselines.add_method(o.method, net, targets, net.head, o.k, o.r, o.alpha, o.init)
     if here.rank > 0:
         torch.manual_seed(o.seed + here.rank)              # each process drops other units
     net.to(here.device)
-    fast.speed_up(net, here.dtype, o.compile)  # from here on the twins of methods/ compute
+    fast.speed_up(net, here.dtype, o.compile)              # the same results, faster
     return task, examples, unseen, net, identity
 
 
@@ -269,7 +270,7 @@ def evaluate_adapter(given):
     scores, predictions = evaluate(net, examples, task, o.batch_size, here)
     if here.is_main:
         progress.show_scores(examples, task, scores, predictions)
-    write_outputs(o, here, task, unseen, net)
+    predict_and_write(o, here, task, unseen, net)
 
 
 def write_best(o, here, task, unseen, net):
@@ -277,10 +278,10 @@ def write_best(o, here, task, unseen, net):
     if o.predict or o.merge or o.export_peft:
         tensors, _ = folder.load_adapter(f"{o.out}/adapter.safetensors")
         load_lora2_state_dict(net, tensors)
-        write_outputs(o, here, task, unseen, net)
+        predict_and_write(o, here, task, unseen, net)
 
 
-def write_outputs(o, here, task, unseen, net):
+def predict_and_write(o, here, task, unseen, net):
     """--predict, --merge and --export-peft, of the adapters that the model now holds."""
     predicted, outputs = None, None
     if unseen is not None:
