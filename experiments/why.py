@@ -54,6 +54,9 @@ def run(row, task_name, seed, point, args):
     if row.startswith("zero"):
         start_at_zero(net)
     judges = look_inside.make_judges(row, o, net, plan)
+    pruners = list(judges.values())
+    if o.method == "adalora":
+        pruners = [baselines.make_pruner(o.method, net, o.target_rank, **plan.pruning())]
     film = look_inside.Film(net, judges)
     record = {"row": row, "task": task_name, "seed": seed, "tuned": point,
               "part": "tune" if seed == GIVEN["search_seed"] else "reported"}
@@ -68,9 +71,9 @@ def run(row, task_name, seed, point, args):
         if not norm < math.inf:
             return record | {"failed": f"a gradient was not finite at step {t}"}, None
         train.update(optimizer, parameters, loss, plan, t, o.clip, finite)
-        for judge in judges.values():
-            judge.clipped = min(1.0, o.clip / (norm + NEAR_0))
-            judge.step()
+        for pruner in pruners:
+            pruner.clipped = min(1.0, o.clip / (norm + NEAR_0))
+            pruner.step()
         optimizer.zero_grad()
         if t in (1, plan.steps) or t % EVERY == 0:
             film.look(t)

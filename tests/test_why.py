@@ -173,7 +173,7 @@ def args(cli, monkeypatch):
     return SimpleNamespace(model=str(cli.models["bert"]), data_dir="glue")
 
 
-@pytest.mark.parametrize("row", ["lora", "lora2"])
+@pytest.mark.parametrize("row", ["lora", "adalora", "lora2"])
 def test_a_run_is_that_of_train(row, args):
     """Oracle: train.py itself, with the words that why.py would give it: the same scores after the last step."""
     point = {"lr": 0.01, "scale": 8}
