@@ -109,7 +109,7 @@ def page(content):
     for row in content["alike"]:
         if row in done["rows"]:
             parts.append(film_table(done, row, task))
-    searched = {row: done["rows"][row] for row in content["starts"]}
+    searched = {row: label for row, label in done["rows"].items() if row in content["starts"]}
     parts.append(pages.choice_table(content | {"rows": searched}))
     lost = [tables.name_of(run) for run in content["runs"] if "failed" in run]
     if lost:
