@@ -47,11 +47,13 @@ OF_DEBERTA = {"q": "attention.self.query_proj",
               "f1": "intermediate.dense",
               "f2": "output.dense"}
 TARGETS = {"bert": OF_BERT, "roberta": OF_BERT, "deberta-v2": OF_DEBERTA}
-# The head is dropout → dense → activation → dropout → output. Of each family: the option with the
-# first dropout's rate, the activation, the names of dense and output.
-HEADS = {"deberta-v2": ("pooler_dropout", F.gelu, "pooler.dense", "classifier"),
-         "roberta": ("classifier_dropout", torch.tanh, "classifier.dense", "classifier.out_proj"),
-         "bert": (None, torch.tanh, "bert.pooler.dense", "classifier")}
+# The head: dropout → dense → activation → dropout → output. The rate of the first is an option.
+HEADS = {"deberta-v2": {"dropout": "pooler_dropout", "activation": F.gelu,
+                        "dense": "pooler.dense", "output": "classifier"},
+         "roberta": {"dropout": "classifier_dropout", "activation": torch.tanh,
+                     "dense": "classifier.dense", "output": "classifier.out_proj"},
+         "bert": {"dropout": None, "activation": torch.tanh,
+                  "dense": "bert.pooler.dense", "output": "classifier"}}
 
 
 class Embeddings(nn.Module):
@@ -266,12 +268,16 @@ class SequenceClassifier(nn.Module):
             self.head = ["classifier"]
             self.classifier = dense
             self.classifier["out_proj"] = output
-        else:
-            owner = backbone if self.kind == "bert" else self
-            owner.add_module("pooler", dense)
+        elif self.kind == "bert":
+            backbone["pooler"] = dense
             self.classifier = output
-        first, self.activation, *self.head_names = HEADS[self.kind]
-        self.first_dropout = nn.Dropout(config[first]) if first else nn.Identity()
+        else:
+            self.pooler = dense
+            self.classifier = output
+        head = HEADS[self.kind]
+        self.activation = head["activation"]
+        self.head_names = [head["dense"], head["output"]]
+        self.first_dropout = nn.Dropout(config[head["dropout"]] if head["dropout"] else 0.0)
         self.dropout = nn.Dropout(config[HEAD_DROPOUT[self.kind]])
 
     @property
