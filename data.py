@@ -36,9 +36,9 @@ class Task(NamedTuple):
 
 def of_glue(folder, rows, archive=None, **fields):
     """A Task of GLUE: its files are one archive, its predictions are handed in as one file."""
-    usual = {"downloads": {f"glue/data/{archive or folder}.zip": ""},
-             "submissions": {"test": f"{folder}.tsv"}}
-    return Task(folder, rows, **usual | fields)
+    fields.setdefault("downloads", {f"glue/data/{archive or folder}.zip": ""})
+    fields.setdefault("submissions", {"test": f"{folder}.tsv"})
+    return Task(folder, rows, **fields)
 
 
 TASKS = {
@@ -148,7 +148,7 @@ def load_tokenizer(name_or_dir):
 
 
 def encode(tokenizer, split, max_len, name="the data"):
-    """A Split as Examples. Above max_len a text loses its end, a pair its longer text's first.
+    """A Split as Examples. What is longer than max_len loses its end, of a pair the longer text's.
 
     max_len: counts special tokens. name: of the split, for messages. ValueError where max_len
     leaves no room for text, for a row without a token, and where most tokens are unknown.
@@ -163,9 +163,9 @@ def encode(tokenizer, split, max_len, name="the data"):
     truncated = 0
     tokenizer.enable_truncation(max_len, strategy="longest_first")
     for row, encoding in enumerate(encodings(tokenizer, split.texts), start=1):
-        ids.extend(encoding.ids)
-        if len(ids) == starts[-1]:
+        if not encoding.ids:
             raise ValueError(f"row {row} of {name} has no tokens: give it a text")
+        ids.extend(encoding.ids)
         types.extend(encoding.type_ids)
         starts.append(len(ids))
         if encoding.overflowing:
@@ -282,14 +282,15 @@ def accuracy(p, t):
 
 def f1(p, t):
     """Of class 1: 2 true positives / (predicted + actual positives)."""
-    both = ((p == 1) & (t == 1)).sum()
-    either = (p == 1).sum() + (t == 1).sum()
-    return 2 * both.double() / either.clamp(min=1)
+    right = ((p == 1) & (t == 1)).sum()
+    marked = (p == 1).sum() + (t == 1).sum()
+    return 2 * right.double() / marked.clamp(min=1)
 
 
 def matthews(p, t):
     """Matthews' correlation: the covariance of the one-hot rows over the two deviations."""
-    p, t = torch.nn.functional.one_hot(torch.stack([p, t])).double()  # (N, classes) each
+    both = torch.stack([p, t])                                        # (2, N)
+    p, t = torch.nn.functional.one_hot(both).double()                 # (N, classes) each
     n = len(p)
     of_p, of_t = p.sum(0), t.sum(0)                                   # (classes,) each
     covariance = n * (p * t).sum() - of_p @ of_t

@@ -26,8 +26,9 @@ through k numbers, the second scale (Eq. 4, row vectors; shapes for d = 768, k =
     scale    alpha / r                            with the initial r: pruning keeps it
 
 ΔW has rank min(k, r) at most. If k < r, the Λ_i are not its singular values: they weigh r terms
-that share k directions. With k = 1 the updates are exactly those of LoRA with r = 1. Pruning lowers
-the rank only where fewer than k terms are left. Until then it shares them out between the matrices.
+that share k directions. With k = 1 the updates are exactly those of LoRA with r = 1. Pruning takes
+terms away. A matrix loses rank only when fewer than k of its terms are left; until then pruning
+decides no more than which matrix keeps how many.
 """
 import math
 import warnings
@@ -153,7 +154,7 @@ def find_modules(model, targets, trainable):
         if is_linear:
             linear.add(parts[-1])
         for target in targets:
-            is_named = f".{name}".endswith(f".{target}")
+            is_named = name == target or name.endswith(f".{target}")
             if is_named or (target == "all-linear" and is_linear):
                 modules[name] = module
                 matched.add(target)
@@ -197,7 +198,7 @@ def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
 
     terms: the pairs to take, as in Table 3. ValueError for any other.
     Why: pruning compares Λ_i between layers. If P or Q may grow, Λ_i can shrink with the same ΔW.
-    For orthonormal P and Q, which need k ≥ r, ‖ΔW‖² = scale² Σ Λ_i²: |Λ_i| is its term's size."""
+    If they are orthonormal, which needs k ≥ r, ‖ΔW‖² = scale² Σ Λ_i²: |Λ_i| is a term's size."""
     adapters = lora2_layers(model)
     require(adapters and terms and set(terms) <= {"uv", "UV", "PQ"},
             f"terms = {terms!r}: list some of 'uv', 'UV', 'PQ', on a model with LoRA² adapters")
@@ -286,9 +287,12 @@ class RankPruner(nn.Module):
     def budget(self, t):
         """b(t), how many singular values of the whole model to keep at step t = 1 .. T."""
         start, end = len(self.layers) * self.r, len(self.layers) * self.target_rank
-        fall = self.total_steps - self.final - self.warmup  # steps from start to end
-        left = min(max(self.total_steps - self.final - t, 0), fall)  # of these, after step t
-        return end + ((start - end) * left ** 3) // fall ** 3  # (left / fall)³, rounded down
+        first, last = self.warmup, self.total_steps - self.final
+        if t <= first:
+            return start
+        if t >= last:
+            return end
+        return end + (start - end) * (last - t) ** 3 // (last - first) ** 3  # rounded down
 
     @torch.no_grad()
     def step(self):
@@ -366,8 +370,8 @@ class RankPruner(nn.Module):
 
     @torch.no_grad()
     def mask(self, model):
-        """Put the last choice on a model with the same adapters, as averaged or loaded weights are,
-        at the end of a run. It warns if the budget was not reached."""
+        """Set to 0, in a model with the same adapters, what the last choice left out: averaged
+        weights, or an earlier best, still hold it. It warns if the budget was not reached."""
         found = lora2_layers(model)
         require(len(found) == len(self.layers) and found[0][1].r == self.r,
                 "mask() needs a model with the adapters that the pruner has")

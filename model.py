@@ -127,9 +127,8 @@ class DisentangledSelfAttention(nn.Module):
         score[i, j] = ( q_i · k_j  +  q_i · K_δ  +  k_j · Q_δ ) / sqrt(3e),    δ = bucket(i − j)
                         content    content→position  position→content
 
-    K and Q are the key and the query projections of a learned table of relative positions. They are
-    made by the very same matrices as those of the tokens, so an adapter on these acts here too. The
-    paper has δ(j, i) in the last term; its code, the released models and so we have δ(i, j).
+    K and Q are a learned table of relative positions, times the layer's own key and query matrices.
+    So an adapter on these acts here too. The paper has δ(j, i) in the last term; its code, the released models and so we have δ(i, j).
 
     x: (B, T, d) → (B, T, d). mask: (B, 1, 1, T), True at tokens, False at padding.
     table: of positions, (R, d). index: which of its rows belongs to i − j, (T, T).
@@ -165,8 +164,8 @@ class DisentangledSelfAttention(nn.Module):
 def bucket(distance, buckets, max_position):
     """The bucket δ of each distance i − j: integers of any shape → integers of that shape.
 
-    Distances up to buckets / 2 have a bucket each. Longer ones share buckets whose sizes grow with
-    the logarithm up to max_position: a coarser ruler for far words. At DeBERTaV3's sizes, 256 and
+    Distances up to buckets / 2 have a bucket each. Beyond, the bucket grows with the logarithm of
+    the distance, up to max_position, so that far words share one. At DeBERTaV3's sizes, 256 and
     512, bucket(140) = 128 + ceil( ln(140 / 128) / ln(511 / 128) · 127 ) = 128 + ceil(8.2) = 137:
 
         distance    0    1    128    129    140    300    511    −300
@@ -178,7 +177,7 @@ def bucket(distance, buckets, max_position):
     longest = torch.tensor((max_position - 1) / mid)  # in float32, to round as transformers does
     share = ratio.log() / longest.log()               # 0 at mid, 1 at the longest
     far = mid + torch.ceil(share * (mid - 1)).long()
-    return torch.where(size <= mid, distance, far * distance.sign())
+    return torch.where(size <= mid, size, far) * distance.sign()
 
 
 class Output(nn.Module):

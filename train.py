@@ -152,9 +152,8 @@ def part_loss(net, here, part, share):
 def update(optimizer, parameters, loss, plan, step, max_norm, finite):
     """Clip the gradients to a norm, set the learning rates of this step, AdamW.
 
-    From the first step on whose loss or norm is not finite, `is_broken` is 1, and AdamW leaves
-    weights and moments alone: found_inf is what a GradScaler sets. No step waits for the device,
-    so that the user learns of it later, from finite.check().
+    Once a loss or a norm is not finite, `is_broken` is 1 and stays so. AdamW reads it as found_inf,
+    as of a GradScaler, and changes nothing. No step waits for the device: finite.check() tells.
     """
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     is_broken = finite.note(loss + norm, step)             # 0.0 or 1.0, on the device
@@ -243,14 +242,16 @@ def snapshot(state, net, optimizer, pruner, finite, here):
 
 @user_errors()
 def go_on(saved, run_folder, state, net, optimizer, pruner, here):
-    """Put back what snapshot() gave, in place; AdamW's settings stay this run's own."""
+    """Put back what snapshot() gave, in place."""
     state.best, state.adapter = run_folder.reopen(saved, optimizer)
     state.step = saved["step"]
     state.tokens = saved["tokens"]
     state.seconds = saved["seconds"]
     state.evaluations = saved["evaluations"]
     load_lora2_state_dict(net, saved["weights"])
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["optimizer"]["state"]})
+    of_adamw = optimizer.state_dict()                      # its settings stay this run's
+    of_adamw["state"] = saved["optimizer"]["state"]
+    optimizer.load_state_dict(of_adamw)
     if pruner:
         pruner.load_state_dict(saved["pruner"])
     machine.set_random_state(here, saved["rng"][here.rank])
@@ -293,12 +294,12 @@ def predict_and_write(o, here, task, unseen, net):
 def act(argv):
     """What the words of a command line say."""
     given = options.parse(argv, __doc__)
-    if given.get("task") == "demo" and not given.keys() & {"model", "resume", "eval"}:
-        demo.main(given, train)
-    elif "eval" in given:
+    if "eval" in given:
         evaluate_adapter(given)
     elif "resume" in given:
         resume(given)
+    elif given.get("task") == "demo" and "model" not in given:
+        demo.main(given, train)
     else:
         train(options.resolve(given))
     machine.leave()

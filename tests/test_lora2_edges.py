@@ -786,7 +786,7 @@ def test_the_file_can_be_copied_and_read():
     imports = {alias.name for node in of_kind(ast.Import) for alias in node.names}
     imports |= {node.module.split(".")[0] for node in of_kind(ast.ImportFrom)}
     assert imports <= {"torch", *sys.stdlib_module_names}
-    assert len(lines) <= 448 and max(map(len, lines)) <= 100
+    assert len(lines) <= 452 and max(map(len, lines)) <= 100
     prose = set()
     for node in of_kind(ast.Expr):                         # docstrings
         prose |= set(range(node.lineno, node.end_lineno + 1)) if isinstance(node.value, ast.Constant) else set()
