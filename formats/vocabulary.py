@@ -23,9 +23,8 @@ BRANCH = rf"({LETTER}\?)?{LETTER}{{1,20}}([*+]|\{{\d(,\d?)?\}})?"
 LINEAR = re.compile(rf"{BRANCH}(\|{BRANCH}){{0,20}}")
 
 
-def read_definition(files):
-    """The Tokenizer of the first file of DEFINING in {file name: path}; ValueError if damaged."""
-    path = next(files[name] for name in DEFINING if name in files)
+def read_definition(path, files):
+    """The Tokenizer of the file of DEFINING at path, one of {name: path}; ValueError if damaged."""
     if path.name == "spm.model":
         return spm.read_spm(path)
     if path.name == "vocab.json" and "merges.txt" not in files:
