@@ -145,7 +145,7 @@ class RunFolder:
         saved: from folder.load_state(); train.py puts what it holds back. optimizer: whose moments
         it has to fit. ValueError if base model, data or number of processes are others.
         """
-        if saved["hash"] != folder.last_bytes(self.path / "last.pt"):
+        if saved["written"] != (self.path / "last.pt").stat().st_mtime_ns:
             raise ValueError(f"another train.py has gone on with {self.path} meanwhile: --resume "
                              "again")
         folder.check_state(saved, self.snapshot(), self.identity, self.plan.steps, self.here,
