@@ -18,7 +18,7 @@ def load_examples(o, here, stored):
     tokenizer = data.load_tokenizer(o.model)
     examples = {name: data.encode(tokenizer, split, o.max_len, name)
                 for name, split in splits.items()}
-    if o.task == "own" and here.is_main and not stored:
+    if here.is_main:
         print(progress.first_look(examples, task, tokenizer), flush=True)
     return task, examples, tokenizer
 
