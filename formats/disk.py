@@ -47,7 +47,9 @@ def reading(path, advice):
         yield
     except OSError as e:
         raise OSError(f"{path} cannot be read ({e.strerror or one_line(e)}): {advice}") from e
-    except Exception as e:
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as e:                 # with Rust's PanicException, which is no Exception
         cause = one_line(e, 100)
         raise ValueError(f"{path} is damaged or another kind of file ({cause}): {advice}") from e
 

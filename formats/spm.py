@@ -23,7 +23,7 @@ import struct
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from formats.disk import read_bytes
+from formats.disk import read_bytes, reading
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)   # a piece's type
 # Schema of a message: field number -> (name, its value where it is absent). A dict is the schema of
@@ -231,11 +231,8 @@ def read_spm(path):
     spells them stays text. It gives no offsets into the text and cannot be saved or pickled: keep
     the file. ValueError: the file is damaged, or of a kind that is not read here.
     """
-    try:
+    with reading(path, "download it again"):
         pieces, trainer, normalizer, charsmap = read_model(read_bytes(path))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a readable SentencePiece model ({error}): download it "
-                         "again") from None
     missing = {"[PAD]", "[CLS]", "[SEP]"} - {text for text, _, _ in pieces}
     squeezes = normalizer["remove_extra_whitespaces"]
     # What would lead to other ids than SentencePiece's.

@@ -10,7 +10,7 @@ import re
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from formats import spm
-from formats.disk import MEGABYTE, one_line, read_bytes
+from formats.disk import MEGABYTE, read_bytes, reading
 from formats.spm import LONGEST_PIECE
 
 DEFINING = ("tokenizer.json", "spm.model", "vocab.txt", "vocab.json")   # the first one counts
@@ -29,18 +29,13 @@ def read_definition(path, files):
         return spm.read_spm(path)
     if path.name == "vocab.json" and "merges.txt" not in files:
         raise ValueError(f"{path} has no merges.txt beside it: put it there")
-    try:
+    both = f"{path} with merges.txt" if path.name == "vocab.json" else path
+    with reading(both, "get it again"):
         if path.name == "tokenizer.json":
             return read_json(path)
         if path.name == "vocab.txt":
             return read_wordpiece(path)
         return read_bpe(path, files["merges.txt"])
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as e:                     # Rust's PanicException, which is no Exception
-        both = " (with merges.txt)" if path.name == "vocab.json" else ""
-        raise ValueError(f"{path}{both} is not a tokenizer file ({one_line(e)}): get it "
-                         "again") from None
 
 
 def read_wordpiece(path):

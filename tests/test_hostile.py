@@ -372,7 +372,7 @@ def test_weights_that_swell(tiny, tmp_path, little_memory, name, old):
     if name == "same":
         content = dict.fromkeys(map(str, range(10**4)), torch.zeros(1000))
     torch.save(content, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=not old)
-    with pytest.raises(ValueError, match="pytorch_model.bin cannot be read .*(take|more than tensors)"):
+    with pytest.raises(ValueError, match="pytorch_model.bin is damaged or .*(take|more than tensors)"):
         checkpoint.read_weights(tmp_path)
 
 
@@ -386,7 +386,7 @@ def test_a_compressed_bin(tmp_path, little_memory):
                 new.writestr(name, edit(old.read(name)))
         shutil.copy(tmp_path / "b.bin", tmp_path / "pytorch_model.bin")
         shutil.copy(tmp_path / "b.bin", tmp_path / "last.pt")
-        with pytest.raises(ValueError, match="pytorch_model.bin cannot be read"):
+        with pytest.raises(ValueError, match="pytorch_model.bin is damaged or"):
             checkpoint.read_weights(tmp_path)
         with pytest.raises(Refused, match="last.pt is damaged"):
             folder.load_state(tmp_path)
@@ -423,7 +423,7 @@ def test_tokenizers_that_swell(tiny, tmp_path, little_memory):
     whole = json.loads((tiny["bert"] / "tokenizer.json").read_text())
     for changes in TOKENIZERS:
         (tmp_path / "tokenizer.json").write_text(json.dumps(whole | changes))
-        with soon("reading", 20), pytest.raises(ValueError, match="tokenizer.json is not a tokenizer file"):
+        with soon("reading", 20), pytest.raises(ValueError, match="tokenizer.json is damaged or"):
             data.load_tokenizer(tmp_path)
 
 
@@ -434,7 +434,7 @@ def test_a_piece_of_a_megabyte(tiny, tmp_path, kind):
     whole = json.loads((tiny["bert"] / "tokenizer.json").read_text())
     unigram = json.dumps(whole | {"model": {"type": "Unigram", "vocab": pieces, "unk_id": 1}})
     (tmp_path / kind).write_bytes(model(pieces[:1]) if kind == "spm.model" else unigram.encode())
-    with pytest.raises(ValueError, match=f"{kind} is not a .*piece (is )?longer than 1000"):
+    with pytest.raises(ValueError, match=f"{kind} is damaged or .*piece (is )?longer than 1000"):
         data.load_tokenizer(tmp_path)
 
 
@@ -471,7 +471,7 @@ def test_a_charsmap_that_swells(tmp_path, little_memory):
         (tmp_path / "spm.model").write_bytes(content)
 
     write(b"x" * 10**6 + b"\0")
-    with soon("reading", 60), pytest.raises(ValueError, match="spm.model is not a readable .*charsmap"):
+    with soon("reading", 60), pytest.raises(ValueError, match="spm.model is damaged or .*charsmap"):
         data.load_tokenizer(tmp_path)
     write(b"x" * 250 + b"\0")
     with soon("reading", 60):
