@@ -227,13 +227,6 @@ def replacing(*paths):
         raise OSError(one_line(e)) from e
 
 
-def unfollowed(path, flags):
-    """An opener for open(): OSError for a link, or for a pipe to write to, which nobody reads."""
-    for name in ("O_NOFOLLOW", "O_NONBLOCK"):              # which Windows has not
-        flags |= getattr(os, name, 0)
-    return os.open(path, flags, 0o666)
-
-
 def write_file(path, *parts):
     """Write bytes or text so that `path` is either as before or complete."""
     with writing(path), replacing(path) as (beside,), open(beside, "wb") as file:

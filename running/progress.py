@@ -139,7 +139,7 @@ class Log:
     def write(self, record):
         """One line of log.jsonl."""
         with (disk.writing(self.path, "make room, --resume"),
-              open(self.path, "a", encoding="utf-8", opener=disk.unfollowed) as file):
+              open(self.path, "a", encoding="utf-8") as file):
             file.write(json.dumps(record, sort_keys=True) + "\n")
 
     def training(self, state, batch, loss, R, kept, optimizer, pruner):
