@@ -270,7 +270,7 @@ def evaluate_adapter(given):
         load_lora2_state_dict(net, tensors)
     scores, predictions = evaluate(net, examples, task, o.batch_size, here)
     if here.is_main:
-        progress.show_scores(examples, task, scores, predictions)
+        progress.show_scores(scores, predictions)
     predict_and_write(o, here, task, unseen, net)
 
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from formats.config import SLACK, count_weights
-from formats.disk import MEGABYTE, digest, load_pickle, one_line, read_object, replacing, warn
+from formats.disk import MEGABYTE, digest, load_pickle, read_object, reading, replacing, warn
 from formats.hub import advice, find, find_first, tokenizer_files
 from formats.tokenizer import to_write
 
@@ -33,11 +33,8 @@ def read_weights(name_or_dir, config=None):
         files = find_shards(name_or_dir, path, most)
     weights = {}
     for file in files:
-        try:
+        with reading(file, "get it again"):
             weights.update(read(file))
-        except Exception as e:                     # whatever a damaged file makes its parser raise
-            raise ValueError(f"{file} cannot be read as weights ({one_line(e)}): get it "
-                             "again") from e
     return weights
 
 

@@ -47,7 +47,9 @@ def reading(path, advice):
         yield
     except OSError as e:
         raise OSError(f"{path} cannot be read ({e.strerror or one_line(e)}): {advice}") from e
-    except Exception as e:
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as e:                 # with Rust's PanicException, which is no Exception
         cause = one_line(e, 100)
         raise ValueError(f"{path} is damaged or another kind of file ({cause}): {advice}") from e
 
@@ -82,8 +84,8 @@ def read_object(path):
 def load_pickle(path):
     """What torch.save() wrote to a file, on the CPU.
 
-    ValueError, before anything is made of it, if it holds more than tensors and plain values, or
-    unpacks to more bytes than it has.
+    ValueError, before anything is made of it, if it holds more than tensors and plain values,
+    unpacks to more bytes than it has, or a checksum does not fit.
     """
     left = os.path.getsize(path)
     is_zip = zipfile.is_zipfile(path)                          # since torch 1.6
@@ -93,6 +95,8 @@ def load_pickle(path):
             zipped = stack.enter_context(zipfile.ZipFile(path))
             if sum(info.file_size for info in zipped.infolist()) > left:
                 raise ValueError("it unpacks to more bytes than it has")
+            if zipped.testzip():
+                raise ValueError("a checksum does not fit")
             names = [name for name in zipped.namelist() if name.lower().endswith(".pkl")]
             pickles = [zipped.open(name) for name in names]
         for file in pickles:
@@ -221,13 +225,6 @@ def replacing(*paths):
                 os.replace(new, path)
     except safetensors.SafetensorError as e:   # its word for a full disk
         raise OSError(one_line(e)) from e
-
-
-def unfollowed(path, flags):
-    """An opener for open(): OSError for a link, or for a pipe to write to, which nobody reads."""
-    for name in ("O_NOFOLLOW", "O_NONBLOCK"):              # which Windows has not
-        flags |= getattr(os, name, 0)
-    return os.open(path, flags, 0o666)
 
 
 def write_file(path, *parts):

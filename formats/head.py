@@ -66,17 +66,12 @@ def names_of(config, n, source):
 def order_of(names, labels):
     """Which of the names each label is: a list; [] if the names say nothing, None if they differ.
 
-    Capitals, blanks, - and _ do not count, unless they alone tell labels apart.
+    Capitals do not count, unless they alone tell labels apart.
     """
-    for spelt in (str, plain):
+    for spelt in (str, str.casefold):
         theirs = [spelt(name) for name in names]
         mine = [spelt(label) for label in labels]
         if sorted(theirs) == sorted(mine) and len(set(mine)) == len(mine):
             return [theirs.index(label) for label in mine]
     nameless = [re.fullmatch(r"(label)?[ _-]?\d+", name.casefold()) for name in names]
     return [] if all(nameless) else None
-
-
-def plain(label):
-    """A label without what spellings of it differ in."""
-    return re.sub(r"[\s_-]+", " ", label.casefold()).strip()

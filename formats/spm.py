@@ -21,9 +21,9 @@ import math
 import re
 import struct
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from formats.disk import read_bytes
+from formats.disk import read_bytes, reading
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)   # a piece's type
 # Schema of a message: field number -> (name, its value where it is absent). A dict is the schema of
@@ -226,16 +226,13 @@ class SpmNormalizer:
 def read_spm(path):
     """The `spm.model` at path -> tokenizers.Tokenizer with SentencePiece's ids, without padding.
 
-    It encodes to [CLS] A [SEP], and a pair to [CLS] A [SEP] B [SEP] with type ids 0 and 1. [PAD],
-    [CLS], [SEP] and [UNK] are pieces of the file, [MASK] gets the id after the last one; text that
-    spells them stays text. It gives no offsets into the text and cannot be saved or pickled: keep
-    the file. ValueError: the file is damaged, or of a kind that is not read here.
+    It puts no special tokens around texts. [PAD], [CLS], [SEP] and [UNK] are pieces of the file,
+    [MASK] gets the id after the last one; text that spells them stays text. It gives no offsets
+    into the text and cannot be saved or pickled: keep the file. ValueError: the file is damaged, or
+    of a kind that is not read here.
     """
-    try:
+    with reading(path, "download it again"):
         pieces, trainer, normalizer, charsmap = read_model(read_bytes(path))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a readable SentencePiece model ({error}): download it "
-                         "again") from None
     missing = {"[PAD]", "[CLS]", "[SEP]"} - {text for text, _, _ in pieces}
     squeezes = normalizer["remove_extra_whitespaces"]
     # What would lead to other ids than SentencePiece's.
@@ -285,9 +282,6 @@ def build_tokenizer(pieces, byte_fallback, normalizer):
     if SPACE in texts and not any(SPACE in text[1:] for text in texts):
         # No piece goes on beyond a word: word by word the library finds most in its cache.
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="never")
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", special["[CLS]"]), ("[SEP]", special["[SEP]"])])
     # A custom decoder makes saving and copying an error: what they give would not normalise.
     tokenizer.decoder = decoders.Decoder.custom(normalizer)
     normalize_first(tokenizer, normalizer.apply)

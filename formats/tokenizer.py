@@ -13,7 +13,9 @@ from tokenizers import AddedToken, processors
 from formats.disk import one_line, read_object
 from formats.vocabulary import DEFINING, read_definition
 
-BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
+CONFIG = "tokenizer_config.json"
+BESIDE = (CONFIG, "special_tokens_map.json", "added_tokens.json", "config.json")
+LISTS = ("additional_special_tokens", "extra_special_tokens")    # of further tokens
 
 
 class Kind(NamedTuple):
@@ -88,16 +90,15 @@ def read_tokenizer(files):
 
     ValueError that names file and option for what is damaged, contradictory or not implemented.
     """
-    path = next(files[name] for name in DEFINING if name in files)
-    options, added = read_options(files, path)
-    tokenizer = read_definition(files)
+    options, added = read_options(files)
+    tokenizer = read_definition(options.path, files)
     tokenizer.no_padding()                         # either can be baked into a tokenizer.json
     tokenizer.no_truncation()
-    kind = kind_of(tokenizer, options)
+    kind = KINDS[kind_of(tokenizer, options)]
     obey(tokenizer, kind, options)
     check_model(tokenizer, options)
     add_tokens(tokenizer, kind, options, added)
-    if path.name != "spm.model":                   # where the text of a special token stays text
+    if options.path.name != "spm.model":           # where the text of a special token stays text
         tokenizer.encode_special_tokens = options.get("split_special_tokens", False)
     elif options.get("split_special_tokens", True) is not True:
         raise options.refusal("split_special_tokens", False, "is not implemented for spm.model")
@@ -105,17 +106,17 @@ def read_tokenizer(files):
     return tokenizer
 
 
-def read_options(files, path):
-    """The Options, and {id: AddedToken}, of the files beside the one at path.
+def read_options(files):
+    """The Options, and {id: AddedToken}, of the files beside the one that defines a tokenizer.
 
     As transformers: tokenizer_config.json alone if it lists the added tokens, else all three.
     """
     content = {name: read_object(files[name]) if name in files else {} for name in BESIDE}
-    options = Options(path)
+    options = Options(next(files[name] for name in DEFINING if name in files))
     for option in ("tokenizer_class", "vocab_size"):
         if content["config.json"].get(option):
             options.take(files["config.json"], {option: content["config.json"][option]})
-    options.take(files.get("tokenizer_config.json"), content["tokenizer_config.json"])
+    options.take(files.get(CONFIG), content[CONFIG])
     listed = options.get("added_tokens_decoder")
     if listed is None:
         # Of this list transformers 5 forgets in this place that its tokens are special.
@@ -140,7 +141,7 @@ def named_tokens(given, options):
             token = as_token(value, option, options)
             token.special = True
             named[token.content] = token
-    for option in ("additional_special_tokens", "extra_special_tokens"):
+    for option in LISTS:
         listed = given.get(option) or []
         if not isinstance(listed, (list, dict)):
             raise options.refusal(option, listed, "is no list of tokens")
@@ -164,7 +165,7 @@ def as_token(value, option, options):
 # --- options ------------------------------------------------------------------------------------
 
 def kind_of(tokenizer, options):
-    """The Kind by whose options transformers goes."""
+    """The name in KINDS by whose options transformers goes."""
     model = type(tokenizer.model).__name__
     any_model = model if options.path.name == "tokenizer.json" else None
     fitting = {name: kind for name, kind in KINDS.items()
@@ -174,7 +175,7 @@ def kind_of(tokenizer, options):
     if name not in fitting:
         raise options.refusal("tokenizer_class", given, "is not implemented for "
                               f"{options.path.name}, only {', '.join(fitting)}")
-    return fitting[name]
+    return name
 
 
 def obey(tokenizer, kind, options):
@@ -292,33 +293,19 @@ def around(tokenizer):
 def to_write(files):
     """{file name: bytes} with which transformers gives the ids of read_tokenizer(files).
 
-    {} for a checkpoint without a tokenizer. spm.model has no form in JSON: it is copied.
+    {} for a checkpoint without a tokenizer. The files are copied as they are; but of
+    tokenizer_config.json there is what ids depend on, without places of a machine.
     """
     if not files.keys() & set(DEFINING):
         return {}
     tokenizer = read_tokenizer(files)
-    options, _ = read_options(files, None)
-    config = {"split_special_tokens": tokenizer.encode_special_tokens}
-    if "tokenizer.json" not in files and "spm.model" in files:
-        written = {"spm.model": files["spm.model"].read_bytes()}
-        options.pop("name_or_path", None)          # a place on this machine
-        config = options | config | {"tokenizer_class": "DebertaV2Tokenizer"}
-    else:
-        written = {"tokenizer.json": tokenizer.to_str(pretty=True).encode()}
-        config |= token_names(tokenizer, options) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-        if "model_max_length" in options:
-            config["model_max_length"] = options["model_max_length"]
-        if hasattr(tokenizer.pre_tokenizer, "add_prefix_space"):   # transformers 4 asks for it
-            config["add_prefix_space"] = tokenizer.pre_tokenizer.add_prefix_space
-    text = json.dumps(config, indent=2, sort_keys=True)
-    return written | {"tokenizer_config.json": text.encode()}
-
-
-def token_names(tokenizer, options):
-    """{option: text} of the special tokens that a tokenizer has, by its options or their kind."""
-    special = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    for kind in KINDS.values():
-        texts = {name: text_of(options.get(name, text)) for name, text in kind.tokens.items()}
-        if texts.get("cls_token") in special:
-            return {name: text for name, text in texts.items() if text in special}
-    return {}
+    options, _ = read_options(files)
+    kind = kind_of(tokenizer, options)
+    kept = [*KINDS[kind].options, *LISTS, "added_tokens_decoder", "model_max_length"]
+    given = read_object(files[CONFIG]) if CONFIG in files else {}
+    config = {option: value for option, value in given.items()
+              if option in kept or option.endswith("_token")}
+    config["tokenizer_class"] = options.get("tokenizer_class") or kind
+    config["split_special_tokens"] = tokenizer.encode_special_tokens
+    written = {name: path.read_bytes() for name, path in files.items() if name != "config.json"}
+    return written | {CONFIG: json.dumps(config, indent=2, sort_keys=True).encode()}

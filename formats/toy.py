@@ -24,6 +24,9 @@ CLASSES = 4
 FILLERS = 20
 ADAPT_CUE = 0
 ADAPT_ROLE = 3
+# tokenizer_config.json: what transformers goes by. Ids are in this order.
+SPECIAL = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
+BESIDE = {"tokenizer_class": "PreTrainedTokenizerFast", **SPECIAL}
 PRETRAINING_ROWS = {"train": 20000, "dev": 1000}    # of the demo's base model
 
 
@@ -67,7 +70,7 @@ def splits(question, rows, seed=0):
 
 def tokenizer():
     """A tokenizers.Tokenizer with one id a word: 0 is [PAD], and [CLS] A [SEP] is a sentence."""
-    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
+    special = list(SPECIAL.values())
     words = special + [f"cue{role}" for role in range(ROLES)]
     words += [f"filler{filler}" for filler in range(FILLERS)]
     for role in range(ROLES):

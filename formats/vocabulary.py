@@ -5,43 +5,32 @@ texts, and what a text becomes before it is looked up is that of its first model
 """
 import base64
 import json
-import re
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from formats import spm
-from formats.disk import MEGABYTE, one_line, read_bytes
+from formats.disk import MEGABYTE, read_bytes, reading
 from formats.spm import LONGEST_PIECE
 
 DEFINING = ("tokenizer.json", "spm.model", "vocab.txt", "vocab.json")   # the first one counts
 
-# A pattern of a tokenizer.json that takes no more time than a text is long: alternatives of letters
-# and [classes], of which the first may be absent and the last repeated. GPT-2's is one with this:
-SPACES = r"\s+(?!\S)|\s+"
-LETTER = r"(\\[a-zA-Z](\{\w{1,20}\})?|\[\^?(\\.|[^][\\]){1,50}\]|[^][\\(){}|*+?.^$])"
-BRANCH = rf"({LETTER}\?)?{LETTER}{{1,20}}([*+]|\{{\d(,\d?)?\}})?"
-LINEAR = re.compile(rf"{BRANCH}(\|{BRANCH}){{0,20}}")
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LINEAR = (GPT2, " {2,}", r"\s+", r"\s{2,}|[\n\r\t]")   # no more time than a text is long
 
 
-def read_definition(files):
-    """The Tokenizer of the first file of DEFINING in {file name: path}; ValueError if damaged."""
-    path = next(files[name] for name in DEFINING if name in files)
+def read_definition(path, files):
+    """The Tokenizer of the file of DEFINING at path, one of {name: path}; ValueError if damaged."""
     if path.name == "spm.model":
         return spm.read_spm(path)
     if path.name == "vocab.json" and "merges.txt" not in files:
         raise ValueError(f"{path} has no merges.txt beside it: put it there")
-    try:
+    both = f"{path} with merges.txt" if path.name == "vocab.json" else path
+    with reading(both, "get it again"):
         if path.name == "tokenizer.json":
             return read_json(path)
         if path.name == "vocab.txt":
             return read_wordpiece(path)
         return read_bpe(path, files["merges.txt"])
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as e:                     # Rust's PanicException, which is no Exception
-        both = " (with merges.txt)" if path.name == "vocab.json" else ""
-        raise ValueError(f"{path}{both} is not a tokenizer file ({one_line(e)}): get it "
-                         "again") from None
 
 
 def read_wordpiece(path):
@@ -94,7 +83,7 @@ def growth(part):
         part = dict(enumerate(part))
     if not isinstance(part, dict):
         return 1
-    if "Regex" in part and not LINEAR.fullmatch(part["Regex"].replace(SPACES, r"\s+")):
+    if part.get("Regex", GPT2) not in LINEAR:
         raise ValueError(f"its pattern {part['Regex'][:60]!r} is none of those whose time is known")
     if len(part.get("String", "")) > 1000:
         raise ValueError("a text to replace is longer than 1000 letters")

@@ -39,7 +39,7 @@ def write_base(path, config, weights):
     disk.write_json(path / "config.json", config)
     disk.write_tensors(path / "model.safetensors", backbone, {"format": "pt"})
     disk.write_file(path / "tokenizer.json", toy.tokenizer().to_str())
-    disk.write_json(path / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+    disk.write_json(path / "tokenizer_config.json", toy.BESIDE)
 
 
 def write_random_model(path, seed):

@@ -3,10 +3,9 @@
 saving.py says which there are and in which order they come.
 """
 import contextlib
-import hashlib
 import json
 import math
-import os
+import zipfile
 from pathlib import Path
 
 import safetensors
@@ -18,8 +17,8 @@ from formats.disk import digest
 from running.errors import user_errors
 from running.options import STORED
 
-FORMAT = {"last.pt": 4, "adapter.safetensors": 3}          # what this version writes
-HASH = 32                                                  # digits of the hash behind last.pt
+FORMAT = {"last.pt": 5, "adapter.safetensors": 3}          # what this version writes
+OURS = b"a run of lora2"                                   # the comment of a last.pt, which is a zip
 # What an adapter says of itself, as fits() has it.
 EVALUATION = {"step": int, "scores": {str: {str: float}}, "score": float, "kept": int}
 COLUMNS = {"texts": [str], "label": str, "labels": [str], "metrics": [str], "unit": [float]}
@@ -72,11 +71,13 @@ def identity_of(o, here, task, net, tokenizer, examples):
 
 
 def is_run(folder):
-    """Whether a folder holds a run of ours: a last.pt with its hash, or a result with settings."""
-    state, result = folder / "last.pt", folder / "result.json"
+    """Whether a folder holds a run of ours: a last.pt that says so, or a result with settings."""
+    with (contextlib.suppress(OSError, zipfile.BadZipFile),
+          zipfile.ZipFile(folder / "last.pt") as file):
+        if file.comment == OURS:
+            return True
     with contextlib.suppress(OSError, ValueError, TypeError):
-        has_hash = state.exists() and last_bytes(state).isalnum()
-        return has_hash or "settings" in json.loads(result.read_text(encoding="utf-8"))
+        return "settings" in json.loads((folder / "result.json").read_text(encoding="utf-8"))
     return False
 
 
@@ -117,47 +118,27 @@ def of_this_version(content, file):
 # --- last.pt ------------------------------------------------------------------------------
 
 def write_state(folder, state):
-    """last.pt: what torch.save makes, and its hash. It is never in memory as a whole."""
+    """last.pt: what torch.save makes, a zip, with a comment. It is never in memory as a whole."""
     path = Path(folder) / "last.pt"
     with disk.writing(path), disk.replacing(path) as (beside,):
         try:
             torch.save(state | {"format": FORMAT["last.pt"]}, beside)
         except RuntimeError as error:                      # torch's word for a full disk
             raise OSError(disk.one_line(error)) from error
-        hash_ = hash_of_file(beside)
-        with open(beside, "ab") as file:
-            file.write(hash_.encode())
+        with zipfile.ZipFile(beside, "a") as file:
+            file.comment = OURS
 
 
 @user_errors()
 def load_state(folder):
-    """What write_state() wrote to that folder, on the CPU, and its "hash"."""
+    """What write_state() wrote to that folder, on the CPU, and when it was "written"."""
     path = Path(folder) / "last.pt"
     below = [str(found.parent) for found in sorted(Path(folder).glob("*/last.pt"))]
     advice = f"--resume one of {', '.join(below)}" if below else "there is no run to resume"
     with disk.reading(path, advice):
-        hash_ = last_bytes(path)                           # before: it may be replaced meanwhile
-        if hash_of_file(path, behind=HASH) != hash_:
-            raise ValueError("its hash does not fit, or it is of another version of this program")
+        written = path.stat().st_mtime_ns                  # before: it may be replaced meanwhile
         state = of_this_version(disk.load_pickle(path), "last.pt")
-        return state | {"hash": hash_, "settings": dict(state["settings"])}
-
-
-def hash_of_file(path, behind=0):
-    """The hash of a file without its last bytes, as many as are `behind`."""
-    hasher, left = hashlib.blake2b(digest_size=HASH // 2), path.stat().st_size - behind
-    with open(path, "rb") as file:
-        while piece := file.read(min(max(left, 0), 1 << 20)):
-            hasher.update(piece)
-            left -= len(piece)
-    return hasher.hexdigest()
-
-
-def last_bytes(path):
-    """What stands where last.pt has its hash."""
-    with open(path, "rb") as file:
-        file.seek(-min(HASH, path.stat().st_size), os.SEEK_END)
-        return file.read().decode("latin-1")
+        return state | {"written": written, "settings": dict(state["settings"])}
 
 
 def check_state(saved, mine, identity, steps, here, optimizer):
@@ -172,7 +153,7 @@ def check_state(saved, mine, identity, steps, here, optimizer):
     if saved.get("rows") != identity["rows"]:
         raise ValueError("the data are not those that the run began with: give them back")
     form = {key: type(value) for key, value in mine.items()}
-    form |= {"format": int, "hash": str, "settings": dict, "base": str, "rows": str,
+    form |= {"format": int, "written": int, "settings": dict, "base": str, "rows": str,
              "log_bytes": int, "evaluations": [EVALUATION], "rng": [dict],
              "optimizer": {"state": dict, "param_groups": list},
              "weights": mine["weights"], "pruner": mine["pruner"]}

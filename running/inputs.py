@@ -1,5 +1,4 @@
 """What a run reads: the rows of its task, or of a user's own files, as numbers."""
-import contextlib
 import os
 
 import data
@@ -18,7 +17,7 @@ def load_examples(o, here, stored):
     tokenizer = data.load_tokenizer(o.model)
     examples = {name: data.encode(tokenizer, split, o.max_len, name)
                 for name, split in splits.items()}
-    if o.task == "own" and here.is_main and not stored:
+    if here.is_main:
         print(progress.first_look(examples, task, tokenizer), flush=True)
     return task, examples, tokenizer
 
@@ -57,12 +56,8 @@ def load_splits(o, here, stored):
 
 
 def fetch_data(task, data_dir):
-    """Fetch a task's files into the data folder; if that fails no new folder is left."""
-    is_new = not os.path.exists(data_dir)
+    """Fetch a task's files into the data folder."""
     try:
         fetch.fetch_task(task, data_dir)
     except (OSError, ValueError) as error:
-        if is_new:
-            with contextlib.suppress(OSError):             # it is not there, or something is in it
-                os.rmdir(data_dir)
         raise OSError(f"--data-dir {data_dir} does not hold {task.folder}/: {error}") from None

@@ -39,11 +39,6 @@ def announce(o, here, plan, task, examples, net):
         modules = models.target_modules(net, [short])
         print(f"  {short:2} {len(modules)} × {modules[0]} ...")
     print(f"new weights: {', '.join(net.new_weights) or 'none'}")
-    print(rows(examples, task))
-    for name, split in examples.items():
-        if split.truncated:
-            print(f"{split.truncated} of {len(split.starts) - 1} rows of {name} are cut to "
-                  f"{o.max_len} tokens")
     if o.target_rank is not None:
         print(f"{len(adapted) * o.r} singular values are pruned to {len(adapted) * o.target_rank} "
               f"between the steps {plan.prune_warmup} and {plan.steps - plan.prune_final}, every "
@@ -54,35 +49,36 @@ def announce(o, here, plan, task, examples, net):
 
 
 def first_look(examples, task, tokenizer):
-    """What a user's own data turn out to be, for {split: Examples}: text."""
+    """What the data turn out to be, for {split: Examples}: text."""
     lines = []
     for name, split in examples.items():
         length = split.starts.diff()                       # (N,)
         lines.append(f"{name}: {len(length):,} rows of {length.min()} to {length.max()} tokens, "
                      f"half of them up to {length.median()}; {split.truncated:,} are cut to "
-                     f"{split.max_len}")
-        if split.labels is not None:
-            lines.append("  " + labels_text(split.labels, task))
-    train = examples["train"]
-    ids = train.ids[:train.starts[1]][:60].tolist()
+                     f"{split.max_len}{labels_text(split.labels, task)}")
+    name, split = next(iter(examples.items()))
+    ids = split.ids[:split.starts[1]][:60].tolist()
     tokens = [tokenizer.id_to_token(number) or "?" for number in ids]  # ?: check_ids() refuses it
-    [first] = glue.answers(task, train.labels[:1])
-    lines.append(f"first row of train: {' '.join(tokens)} → {shown(first)}")
+    [first] = glue.answers(task, split.labels[:1])
+    lines.append(f"first row of {name}: {' '.join(tokens)} → {shown(first)}")
     return "\n".join(lines)
 
 
 def labels_text(labels, task):
     """How many rows there are of each class, the most frequent first; or what scores: text."""
+    if labels is None:                                     # of --predict
+        return ""
     if not task.labels:
         scores = glue.answers(task, labels)
         mean, deviation = task.unit
-        return (f"scores {min(scores):g} to {max(scores):g}; the model learns "
-                f"(score - {mean:g}) / {deviation:g}")
+        learns = f"; the model learns (score - {mean:g}) / {deviation:g}"
+        return f"; scores {min(scores):g} to {max(scores):g}{learns}"
     counts = Counter(dict.fromkeys(task.labels, 0))
     counts.update(glue.answers(task, labels))
     texts = [f"{count:,} {label[:60]!r}" for label, count in counts.most_common(20)]
     more = f" and {len(counts) - 20} other classes" if len(counts) > 20 else ""
-    return ", ".join(texts) + more
+    positive = f"; f1 is of {task.labels[1]!r}" if "f1" in task.metrics else ""
+    return f"; {', '.join(texts)}{more}{positive}"
 
 
 def shown(value):
@@ -90,16 +86,6 @@ def shown(value):
     if isinstance(value, float):
         return f"{value:.4g}"
     return ",".join(value) if isinstance(value, list) else str(value)
-
-
-def rows(examples, task):
-    """How much data there is, and which labels: text."""
-    sizes = ", ".join(f"{len(split.starts) - 1:,} rows of {name}"
-                      for name, split in examples.items())
-    if not task.labels:
-        return f"{sizes}; a score"
-    positive = f"; f1 is of {task.labels[1]!r}" if "f1" in task.metrics else ""
-    return f"{sizes}; labels {', '.join(map(repr, task.labels))}{positive}"
 
 
 def counts(net):
@@ -153,7 +139,7 @@ class Log:
     def write(self, record):
         """One line of log.jsonl."""
         with (disk.writing(self.path, "make room, --resume"),
-              open(self.path, "a", encoding="utf-8", opener=disk.unfollowed) as file):
+              open(self.path, "a", encoding="utf-8") as file):
             file.write(json.dumps(record, sort_keys=True) + "\n")
 
     def training(self, state, batch, loss, R, kept, optimizer, pruner):
@@ -221,10 +207,9 @@ def warn_if_equal(predictions):
                       "collapsed; a smaller --lr or a longer --warmup may help")
 
 
-def show_scores(examples, task, scores, predictions):
-    """What --eval says: data and scores, {dev split: {metric: value}}."""
+def show_scores(scores, predictions):
+    """What --eval says: {dev split: {metric: value}}."""
     warn_if_equal(predictions)
-    print(rows(examples, task))
     print(scores_text(scores))
 
 

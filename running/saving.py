@@ -145,14 +145,16 @@ class RunFolder:
         saved: from folder.load_state(); train.py puts what it holds back. optimizer: whose moments
         it has to fit. ValueError if base model, data or number of processes are others.
         """
-        if saved["hash"] != folder.last_bytes(self.path / "last.pt"):
+        if saved["written"] != (self.path / "last.pt").stat().st_mtime_ns:
             raise ValueError(f"another train.py has gone on with {self.path} meanwhile: --resume "
                              "again")
         folder.check_state(saved, self.snapshot(), self.identity, self.plan.steps, self.here,
                            optimizer)
         best = self.find_best(saved)
-        if self.here.is_main and self.log.exists():        # the steps of later lines come again
-            with open(self.log, "rb", opener=disk.unfollowed) as file:
+        if self.here.is_main and os.path.lexists(self.log):
+            if self.log.is_symlink() or not self.log.is_file():
+                raise ValueError(f"{self.log} is a link or no file: remove it")
+            with open(self.log, "rb") as file:             # the steps of later lines come again
                 lines = file.read(min(saved["log_bytes"], self.log.stat().st_size))
             disk.write_file(self.log, lines)
         return best

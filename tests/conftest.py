@@ -50,6 +50,7 @@ def write_checkpoint(folder, name, seed=0, **changes):
               metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
     tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(toy.BESIDE))
     return folder
 
 

@@ -89,15 +89,14 @@ SPOILT = [
 
 
 def test_states_that_this_run_cannot_have_written(stopped):
-    """Oracle: the files before: each is refused with one sentence, although its hash fits; nothing is written. What it
+    """Oracle: the files before: each is refused with one sentence, although its checksums fit; nothing is written. What it
     says of AdamW's settings and of places counts for nothing: the unbroken run, and nothing new beside it."""
     whole = folder.load_state("run")
-    del whole["hash"]
+    del whole["written"]
     for i, spoil in enumerate(SPOILT):
         state = copy.deepcopy(whole)                       # of which no part may be the file that changes
         spoil(state)
-        torch.save(state, "spoilt.pt")                     # write_state() would put a format back
-        hashed("spoilt.pt", "run/last.pt")
+        torch.save(state, "run/last.pt")                   # write_state() would put a format back
         before = contents("run")
         refused(stopped("--resume run"))
         assert contents("run") == before, i
@@ -107,12 +106,7 @@ def test_states_that_this_run_cannot_have_written(stopped):
     folder.write_state("run", whole)
     done = stopped("--resume run")
     assert done.status == 0 and "began with --merge m" in done.err and "--export-peft p" in done.err
-    assert {path.name for path in Path().iterdir()} == {"run", "spoilt.pt"} and outcome("run") == stopped.whole(BUSY)
-
-
-def hashed(path, target):
-    """The file as last.pt, with a hash that fits."""
-    Path(target).write_bytes(Path(path).read_bytes() + folder.hash_of_file(Path(path)).encode())
+    assert {path.name for path in Path().iterdir()} == {"run"} and outcome("run") == stopped.whole(BUSY)
 
 
 def test_a_billion_parts_of_a_batch_take_no_time(monkeypatch):
@@ -199,8 +193,8 @@ def test_planted_links_are_not_followed(stopped):
 
 
 @on_unix
-@pytest.mark.parametrize("kind, statuses", [("link", [2]), ("dead link", [1]), ("hard link", [0]), ("pipe", [0, 1])])
-def test_a_log_elsewhere_is_left_alone(stopped, kind, statuses):
+@pytest.mark.parametrize("kind, status", [("link", 2), ("dead link", 2), ("hard link", 0), ("pipe", 2)])
+def test_a_log_elsewhere_is_left_alone(stopped, kind, status):
     """Oracle: the outside file: neither cut to log_bytes nor added to, behind a link of either kind; and soon, where
     an ordinary open() of a pipe would wait for ever for a reader."""
     log, outside = Path("run/log.jsonl"), Path("outside").absolute()
@@ -215,7 +209,7 @@ def test_a_log_elsewhere_is_left_alone(stopped, kind, statuses):
         outside.unlink()
     with soon("--resume"):
         done = stopped("--resume run")
-    assert done.status in statuses and (done.status == 0 or "log.jsonl" in done.errors[0])
+    assert done.status == status and (done.status == 0 or "log.jsonl" in done.errors[0])
     assert outside.exists() == (kind in ("link", "hard link"))
     assert not outside.exists() or outside.read_bytes() == whole
 
@@ -305,11 +299,12 @@ def test_a_result_that_no_run_writes(cli):
 
 
 def test_any_flipped_bit_is_noticed(cli):
-    """Oracle: what the files held: each of 100 flips in each is refused by name, or changes white space alone."""
+    """Oracle: what the files held: each of 100 flips in each is refused by name, or changes white space, or what no reader
+    of a zip looks at."""
     assert cli.tiny("--max-steps 2 --merge merged").status == 0
     rng, begin = random.Random(0), 8 + int.from_bytes(Path("merged/model.safetensors").read_bytes()[:8], "little")
     for path, first, read in ((Path("run/result.json"), 0, lambda: folder.load_result("run")),
-                              (Path("run/last.pt"), 0, lambda: folder.load_state("run")),
+                              (Path("run/last.pt"), 0, lambda: folder.load_state("run") | {"written": 0}),
                               (ADAPTER, 0, lambda: folder.load_adapter(ADAPTER)),
                               (Path("merged/model.safetensors"), begin, lambda: checkpoint.read_weights("merged"))):
         right, whole = frozen(read()), path.read_bytes()
@@ -322,7 +317,7 @@ def test_any_flipped_bit_is_noticed(cli):
             except (ValueError, Refused) as error:
                 assert path.name in str(error) or path.parent.name in str(error)
             else:
-                assert found == right and path.suffix == ".json"
+                assert found == right and path.suffix != ".safetensors"
         path.write_bytes(whole)
         assert frozen(read()) == right
 
@@ -377,7 +372,7 @@ def test_weights_that_swell(tiny, tmp_path, little_memory, name, old):
     if name == "same":
         content = dict.fromkeys(map(str, range(10**4)), torch.zeros(1000))
     torch.save(content, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=not old)
-    with pytest.raises(ValueError, match="pytorch_model.bin cannot be read .*(take|more than tensors)"):
+    with pytest.raises(ValueError, match="pytorch_model.bin is damaged or .*(take|more than tensors)"):
         checkpoint.read_weights(tmp_path)
 
 
@@ -390,8 +385,8 @@ def test_a_compressed_bin(tmp_path, little_memory):
             for name in old.namelist():
                 new.writestr(name, edit(old.read(name)))
         shutil.copy(tmp_path / "b.bin", tmp_path / "pytorch_model.bin")
-        hashed(tmp_path / "b.bin", tmp_path / "last.pt")
-        with pytest.raises(ValueError, match="pytorch_model.bin cannot be read"):
+        shutil.copy(tmp_path / "b.bin", tmp_path / "last.pt")
+        with pytest.raises(ValueError, match="pytorch_model.bin is damaged or"):
             checkpoint.read_weights(tmp_path)
         with pytest.raises(Refused, match="last.pt is damaged"):
             folder.load_state(tmp_path)
@@ -428,7 +423,7 @@ def test_tokenizers_that_swell(tiny, tmp_path, little_memory):
     whole = json.loads((tiny["bert"] / "tokenizer.json").read_text())
     for changes in TOKENIZERS:
         (tmp_path / "tokenizer.json").write_text(json.dumps(whole | changes))
-        with soon("reading", 20), pytest.raises(ValueError, match="tokenizer.json is not a tokenizer file"):
+        with soon("reading", 20), pytest.raises(ValueError, match="tokenizer.json is damaged or"):
             data.load_tokenizer(tmp_path)
 
 
@@ -439,7 +434,7 @@ def test_a_piece_of_a_megabyte(tiny, tmp_path, kind):
     whole = json.loads((tiny["bert"] / "tokenizer.json").read_text())
     unigram = json.dumps(whole | {"model": {"type": "Unigram", "vocab": pieces, "unk_id": 1}})
     (tmp_path / kind).write_bytes(model(pieces[:1]) if kind == "spm.model" else unigram.encode())
-    with pytest.raises(ValueError, match=f"{kind} is not a .*piece (is )?longer than 1000"):
+    with pytest.raises(ValueError, match=f"{kind} is damaged or .*piece (is )?longer than 1000"):
         data.load_tokenizer(tmp_path)
 
 
@@ -476,7 +471,7 @@ def test_a_charsmap_that_swells(tmp_path, little_memory):
         (tmp_path / "spm.model").write_bytes(content)
 
     write(b"x" * 10**6 + b"\0")
-    with soon("reading", 60), pytest.raises(ValueError, match="spm.model is not a readable .*charsmap"):
+    with soon("reading", 60), pytest.raises(ValueError, match="spm.model is damaged or .*charsmap"):
         data.load_tokenizer(tmp_path)
     write(b"x" * 250 + b"\0")
     with soon("reading", 60):

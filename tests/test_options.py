@@ -405,7 +405,6 @@ def test_mistakes_in_files(cli, monkeypatch):
     refused(cli(words), "no network", "dl.fbaipublicfiles.com", "glue/RTE holds train.tsv, dev.tsv")
     refused(cli(words, "--data-dir new"), "--data-dir new does not hold RTE/")
     refused(cli(words, "--data-dir", Path(__file__)), "--data-dir", "test_options.py is a file")
-    assert not Path("new").exists()
     good = write_task("rte", n=8)["train"].read_text()
     for row, says in (("3\ta\tb\tmaybe", "'maybe'"), ("\udcff", "UTF-8")):
         Path("glue/RTE/train.tsv").write_text(good + row, errors="surrogateescape")

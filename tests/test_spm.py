@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import random
+import shutil
 import struct
 import time
 import unicodedata
@@ -240,10 +241,16 @@ def test_scores(read, pieces, expected):
 
 # ---- the tokenizer around them -------------------------------------------------------------------
 
-def test_special_tokens_and_pairs(read):
+def whole(folder, path=SMALL):
+    """What data.py makes of a folder with this file: special tokens around texts."""
+    shutil.copy(path, folder / "spm.model")
+    return tasks.load_tokenizer(folder)
+
+
+def test_special_tokens_and_pairs(read, tmp_path):
     """Oracle: DeBERTaV3's layout, [CLS] A [SEP] and [CLS] A [SEP] B [SEP]; [MASK] follows the 400 pieces, where the
     file has none of its own."""
-    tokenizer = read_spm(SMALL)
+    tokenizer = whole(tmp_path)
     for name, number in {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[UNK]": 3, "[MASK]": 400}.items():
         assert tokenizer.token_to_id(name) == number and tokenizer.id_to_token(number) == name
     for kind in (CONTROL, USER_DEFINED):
@@ -257,12 +264,12 @@ def test_special_tokens_and_pairs(read):
     assert tokenizer.padding is None and tokenizer.truncation is None
 
 
-def test_every_way_to_encode_normalises():
+def test_every_way_to_encode_normalises(tmp_path):
     """Oracle: encode() of one text; and that text's SentencePiece ids in spm_small.json."""
     async def in_the_background(texts):
         return await tokenizer.async_encode_batch(texts)
 
-    tokenizer, text = read_spm(SMALL), " \ufb01ne  d\u00e9j\u00e0 \u2026"
+    tokenizer, text = whole(tmp_path), " \ufb01ne  d\u00e9j\u00e0 \u2026"
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     assert ids == tokenizer.encode("fine d\u00e9j\u00e0 ...", add_special_tokens=False).ids
     for found in (tokenizer.encode(text, text), tokenizer.encode(sequence=text, pair=text),
@@ -310,9 +317,9 @@ def test_ids_with_the_real_file(real):
 
 
 @pytest.mark.ci
-def test_special_tokens_of_the_real_file(real):
+def test_special_tokens_of_the_real_file(real, tmp_path):
     """Oracle: transformers' ids of them; config.json's 128,100 rows hold all of them."""
-    tokenizer = real[1]
+    tokenizer = whole(tmp_path, REAL)
     special = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[UNK]": 3, "[MASK]": 128000}
     assert {name: tokenizer.token_to_id(name) for name in special} == special
     assert len(read_model(real[0])[0]) == 128000 == max(tokenizer.get_vocab().values()) <= 128100 - 1

@@ -86,7 +86,7 @@ def ours(folder, rows):
 
 
 def merged(folder, place):
-    """A folder with the tokenizer that --merge writes for a checkpoint."""
+    """A folder with the tokenizer that --merge writes for a checkpoint: a copy, but of what names a place."""
     written = tokenizer.to_write(hub.tokenizer_files(folder))
     place.mkdir()
     shutil.copy(folder / "config.json", place)
@@ -221,7 +221,7 @@ def test_a_tokenizer_file_that_contradicts_its_class(sources, tmp_path, family, 
 
 
 @pytest.mark.parametrize("family, file, spoil, says", [
-    ("bert", "vocab.txt", lambda content: b"\xff" + content, "vocab.txt is not a tokenizer file"),
+    ("bert", "vocab.txt", lambda content: b"\xff" + content, "vocab.txt is damaged or"),
     ("bert", "vocab.txt", lambda content: b"", "vocab.txt"),
     ("bert", "vocab.txt", lambda content: content, "config.json: vocab_size = 30522 where .*vocab.txt has"),
     ("roberta", "vocab.json", lambda content: content[:200], "vocab.json"),
@@ -276,8 +276,9 @@ def trained(cli, sources, tmp_path, family, kind, column):
     (base / "tokenizer.json").unlink()
     for file in sources[family, kind]:
         shutil.copy(file, base)
-    cased = {} if family == "deberta" else {"do_lower_case": False}
-    (base / "tokenizer_config.json").write_text(json.dumps(cased))
+    options = {"padding_side": "left", "model_input_names": ["input_ids"], "tokenizer_file": "/gone"}  # not handed on
+    options |= {} if family == "deberta" else {"do_lower_case": False}
+    (base / "tokenizer_config.json").write_text(json.dumps(options))
     rows = [(text.upper() if i % 2 else text.lower(), i % 2) for i, text in enumerate(PLAIN * 4)]
     table = "".join(f"{text}\t{value * 2.5 if column == 'score' else 'no yes'.split()[value]}\n" for text, value in rows)
     (tmp_path / "own.tsv").write_text(f"sentence\t{column}\n{table}")

@@ -294,7 +294,8 @@ def test_an_adapter_knows_its_task_on_another_file(cli, tiny):
         assert done.status == 0, done.err
         seen.append((done.out, Path("run/STS-B.tsv").read_bytes()))
         Path("run/STS-B.tsv").unlink()
-    assert seen[0] == seen[1] and seen[0][0].startswith("20 rows of dev; a score\ndev pearson ")
+    assert seen[0] == seen[1] and "\ndev pearson " in seen[0][0]
+    assert seen[0][0].startswith("dev: 20 rows of")
 
 
 def column(path):
@@ -368,14 +369,11 @@ def test_a_first_look_at_own_data(cli):
     words = "--train-file train.tsv --dev-file dev.tsv --predict new.tsv --max-len 5 --max-steps 2 --model"
     done = cli(words, cli.models["bert"], "--out run")
     assert done.status == 0 and done.out.startswith("""\
-train: 5 rows of 4 to 5 tokens, half of them up to 4; 1 are cut to 5
-  4 'yes', 1 'no'
-dev: 1 rows of 3 to 3 tokens, half of them up to 3; 0 are cut to 5
-  1 'no', 0 'yes'
+train: 5 rows of 4 to 5 tokens, half of them up to 4; 1 are cut to 5; 4 'yes', 1 'no'; f1 is of 'yes'
+dev: 1 rows of 3 to 3 tokens, half of them up to 3; 0 are cut to 5; 1 'no', 0 'yes'; f1 is of 'yes'
 to predict: 1 rows of 5 to 5 tokens, half of them up to 5; 1 are cut to 5
 first row of train: [CLS] cue0 filler1 [SEP] → yes
 settings  task=own""")
-    assert "; labels 'no', 'yes'; f1 is of 'yes'\n" in done.out
     Path("train.tsv").write_text("sentence\tscore\ncue0\t2000\ncue1\t2003\n")
     Path("dev.tsv").write_text("sentence\tscore\ncue0\t1999.5\n")
     shutil.copytree(cli.models["bert"], "bad")
@@ -384,8 +382,8 @@ settings  task=own""")
     Path("bad/tokenizer.json").write_text(json.dumps(tokenizer))
     done = cli(words, "bad --out other")
     refused(done, "do not belong together")
-    assert "\n  scores 2000 to 2003; the model learns (score - 2001.5) / 1.5\ndev: 1 rows" in done.out
-    assert "\n  scores 1999.5 to 1999.5; the model learns (score - 2001.5) / 1.5\n" in done.out
+    assert "; scores 2000 to 2003; the model learns (score - 2001.5) / 1.5\ndev: 1 rows" in done.out
+    assert "; scores 1999.5 to 1999.5; the model learns (score - 2001.5) / 1.5\n" in done.out
     assert "first row of train: ? cue0 [SEP] → 2000" in done.out
 
 
