@@ -138,6 +138,9 @@ def load_state(folder):
     with disk.reading(path, advice):
         written = path.stat().st_mtime_ns                  # before: it may be replaced meanwhile
         state = of_this_version(disk.load_pickle(path), "last.pt")
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():
+                raise ValueError("a checksum does not fit")
         return state | {"written": written, "settings": dict(state["settings"])}
 
 
