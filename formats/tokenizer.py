@@ -238,12 +238,12 @@ def add_tokens(tokenizer, kind, options, listed):
         if not isinstance(value, dict) or name == "spm.model":     # text is none of its tokens
             value = {"content": text_of(value)}
         if not value.items() <= found.items():
-            raise ValueError(f"{options.where['added_tokens_decoder']}: {text_of(value)} = {number} "
-                             + advice)
+            where = options.where["added_tokens_decoder"]
+            raise ValueError(f"{where}: {text_of(value)} = {number} {advice}")
     lost = [text for text in own if text not in map(text_of, listed.values())]
     if lost and kind is not AS_IT_IS and "added_tokens_decoder" in options:
-        raise options.refusal("added_tokens_decoder", listed, f"lacks {lost[0]!r} of {name}: "
-                              "complete it")
+        raise options.refusal("added_tokens_decoder", listed,
+                              f"lacks {lost[0]!r} of {name}: complete it")
 
 
 def set_template(tokenizer, kind, options):
