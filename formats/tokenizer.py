@@ -90,14 +90,14 @@ def read_tokenizer(files):
 
     ValueError that names file and option for what is damaged, contradictory or not implemented.
     """
-    options, added = read_options(files)
+    options, listed = read_options(files)
     tokenizer = read_definition(options.path, files)
     tokenizer.no_padding()                         # either can be baked into a tokenizer.json
     tokenizer.no_truncation()
     kind = KINDS[kind_of(tokenizer, options)]
     obey(tokenizer, kind, options)
     check_model(tokenizer, options)
-    add_tokens(tokenizer, kind, options, added)
+    add_tokens(tokenizer, kind, options, listed)
     if options.path.name != "spm.model":           # where the text of a special token stays text
         tokenizer.encode_special_tokens = options.get("split_special_tokens", False)
     elif options.get("split_special_tokens", True) is not True:
@@ -107,7 +107,7 @@ def read_tokenizer(files):
 
 
 def read_options(files):
-    """The Options, and {id: AddedToken}, of the files beside the one that defines a tokenizer.
+    """The Options, and {id: token} that is listed, of the files beside the defining one.
 
     As transformers: tokenizer_config.json alone if it lists the added tokens, else all three.
     """
@@ -119,46 +119,35 @@ def read_options(files):
     options.take(files.get(CONFIG), content[CONFIG])
     listed = options.get("added_tokens_decoder")
     if listed is None:
-        # Of this list transformers 5 forgets in this place that its tokens are special.
-        forgotten = {"additional_special_tokens": options.get("additional_special_tokens")}
         options.take(files.get("special_tokens_map.json"), content["special_tokens_map.json"])
-        special = named_tokens(options | forgotten, options)
-        listed = {str(number): {"content": text, "special": text in special}
-                  for text, number in content["added_tokens.json"].items()}
+        listed = {str(number): text for text, number in content["added_tokens.json"].items()}
         options.where["added_tokens_decoder"] = files.get("added_tokens.json")
     if not isinstance(listed, dict) or not all(map(str.isdecimal, listed)):
         raise options.refusal("added_tokens_decoder", listed, "does not give ids and tokens")
-    added = {int(number): as_token(listed[number], "added_tokens_decoder", options)
-             for number in sorted(listed, key=int)}
-    return options, added
+    return options, {int(number): token for number, token in listed.items()}
 
 
-def named_tokens(given, options):
-    """{text: AddedToken} of the given options like cls_token, and of the lists of further ones."""
-    named = {}
-    for option, value in given.items():
-        if option.endswith("_token") and isinstance(value, (str, dict)):
-            token = as_token(value, option, options)
-            token.special = True
-            named[token.content] = token
+def named_tokens(kind, options):
+    """[(option, token)] of options like cls_token, and of the lists of further tokens."""
+    named = [(option, value) for option, value in (kind.tokens | options).items()
+             if option.endswith("_token") and isinstance(value, (str, dict))]
     for option in LISTS:
-        listed = given.get(option) or []
+        listed = options.get(option) or []
         if not isinstance(listed, (list, dict)):
             raise options.refusal(option, listed, "is no list of tokens")
         for value in listed.values() if isinstance(listed, dict) else listed:
-            token = as_token(value, option, options)
-            named[token.content] = token
+            named.append((option, value))
     return named
 
 
 def as_token(value, option, options):
-    """What JSON says of a token, its text or an object, as an AddedToken; a text is special."""
-    token = dict(value) if isinstance(value, dict) else {"content": value, "special": True}
+    """What JSON says of a special token, its text or an object, as an AddedToken."""
+    token = dict(value) if isinstance(value, dict) else {"content": value}
     token.pop("__type", None)                      # Python's, not the token's
     known = {"content", "lstrip", "rstrip", "single_word", "normalized", "special"}
     if isinstance(token.get("content"), str) and token.keys() <= known:
         with contextlib.suppress(TypeError):       # of a flag that is none
-            return AddedToken(**token)
+            return AddedToken(**token | {"special": True})
     raise options.refusal(option, value, "does not describe a token")
 
 
@@ -226,33 +215,35 @@ def check_model(tokenizer, options):
             raise ValueError(f"{path} has {entries} entries and merges.txt {merges} lines: {cut}")
 
 
-def add_tokens(tokenizer, kind, options, added):
-    """Add the tokens that the options name: text that spells one is that token.
+def add_tokens(tokenizer, kind, options, listed):
+    """Add the special tokens of a kind, where they are missing: text that spells one is that token.
 
-    ValueError if one would not have the id that is listed, and for a new one of an spm.model.
+    ValueError unless all others that the options name, or list by id, are the definition's own.
     """
     name = options.path.name
-    before = tokenizer.get_added_tokens_decoder()
-    missing = before.keys() - added.keys()
-    if missing and kind is not AS_IT_IS and "added_tokens_decoder" in options:
-        text = before[min(missing)].content
-        raise options.refusal("added_tokens_decoder", list(added),
-                              f"lacks {text!r} of {name}: complete it")
-    own = {token.content for token in before.values()}
-    tokens = {token.content: token for token in added.values()}
-    named = named_tokens(kind.tokens | options, options)
-    new = [text for text in tokens | named if text not in own]
+    own = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
     if name != "spm.model":
-        others = [token for text, token in named.items() if text not in own | tokens.keys()]
-        tokenizer.add_tokens([*tokens.values(), *others])
-    for number, token in added.items():
-        found = tokenizer.token_to_id(token.content)
-        if found != number:
-            raise ValueError(f"{options.where['added_tokens_decoder']}: {token.content} = {number} "
-                             f"here, {found} by {name}: get a checkpoint with tokenizer.json")
-    if name == "spm.model" and new:
-        raise ValueError(f"{options.path}: {new[0]} is a special token by the files beside it, but "
-                         "none of its own: get a checkpoint with tokenizer.json")
+        for option, text in kind.tokens.items():
+            value = options.get(option, text)
+            if value is not None and text_of(value) not in own:
+                tokenizer.add_tokens([as_token(value, option, options)])
+    there = tokenizer.get_added_tokens_decoder()
+    texts = [token.content for token in there.values()]
+    advice = f"is not so in {name}: get a checkpoint with a tokenizer.json that has it"
+    for option, value in named_tokens(kind, options):
+        if text_of(value) not in texts:
+            raise options.refusal(option, value, advice)
+    for number, value in listed.items():
+        found = there[number].__getstate__() if number in there else {}
+        if not isinstance(value, dict) or name == "spm.model":     # text is none of its tokens
+            value = {"content": text_of(value)}
+        if not value.items() <= found.items():
+            where = options.where["added_tokens_decoder"]
+            raise ValueError(f"{where}: {text_of(value)} = {number} {advice}")
+    lost = [text for text in own if text not in map(text_of, listed.values())]
+    if lost and kind is not AS_IT_IS and "added_tokens_decoder" in options:
+        raise options.refusal("added_tokens_decoder", listed,
+                              f"lacks {lost[0]!r} of {name}: complete it")
 
 
 def set_template(tokenizer, kind, options):

@@ -18,7 +18,7 @@ from running.errors import user_errors
 from running.options import STORED
 
 FORMAT = {"last.pt": 5, "adapter.safetensors": 3}          # what this version writes
-OURS = b"a run of lora2"                                   # the comment of a last.pt, which is a zip
+OURS = b"a run of lora2"                                   # comment of a last.pt, which is a zip
 # What an adapter says of itself, as fits() has it.
 EVALUATION = {"step": int, "scores": {str: {str: float}}, "score": float, "kept": int}
 COLUMNS = {"texts": [str], "label": str, "labels": [str], "metrics": [str], "unit": [float]}

@@ -11,6 +11,7 @@ import torch
 from tests.cli import write_task
 from tests.conftest import write_checkpoint
 from tests.test_glue import GLUE, needs_glue
+import tokenizers
 from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer
 
 import data
@@ -101,16 +102,16 @@ OBEYED = [  # contents of the files beside; {} for none
     {"tokenizer_config": {"do_lower_case": False, "strip_accents": True}},
     {"tokenizer_config": {"strip_accents": False}}, {"tokenizer_config": {"add_prefix_space": True}},
     {"tokenizer_config": {"split_special_tokens": True}}, {"tokenizer_config": {"split_special_tokens": False}},
+    {"tokenizer_config": {"model_max_length": 12, "padding_side": "left", "name_or_path": "/gone", "errors": "x"}}]
+OF_JSON = [  # of tokens that a tokenizer.json has; without them all is refused
     {"tokenizer_config": {"additional_special_tokens": ["<ent>", "wordy"]}},
     {"tokenizer_config": {"extra_special_tokens": {"ent_token": "<ent>"}}},
     {"tokenizer_config": {"ent_token": "<ent>"}}, {"special_tokens_map": {"additional_special_tokens": ["<ent>"]}},
-    {"tokenizer_config": {"model_max_length": 12, "padding_side": "left", "name_or_path": "/gone", "errors": "x"}}]
-NOT_OF_SPM = OBEYED[-6:-1]                                  # no text spells a token of an spm.model
+    {"added_tokens": {"<ent>": ...}}, {"added_tokens": {"<ent>": ...}, "special_tokens_map": {"additional_special_tokens": ["<ent>"]}}]
 OF_BERT_AND_ROBERTA = [  # of DeBERTa these are refused
     {"special_tokens_map": {"mask_token": ENT}}, {"tokenizer_config": {"mask_token": ENT | {"__type": "AddedToken"}}},
     {"tokenizer_config": {"mask_token": None}}, {"tokenizer_config": {"unk_token": "word"}},
-    {"added_tokens": {"<ent>": ...}}, {"added_tokens": {"<ent>": ...}, "special_tokens_map": {"mask_token": "<ent>"}},
-    {"added_tokens": {"<ent>": ...}, "special_tokens_map": {"additional_special_tokens": ["<ent>"]}}]
+    {"added_tokens": {"<ent>": ...}, "special_tokens_map": {"mask_token": "<ent>"}}]
 
 
 @pytest.mark.parametrize("kind", ["json", "vocabulary"])
@@ -122,19 +123,31 @@ def test_options_are_obeyed(sources, tmp_path, family, kind):
     is_spm = family == "deberta" and kind == "vocabulary"
     rows = PLAIN + (["low wordy rank", "wordy"] if is_spm else HARD) + glue_rows(60)
     rows = [row for row in rows if row.isascii() or not is_spm]
-    size = data.load_tokenizer(beside(tmp_path / "plain", family, sources[family, kind])).get_vocab_size()
-    for i, contents in enumerate(OBEYED + OF_BERT_AND_ROBERTA):
-        contents = {name: {text: size if value is ... else value for text, value in content.items()}
-                    for name, content in contents.items()}
-        folder = beside(tmp_path / str(i), family, sources[family, kind], **contents)
-        if family == "deberta" and i >= len(OBEYED) or is_spm and contents in NOT_OF_SPM:
-            with pytest.raises(ValueError, match="(mask_token|unk_token|<ent>|split_special_tokens) = |<ent> is a"):
+    plain = data.load_tokenizer(beside(tmp_path / "plain", family, sources[family, kind]))
+    ent = 4 if family == "deberta" else plain.get_vocab_size()     # where <ent> is, or the end
+    for i, contents in enumerate(OBEYED + OF_BERT_AND_ROBERTA + OF_JSON):
+        filled = {name: {text: ent if value is ... else value for text, value in content.items()}
+                  for name, content in contents.items()}
+        folder = beside(tmp_path / str(i), family, sources[family, kind], **filled)
+        if contents in OF_JSON and kind == "json":
+            with_tokens(folder / "tokenizer.json")
+        is_refused = kind == "vocabulary" and contents in OF_JSON or is_spm and contents == OBEYED[-2]
+        if is_refused or family == "deberta" and contents in OF_BERT_AND_ROBERTA:
+            with pytest.raises(ValueError, match="[.]json: (.*_tokens?|<ent>) = "):
                 data.load_tokenizer(folder)
             continue
         found = ours(folder, rows)
         assert found == theirs(folder, rows), contents
         assert found == theirs(merged(folder, tmp_path / f"{i}-merged"), rows), contents
         assert found == ours(tmp_path / f"{i}-merged", rows), contents
+
+
+def with_tokens(path):
+    """Give a tokenizer.json two tokens more."""
+    made = tokenizers.Tokenizer.from_file(str(path))
+    made.add_special_tokens(["<ent>"])
+    made.add_tokens(["wordy"])
+    made.save(str(path))
 
 
 ALWAYS_REFUSED = {  # option → a value that changes ids, or may
@@ -164,19 +177,20 @@ def test_options_are_refused_by_name(sources, tmp_path, family, kind):
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_a_list_of_added_tokens(sources, tmp_path, family):
     """Oracle: AutoTokenizer, which goes by the list in tokenizer_config.json alone, not by the other two files; a
-    list that lacks a token of tokenizer.json is refused, for transformers would lose it."""
+    list that lacks a token of tokenizer.json, or has it with another flag, is refused: transformers obeys that."""
     listed = {}
     for token in json.loads(sources[family, "json"][0].read_text())["added_tokens"]:
-        number = str(token.pop("id"))
-        listed[number] = token | {"special": False, "normalized": True}
+        listed[str(token.pop("id"))] = token
     others = {"special_tokens_map": {"additional_special_tokens": ["<ent>"]}, "added_tokens": {"<ent>": 7}}
     folder = beside(tmp_path / "all", family, sources[family, "json"], **others,
                     tokenizer_config={"added_tokens_decoder": listed, "split_special_tokens": True})
     assert ours(folder, PLAIN + HARD) == theirs(folder, PLAIN + HARD)
-    listed.popitem()
-    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": listed}))
-    with pytest.raises(ValueError, match="tokenizer_config.json: added_tokens_decoder = .* lacks .* of tokenizer.json"):
-        data.load_tokenizer(folder)
+    last, token = listed.popitem()
+    for spoilt, says in (({}, "added_tokens_decoder = .* lacks .* of tokenizer.json"),
+                         ({last: token | {"lstrip": not token["lstrip"]}}, f".* = {last} is not so in")):
+        (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": listed | spoilt}))
+        with pytest.raises(ValueError, match=f"tokenizer_config.json: {says}"):
+            data.load_tokenizer(folder)
 
 
 def change(path, *keys, value):
