@@ -149,17 +149,24 @@ def test_dynamo_of_torch_2_6_can_trace_it():
     assert "vars(" not in inspect.getsource(fast)
 
 
-@pytest.mark.ci                                            # torch.compile takes seconds
-def test_where_people_use_it():
-    """Oracle: the plain forward and backward pass: copies, pickles, torch.compile, gradient checkpointing."""
-    net, x = network(), inputs(5, 6).requires_grad_()
+@pytest.mark.parametrize("layer", [LoRA2Linear, pytest.param(FastLoRA2Linear, marks=pytest.mark.ci)])
+def test_where_people_use_it(layer):
+    """Oracle: the plain forward and backward pass: copies and pickles, which share no storage with it, torch.compile
+    as one graph, also with autocast, gradient checkpointing."""
+    torch._dynamo.reset()
+    net, x = network(layer), inputs(5, 6).requires_grad_()
     expected = passed(net, x)
     for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         assert torch.equal(other(x), expected[0])
         assert lora2_state_dict(other).keys() == lora2_state_dict(net).keys()
+        nn.init.ones_(other[0].lam)
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     for call in (compiled, lambda x: checkpoint(net, x, use_reentrant=False)):
         assert_close(passed(net, x, call), expected)
+        assert_close(passed(net, x.detach(), call), [expected[0], None, *expected[2:]])
+    net, x = net.float(), x.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(compiled(x), net(x))
 
 
 def test_fewer_passes_over_large_arrays():
