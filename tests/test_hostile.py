@@ -32,7 +32,7 @@ from running.errors import Refused
 from tests.cli import BUSY, at_step, child, contents, ctrl_c, on_unix, refused, soon, stopped, write_task
 from tests.conftest import SMALL, frozen, outcome
 from tests.test_fetch import ZIP, answer, server
-from tests.test_spm import A, HAS_LEAF, KEY_A, LEAF, charsmap, field, model
+from tests.test_spm import HAS_LEAF, KEY_A, LEAF, charsmap, field, model
 
 pytestmark = pytest.mark.ci                                # half a minute: in CI only
 
@@ -420,11 +420,12 @@ TOKENIZERS = [
     {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "a+b"}, "behavior": "Isolated", "invert": False}},
     *({"post_processor": {"type": "TemplateProcessing", "special_tokens": special, "single": single, "pair": pair}}
       for special, single, pair in (({}, [{"Sequence": {"id": "A", "type_id": 0}}] * 5000, []),
-                                    (SPECIAL, PARTS, PARTS * 5000)))]
+                                    (SPECIAL, PARTS, PARTS * 5000),
+                                    ({}, PARTS, PARTS)))]   # names what is not there: `tokenizers` panics
 
 
 def test_tokenizers_that_swell(tiny, tmp_path, little_memory):
-    """Oracle: the promise: refused by name before a letter becomes gigabytes."""
+    """Oracle: the promise: refused by name before a letter becomes gigabytes, or `tokenizers` panics."""
     whole = json.loads((tiny["bert"] / "tokenizer.json").read_text())
     for changes in TOKENIZERS:
         (tmp_path / "tokenizer.json").write_text(json.dumps(whole | changes))
@@ -491,18 +492,8 @@ def test_long_lines(cli, tmp_path, little_memory):
     refused(cli(f"--train-file {path} --dev-file {path} --out run --model {cli.models['bert']}"),
             f"{path}:3: this line is longer")
     tokenizer = data.load_tokenizer(cli.models["bert"])
-    split = glue.Split([("cue0 " * 180_000,)] * 6, None)
-    assert data.encode(tokenizer, split, 16).truncated == 6
-
-
-def test_sizes_of_a_config(cli, little_memory):
-    """Oracle: the weights that are there: sizes of ten millions are refused before a model is made."""
-    shutil.copytree(cli.models["bert"], "base")
-    path = Path("base/config.json")
-    whole = json.loads(path.read_text())
-    for change in ({"hidden_size": 10**7}, {"num_hidden_layers": 1000, "intermediate_size": 10**5}):
-        path.write_text(json.dumps(whole | change))
-        refused(cli("--task demo --out run --model base"), "base", "size mismatch")
+    split = glue.Split([("cue0 " * 180_000,)] * 12, None)
+    assert data.encode(tokenizer, split, 16).truncated == 12
 
 
 @pytest.mark.parametrize("kind", ["config.json", "tokenizer.json", "spm.model", "model.safetensors"])
@@ -514,13 +505,6 @@ def test_files_of_terabytes(cli, little_memory, kind):
     with open(Path("base", kind), "wb") as file:
         file.truncate(1 << 40)
     refused(cli("--task demo --out run --model base"), f"base/{kind}")
-
-
-def test_deep_json(cli):
-    """Oracle: one sentence with the name."""
-    Path("run").mkdir()
-    Path("run/result.json").write_text("[" * 10**6)
-    refused(cli("--resume run"), "run/result.json")
 
 
 # --- what others shall not see ------------------------------------------------------------------------------
