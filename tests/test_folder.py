@@ -196,13 +196,6 @@ def of_fewer_options(stopped):
     folder.write_state("run", state)
 
 
-def of_another_run(stopped):
-    """The adapter of another seed."""
-    with at_step(4, ctrl_c):
-        assert stopped.tiny(BUSY, "--seed 9 --out other --overwrite").status == 130
-    shutil.copy("other/adapter.safetensors", "run/adapter.safetensors")
-
-
 def gone(stopped):
     """No adapter, though there was an evaluation."""
     Path("run/adapter.safetensors").unlink()
@@ -215,7 +208,7 @@ REFUSALS = [
     (None, "--train-file a.tsv", ["--train-file"]), (None, "--eval run/adapter.safetensors", []),
     (None, "--model base", ["base is not the model"]), (None, "--model link", ["link is not the model"]),
     (of_fewer_options, "", ["another version of this program", "--clip is new"]),
-    (of_another_run, "", ["run/adapter.safetensors"]), (gone, "", ["run/adapter.safetensors"])]
+    (gone, "", ["run/adapter.safetensors"])]
 
 
 def test_what_resume_refuses(stopped, tmp_path):
