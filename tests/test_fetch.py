@@ -19,7 +19,7 @@ import model as models
 from data import TASKS
 from formats import checkpoint, fetch, glue, hub
 from formats.glue import Split
-from tests.cli import soon
+from tests.cli import at_rename, child, sigkill, soon
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 RTE_ROW = b"index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n"
@@ -277,30 +277,12 @@ def test_only_https_is_followed(url, before, fine):
 
 # --- what ends on the way -----------------------------------------------------------------------------------
 
-def fork_that_fetches(task, data_dir, address, before=lambda: None):
-    """Process id of a fork that calls before() and fetches a task."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            fetch.tqdm.set_lock(threading.RLock())         # tqdm's own is shared with its parent
-            before()
-            fetch.fetch_task(task, data_dir, address)
-        finally:
-            os._exit(0)
-    return pid
-
-
-def kill_at_rename(n):
-    """Let this process be killed in place of its n-th rename."""
-    renames, rename = [], os.replace
-
-    def counted(source, target):
-        if len(renames) == n:
-            os.kill(os.getpid(), signal.SIGKILL)
-        renames.append(target)
-        rename(source, target)
-
-    os.replace = counted
+def fork_that_fetches(task, data_dir, address, within=contextlib.nullcontext()):
+    """Process id of a fork that fetches a task."""
+    def run():
+        fetch.tqdm.set_lock(threading.RLock())             # tqdm's own is shared with its parent
+        fetch.fetch_task(task, data_dir, address)
+    return child(run, os.devnull, os.devnull, within)
 
 
 def check_after_a_kill(task, data_dir, address, files):
@@ -326,7 +308,7 @@ def test_a_fetch_killed_between_two_renames_goes_on(honest, tmp_path, name):
                 (data_dir / task.folder).mkdir(parents=True)
                 for file in there:
                     (data_dir / task.folder / file).write_bytes(files[file])
-            pid = fork_that_fetches(task, data_dir, honest, lambda: kill_at_rename(n))
+            pid = fork_that_fetches(task, data_dir, honest, at_rename(n + 1, sigkill))
             assert os.WIFSIGNALED(os.waitpid(pid, 0)[1]) == (n < tried)
             check_after_a_kill(task, data_dir, honest, files)
 

@@ -21,7 +21,7 @@ import data
 from formats import disk
 from running import folder, inputs, machine, options, progress, saving
 from tests.conftest import SMALL, outcome, write_checkpoint
-from tests.cli import (BUSY, Killed, at_step, child, contents, ctrl_c, die, on_unix, refused, soon, stopped,
+from tests.cli import (BUSY, Killed, at_rename, at_step, child, contents, ctrl_c, die, on_unix, refused, soon, stopped,
                        write_task)
 
 ROOT = Path(__file__).parents[1]
@@ -47,24 +47,14 @@ def test_every_method_goes_on(cli, method):
 
 
 @pytest.mark.ci
-def test_killed_at_every_write(cli, monkeypatch):
+def test_killed_at_every_write(cli):
     """Oracle: the unbroken run. Files change by os.replace alone: the run dies before each of them. The order
     by hand: an adapter is never ahead of its predictions, and last.pt never behind for long."""
     words = "--batch-size 32 --save-steps 1 --eval-steps 4 --max-steps 5"  # 3 steps to an epoch
-    replace, whole = os.replace, cli.whole(words)
-    written = []
-
-    def dying(source, target):
-        written.append(Path(target).name)
-        if len(written) == last:
-            raise Killed
-        replace(source, target)
-
+    whole = cli.whole(words)
     for last in range(1, 100):
         shutil.rmtree("run", ignore_errors=True)
-        written.clear()
-        with monkeypatch.context() as patch, contextlib.suppress(Killed):
-            patch.setattr(os, "replace", dying)
+        with contextlib.suppress(Killed), at_rename(last, die) as written:
             assert cli.tiny(words).status == 0
             break                                          # it made fewer writes than `last`
         begun = Path("run/last.pt").exists()

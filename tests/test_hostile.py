@@ -29,7 +29,8 @@ from data import TASKS
 from formats import checkpoint, disk, fetch, glue, hub, spm
 from running import folder, machine, options
 from running.errors import Refused
-from tests.cli import BUSY, at_step, child, contents, ctrl_c, on_unix, refused, soon, stopped, write_task
+from tests.cli import (BUSY, at_rename, at_step, child, contents, ctrl_c, on_unix, refused, sigkill, soon, stopped,
+                       write_task)
 from tests.conftest import SMALL, frozen, outcome
 from tests.test_fetch import ZIP, answer, server
 from tests.test_spm import HAS_LEAF, KEY_A, LEAF, charsmap, field, model
@@ -622,20 +623,6 @@ def test_a_disk_that_fails_half_way(cli, server, mount, fault, says):
     assert cli("--resume disk/run").status == 0 and outcome("disk/run") == cli.whole(BUSY)
 
 
-@contextlib.contextmanager
-def killed_at_rename(last):
-    """Meanwhile SIGKILL ends this process at that one of its renames."""
-    renames, rename = [], os.replace
-
-    def dying(source, target):
-        renames.append(target)
-        if len(renames) == last:
-            os.kill(os.getpid(), signal.SIGKILL)
-        rename(source, target)
-    with mock.patch.object(os, "replace", dying):
-        yield
-
-
 @on_unix
 @pytest.mark.parametrize("n", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_while_it_hands_out(cli, n):
@@ -657,7 +644,7 @@ def test_killed_while_it_hands_out(cli, n):
             time.sleep(random.uniform(longest / 3, longest))
             os.kill(pid, end)
         else:
-            pid = child(words, within=killed_at_rename(end))
+            pid = child(words, within=at_rename(end, sigkill))
         ended = os.waitpid(pid, 0)[1]
         for name in ("m", "p"):                            # one that is whole would be refused now
             if Path(name).exists() and contents(name) == whole[name]:
