@@ -1,17 +1,13 @@
 """Tests of disk.py: a file is as before or complete. Each docstring names its oracle."""
 import errno
 import os
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from formats import checkpoint, disk, toy
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+from tests.cli import contents
 
 
 def fails(*args):

@@ -128,7 +128,8 @@ def test_precisions(base_dtype, autocast):
 
 
 def test_what_nn_linear_would_do_is_done():
-    """Oracle: LoRA2Linear: hooks see the base, a forward put in its place is called, mixed dtypes are an error."""
+    """Oracle: nn.Linear: hooks see the base, and may keep what they saw; a backward hook may stand in between; a forward
+    put in its place is called, mixed dtypes are an error."""
     x = inputs(5, 6)
     for layer in twins():
         seen, free, forward = [], layer(x), layer.base.forward
@@ -138,6 +139,10 @@ def test_what_nn_linear_would_do_is_done():
         handle = layer.base.register_forward_hook(lambda module, args, y: seen.append(y))
         assert torch.allclose(layer(x), free) and torch.equal(seen[1], layer.base(x))
         handle.remove()
+        for register in (layer.base.register_full_backward_hook, layer.base.register_full_backward_pre_hook):
+            handle = register(lambda *args: None)
+            layer(x.clone().requires_grad_()).sum().backward()
+            handle.remove()
         layer.base.forward = lambda x: forward(x) + 1      # as accelerate's offloading does it
         assert torch.allclose(layer(x), free + 1)
     for layer in twins(dtype=torch.bfloat16):

@@ -168,17 +168,6 @@ def test_ids_and_normalised_text_of_every_kind_of_model(read, name):
     assert_sentencepiece_ids(data, read(data), texts, ties=0 if is_exact else 3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name, size", [("case folded", 8000), ("symbols", 4000), ("spaces kept", 2000),
-                                        ("no prefix", 500), ("rules", 4000), ("byte_fallback", 8000)])
-def test_ids_of_glue_with_every_kind_of_model(read, name, size):
-    """Oracle: SentencePiece on the same columns and on the lines as they are, tabs included."""
-    pytest.importorskip("sentencepiece")
-    lines, columns = glue_texts()
-    data = trained(name, [text for text in columns if len(text) > 20], size)
-    assert_sentencepiece_ids(data, read(data), lines + columns, ties=200)
-
-
 def test_long_texts(read):
     """Oracle: SentencePiece. Hundreds of thousands of characters are normalised, and in linear time."""
     data, n = SMALL.read_bytes(), 3 * 10 ** 4
