@@ -161,7 +161,7 @@ REFUSED = {
     "parametrised": (lambda: parametrizations.weight_norm(nn.Linear(8, 8)), TypeError, "bad is a Paramet"),
     "pruned by torch": (lambda: prune.identity(nn.Linear(8, 8), "weight"), TypeError, "re-parametrised"),
     "meta": (lambda: nn.Linear(8, 8, device="meta"), TypeError, "bad has no plain weight"),
-    "int8": (lambda: integer_linear(torch.int8), TypeError, "quantised"),
+    "integers": (lambda: integer_linear(torch.int32), TypeError, "quantised"),
     "fp8": (lambda: nn.Linear(8, 8).to(torch.float8_e4m3fn), TypeError, "quantised"),
     "tensor subclass": (subclassed_weight, TypeError, "bad has no plain weight"),
     "too small for k": (lambda: nn.Linear(8, 1), ValueError, "does not fit bad: give integers from 1 to 1"),
