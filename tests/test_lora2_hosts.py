@@ -1,5 +1,4 @@
-"""lora2.py where people will drop it: models of transformers with random weights, and peft as a reader of the
-exported LoRA. Every test names its oracle."""
+"""lora2.py where people will drop it: models of transformers with random weights. Every test names its oracle."""
 import copy
 
 import pytest
