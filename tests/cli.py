@@ -18,7 +18,6 @@ on_unix = pytest.mark.skipif(os.name == "nt", reason="links, signals, fork and l
 
 # ---- data --------------------------------------------------------------------------------------
 
-
 def sentences(n, seed):
     """n rows of the demo's words: (text, label) with labels that a model can learn."""
     split = toy.language("adapt", n, seed)

@@ -5,7 +5,6 @@ from safetensors.torch import load_file
 
 from lora2 import add_lora2
 from methods.first_gradient import start_at_gradient
-from tests.cli import refused
 
 
 def net_and_loss():
@@ -64,8 +63,3 @@ def test_a_rate_of_their_own(words, outer, cli):
     if outer == (".v", ".V"):
         orthonormal = trained("--lr 0 --head-lr 0 --init orthonormal")
         assert not any(torch.equal(start[name], orthonormal[name]) for name in names)
-
-
-def test_only_adapters_have_outer_factors(cli):
-    """Oracle: status 2 and the option's name."""
-    refused(cli.tiny("--method bitfit --outer-lr 0.1"), "--outer-lr means nothing to --method bitfit")

@@ -510,12 +510,6 @@ def test_files_of_terabytes(cli, little_memory, kind):
 
 # --- what others shall not see ------------------------------------------------------------------------------
 
-def test_secrets_are_not_said():
-    """Oracle: by hand: of an address its password, and a token of the Hub, wherever they stand."""
-    said = disk.one_line("GET https://me:secret@host/x?a=1 and http://proxy:8 failed for hf_" + "a" * 30 + " a@b")
-    assert said == "GET https://host/x?a=1 and http://proxy:8 failed for  a@b"
-
-
 def test_an_endpoint_with_a_password(monkeypatch):
     """Oracle: the sentence that from_pretrained() raises."""
     monkeypatch.setattr(hub.constants, "ENDPOINT", "http://me:secret@127.0.0.1:9")

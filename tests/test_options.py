@@ -309,6 +309,7 @@ MISTAKES = """
 ... --method head --r 2                 => --r
 ... --method full --export-peft x       => --export-peft
 ... --sora-threshold 1                  => --sora-threshold
+... --method bitfit --outer-lr 0.1      => --outer-lr means nothing to --method bitfit
 ... --epochs 0                          => --epochs
 ... --max-steps 0                       => --max-steps
 ... --batch-size 0                      => --batch-size

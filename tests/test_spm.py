@@ -326,7 +326,6 @@ def test_speed(real):
 
 # ---- the charsmap --------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("blob", [
     charsmap({**KEY_A, A: 97 | 97 << 10}),  # "a" is its own child
     charsmap({0: 256 << 10, **{256 ^ byte: byte | byte << 10 for byte in range(1, 256)}}),  # all of all

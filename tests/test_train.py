@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.cli import BUSY, at_step, child, contents, ctrl_c, refused, sentences, write_task
+from tests.cli import BUSY, at_step, child, contents, ctrl_c, on_unix, refused, sentences, write_task
 from tests.conftest import SMALL, frozen, opened, outcome, write_checkpoint
 
 import data
@@ -419,7 +419,7 @@ def test_everyday_names_and_sizes(cli, tmp_path, monkeypatch, texts, sizes):
     refused(cli("--eval", adapter, *words[:2]), "--dev-file")
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@on_unix
 def test_two_seeds_at_once(cli):
     """Oracle: the same two runs, one after the other: byte for byte."""
     words = f"--task demo --model {cli.models['deberta']} {SMALL} --seed "
@@ -582,4 +582,3 @@ def test_copies_are_waited_for_unless_pinned(device, pinned):
     here.copies(tensor)
     assert here.multiple == (1 if device == "cpu" else 8)  # of a batch's width: no padding in vain on a CPU
     (ready if pinned else tensor).to.assert_called_once_with(torch.device(device), non_blocking=pinned)
-
