@@ -342,6 +342,7 @@ MISTAKES = """
 ... --prune-interval -5                 => --prune-interval
 ... --device tpu                        => --device tpu
 ... --device meta                       => --device meta
+... --model nowhere/at/all              => nowhere/at/all
 ... --dtype fp16                        => --dtype
 """
 MISTAKES = [line.split("=>") for line in MISTAKES.strip("\n").splitlines()]
@@ -367,22 +368,6 @@ def test_mistakes_in_the_demo(cli, monkeypatch):
         assert demo.place_and_seed({"task": "demo", "out": "new"}) == (Path("new"), 0)
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused(cli("--task demo --out new"), "the demo is one process")
-
-
-def test_mistakes_in_checkpoints(cli):
-    """Oracle: what is missing or of another kind is named; ids beyond the embedding would fail later."""
-    base = cli.models["bert"]
-    refused(cli("--task demo --model nowhere/at/all"), "nowhere/at/all")
-    shutil.copytree(base, "copy")
-    for name, old, new, says in (
-            ("config.json", '"bert"', '"gpt2"', "gpt2"),
-            ("tokenizer.json", '"role5word15": 125', '"role5word15": 999', "do not belong together")):
-        text = json.dumps(json.loads((base / name).read_text()))
-        assert old in text
-        Path("copy", name).write_text(text.replace(old, new))
-        refused(cli("--task demo --model copy"), says)
-        shutil.copy(base / name, "copy")
-    assert not Path("runs").exists()
 
 
 def test_mistakes_in_files(cli, monkeypatch):
