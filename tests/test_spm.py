@@ -298,22 +298,6 @@ def test_ids_with_the_real_file(real):
     assert all("a" * 50 in text for text in ties), ties
 
 
-@pytest.mark.ci
-def test_special_tokens_of_the_real_file(real):
-    """Oracle: transformers' ids of them; config.json's 128,100 rows hold all of them."""
-    tokenizer = real[1]
-    special = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[UNK]": 3, "[MASK]": 128000}
-    assert {name: tokenizer.token_to_id(name) for name in special} == special
-    assert len(read_model(real[0])[0]) == 128000 == max(tokenizer.get_vocab().values()) <= 128100 - 1
-    for name in special:  # in a text they are text
-        assert not {*special.values()} & {*tokenizer.encode(f"a {name} b{name}").ids[1:-1]}
-    theirs = pytest.importorskip("transformers").DebertaV2Tokenizer.from_pretrained(REAL.parent)
-    assert dict(zip(special, theirs.convert_tokens_to_ids(list(special)))) == special
-    text = "She said: it is a test of 1,000 words."
-    assert tokenizer.encode(text, text).ids == theirs(text, text)["input_ids"]
-    assert tokenizer.encode(text, text).type_ids == theirs(text, text)["token_type_ids"]
-
-
 @pytest.mark.slow
 def test_speed(real):
     """As many pairs as MNLI has, of GLUE's sentences, are encoded in a minute of two cores."""
