@@ -3,6 +3,7 @@
 Offline, in an empty folder. Most run no train.py: records are a stand-in's. The real one runs in the last tests:
     pytest -m ci tests/test_reproduce.py
 """
+import contextlib
 import json
 import math
 import os
@@ -309,20 +310,26 @@ def test_timings_are_interleaved(ran):
     assert "| CoLA | 100±0 | 100±0 | 100±0 |" in page_of(words)
 
 
+def handed_out(args, error):
+    """The cells that are handed out to workers, in order, where every run ends in this error."""
+    handed = []
+
+    def submit(function, cell, *more):
+        handed.append(cell)
+        ended = Future()
+        ended.set_exception(error)
+        return ended
+
+    with contextlib.suppress(KeyboardInterrupt):
+        workers.run_all(args, SimpleNamespace(submit=submit), None)
+    return handed
+
+
 def test_stages_come_in_order():
     """Oracle: study.json: what is handed out first is of the first stage; no more than there are workers."""
     args = reproduce.parse(f"{STUDY},cola --workers 50".split())
     args.grid.rows.reverse()
-    handed = []
-
-    def submit(function, cell, *more):
-        handed.append(cell.row)
-        stopped = Future()
-        stopped.set_exception(KeyboardInterrupt())
-        return stopped
-
-    with pytest.raises(KeyboardInterrupt):
-        workers.run_all(args, SimpleNamespace(submit=submit), None)
+    handed = [cell.row for cell in handed_out(args, KeyboardInterrupt())]
     first, second = (set(rows.split()) for rows, _ in grids.TABLES["study"]["stages"][:2])
     assert len(handed) == 50 and set(handed[:44]) == first and set(handed[44:]) <= second
 
@@ -332,17 +339,9 @@ def test_what_is_reported_waits_for_its_tuning(monkeypatch):
     args = reproduce.parse(f"{STUDY},cola --workers 50".split())
     tunes = grids.missing(args.grid)[0]
     other = next(row for row in args.grid.rows if grids.row_of(row)[2] != tunes.row)
-    cells, handed = [tunes, tunes._replace(seed=0), tunes._replace(seed=0, row=other)], []
-
-    def submit(function, cell, *more):
-        handed.append(cells.index(cell))
-        failed = Future()
-        failed.set_exception(RuntimeError())
-        return failed
-
+    cells = [tunes, tunes._replace(seed=0), tunes._replace(seed=0, row=other)]
     monkeypatch.setattr(grids, "missing", lambda grid: cells)
-    workers.run_all(args, SimpleNamespace(submit=submit), None)
-    assert handed == [0, 2, 1]
+    assert [cells.index(cell) for cell in handed_out(args, RuntimeError())] == [0, 2, 1]
 
 
 def test_a_study(ran):
