@@ -2,7 +2,6 @@
 import contextlib
 import json
 import os
-import random
 import re
 import shlex
 import shutil
@@ -21,8 +20,8 @@ import data
 from formats import disk
 from running import folder, inputs, machine, options, progress, saving
 from tests.conftest import SMALL, outcome, write_checkpoint
-from tests.cli import (BUSY, Killed, at_rename, at_step, child, contents, ctrl_c, die, on_unix, refused, soon, stopped,
-                       write_task)
+from tests.cli import (BUSY, Killed, at_rename, at_step, child, contents, ctrl_c, die, on_unix, refused, sigkill, soon,
+                       stopped, write_task)
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,29 +68,12 @@ def test_killed_at_every_write(cli):
 
 
 @on_unix
-@pytest.mark.parametrize("n", [1, pytest.param(20, marks=pytest.mark.slow)])
-def test_sigkill(cli, n):
-    """Oracle: the unbroken run, but for seconds, tokens per second and date; at n random moments of training,
-    which are not all the same one."""
-    words = f"--task demo --model {cli.models['deberta']} {SMALL} --max-steps 30 --eval-steps 7 "
-    words += "--save-steps 3 --out "
-    began, back = time.monotonic(), []
-    assert os.waitpid(child(words + "whole"), 0)[1] == 0
-    longest = time.monotonic() - began
-    while len(back) < n:
-        shutil.rmtree("run", ignore_errors=True)
-        pid, moment = child(words + "run"), random.uniform(0, longest)
-        time.sleep(moment)
-        os.kill(pid, signal.SIGKILL)
-        if os.waitpid(pid, 0)[1] == 0:                     # too late: the machine is faster than it was
-            longest = moment
-        begun = Path("run/last.pt").exists()
-        if begun and not Path("run/result.json").exists():
-            back.append(folder.load_state("run")["step"])
-        assert cli("--resume run" if begun else words + "run").status == 0
-        assert outcome("run") == outcome("whole"), moment
-    print(f"killed {n} times, resumed from the steps {sorted(back)} of 30: equal outcomes")
-    assert len(set(back)) > n // 4
+def test_sigkill(cli):
+    """Oracle: the unbroken run. A process of its own is killed in its first step, and in one after an evaluation."""
+    words = f"--task demo --model {cli.models['deberta']} {SMALL} {BUSY} --out run --overwrite"
+    for step in (1, 6):
+        assert os.waitpid(child(words, within=at_step(step, sigkill)), 0)[1] == signal.SIGKILL
+        goes_on(cli)
 
 
 @on_unix
