@@ -1,4 +1,5 @@
-"""methods/fast_lora2.py against lora2.py: the version to read is the oracle of the version that runs."""
+"""methods/fast_lora2.py against lora2.py: the version to read is the oracle of the version that runs. And both as people
+use them: copies, hooks, checkpointing, torch.compile."""
 import copy
 import inspect
 import itertools

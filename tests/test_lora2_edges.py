@@ -1,4 +1,4 @@
-"""Edge cases of lora2.py: refusals, dtypes, hooks, two processes.
+"""Edge cases of lora2.py: refusals, dtypes, skipped steps, two processes.
 
 What the method promises stands in test_lora2.py, from where the models and helpers come. Every test names
 its oracle.
