@@ -1,7 +1,7 @@
 """What lora2.py promises, equation by equation. Needs torch and pytest only: the two files travel together.
 
 Every test names its oracle: what the result is held against, and why that can be trusted. What happens at the
-edges, refusals, dtypes, compilation and so on, is in tests/test_lora2_edges.py of the project.
+edges, refusals, dtypes and so on, is in tests/test_lora2_edges.py of the project.
 """
 import copy
 import hashlib

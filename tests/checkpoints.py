@@ -81,7 +81,7 @@ def write(folder, config, weights, file="model.safetensors"):
     if file.endswith(".bin"):
         torch.save(weights, folder / file)
     else:
-        save_file({key: t.contiguous() for key, t in weights.items()}, folder / file)
+        save_file({key: t.contiguous() for key, t in weights.items()}, folder / file, metadata={"format": "pt"})
     return folder
 
 

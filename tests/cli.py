@@ -5,6 +5,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -16,7 +17,6 @@ BUSY = "--eval-steps 3 --save-steps 2 --max-steps 8"       # with 6 steps to an 
 on_unix = pytest.mark.skipif(os.name == "nt", reason="links, signals, fork and locks as Unix has them")
 
 # ---- data --------------------------------------------------------------------------------------
-
 
 def sentences(n, seed):
     """n rows of the demo's words: (text, label) with labels that a model can learn."""
@@ -111,10 +111,31 @@ def stopped(cli):
     return cli
 
 
+@contextlib.contextmanager
+def at_rename(n, end):
+    """Meanwhile end() is called before the n-th rename, from 1: files change by os.replace alone. Gives the list of
+    the names that were to be written."""
+    names, rename = [], os.replace
+
+    def counted(source, target):
+        names.append(Path(target).name)
+        if len(names) == n:
+            end()
+        rename(source, target)
+
+    with mock.patch.object(os, "replace", counted):
+        yield names
+
+
+def sigkill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def child(words, out="child.out", err="child.err", within=contextlib.nullcontext(), **environment):
     """Process id of a fork that runs train.py and nothing else. (It need not import torch again.)
 
-    out, err: where it writes, files or a terminal. within: a context manager to run it in.
+    words: of its command line, or a function to call in its place. out, err: where it writes, files or a terminal.
+    within: a context manager to run it in.
     """
     if pid := os.fork():
         return pid
@@ -123,13 +144,13 @@ def child(words, out="child.out", err="child.err", within=contextlib.nullcontext
         os.environ.update(environment)
         sys.stdout, sys.stderr = open(out, "w"), open(err, "w")
         with within:
-            status = train.main(words.split())
+            status = words() if callable(words) else train.main(words.split())
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.close()
         sys.stderr.close()
-        os._exit(status)
+        os._exit(status or 0)
 
 
 @contextlib.contextmanager

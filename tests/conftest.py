@@ -11,7 +11,6 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""                    # the numbers they ex
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from formats import toy
 import model as models
@@ -19,6 +18,7 @@ import train
 from lora2 import load_lora2_state_dict
 from running import folder, machine, options
 from running.errors import user_errors
+from tests.checkpoints import write
 
 # A shell that starts the tests in the background has them, and the programs they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -39,16 +39,13 @@ SMALL = "--limit-train 96 --limit-dev 64 --batch-size 16 --lr 0.02 --max-steps 1
 
 def write_checkpoint(folder, name, seed=0, **changes):
     """A folder as the Hub ships it: config.json, an encoder with random weights, the demo's tokenizer."""
-    folder.mkdir(parents=True)
     tokenizer = toy.tokenizer()
     config = CONFIGS[name] | {"vocab_size": tokenizer.get_vocab_size()} | changes
     torch.manual_seed(seed)
     net = models.SequenceClassifier(models.check_config(dict(config), folder), 2)
     weights = {key: torch.randn_like(tensor) * 0.2 if tensor.dim() == 2 else tensor
                for key, tensor in net.state_dict().items() if key.startswith(name) and "pooler" not in key}
-    save_file({key: tensor.contiguous() for key, tensor in weights.items()}, folder / "model.safetensors",
-              metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config))
+    write(folder, config, weights)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(toy.BESIDE))
     return folder

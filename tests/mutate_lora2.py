@@ -18,7 +18,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "tests" / "mutants.txt"
 TIMEOUT = 300                                              # seconds; a mutant that hangs is noticed, too
-TESTS = {"lora2.py": ["test_lora2.py", "tests/test_lora2_edges.py"], "methods/fast_lora2.py": ["tests/test_fast.py"]}
+TESTS = {"lora2.py": ["test_lora2.py", "tests/test_lora2_edges.py", "tests/test_fast.py"],
+         "methods/fast_lora2.py": ["tests/test_fast.py"]}
 LEAVE = shutil.ignore_patterns(".git", "__pycache__", "results", "docs", "runs", "glue")
 
 

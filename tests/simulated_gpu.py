@@ -25,12 +25,11 @@ import torch.cuda.amp.common
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from experiments.speed import counts
 from formats import toy
 
 ROOT = Path(__file__).resolve().parents[1]
-# The host waits until these have their result: their result is a number, or its size depends on numbers.
-READS = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2", "unique_dim",
-         "unique_consecutive", "bincount", "repeat_interleave"}
+READS = counts.READS | {"bincount", "repeat_interleave"}   # the host waits until these have their result
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 
 

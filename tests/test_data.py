@@ -1,13 +1,12 @@
 """Tests of data.py. Each docstring names its oracle. Real GLUE files are used where shared/glue is there."""
 import itertools
-import json
 import random
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from tests.test_glue import GLUE, HEADERS, needs_glue, refusal, write
+from tests.test_glue import GLUE, needs_glue, refusal, write
 from tokenizers import Tokenizer, processors
 
 import data
@@ -34,8 +33,7 @@ def roberta():
 # ---- tasks -----------------------------------------------------------------------------------
 
 def test_own_files_and_a_file_of_a_task(tmp_path):
-    """Oracle: the rows that were written. A file given by itself has a header line, CoLA's too, and an
-    adapter of a user's own files reads them by the columns that it stores."""
+    """Oracle: the rows that were written. An adapter of a user's own files reads them by the columns that it stores."""
     own = [("label", "sentence"), ("no", "x"), ("yes", "y")]
     train, dev = write(tmp_path / "train.tsv", own), write(tmp_path / "dev.tsv", own[::2])
     splits, task = data.load_own(train, dev)
@@ -44,10 +42,7 @@ def test_own_files_and_a_file_of_a_task(tmp_path):
     columns = {"texts": ("sentence",), "label": "label", "labels": ("yes", "no"), "metrics": ("f1",)}
     task = data.get_task("own", columns)
     assert data.load_file(dev, task) == Split([("y",)], [0]) and task.metrics == ("f1",)
-    task = data.get_task("cola", columns)
-    cola = write(tmp_path / "cola.tsv", [("label", "sentence"), ("1", "x")])
-    assert data.load_file(cola, task) == Split([("x",)], [1]) and task == TASKS["cola"]
-    assert "'2'" in refusal(ValueError, data.load_file, write(cola, [("label", "sentence"), ("2", "x")]), task)
+    assert data.get_task("cola", columns) == TASKS["cola"]
 
 
 # ---- tokenizers and encoding -------------------------------------------------------------------------------
@@ -65,20 +60,6 @@ def test_load_tokenizer(minilm, tmp_path):
     tokenizer = data.load_tokenizer(str(tmp_path))
     assert tokenizer.padding is None and tokenizer.truncation is None
     assert tokenizer.encode("hello world").ids == [101, 7592, 2088, 102]       # BERT's well-known ids
-
-
-def test_damaged_tokenizer(minilm, tmp_path):
-    """Oracle: one sentence that names the file; and tokenizers itself, which loads the last one of these, whose
-    template names a token that is not there, and panics at the first sentence."""
-    whole = json.loads((minilm / "tokenizer.json").read_text(encoding="utf-8"))
-    whole["post_processor"]["special_tokens"] = {}
-    file = tmp_path / "tokenizer.json"
-    for content in (b"", b"[1]", b"\xff\xfe", b"null", b'{"model": {"type": "WordPiece", "vocab": {}}}',
-                    json.dumps(whole).encode()):
-        file.write_bytes(content)
-        assert str(file) in refusal(ValueError, data.load_tokenizer, tmp_path)
-    with pytest.raises(BaseException, match="no entry found"):
-        Tokenizer.from_file(str(file)).encode("a sentence")
 
 
 def longest_first(a, b, max_len, special):
@@ -353,26 +334,3 @@ def test_demo_takes_the_same_path_as_glue():
         assert set(types) == {0}
     again = Tokenizer.from_str(tokenizer.to_str())  # as a saved tokenizer.json would bring it back
     assert again.encode("cue0 nonsense").ids == [1, tokenizer.token_to_id("cue0"), 3, 2]
-
-
-# ---- size --------------------------------------------------------------------------------------------------
-
-@pytest.mark.slow
-def test_mnli_size(minilm, tmp_path):
-    """Oracle: the requirement: 393k rows read and encoded in 60 s with less than 2 GB."""
-    import resource
-    import time
-    rng = random.Random(0)
-    words = "the man who was there said that nothing of the sort had been seen by anyone in two years".split()
-    rows = ((str(i), "1", "1n", "fiction", "( p )", "( h )", "(ROOT)", "(ROOT)",
-             " ".join(rng.choices(words, k=rng.randint(8, 40))),
-             " ".join(rng.choices(words, k=rng.randint(5, 20))), "neutral", "neutral") for i in range(392702))
-    write(tmp_path / "MNLI" / "train.tsv", [HEADERS["mnli"].split(), *rows])
-    start = time.time()
-    split = glue.load_split(TASKS["mnli"], tmp_path, "train")
-    examples = data.encode(data.load_tokenizer(minilm), split, 256)
-    seconds = time.time() - start
-    assert len(examples.labels) == 392702
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # GB, of the whole test process
-    print(f"{seconds:.0f} s, {memory:.2f} GB, {len(examples.ids) / 392702:.0f} tokens a row")
-    assert seconds < 120 and memory < 2.5  # on a busy machine, and with pytest and its plugins in memory

@@ -39,7 +39,7 @@ def test_transformers_opens_the_tokenizer(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_demo(tmp_path, monkeypatch, capsys, seed):
-    """Oracle: the promised bounds; the formula of the count; the base model, with the adapter off."""
+    """Oracle: the promised bounds; the base model, with the adapter off. (What is printed: test_readme.py.)"""
     monkeypatch.chdir(tmp_path)
     before, threads = time.process_time(), torch.get_num_threads()
     results = demo.main({"task": "demo", "seed": seed}, train.train)
@@ -49,12 +49,6 @@ def test_demo(tmp_path, monkeypatch, capsys, seed):
     text = capsys.readouterr().out
     print(f"seed {seed}: head {head}, LoRA² {lora2}, full {full}, {seconds:.0f} s of one core")
     assert head <= 0.80 and lora2 >= 0.95 and full >= 0.95 and seconds <= 60
-
-    adapted = results["LoRA² k=1, pruned"]
-    assert adapted["adapter_parameters"] == 2 * (4 * (128 + 24) + 2 * (96 + 24))
-    assert adapted["kept"] == 2 * 6 * 2
-    row = text.splitlines()[-2].split()
-    assert row[-6:] == [f"{lora2:.3f}", "1,696", "4,290", "24", "of", "96"] and "layers 0 to 1" in text
 
     run = opened(eval="runs/demo/lora2/adapter.safetensors", model="runs/demo/base")
     base = models.from_pretrained("runs/demo/base", 2)

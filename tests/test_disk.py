@@ -1,17 +1,13 @@
 """Tests of disk.py: a file is as before or complete. Each docstring names its oracle."""
 import errno
 import os
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from formats import checkpoint, disk, toy
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+from tests.cli import contents
 
 
 def fails(*args):
@@ -71,6 +67,8 @@ def test_synced_before_renamed(tmp_path, monkeypatch):
 
 
 def test_one_line():
-    """Oracle: by hand."""
+    """Oracle: by hand: of an address its password is not said, nor a token of the Hub, wherever they stand."""
     assert disk.one_line(ValueError("a\n  b\tc")) == "a b c" and disk.one_line(KeyError()) == "KeyError"
     assert disk.one_line(ValueError("x" * 300)) == "x" * 200 + " ..."
+    said = disk.one_line("GET https://me:secret@host/x?a=1 and http://proxy:8 failed for hf_" + "a" * 30 + " a@b")
+    assert said == "GET https://host/x?a=1 and http://proxy:8 failed for  a@b"

@@ -14,7 +14,7 @@ from experiments import grid as grids
 from experiments import moving, pages, plot, reproduce, summary, tables
 from experiments.speed import growth
 from experiments.speed import table as bench_table
-from running import options, progress
+from running import options
 from tests.test_reproduce import PAPER, refused
 
 ROOT = Path(__file__).parent.parent
@@ -197,9 +197,6 @@ def test_places(q, family):
               f"{prefix}.0.intermediate.dense": 0}
     found = summary.by_place(values)
     assert list(found.items()) == [("q", [5, 1]), ("o", [3]), ("f1", [0]), ("f2", [2])]    # Figure 3's order
-    for bad in ("classifier", "encoder.output.dense"):
-        with pytest.raises(ValueError, match="matrix of an encoder layer"):
-            progress.place_of(bad)
 
 
 def test_heat_map_shows_the_counts():

@@ -1,4 +1,4 @@
-"""Tests of formats/fetch.py: what honest, broken and hostile servers send, and a kill at any moment.
+"""Tests of formats/fetch.py: what honest, broken and hostile servers send, and a kill at any rename.
 
 Each docstring names its oracle.
 """
@@ -6,8 +6,6 @@ import contextlib
 import http.server
 import io
 import os
-import random
-import signal
 import threading
 import time
 import zipfile
@@ -19,9 +17,8 @@ import model as models
 from data import TASKS
 from formats import checkpoint, fetch, glue, hub
 from formats.glue import Split
-from tests.cli import soon
+from tests.cli import at_rename, child, on_unix, sigkill, soon
 
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 RTE_ROW = b"index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n"
 RTE = {"train.tsv": RTE_ROW, "dev.tsv": RTE_ROW + RTE_ROW[-18:], "test.tsv": RTE_ROW}
 PAIRS = b"Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t5\t6\ta\tb\r\n0\t7\t8\tc\td\r\n"
@@ -277,30 +274,12 @@ def test_only_https_is_followed(url, before, fine):
 
 # --- what ends on the way -----------------------------------------------------------------------------------
 
-def fork_that_fetches(task, data_dir, address, before=lambda: None):
-    """Process id of a fork that calls before() and fetches a task."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            fetch.tqdm.set_lock(threading.RLock())         # tqdm's own is shared with its parent
-            before()
-            fetch.fetch_task(task, data_dir, address)
-        finally:
-            os._exit(0)
-    return pid
-
-
-def kill_at_rename(n):
-    """Let this process be killed in place of its n-th rename."""
-    renames, rename = [], os.replace
-
-    def counted(source, target):
-        if len(renames) == n:
-            os.kill(os.getpid(), signal.SIGKILL)
-        renames.append(target)
-        rename(source, target)
-
-    os.replace = counted
+def fork_that_fetches(task, data_dir, address, within=contextlib.nullcontext()):
+    """Process id of a fork that fetches a task."""
+    def run():
+        fetch.tqdm.set_lock(threading.RLock())             # tqdm's own is shared with its parent
+        fetch.fetch_task(task, data_dir, address)
+    return child(run, os.devnull, os.devnull, within)
 
 
 def check_after_a_kill(task, data_dir, address, files):
@@ -312,7 +291,7 @@ def check_after_a_kill(task, data_dir, address, files):
     assert not data.is_missing(task, data_dir)
 
 
-@needs_fork
+@on_unix
 @pytest.mark.parametrize("name", FILES)
 def test_a_fetch_killed_between_two_renames_goes_on(honest, tmp_path, name):
     """Oracle: the files of the server. Whichever rename is the last, in whichever folder, the next run
@@ -326,23 +305,6 @@ def test_a_fetch_killed_between_two_renames_goes_on(honest, tmp_path, name):
                 (data_dir / task.folder).mkdir(parents=True)
                 for file in there:
                     (data_dir / task.folder / file).write_bytes(files[file])
-            pid = fork_that_fetches(task, data_dir, honest, lambda: kill_at_rename(n))
+            pid = fork_that_fetches(task, data_dir, honest, at_rename(n + 1, sigkill))
             assert os.WIFSIGNALED(os.waitpid(pid, 0)[1]) == (n < tried)
             check_after_a_kill(task, data_dir, honest, files)
-
-
-@pytest.mark.ci
-@needs_fork
-@pytest.mark.parametrize("name", FILES)
-def test_a_fetch_killed_at_random_goes_on(honest, tmp_path, name):
-    """Oracle: the files of the server, after each of ten kills at any moment of a fetch."""
-    task, files = TASKS[name], FILES[name]
-    start = time.monotonic()
-    os.waitpid(fork_that_fetches(task, tmp_path / "whole", honest), 0)
-    rng, longest = random.Random(0), time.monotonic() - start
-    for attempt in range(10):
-        pid = fork_that_fetches(task, tmp_path / str(attempt), honest)
-        time.sleep(rng.uniform(0, longest))
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        check_after_a_kill(task, tmp_path / str(attempt), honest, files)

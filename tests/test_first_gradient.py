@@ -5,7 +5,6 @@ from safetensors.torch import load_file
 
 from lora2 import add_lora2
 from experiments.first_gradient import start_at_gradient
-from tests.cli import refused
 
 
 def net_and_loss():
@@ -61,8 +60,3 @@ def test_a_rate_of_their_own(words, outer, cli):
     assert len(names) == 12 * len(outer)
     assert all(torch.equal(start[name], held[name]) and not torch.equal(start[name], moved[name]) for name in names)
     assert any(not torch.equal(start[name], held[name]) for name in inner)
-
-
-def test_only_adapters_have_outer_factors(cli):
-    """Oracle: status 2 and the option's name."""
-    refused(cli.tiny("--method bitfit --outer-lr 0.1"), "--outer-lr means nothing to --method bitfit")

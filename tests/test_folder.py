@@ -21,8 +21,8 @@ import data
 from formats import disk
 from running import folder, inputs, machine, options, progress, saving
 from tests.conftest import SMALL, outcome, write_checkpoint
-from tests.cli import (BUSY, Killed, at_step, child, contents, ctrl_c, die, on_unix, refused, soon, stopped,
-                       write_task)
+from tests.cli import (BUSY, Killed, at_rename, at_step, child, contents, ctrl_c, die, on_unix, refused, sigkill, soon,
+                       stopped, write_task)
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,24 +47,14 @@ def test_every_method_goes_on(cli, method):
 
 
 @pytest.mark.ci
-def test_killed_at_every_write(cli, monkeypatch):
+def test_killed_at_every_write(cli):
     """Oracle: the unbroken run. Files change by os.replace alone: the run dies before each of them. The order
     by hand: an adapter is never ahead of its predictions, and last.pt never behind for long."""
     words = "--batch-size 32 --save-steps 1 --eval-steps 4 --max-steps 5"  # 3 steps to an epoch
-    replace, whole = os.replace, cli.whole(words)
-    written = []
-
-    def dying(source, target):
-        written.append(Path(target).name)
-        if len(written) == last:
-            raise Killed
-        replace(source, target)
-
+    whole = cli.whole(words)
     for last in range(1, 100):
         shutil.rmtree("run", ignore_errors=True)
-        written.clear()
-        with monkeypatch.context() as patch, contextlib.suppress(Killed):
-            patch.setattr(os, "replace", dying)
+        with contextlib.suppress(Killed), at_rename(last, die) as written:
             assert cli.tiny(words).status == 0
             break                                          # it made fewer writes than `last`
         begun = Path("run/last.pt").exists()
@@ -79,8 +69,17 @@ def test_killed_at_every_write(cli, monkeypatch):
 
 
 @on_unix
-@pytest.mark.parametrize("n", [1, pytest.param(20, marks=pytest.mark.slow)])
-def test_sigkill(cli, n):
+def test_sigkill(cli):
+    """Oracle: the unbroken run. A process of its own is killed in its first step, and in one after an evaluation."""
+    words = f"--task demo --model {cli.models['deberta']} {SMALL} {BUSY} --out run --overwrite"
+    for step in (1, 6):
+        assert os.waitpid(child(words, within=at_step(step, sigkill)), 0)[1] == signal.SIGKILL
+        goes_on(cli)
+
+
+@on_unix
+@pytest.mark.slow
+def test_sigkill_at_random(cli, n=20):
     """Oracle: the unbroken run, but for seconds, tokens per second and date; at n random moments of training,
     which are not all the same one."""
     words = f"--task demo --model {cli.models['deberta']} {SMALL} --max-steps 30 --eval-steps 7 "
@@ -196,13 +195,6 @@ def of_fewer_options(stopped):
     folder.write_state("run", state)
 
 
-def of_another_run(stopped):
-    """The adapter of another seed."""
-    with at_step(4, ctrl_c):
-        assert stopped.tiny(BUSY, "--seed 9 --out other --overwrite").status == 130
-    shutil.copy("other/adapter.safetensors", "run/adapter.safetensors")
-
-
 def gone(stopped):
     """No adapter, though there was an evaluation."""
     Path("run/adapter.safetensors").unlink()
@@ -215,7 +207,7 @@ REFUSALS = [
     (None, "--train-file a.tsv", ["--train-file"]), (None, "--eval run/adapter.safetensors", []),
     (None, "--model base", ["base is not the model"]), (None, "--model link", ["link is not the model"]),
     (of_fewer_options, "", ["another version of this program", "--clip is new"]),
-    (of_another_run, "", ["run/adapter.safetensors"]), (gone, "", ["run/adapter.safetensors"])]
+    (gone, "", ["run/adapter.safetensors"])]
 
 
 def test_what_resume_refuses(stopped, tmp_path):

@@ -16,7 +16,6 @@ from tests.test_train import logits
 import data
 from data import TASKS
 from formats import checkpoint, glue
-from running import folder
 from running.errors import Refused
 
 pytestmark = pytest.mark.ci                                # half a minute: in CI only
@@ -336,31 +335,3 @@ def test_spoilt_checkpoints_in_training(finished):
                     assert done.status != 1 or "not finite" in done.err
                     outcomes[done.status] += 1
     assert outcomes[0] > 4 and outcomes[2] > 16, outcomes
-
-
-# --- 45 files to predict ------------------------------------------------------------------------------------
-
-def test_spoilt_files_to_predict(finished):
-    """Oracle: an independent reading of the same bytes, of which each row is answered by one of the two labels;
-    or one line with the file's name, and no file of predictions."""
-    rng, outcomes, written = random.Random(6), Counter(), Path("predicted/new_predictions.tsv")
-    rows = [f"{i}\t{text}\n" for i, (text, _) in enumerate(sentences(12, 7))]
-    Path("new.tsv").write_text("n\tsentence\n" + "".join(rows))
-    ways = [insert, flip, cut, move, columns, quotes, line_ends, encoding]
-    with soon("predicting", 60):
-        for kind in KINDS:
-            words = f"--eval run-{kind}/adapter.safetensors --dev-file dev.tsv --model {kind} --predict new.tsv"
-            _, stored = folder.load_adapter(f"run-{kind}/adapter.safetensors")
-            for path in spoilt(rng, Path("new.tsv"), ways, 15):
-                expected = own_split_of(path.read_bytes(), False, data.Task("", {}, **stored["columns"]))
-                done = finished(words, "--out predicted", rng.choice(["", "--predict-scores"]))
-                outcomes[done.status] += 1
-                if done.status == 0:
-                    answers = [line.split("\t") for line in written.read_text().splitlines()[1:]]
-                    assert [row[0] for row in answers] == [str(i) for i in range(len(expected[0]))]
-                    assert {row[1] for row in answers} <= {"0", "1"}
-                    written.unlink()
-                else:
-                    assert done.status == 2 and len(done.errors) == 1 and not written.exists(), done.err
-                    assert "new.tsv" in done.err or expected is not None  # read, but of no known word
-    assert min(outcomes.values()) > 10, outcomes

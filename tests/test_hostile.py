@@ -29,10 +29,10 @@ from data import TASKS
 from formats import checkpoint, disk, fetch, glue, hub, spm
 from running import folder, machine, options
 from running.errors import Refused
-from tests.cli import BUSY, at_step, child, contents, ctrl_c, on_unix, refused, soon, stopped, write_task
+from tests.cli import (BUSY, at_rename, at_step, child, contents, ctrl_c, on_unix, refused, soon, stopped, write_task)
 from tests.conftest import SMALL, frozen, outcome
 from tests.test_fetch import ZIP, answer, server
-from tests.test_spm import A, HAS_LEAF, KEY_A, LEAF, charsmap, field, model
+from tests.test_spm import HAS_LEAF, KEY_A, LEAF, charsmap, field, model
 
 pytestmark = pytest.mark.ci                                # half a minute: in CI only
 
@@ -415,11 +415,12 @@ TOKENIZERS = [
     {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "a+b"}, "behavior": "Isolated", "invert": False}},
     *({"post_processor": {"type": "TemplateProcessing", "special_tokens": special, "single": single, "pair": pair}}
       for special, single, pair in (({}, [{"Sequence": {"id": "A", "type_id": 0}}] * 5000, []),
-                                    (SPECIAL, PARTS, PARTS * 5000)))]
+                                    (SPECIAL, PARTS, PARTS * 5000),
+                                    ({}, PARTS, PARTS)))]   # names what is not there: `tokenizers` panics
 
 
 def test_tokenizers_that_swell(tiny, tmp_path, little_memory):
-    """Oracle: the promise: refused by name before a letter becomes gigabytes."""
+    """Oracle: the promise: refused by name before a letter becomes gigabytes, or `tokenizers` panics."""
     whole = json.loads((tiny["bert"] / "tokenizer.json").read_text())
     for changes in TOKENIZERS:
         (tmp_path / "tokenizer.json").write_text(json.dumps(whole | changes))
@@ -486,18 +487,8 @@ def test_long_lines(cli, tmp_path, little_memory):
     refused(cli(f"--train-file {path} --dev-file {path} --out run --model {cli.models['bert']}"),
             f"{path}:3: this line is longer")
     tokenizer = data.load_tokenizer(cli.models["bert"])
-    split = glue.Split([("cue0 " * 180_000,)] * 6, None)
-    assert data.encode(tokenizer, split, 16).truncated == 6
-
-
-def test_sizes_of_a_config(cli, little_memory):
-    """Oracle: the weights that are there: sizes of ten millions are refused before a model is made."""
-    shutil.copytree(cli.models["bert"], "base")
-    path = Path("base/config.json")
-    whole = json.loads(path.read_text())
-    for change in ({"hidden_size": 10**7}, {"num_hidden_layers": 1000, "intermediate_size": 10**5}):
-        path.write_text(json.dumps(whole | change))
-        refused(cli("--task demo --out run --model base"), "base", "size mismatch")
+    split = glue.Split([("cue0 " * 180_000,)] * 12, None)
+    assert data.encode(tokenizer, split, 16).truncated == 12
 
 
 @pytest.mark.parametrize("kind", ["config.json", "tokenizer.json", "spm.model", "model.safetensors"])
@@ -511,20 +502,7 @@ def test_files_of_terabytes(cli, little_memory, kind):
     refused(cli("--task demo --out run --model base"), f"base/{kind}")
 
 
-def test_deep_json(cli):
-    """Oracle: one sentence with the name."""
-    Path("run").mkdir()
-    Path("run/result.json").write_text("[" * 10**6)
-    refused(cli("--resume run"), "run/result.json")
-
-
 # --- what others shall not see ------------------------------------------------------------------------------
-
-def test_secrets_are_not_said():
-    """Oracle: by hand: of an address its password, and a token of the Hub, wherever they stand."""
-    said = disk.one_line("GET https://me:secret@host/x?a=1 and http://proxy:8 failed for hf_" + "a" * 30 + " a@b")
-    assert said == "GET https://host/x?a=1 and http://proxy:8 failed for  a@b"
-
 
 def test_an_endpoint_with_a_password(monkeypatch):
     """Oracle: the sentence that from_pretrained() raises."""
@@ -633,43 +611,20 @@ def test_a_disk_that_fails_half_way(cli, server, mount, fault, says):
     assert cli("--resume disk/run").status == 0 and outcome("disk/run") == cli.whole(BUSY)
 
 
-@contextlib.contextmanager
-def killed_at_rename(last):
-    """Meanwhile SIGKILL ends this process at that one of its renames."""
-    renames, rename = [], os.replace
-
-    def dying(source, target):
-        renames.append(target)
-        if len(renames) == last:
-            os.kill(os.getpid(), signal.SIGKILL)
-        rename(source, target)
-    with mock.patch.object(os, "replace", dying):
-        yield
-
-
 @on_unix
-@pytest.mark.parametrize("n", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_while_it_hands_out(cli, n):
-    """Oracle: the folders that were never killed: after SIGKILL before each rename, or a signal at any moment, the
-    same command makes them. Until then no config.json stands there, without which nothing opens the rest."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_while_it_hands_out(cli, number):
+    """Oracle: the folders that were never killed: after a signal before each rename the same command makes them. Until
+    then no config.json stands there, without which nothing opens the rest."""
     assert cli.tiny("--max-steps 2").status == 0
     before = contents("run")
     words = f"--eval run/adapter.safetensors --model {cli.models['deberta']} --merge m --export-peft p"
-    began = time.monotonic()
-    assert os.waitpid(child(words), 0)[1] == 0
-    longest = time.monotonic() - began
+    assert cli(words).status == 0
     whole = {name: contents(name) for name in ("m", "p")}
-    renames = len(whole["m"]) + len(whole["p"])
-    for end in [*range(1, renames + 1), *[signal.SIGKILL, signal.SIGTERM] * n]:
+    for end in range(1, len(whole["m"]) + len(whole["p"]) + 1):
         shutil.rmtree("m", ignore_errors=True)
         shutil.rmtree("p", ignore_errors=True)
-        if isinstance(end, signal.Signals):
-            pid = child(words)
-            time.sleep(random.uniform(longest / 3, longest))
-            os.kill(pid, end)
-        else:
-            pid = child(words, within=killed_at_rename(end))
-        ended = os.waitpid(pid, 0)[1]
+        ended = os.waitpid(child(words, within=at_rename(end, lambda: signal.raise_signal(number))), 0)[1]
         for name in ("m", "p"):                            # one that is whole would be refused now
             if Path(name).exists() and contents(name) == whole[name]:
                 shutil.rmtree(name)

@@ -1,7 +1,5 @@
-"""lora2.py where people will drop it: models of transformers with random weights, and peft as a reader of the
-exported LoRA. Every test names its oracle."""
+"""lora2.py where people will drop it: models of transformers with random weights. Every test names its oracle."""
 import copy
-import io
 
 import pytest
 import torch
@@ -10,6 +8,7 @@ from lora2 import (LoRA2Linear, RankPruner, add_lora2, lora2_layers, lora2_state
                    orthogonality_loss)
 from methods.fast_lora2 import FastLoRA2Linear, cast_frozen
 from methods.hosts import adapters_off, conv1d_to_linear, rebuild
+from test_lora2 import through_a_file
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [pytest.mark.usefixtures("one_thread"),
@@ -82,14 +81,6 @@ def train(model, batch, target=2, schedule=(5, 1, 1, 1), kind=torch.optim.AdamW)
         losses.append(loss.item())
     assert sum(pruner.kept().values()) == target * len(pruner.names)
     return losses, pruner, optimizer
-
-
-def through_a_file(state):
-    """What torch.load() gives of a state that was saved."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @HOSTS
@@ -251,15 +242,3 @@ def test_conv1d_made_linear():
     assert type(mine) is torch.nn.Linear and mine.weight.shape == (96, 32)
     torch.testing.assert_close(mine.weight.grad, theirs.weight.grad.T)
     assert len(add_lora2(linear, "all-linear", k=2, r=4)) == 8
-
-
-def test_what_is_refused_by_name():
-    """Oracle: the type there: transformers' Conv1D is no nn.Linear; the tie in the configuration, and no tie."""
-    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=60, n_embd=32, n_layer=1, n_head=4))
-    with pytest.raises(TypeError, match="transformer.h.0.attn.c_attn is a Conv1D, not an nn.Linear"):
-        add_lora2(gpt2, ["c_attn"], k=2, r=4)
-    for tied in (gpt2, llama(tied=True)[0]):
-        with pytest.raises(ValueError, match="lm_head, or its weight, is used in 2 places"):
-            add_lora2(tied, ["lm_head"], k=2, r=4)
-        assert not lora2_layers(tied) and all(p.requires_grad for p in tied.parameters())
-    assert add_lora2(llama()[0], ["lm_head"], k=2, r=4) == ["lm_head"]

@@ -309,6 +309,7 @@ MISTAKES = """
 ... --method head --r 2                 => --r
 ... --method full --export-peft x       => --export-peft
 ... --sora-threshold 1                  => --sora-threshold
+... --method bitfit --outer-lr 0.1      => --outer-lr means nothing to --method bitfit
 ... --epochs 0                          => --epochs
 ... --max-steps 0                       => --max-steps
 ... --batch-size 0                      => --batch-size
@@ -341,6 +342,7 @@ MISTAKES = """
 ... --prune-interval -5                 => --prune-interval
 ... --device tpu                        => --device tpu
 ... --device meta                       => --device meta
+... --model nowhere/at/all              => nowhere/at/all
 ... --dtype fp16                        => --dtype
 """
 MISTAKES = [line.split("=>") for line in MISTAKES.strip("\n").splitlines()]
@@ -368,34 +370,8 @@ def test_mistakes_in_the_demo(cli, monkeypatch):
     refused(cli("--task demo --out new"), "the demo is one process")
 
 
-def test_mistakes_in_checkpoints(cli):
-    """Oracle: what is missing or of another kind is named; ids beyond the embedding would fail later."""
-    base = cli.models["bert"]
-    refused(cli("--task demo --model nowhere/at/all"), "nowhere/at/all")
-    refused(cli("--task demo --model", base / "config.json"), "is a file")
-    shutil.copytree(base, "copy")
-    for name, old, new, says in (
-            ("config.json", '"bert"', '"gpt2"', "gpt2"),
-            ("config.json", '"hidden_size": 32', '"hidden_size": 64', "size"),
-            ("config.json", '"num_attention_heads": 2', '"num_attention_heads": 5', "num_attention_heads"),
-            ("tokenizer.json", '"role5word15": 125', '"role5word15": 999', "do not belong together"),
-            ("tokenizer.json", '"type_id": 0', '"type_id": 2', "do not belong together")):
-        text = json.dumps(json.loads((base / name).read_text()))
-        assert old in text
-        Path("copy", name).write_text(text.replace(old, new))
-        refused(cli("--task demo --model copy"), says)
-        shutil.copy(base / name, "copy")
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        Path("copy", name).write_bytes((base / name).read_bytes()[:100])
-        refused(cli("--task demo --model copy"), name)
-        Path("copy", name).unlink()
-        refused(cli("--task demo --model copy"), name)
-        shutil.copy(base / name, "copy")
-    assert not Path("runs").exists()
-
-
 def test_mistakes_in_files(cli, monkeypatch):
-    """Oracle: file and line, or the layout that is expected; nothing is fetched from this machine. (What else
+    """Oracle: the file and its line, or the layout that is expected; nothing is fetched from this machine. (What else
     a file can have wrong: test_glue.py.)"""
     def no_network(*args, **kwargs):
         raise OSError("no network")
@@ -405,20 +381,10 @@ def test_mistakes_in_files(cli, monkeypatch):
     refused(cli(words), "no network", "dl.fbaipublicfiles.com", "glue/RTE holds train.tsv, dev.tsv")
     refused(cli(words, "--data-dir new"), "--data-dir new does not hold RTE/")
     refused(cli(words, "--data-dir", Path(__file__)), "--data-dir", "test_options.py is a file")
-    good = write_task("rte", n=8)["train"].read_text()
-    for row, says in (("3\ta\tb\tmaybe", "'maybe'"), ("\udcff", "UTF-8")):
-        Path("glue/RTE/train.tsv").write_text(good + row, errors="surrogateescape")
-        refused(cli(words), "train.tsv:10", says)
-    Path("glue/RTE/train.tsv").write_text(good)
-    Path("glue/RTE/test.tsv").write_text("index\tsentence1\n0\tx\n")
-    refused(cli(words, "--predict glue/RTE/test.tsv"), "test.tsv:1", "sentence2")
-    own = f"--train-file own.tsv --dev-file dev.tsv --model {cli.models['bert']}"
+    Path("own.tsv").write_text("sentence\tlabel\nx\ta\ny\tb\n")
     Path("dev.tsv").write_text("sentence\tlabel\nx\tc\n")
-    for header, *says in (("x\ta", "own.tsv:1: the first line has to name the columns"),
-                          ("sentence\tkind", "own.tsv:1", "label"), ("sentence\tlabel", "dev.tsv:2", "'c'")):
-        Path("own.tsv").write_text(f"{header}\nx\ta\ny\tb\n")
-        refused(cli(own), *says)
-    assert not Path("run").exists() and not Path("runs").exists()
+    refused(cli(f"--train-file own.tsv --dev-file dev.tsv --model {cli.models['bert']}"), "dev.tsv:2", "'c'")
+    assert {path.name for path in Path().iterdir()} == {"glue", "new", "own.tsv", "dev.tsv"}
 
 
 def test_what_is_fetched_can_be_predicted(cli, monkeypatch):

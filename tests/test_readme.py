@@ -27,7 +27,7 @@ from lora2 import LoRA2Linear, add_lora2
 from methods import baselines
 from running import demo, options, saving
 from running.presets import PRESETS
-from tests import test_baselines
+from tests.checkpoints import ROBERTA_LARGE, V3_BASE, skeleton
 
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in readme.PAGES}
 ALL = "\n".join(PAGES.values())
@@ -510,7 +510,7 @@ def test_five_matrices():
     """Oracle: Table 4's 167.6k, on DeBERTaV3-base, takes six matrices; without attention output: 148.9k."""
     counts = []
     for targets in ("q k v o f1 f2", "q k v f1 f2"):
-        net = test_baselines.skeleton(test_baselines.V3_BASE)
+        net = skeleton(V3_BASE)
         add_lora2(net, models.target_modules(net, targets.split()), k=1, r=8)
         counts.append(sum(p.numel() for p in net.parameters() if p.requires_grad))
     assert [f"{n / 1000:.1f}k" for n in counts] == ["167.6k", "148.9k"]
@@ -550,8 +550,8 @@ def test_rte_splits():
 
 def test_roberta_large():
     """Oracle: the parameters of RoBERTa-large with its head for two labels, counted on our model."""
-    config = test_baselines.ROBERTA_LARGE
-    total = sum(p.numel() for p in test_baselines.skeleton(config).parameters())
+    config = ROBERTA_LARGE
+    total = sum(p.numel() for p in skeleton(config).parameters())
     assert f"{total / 1e6:.1f}M" == "355.4M"
     assert f"{100 * (1 - 0.4 / 335):.2f}" == "99.88" and f"{100 * (1 - 445_824 / total):.2f}" == "99.87"
     text = " ".join(CHOICES.split())

