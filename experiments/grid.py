@@ -1,8 +1,8 @@
 """Which runs of train.py a table consists of, which are finished, and what has to run next.
 
 tables.json and study.json say what a table has: rows, tasks, seeds. A cell is one run, of a row on
-a task with a seed. It is finished if one of the table's files (summary.py) has a record with the
-very settings that are asked for.
+a task with a seed. It is finished if the model's file (summary.py) has a record with the very
+settings that are asked for.
 """
 import functools
 from pathlib import Path
@@ -49,9 +49,10 @@ class Grid(NamedTuple):
     tasks: list
     rows: list
     stages: list                        # [[rows], [seeds]], in the order in which they run
-    path: Path                          # of TABLE.json
+    path: Path                          # of the file of records
     runs: Path                          # of the run folders
-    known: dict                         # key_of(settings) → record of a finished run
+    file: dict                          # what that file holds
+    known: dict                         # key_of(settings) → record, of all in it
 
     @property
     def starts(self):
@@ -64,13 +65,9 @@ class Grid(NamedTuple):
         return self.table == "table2"
 
     def remember(self, record):
-        """Have a record count as a finished run, the first of equal ones.
-
-        A run that overlap shows counts only where the record says what it kept.
-        """
-        wants_kept = self.table == "overlap" and record["seed"] != TUNE_SEED
-        if not wants_kept or record.keys() & {"kept", "failed"}:
-            self.known.setdefault(key_of(record["settings"]), record)
+        """Have a record count as a finished run."""
+        self.file["runs"].append(record)
+        self.known[key_of(record["settings"])] = record
 
 
 # --- what a run is ---------------------------------------------------------------------------
@@ -154,10 +151,17 @@ def make_cell(grid, row, task, seed, tuned):
     return Cell(row, task, seed, tuple(tuned.items()), folder, tuple(flags.items()))
 
 
+def about(cell):
+    """How the record of a cell begins."""
+    return {"row": cell.row, "task": cell.task, "seed": cell.seed,
+            "part": "tune" if cell.seed == TUNE_SEED else "reported",
+            "tuned": dict(cell.tuned), "tuned_as": row_of(cell.row)[2]}
+
+
 def record_of(grid, cell):
     """The record of a finished run, of whatever row; None without one."""
     run = grid.known.get(key_of_flags(cell.flags))
-    return None if run is None else run | {"row": cell.row}
+    return None if run is None else run | about(cell)
 
 
 # --- how a row is tuned ----------------------------------------------------------------------
@@ -180,7 +184,7 @@ def searched_points(grid, row, task):
     """The points that a search has run, in the order of the file."""
     found = []
     for run in grid.known.values():
-        if run.get("part") == "tune" and (run["row"], run["task"]) == (row, task):
+        if (run["part"], run["row"], run["task"]) == ("tune", row, task):
             cell = make_cell(grid, row, task, TUNE_SEED, run["tuned"])
             if key_of_flags(cell.flags) == key_of(run["settings"]):
                 found.append(run["tuned"])
