@@ -248,6 +248,19 @@ def facts_of(runs):
     return "; ".join(facts) + "."
 
 
+def lost_of(runs):
+    """[a sentence that names those of the runs that diverged]; [] without any."""
+    lost = [tables.name_of(run) for run in runs if "failed" in run]
+    return [f"Diverged, and in no mean: {', '.join(lost)}.\n"] if lost else []
+
+
+def whole(content, parts, notes):
+    """A page: title, parts, notes and the command."""
+    lines = [f"- {note}\n" for note in [*notes, *content["notes"], f"`{content['command']}`"]]
+    return "\n".join([f"# {content['title']} ({content['model']})\n", *parts,
+                      "## How it was made\n", "".join(lines)])
+
+
 def page(content):
     """TABLE.md of a content. ValueError for runs that fit no one table."""
     counted = [run for run in content["runs"] if run["part"] == "reported"]
@@ -255,11 +268,5 @@ def page(content):
     tables.check_sources(done)
     shown = [run for run in counted if "failed" not in run]
     parts, others = parts_of(content, content | {"runs": shown})
-    lost = [tables.name_of(run) for run in counted if "failed" in run]
-    if lost:
-        parts.append(f"Diverged, and in no mean: {', '.join(lost)}.\n")
     legend = [] if content["name"] in ("tune", "figure3") else LEGEND
-    notes = [*legend, *content["notes"], f"`{content['command']}`"]
-    return "\n".join([f"# {content['title']} ({content['model']})\n", *parts,
-                      f"{facts_of(done)}\n", *others,
-                      "## How it was made\n", "".join(f"- {note}\n" for note in notes)])
+    return whole(content, [*parts, *lost_of(counted), f"{facts_of(done)}\n", *others], legend)

@@ -59,8 +59,6 @@ def run_all(args):
         print(f"[{time.monotonic() - started:.0f} s, {left} to go] {tables.name_of(record)}"
               f"{point and ': '}{point}: {result}", flush=True)
 
-    if grids.missing(args.grid):
-        check_known(args)
     pool = workers.make_pool(args.workers)
     try:
         return workers.run_all(args, pool, keep)
@@ -73,9 +71,10 @@ def run_all(args):
 
 
 def check_known(args):
-    """ValueError if what is finished is of several models, or of another device than this."""
-    _, known = grids.finished(args.grid)
-    tables.check_sources(known, machine.name_of(machine.find_device(args.device, 0, 1)))
+    """ValueError if something is to run beside runs of another model, data or device."""
+    if grids.missing(args.grid):
+        _, known = grids.finished(args.grid)
+        tables.check_sources(known, machine.name_of(machine.find_device(args.device, 0, 1)))
 
 
 def list_grid(grid):
@@ -145,7 +144,7 @@ def content_of(args):
         pairs.append([grids.full_name(row, grid.preset["base"]) for row in pair])
     shown, _ = grids.finished(grid)
     return {"name": grid.table, "title": table["title"], "command": args.command,
-            "model": Path(grid.model).name, "tasks": tasks, "seeds": seeds,
+            "model": args.name, "tasks": tasks, "seeds": seeds,
             "rows": labels_of(grid), "pairs": pairs, "notes": notes_of(grid, args.preset),
             "paper": paper_of(grid, args.preset), "runs": shown}
 
@@ -253,8 +252,9 @@ def make_grid(args):
     rows = [grids.full_name(row, preset["base"]) for row in table["rows"][args.preset].split()]
     rows = chosen(args.rows, rows, "row")
     model = args.model or preset["model"]
-    name = os.path.basename(os.path.abspath(model))        # of "." too, and of a name on the Hub
-    path = Path(args.out) / f"{args.preset}-{name}" / "runs.json"
+    args.name = os.path.basename(os.path.abspath(model))   # of "." too, and of a name on the Hub
+    folder = f"{args.preset}-{args.name}"
+    path = Path(args.out) / folder / "runs.json"
     args.page = path.with_name(f"{args.table}.md")
     if args.out.endswith(".json"):
         path = Path(args.out)
@@ -264,8 +264,7 @@ def make_grid(args):
         file = summary.load(path)
     known = {grids.key_of(run["settings"]): run for run in file["runs"]}
     return grids.Grid(args.table, preset, flags_of(args), model, args.data_dir, tasks, rows,
-                      stages_of(args, rows), path, Path(args.runs) / f"{args.preset}-{name}",
-                      file, known)
+                      stages_of(args, rows), path, Path(args.runs) / folder, file, known)
 
 
 def main(argv=None):
@@ -285,7 +284,8 @@ def main(argv=None):
                 signal.signal(getattr(signal, name), signal.default_int_handler)
         try:
             if not args.no_run:
-                with disk.alone(args.grid.runs, "reproduce.py", "--runs"):
+                check_known(args)
+                with disk.alone(args.grid.path.parent, "reproduce.py"):
                     failures = run_all(args)
         except KeyboardInterrupt:
             print("\nstopped: the same command goes on", file=sys.stderr)

@@ -111,14 +111,10 @@ def page(content):
             parts.append(film_table(done, row, task))
     searched = {row: done["rows"][row] for row in content["starts"]}
     parts.append(pages.choice_table(content | {"rows": searched}))
-    lost = [tables.name_of(run) for run in content["runs"] if "failed" in run]
-    if lost:
-        parts.append(f"Diverged, and in no mean: {', '.join(lost)}.\n")
+    parts += pages.lost_of(content["runs"])
     runs = finished(content)
     hours = sum(run["seconds"] for run in runs) / 3600
     kinds = ("device", "dtype", "torch")
     facts = [f"{name} {', '.join(sorted({run[name] for run in runs}))}" for name in kinds]
     parts.append(f"{len(content['runs'])} runs, {hours:.2f} hours; {'; '.join(facts)}.\n")
-    notes = "".join(f"- {note}\n" for note in [*content["notes"], f"`{content['command']}`"])
-    parts += ["## How it was made\n", notes]
-    return "\n".join([f"# {content['title']} ({content['model']})\n", *parts])
+    return pages.whole(content, parts, [])

@@ -579,11 +579,11 @@ def test_a_table_of_nothing(table, ran):
 def test_one_at_a_time_in_a_folder(ran, capsys):
     """Oracle: status 2 and one line; nothing runs. The page may be written meanwhile; later all is well."""
     pytest.importorskip("fcntl")
-    with disk.alone(grid_of(FOUR).runs, "reproduce.py"):
-        refused(FOUR, capsys, "another reproduce.py is running", "--runs")
+    with disk.alone(grid_of(FOUR).path.parent, "reproduce.py"):
+        refused(FOUR, capsys, "another reproduce.py is running", "--out")
         assert ran.cells == []
     assert len(ran(FOUR)) == 4
-    with disk.alone(grid_of(FOUR).runs, "reproduce.py"):
+    with disk.alone(grid_of(FOUR).path.parent, "reproduce.py"):
         ran(f"{FOUR} --no-run")
 
 
