@@ -154,8 +154,7 @@ def make_cell(grid, row, task, seed, tuned):
 def about(cell):
     """How the record of a cell begins."""
     return {"row": cell.row, "task": cell.task, "seed": cell.seed,
-            "part": "tune" if cell.seed == TUNE_SEED else "reported",
-            "tuned": dict(cell.tuned), "tuned_as": row_of(cell.row)[2]}
+            "part": "tune" if cell.seed == TUNE_SEED else "reported", "tuned": dict(cell.tuned)}
 
 
 def record_of(grid, cell):
@@ -248,9 +247,7 @@ def missing(grid):
 
 
 def finished(grid):
-    """(the records that the table shows, those of all its runs)."""
+    """The records of all runs of a table that there are."""
     tuning, reported, _ = cells_of(grid)
-    done = {cell: record_of(grid, cell) for cell in tuning | reported}
-    shows_tuning = grid.starts or grid.table == "tune"
-    shown = [run for cell, run in done.items() if run and (shows_tuning or cell in reported)]
-    return shown, [run for run in done.values() if run]
+    records = [record_of(grid, cell) for cell in tuning | reported]
+    return [run for run in records if run]

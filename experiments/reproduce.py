@@ -73,8 +73,8 @@ def run_all(args):
 def check_known(args):
     """ValueError if something is to run beside runs of another model, data or device."""
     if grids.missing(args.grid):
-        _, known = grids.finished(args.grid)
-        tables.check_sources(known, machine.name_of(machine.find_device(args.device, 0, 1)))
+        here = machine.name_of(machine.find_device(args.device, 0, 1))
+        tables.check_sources(grids.finished(args.grid), here)
 
 
 def list_grid(grid):
@@ -142,11 +142,13 @@ def content_of(args):
     pairs = []
     for pair in table["pairs"]:
         pairs.append([grids.full_name(row, grid.preset["base"]) for row in pair])
-    shown, _ = grids.finished(grid)
+    runs = grids.finished(grid)
+    if not (grid.starts or grid.table == "tune"):          # they alone show what was tried
+        runs = [run for run in runs if run["part"] == "reported"]
     return {"name": grid.table, "title": table["title"], "command": args.command,
             "model": args.name, "tasks": tasks, "seeds": seeds,
             "rows": labels_of(grid), "pairs": pairs, "notes": notes_of(grid, args.preset),
-            "paper": paper_of(grid, args.preset), "runs": shown}
+            "paper": paper_of(grid, args.preset), "runs": runs}
 
 
 def write_page(args):

@@ -3,7 +3,7 @@
 A record is a dict, made from the folder of a finished run of train.py:
 
     row, task, seed, settings   which run it is
-    part, tuned, tuned_as       "tune" or "reported", its point on the grid, the row that chose it
+    part, tuned                 "tune" or "reported", its point on the grid
     best, last                  two of its evaluations: step, score, scores {split: {metric: value}}
     FACTS                       as in result.json; null where that does not say
     ranks                       {matrix: [how many singular values each layer kept]}, if it pruned

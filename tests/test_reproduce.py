@@ -358,7 +358,6 @@ def test_a_study(ran):
     shown = [run for run in content["runs"] if run["part"] == "reported"]
     assert len(shown) == 3 * 3 and {run["seed"] for run in shown} == {0, 1, 2}
     assert all(run["tuned"] | {"outer": 3} == {"lr": 0.01, "scale": 32, "outer": 3} for run in shown)
-    assert [run["tuned_as"] for run in shown if run["row"].endswith("noreg")] == ["lora2-k1-rates"] * 3
     assert {run["tuned"]["lr"] for run in content["runs"] if "failed" in run} == {0.03}
     assert "| LoRA r=1 | 50.10±0.10 | 50.10±0.10 |" in page
     assert "| LoRA² k=1, orthonormal, two rates | 50.00 |" in page                       # the worst seed
@@ -660,7 +659,7 @@ def test_the_record_of_a_run():
     run = grids.about(cell) | summary.record(cell.folder)
     assert not run["settings"].keys() & options.PLACES and "dtype" not in run["settings"]
     assert run["kept"] == {"f2": [[1, 3]]} and run["ranks"] == {"f2": [2]}
-    assert [run[name] for name in list(run)[:6]] == ["lora2-k1", "cola", 0, "reported", {}, "lora2-k1"]
+    assert [run[name] for name in list(run)[:5]] == ["lora2-k1", "cola", 0, "reported", {}]
     assert run["last"]["scores"] == scores_of(0.75) and run["peak_memory_gb"] is None
     assert (run["base"], run["rows"], run["seconds"], run["device"]) == ("x", None, 36.0, "cpu")
     assert run["settings"] == summary.comparable(grids.settings_of(cell.flags))
