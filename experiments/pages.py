@@ -3,7 +3,6 @@
 `content` is what reproduce.py gives. Reads no file.
 """
 import math
-import statistics
 
 from experiments import search, tables
 
@@ -92,22 +91,17 @@ def pairs_of(content):
 def score_table(content, which="last"):
     """The scores of all rows on all tasks."""
     def cell(row, task):
-        parts = [tables.average_of(content, row, which)]
-        if task != "average":
-            parts = tables.score_of(content, row, task, which)
+        parts = tables.score_of(content, row, task, which)
         return "/".join(show(part, len(content["seeds"]), digits_of(which)) for part in parts)
 
     return table(WHICH[which], content["rows"], tasks_of(content) | AVERAGE, cell)
 
 
 def interval_table(content, which="last"):
-    """Differences of pairs of rows, seed by seed; the last column is of the mean over tasks."""
+    """Differences of pairs of rows, seed by seed."""
     def cell(pair, task):
-        wanted = content["tasks"] if task == "average" else [task]
-        by_task = [tables.differences(content, *pair, each, which) for each in wanted]
-        seeds = set.intersection(*map(set, by_task))
-        values = [statistics.mean(found[seed] for found in by_task) for seed in seeds]
-        return show_interval(tables.summary(values), len(content["seeds"]), digits_of(which))
+        part = tables.summary(tables.differences(content, *pair, task, which).values())
+        return show_interval(part, len(content["seeds"]), digits_of(which))
 
     columns = tasks_of(content) | AVERAGE
     return table("difference, its 95 % interval", pairs_of(content), columns, cell)
@@ -236,16 +230,16 @@ def parts_of(content, shown):
                    "## What the paper reports\n", paper_table(shown)]
 
 
-def facts_of(runs):
+def facts_of(runs, names=("seed", "device", "dtype", "threads", "torch", "python", "date")):
     """What runs took, and on what, with what and when they were made, as text."""
-    hours = round(sum(run["seconds"] for run in runs) / 3600, 2)
-    peak = max((run["peak_memory_gb"] or 0 for run in runs), default=0)    # few runs tell
+    hours = sum(run.get("seconds", 0) for run in runs) / 3600
+    peak = max((run.get("peak_memory_gb") or 0 for run in runs), default=0)    # few runs tell
     memory = f", at most {peak} GB" if peak else ""
-    facts = [f"{len(runs)} runs, {hours} hours{memory}"]
-    for name in ("seed", "device", "dtype", "threads", "torch", "python", "date"):
-        values = sorted({str(run[name]) for run in runs})
+    facts = [f"{len(runs)} runs, {hours:.2f} hours{memory}"]
+    for name in names:
+        values = sorted({str(run[name]) for run in runs if name in run})
         facts.append(f"{name} {', '.join(values) or '–'}")
-    return "; ".join(facts) + "."
+    return "; ".join(facts) + ".\n"
 
 
 def lost_of(runs):
@@ -263,10 +257,10 @@ def whole(content, parts, notes):
 
 def page(content):
     """TABLE.md of a content. ValueError for runs that fit no one table."""
-    counted = [run for run in content["runs"] if run["part"] == "reported"]
-    done = [run for run in content["runs"] if "failed" not in run]
-    tables.check_sources(done)
-    shown = [run for run in counted if "failed" not in run]
+    tables.check_sources(content["runs"])
+    reported = [run for run in content["runs"] if run["part"] == "reported"]
+    shown = [run for run in reported if "failed" not in run]
     parts, others = parts_of(content, content | {"runs": shown})
     legend = [] if content["name"] in ("tune", "figure3") else LEGEND
-    return whole(content, [*parts, *lost_of(counted), f"{facts_of(done)}\n", *others], legend)
+    parts += [*lost_of(reported), facts_of(content["runs"]), *others]
+    return whole(content, parts, legend)

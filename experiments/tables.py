@@ -78,36 +78,30 @@ def by_seed(content, row, task):
     return {run["seed"]: run for run in runs_of(content, row, task)}
 
 
-def in_both(content, a, b, task):
-    """[(record of row a, record of row b)] of the seeds that both have."""
-    ours, theirs = by_seed(content, a, task), by_seed(content, b, task)
-    return [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
-
-
 def score_of(content, row, task, which):
-    """The score of a row on a task: a list with a summary for each column."""
+    """The score of a row on a task: a list with a summary for each column, one of the average."""
+    if task == "average":
+        return [summary(values_of(content, row, task, which).values())]
     scores = [score(run, which, task) for run in by_seed(content, row, task).values()]
     if not scores:
         return [None] * len(COLUMNS[task][1])
     return [summary(column) for column in zip(*scores)]
 
 
-def average_of(content, row, which):
-    """The average of a row over the tasks, of the seeds that have all of them."""
-    runs = {task: by_seed(content, row, task) for task in content["tasks"]}
-    averages = []
-    for seed in set.intersection(*map(set, runs.values())):
-        averages.append(average({task: score(runs[task][seed], which, task) for task in runs}))
-    return summary(averages)
+def values_of(content, row, task, which):
+    """{seed: the one number} of a row on a task, or as the average of the seeds with all tasks."""
+    if task != "average":
+        runs = by_seed(content, row, task).items()
+        return {seed: mean_of(score(run, which, task)) for seed, run in runs}
+    by_task = [values_of(content, row, each, which) for each in content["tasks"]]
+    seeds = set.intersection(*map(set, by_task))
+    return {seed: statistics.mean(found[seed] for found in by_task) for seed in seeds}
 
 
 def differences(content, a, b, task, which="last"):
-    """{seed: row a − row b} on a task."""
-    found = {}
-    for ours, theirs in in_both(content, a, b, task):
-        right = mean_of(score(theirs, which, task))
-        found[ours["seed"]] = mean_of(score(ours, which, task)) - right
-    return found
+    """{seed: row a − row b} on a task, or of their averages, of the seeds that both have."""
+    ours, theirs = (values_of(content, row, task, which) for row in (a, b))
+    return {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
 
 
 # --- do runs belong together? -----------------------------------------------------------------
@@ -175,7 +169,8 @@ def overlap(content, task):
         return [set(indices) for layers in record["kept"].values() for indices in layers]
 
     nine, eight = (list(map(kept_of, some)) for some in runs)
-    same_seed = [(kept_of(a), kept_of(b)) for a, b in in_both(content, *content["rows"], task)]
+    ours, theirs = (by_seed(content, row, task) for row in content["rows"])
+    same_seed = [(kept_of(ours[seed]), kept_of(theirs[seed])) for seed in ours if seed in theirs]
     two_seeds = list(itertools.combinations(nine, 2))
     found = {
         "kept by both: the very same singular values": [shared(a, b) for a, b in same_seed],

@@ -86,14 +86,9 @@ def draw(content):
     plot.save(figure, FIGURE, [".svg"])
 
 
-def finished(content):
-    """The runs that did not diverge."""
-    return [run for run in content["runs"] if "failed" not in run]
-
-
 def reported(content):
     """The content without the runs of a search, those that diverged, and the rows without a run."""
-    runs = [run for run in finished(content) if run["part"] == "reported"]
+    runs = [run for run in content["runs"] if run["part"] == "reported" and "failed" not in run]
     rows = {}
     for row, (label, *_) in content["rows"].items():
         if any(run["row"] == row for run in runs):
@@ -112,9 +107,5 @@ def page(content):
     searched = {row: done["rows"][row] for row in content["starts"]}
     parts.append(pages.choice_table(content | {"rows": searched}))
     parts += pages.lost_of(content["runs"])
-    runs = finished(content)
-    hours = sum(run["seconds"] for run in runs) / 3600
-    kinds = ("device", "dtype", "torch")
-    facts = [f"{name} {', '.join(sorted({run[name] for run in runs}))}" for name in kinds]
-    parts.append(f"{len(content['runs'])} runs, {hours:.2f} hours; {'; '.join(facts)}.\n")
+    parts.append(pages.facts_of(content["runs"], ("device", "dtype", "torch")))
     return pages.whole(content, parts, [])
