@@ -1,8 +1,8 @@
 """Which runs of train.py a table consists of, which are finished, and what has to run next.
 
-tables.json and study.json say what a table has: rows, tasks, seeds. A cell is one run, of a row on
-a task with a seed. It is finished if the model's file (summary.py) has a record with the very
-settings that are asked for.
+tables.json says what a table has: rows, tasks, seeds. A cell is one run, of a row on a task with a
+seed. It is finished if the model's file (summary.py) has a record with the very settings that are
+asked for.
 """
 import functools
 from pathlib import Path
@@ -26,7 +26,6 @@ TUNE_SEED = 1000                        # of the runs that choose, never of a re
 GIVEN = disk.read_json(ROOT / "experiments" / "tables.json", "restore it")
 PRESETS, TABLES = GIVEN["presets"], GIVEN["tables"]
 ROWS, VARIANTS = GIVEN["rows"], GIVEN["variants"]
-TABLES["study"] = disk.read_json(ROOT / "experiments" / "study.json", "restore it")
 
 
 class Cell(NamedTuple):

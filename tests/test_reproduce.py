@@ -314,7 +314,7 @@ def test_timings_are_interleaved(ran):
 
 
 def test_stages_come_in_order():
-    """Oracle: study.json: what is handed out first is of the first stage; no more than there are workers."""
+    """Oracle: tables.json: what is handed out first is of the first stage; no more than there are workers."""
     args = reproduce.parse(f"{STUDY},cola --workers 50".split())
     args.grid.rows.reverse()
     handed = []
