@@ -179,12 +179,11 @@ def fixed_points(grid, row):
 
 
 def searched_points(grid, row, task):
-    """The points that a search has run, in the order of the file."""
+    """The points that a search has run, in the order of the file, whatever the other settings."""
     found = []
     for run in grid.known.values():
         if (run["part"], run["row"], run["task"]) == ("tune", row, task):
-            cell = make_cell(grid, row, task, TUNE_SEED, run["tuned"])
-            if key_of_flags(cell.flags) == key_of(run["settings"]):
+            if run["tuned"] not in found:
                 found.append(run["tuned"])
     return found
 
@@ -204,7 +203,7 @@ def tuning_of(grid, row, task):
         if run:
             tried.append((point, tables.final_score(run)))
     if grid.starts:
-        points += search.missing(tried, grid.starts[row])
+        points = [point for point, _ in tried] + search.missing(tried, grid.starts[row])
     cells = [make_cell(grid, row, task, TUNE_SEED, point) for point in points]
     has_all = len(tried) == len(points) and (not grid.starts or search.is_inside(tried))
     return cells, search.best(tried) if has_all else None

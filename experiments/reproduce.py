@@ -138,7 +138,6 @@ def content_of(args):
     tasks, seeds = grid.tasks, sorted({seed for _, some in grid.stages for seed in some})
     if grid.table == "tune":
         tasks = list(dict.fromkeys(grid.preset["tuned_on"].get(task, task) for task in tasks))
-        seeds = [grids.TUNE_SEED]
     pairs = []
     for pair in table["pairs"]:
         pairs.append([grids.full_name(row, grid.preset["base"]) for row in pair])

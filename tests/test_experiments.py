@@ -291,6 +291,7 @@ def test_the_picture_that_moves_is_of_its_story():
     check_picture(story, text.decode())
     assert [frame["step"] for frame in story["frames"]] == [1, *range(10, story["steps"] + 1, 10)]
     assert story["frames"][-1]["kept"] == story["last"]["kept"] == story["budget"]
+    assert summary.comparable(story["settings"]) == story["settings"]
 
 
 @pytest.mark.parametrize("method, steps", [("lora2", [1, 10, 12]), ("adalora", [1, 10, 12]), ("sora", []), ("full", [])])
@@ -315,6 +316,7 @@ def test_a_run_leaves_its_pictures(method, steps, cli, capsys):
         ranks = json.loads(Path("run/ranks.json").read_text())
         assert told[-1]["ranks"] == [ranks[name] for name in sorted(ranks)]
         assert story["frames"][-1]["ranks"] == summary.by_place(ranks)
+        assert summary.comparable(story["settings"]) == story["settings"]          # names no folder
         check_picture(story, drawn[0]["pruning.svg"].decode())
 
 

@@ -269,6 +269,13 @@ def test_choice():
     assert grids.tuning_of(study, "head", "stsb")[1] is None and grids.cells_of(study)[2] == [("head", "stsb")]
 
 
+def test_two_rows_may_be_one_run(ran):
+    """Oracle: by hand: where nothing is pruned a row and its unpruned variant have the same settings: one run, and
+    the table has both."""
+    words = "pruning --tasks cola --seeds 0 --more=--target-rank=4"
+    assert ran(words) == [("lora2-k1-unpruned", "cola", 0)] and "not run" not in page_of(words)
+
+
 def test_a_task_may_have_the_tuning_of_another(ran):
     """Oracle: by hand. On RTE nothing is chosen: its runs have what MRPC chose, and a scale is alpha over
     RTE's own r = 4; MRPC's runs are made once, for both tasks, and tune.md shows them under MRPC."""
@@ -366,6 +373,9 @@ def test_a_study(ran):
     assert "LoRA² k=1, orthonormal, two rates, no regulariser" in page
     for more in ("", " --no-run"):
         assert ran(words + more) == [] and page_of(words) == page
+    again = ran(f"{words} --more=--epochs=2")              # other settings are another search, by the same scores
+    assert sorted(again) == sorted((run["row"], run["task"], run["seed"]) for run in content["runs"])
+    assert ran(words) == [] and page_of(words) == page
 
 
 def test_a_deadline_and_going_on(ran, monkeypatch):
@@ -620,7 +630,8 @@ def test_train_is_called_as_its_command_line_wants(cell, told, capfd):
     which train.py holds against what is stored; if its files do not fit it begins anew; a timed one always does;
     its chatter is not shown; its folder is removed."""
     leave_run(cell)
-    assert workers.work(cell, False)["last"]["score"] == 0.75 and not cell.folder.exists()
+    record = workers.work(cell, False)
+    assert record["last"]["score"] == 0.75 and "step_seconds" not in record and not cell.folder.exists()
     assert vars(options.resolve(options.parse(told.words[0]))) == grids.settings_of(cell.flags) | {
         "out": str(cell.folder), "overwrite": True}
     leave_run(cell)
@@ -663,7 +674,6 @@ def test_the_record_of_a_run():
     assert run["last"]["scores"] == scores_of(0.75) and run["peak_memory_gb"] is None
     assert (run["base"], run["rows"], run["seconds"], run["device"]) == ("x", None, 36.0, "cpu")
     assert run["settings"] == summary.comparable(grids.settings_of(cell.flags))
-    assert "step_seconds" not in run
 
 
 LINE = '{"step": 3, "loss": 1.0, "seconds": 1.0}\n'
