@@ -127,15 +127,11 @@ def time_steps(job, T, only=None):
 
     only: names of steps; by default all.
     """
-    if job.compile:
-        torch.compiler.reset()                             # each length has its own limit of graphs
     variants = {}
     for name in only or STEPS:
         if name.endswith("eager") and job.device != "cuda":
             continue
-        if name not in PEERS:
-            variants[name] = make(job, name, T, compile=job.compile)
-        elif job.peers and name != "transformers, lora":
+        if name not in PEERS or (job.peers and name != "transformers, lora"):
             variants[name] = make(job, name, T)
     if only is None:
         variants["plain"] = eval_of(make(job, "own frozen", T), merge=False)
@@ -220,7 +216,7 @@ def circumstances(job, words):
         "threads": torch.get_num_threads(), "versions": versions,
         "date": datetime.date.today().isoformat(), "shape": job.shape,
         "layers": job.layers or "all", "dtype": job.dtype, "B": job.B, "T": job.T,
-        "compile": job.compile, "rounds": job.rounds,
+        "rounds": job.rounds,
         "dropout": {name: value for name, value in job.config.items() if "dropout" in name},
         "pruning": "a new selection at every step, ours and peft's",
         "memory": "malloc keeps what is freed, as train.py has it do on a CPU, for ours and the "
@@ -239,7 +235,6 @@ def parse(argv):
     add("--texts", action="store_true", help="row 13 alone; nothing written")
     add("--growth", action="store_true", help="how the cost grows, instead of the table")
     add("--shape", choices=list(steps.SHAPES), default="deberta-v3-base")
-    add("--compile", action="store_true", help="torch.compile our model, as train.py --compile")
     add("--model", help="folder of all-MiniLM-L6-v2, for rows 9 and 12")
     add("--spm", help="folder of DeBERTaV3's spm.model, for row 13")
     add("--data-dir", default="glue", help="folder that holds CoLA/, MRPC/, RTE/, STS-B/ (glue)")

@@ -1,8 +1,8 @@
 """Which runs of train.py a table consists of, which are finished, and what has to run next.
 
-tables.json and study.json say what a table has: rows, tasks, seeds. A cell is one run, of a row on
-a task with a seed. It is finished if one of the table's files (summary.py) has a record with the
-very settings that are asked for.
+tables.json says what a table has: rows, tasks, seeds. A cell is one run, of a row on a task with a
+seed. It is finished if the model's file (summary.py) has a record with the very settings that are
+asked for.
 """
 import functools
 from pathlib import Path
@@ -26,7 +26,6 @@ TUNE_SEED = 1000                        # of the runs that choose, never of a re
 GIVEN = disk.read_json(ROOT / "experiments" / "tables.json", "restore it")
 PRESETS, TABLES = GIVEN["presets"], GIVEN["tables"]
 ROWS, VARIANTS = GIVEN["rows"], GIVEN["variants"]
-TABLES["study"] = disk.read_json(ROOT / "experiments" / "study.json", "restore it")
 
 
 class Cell(NamedTuple):
@@ -49,9 +48,10 @@ class Grid(NamedTuple):
     tasks: list
     rows: list
     stages: list                        # [[rows], [seeds]], in the order in which they run
-    path: Path                          # of TABLE.json
+    path: Path                          # of the file of records
     runs: Path                          # of the run folders
-    known: dict                         # key_of(settings) → record of a finished run
+    file: dict                          # what that file holds
+    known: dict                         # key_of(settings) → record, of all in it
 
     @property
     def starts(self):
@@ -64,13 +64,9 @@ class Grid(NamedTuple):
         return self.table == "table2"
 
     def remember(self, record):
-        """Have a record count as a finished run, the first of equal ones.
-
-        A run that overlap shows counts only where the record says what it kept.
-        """
-        wants_kept = self.table == "overlap" and record["seed"] != TUNE_SEED
-        if not wants_kept or record.keys() & {"kept", "failed"}:
-            self.known.setdefault(key_of(record["settings"]), record)
+        """Have a record count as a finished run."""
+        self.file["runs"].append(record)
+        self.known[key_of(record["settings"])] = record
 
 
 # --- what a run is ---------------------------------------------------------------------------
@@ -154,10 +150,16 @@ def make_cell(grid, row, task, seed, tuned):
     return Cell(row, task, seed, tuple(tuned.items()), folder, tuple(flags.items()))
 
 
+def about(cell):
+    """How the record of a cell begins."""
+    return {"row": cell.row, "task": cell.task, "seed": cell.seed,
+            "part": "tune" if cell.seed == TUNE_SEED else "reported", "tuned": dict(cell.tuned)}
+
+
 def record_of(grid, cell):
     """The record of a finished run, of whatever row; None without one."""
     run = grid.known.get(key_of_flags(cell.flags))
-    return None if run is None else run | {"row": cell.row}
+    return None if run is None else run | about(cell)
 
 
 # --- how a row is tuned ----------------------------------------------------------------------
@@ -177,12 +179,11 @@ def fixed_points(grid, row):
 
 
 def searched_points(grid, row, task):
-    """The points that a search has run, in the order of the file."""
+    """The points that a search has run, in the order of the file, whatever the other settings."""
     found = []
     for run in grid.known.values():
-        if run.get("part") == "tune" and (run["row"], run["task"]) == (row, task):
-            cell = make_cell(grid, row, task, TUNE_SEED, run["tuned"])
-            if key_of_flags(cell.flags) == key_of(run["settings"]):
+        if (run["part"], run["row"], run["task"]) == ("tune", row, task):
+            if run["tuned"] not in found:
                 found.append(run["tuned"])
     return found
 
@@ -202,7 +203,7 @@ def tuning_of(grid, row, task):
         if run:
             tried.append((point, tables.final_score(run)))
     if grid.starts:
-        points += search.missing(tried, grid.starts[row])
+        points = [point for point, _ in tried] + search.missing(tried, grid.starts[row])
     cells = [make_cell(grid, row, task, TUNE_SEED, point) for point in points]
     has_all = len(tried) == len(points) and (not grid.starts or search.is_inside(tried))
     return cells, search.best(tried) if has_all else None
@@ -244,9 +245,7 @@ def missing(grid):
 
 
 def finished(grid):
-    """(the records that the table shows, those of all its runs)."""
+    """The records of all runs of a table that there are."""
     tuning, reported, _ = cells_of(grid)
-    done = {cell: record_of(grid, cell) for cell in tuning | reported}
-    shows_tuning = grid.starts or grid.table == "tune"
-    shown = [run for cell, run in done.items() if run and (shows_tuning or cell in reported)]
-    return shown, [run for run in done.values() if run]
+    records = [record_of(grid, cell) for cell in tuning | reported]
+    return [run for run in records if run]

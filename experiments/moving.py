@@ -2,7 +2,7 @@
 
 It is made from a "story", a dict that plot.py writes beside it as pruning.json:
 
-    command, settings, FACTS    what was run, and where (FACTS: of summary.py)
+    settings, FACTS             what was run, and where (FACTS: of summary.py)
     best, last                  two of its evaluations
     frames                      step, loss, kept, ranks {matrix: [count of each layer]}; one a line
 
@@ -10,14 +10,13 @@ It is a flip book in CSS, without script, which pages that show an SVG as an ima
 nothing moves, or the reader wants nothing to move, its last frame stands.
 """
 import math
-import shlex
 from pathlib import Path
 from string import Template
 from xml.sax.saxutils import escape, quoteattr
 
 from experiments import summary, tables
 from formats import disk
-from running import options, progress
+from running import progress
 
 FRAMES = 100                                               # at most: then some are left out
 TIME, REST = 9, 4                                          # seconds of all; of the last, more
@@ -31,9 +30,8 @@ def story_of(result, frames):
     """The story of a finished run, None without frames."""
     if not frames:
         return None
-    settings = summary.comparable(result["settings"])
     facts = {name: result.get(name) for name in summary.FACTS}
-    return {"command": command(settings), "settings": settings, "best": result["best"],
+    return {"settings": summary.comparable(result["settings"]), "best": result["best"],
             "last": result["last"], **facts, "frames": frames}
 
 
@@ -49,20 +47,6 @@ def frames_of(log, names):
             frames.append({"step": line["step"], "loss": round(line["loss"], 4),
                            "kept": line["kept"], "ranks": ranks})
     return frames
-
-
-def command(settings):
-    """What runs with these settings again: train.py and the options that are not as usual."""
-    usual = {name: option.default for name, option in options.TABLE.items()}
-    usual |= options.preset_of(settings["task"], settings["method"])
-    words = ["python", "train.py"]
-    for name, value in settings.items():
-        if isinstance(value, list):
-            value = ",".join(value)
-        if value != usual[name]:
-            text = f"{value:.15g}" if isinstance(value, float) else str(value)
-            words += [options.flag(name), text]
-    return shlex.join(words)
 
 
 def save(story, stem):

@@ -1,19 +1,19 @@
-"""From what TABLE.json holds to Markdown: each page has the tables that its name needs.
+"""From records to Markdown: each page has the tables that its name needs.
 
-`content` is that of TABLE.json (summary.py). Reads no file.
+`content` is what reproduce.py gives. Reads no file.
 """
 import math
-import statistics
 
 from experiments import search, tables
 
-WHICH = {"last": "after the last step", "best": "at the best evaluation"}
-SPREAD = ("Mean ± standard deviation over the seeds; (n = ...) where it is of another number of "
-          "values. ≈: a difference, of a ratio that from 1, not larger than its own spread over "
-          "the seeds.")
+WHICH = {"last": "after the last step", "best": "at the best evaluation",
+         "time": "seconds of a step"}
 AVERAGE = {"average": "average"}                           # a column
-LEGEND = ("The best evaluation is chosen on the dev set itself. An average is over tasks, seed by "
-          "seed; MNLI and QQP count as the mean of their columns.")
+LEGEND = ("Mean ± standard deviation over the seeds; (n = ...) where it is of another number of "
+          "values. An average is over tasks, seed by seed; MNLI and QQP count as the mean of their "
+          "columns.",
+          "Differences are paired by seed. The interval is Student's, of 95 %: ≈ marks one that "
+          "holds 0. Of 20 such intervals of equal methods one lacks the mark by chance.")
 
 
 # --- numbers as text -------------------------------------------------------------------------
@@ -24,25 +24,24 @@ def markdown(head, rows):
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def show(part, seeds, digits=2, sign="", to=None):
-    """A summary as text, after ≈ if it is not further from the number `to` than its own spread."""
+def show(part, seeds, digits=2):
+    """A summary as text."""
     if part is None:
         return "not run"
-    text = f"{part['mean']:{sign}.{digits}f}"
+    text = f"{part['mean']:.{digits}f}"
     if part["std"] is not None:
         text += f"±{part['std']:.{digits}f}"
-    mark = "≈" if to is not None and tables.near(part, to) else ""
-    return mark + with_count(text, part, seeds)
+    return with_count(text, part, seeds)
 
 
-def show_interval(part, seeds):
+def show_interval(part, seeds, digits=2):
     """A summary's mean and its 95 % interval as text, after ≈ if that holds 0."""
     if part is None:
         return "not run"
-    text, half = f"{part['mean']:+.2f}", tables.half_of(part)
+    text, half = f"{part['mean']:+.{digits}f}", tables.half_of(part)
     if half is not None:
         low, high = part["mean"] - half, part["mean"] + half
-        text = f"{'≈' if low <= 0 <= high else ''}{text} [{low:+.2f}, {high:+.2f}]"
+        text = f"{'≈' if low <= 0 <= high else ''}{text} [{low:+.{digits}f}, {high:+.{digits}f}]"
     return with_count(text, part, seeds)
 
 
@@ -70,6 +69,11 @@ def table(title, lines, columns, cell):
     return markdown([title, *columns.values()], rows)
 
 
+def digits_of(which):
+    """How many digits behind the point."""
+    return 3 if which == "time" else 2
+
+
 def tasks_of(content):
     """{task: its name} of a table, in the order of the paper's columns."""
     return {task: name for task, (name, _) in tables.COLUMNS.items() if task in content["tasks"]}
@@ -87,31 +91,17 @@ def pairs_of(content):
 def score_table(content, which="last"):
     """The scores of all rows on all tasks."""
     def cell(row, task):
-        parts = [tables.average_of(content, row, which)]
-        if task != "average":
-            parts = tables.score_of(content, row, task, which)
-        return "/".join(show(part, len(content["seeds"])) for part in parts)
+        parts = tables.score_of(content, row, task, which)
+        return "/".join(show(part, len(content["seeds"]), digits_of(which)) for part in parts)
 
     return table(WHICH[which], content["rows"], tasks_of(content) | AVERAGE, cell)
 
 
-def difference_table(content, which="last"):
-    """Pairs of rows, seed by seed."""
+def interval_table(content, which="last"):
+    """Differences of pairs of rows, seed by seed."""
     def cell(pair, task):
-        part = tables.difference(content, *pair, task, which)
-        return show(part, len(content["seeds"]), sign="+", to=0)
-
-    return table(f"difference {WHICH[which]}", pairs_of(content), tasks_of(content), cell)
-
-
-def interval_table(content):
-    """The same with an interval; the last column is of the mean over tasks."""
-    def cell(pair, task):
-        wanted = content["tasks"] if task == "average" else [task]
-        by_task = [tables.differences(content, *pair, each) for each in wanted]
-        seeds = set.intersection(*map(set, by_task))
-        values = [statistics.mean(found[seed] for found in by_task) for seed in seeds]
-        return show_interval(tables.summary(values), len(content["seeds"]))
+        part = tables.summary(tables.differences(content, *pair, task, which).values())
+        return show_interval(part, len(content["seeds"]), digits_of(which))
 
     columns = tasks_of(content) | AVERAGE
     return table("difference, its 95 % interval", pairs_of(content), columns, cell)
@@ -127,8 +117,11 @@ def worst_table(content):
     return table("the worst seed", content["rows"], tasks_of(content), cell)
 
 
-def choice_table(content):
-    """What a search chose for each row, on how many points, of which so many diverged."""
+def choice_table(content, is_search=True):
+    """What was chosen for each row, of how many points, of which so many diverged.
+
+    A search is said to be unfinished where it is; a fixed grid ends where it ends.
+    """
     def cell(row, task):
         points = search.tried(content, row, task)
         chosen = search.best(points)
@@ -137,24 +130,9 @@ def choice_table(content):
         lost = sum(score == -math.inf for _, score in points)
         text = f"{search.point_text(chosen)} (of {len(points)}"
         text += f", {lost} diverged)" if lost else ")"
-        return text if search.is_inside(points) else f"{text} unfinished"
+        return f"{text} unfinished" if is_search and not search.is_inside(points) else text
 
     return table("learning rate, scale (of how many)", content["rows"], tasks_of(content), cell)
-
-
-def tuning_table(content):
-    """Of each row the learning rate and scale with the best score, the first of equals."""
-    def cell(row, task):
-        runs = tables.runs_of(content, row, task)
-        if not runs:
-            return "not run"
-        best = max(runs, key=tables.final_score)
-        settings, score = best["settings"], 100 * tables.final_score(best)
-        scale = f", {settings['alpha'] / settings['r']:g}" if "alpha" in settings else ""
-        return f"{settings['lr']:g}{scale} ({score:.2f}, of {len(runs)})"
-
-    return table("learning rate, scale (score, of how many runs)", content["rows"],
-                 tasks_of(content), cell)
 
 
 def parameter_table(content):
@@ -183,7 +161,7 @@ def paper_table(content):
         unknown = any(None in columns for columns in scores.values())
         return "–" if unknown else f"{tables.average(scores):.2f}"
 
-    rows = {row: content["rows"][row] for row in paper}
+    rows = {row: content["rows"].get(row, row) for row in paper}
     return table("the paper", rows, tasks_of(content) | AVERAGE, cell)
 
 
@@ -196,36 +174,6 @@ def overlap_table(content):
         return show(tables.summary(found[task][measure]), len(content["seeds"]), 1)
 
     return table("%", measures, tasks_of(content), cell)
-
-
-def ratio_table(content):
-    """Times of a step over those of the first row, ours and the paper's."""
-    base, *others = content["rows"]
-
-    def cell(task, row):
-        if row != "paper":
-            part = tables.time_ratio(content, row, base, task)
-            return show(part, len(content["seeds"]), 3, to=1)
-        first, second = content["paper"].get(task, (1, None))
-        return f"{second / first:.3f}" if second else "–"
-
-    columns = {row: content["rows"][row] for row in others} | {"paper": "the paper's"}
-    title = f"time of a step over {content['rows'][base]}'s"
-    return table(title, tasks_of(content), columns, cell)
-
-
-def speed_table(content):
-    """Tokens per second; of the paper's rows seconds per step."""
-    def cell(task, row):
-        if row != "paper":
-            runs = tables.by_seed(content, row, task).values()
-            part = tables.summary(run["tokens_per_second"] for run in runs)
-            return show(part, len(content["seeds"]), 0)
-        seconds = [f"{value:.2f}" for value in content["paper"].get(task, [])]
-        return " → ".join(seconds) or "–"
-
-    columns = content["rows"] | {"paper": "the paper's seconds"}
-    return table("tokens per second", tasks_of(content), columns, cell)
 
 
 def kept_tables(content):
@@ -247,7 +195,6 @@ def kept_tables(content):
 
 def study_parts(content, shown):
     """The tables of a study: of the rows that have begun, and which have not."""
-    search.check_choices(content)
     begun = {run["row"] for run in content["runs"]}
     rows = {row: label for row, label in content["rows"].items() if row in begun}
     waiting = [label for row, label in content["rows"].items() if row not in begun]
@@ -262,54 +209,58 @@ def study_parts(content, shown):
 def parts_of(content, shown):
     """(the tables that docs/results.md shows, the others with their headings) of a page.
 
-    shown: content with the runs that did not diverge and are not of a search alone.
+    shown: content with the runs that did not diverge and are not of a tuning.
     """
     if content["name"] == "tune":
-        return [tuning_table(shown)], []
+        return [choice_table(content, is_search=False)], []
     if content["name"] == "table2":
-        return [ratio_table(shown), speed_table(shown)], []
+        times = [score_table(shown, "time"), interval_table(shown, "time")]
+        return times, ["## What the paper reports\n", paper_table(shown)]
     if content["name"] == "study":
         return study_parts(content, shown), []
     if content["name"] == "figure3":
         picture = "![kept singular values, layer by layer](figure3.svg)\n"
         return [picture] if shown["runs"] else [], ["## In numbers\n", *kept_tables(shown)]
-    parts = [score_table(shown), difference_table(shown), parameter_table(shown)]
+    parts = [score_table(shown), interval_table(shown), parameter_table(shown)]
     if content["name"] == "overlap" and len(content["rows"]) == 2:
         parts.append(overlap_table(shown))
-    best = [score_table(shown, "best"), difference_table(shown, "best")]
+    best = ["The best evaluation is chosen on the dev set itself.\n", score_table(shown, "best"),
+            interval_table(shown, "best")]
     return parts, ["## At the best evaluation\n", *best,
                    "## What the paper reports\n", paper_table(shown)]
 
 
-def facts_of(runs):
+def facts_of(runs, names=("seed", "device", "dtype", "threads", "torch", "python", "date")):
     """What runs took, and on what, with what and when they were made, as text."""
-    hours = round(sum(run["seconds"] for run in runs) / 3600, 2)
-    peak = max((run["peak_memory_gb"] or 0 for run in runs), default=0)    # few runs tell
+    hours = sum(run.get("seconds", 0) for run in runs) / 3600
+    peak = max((run.get("peak_memory_gb") or 0 for run in runs), default=0)    # few runs tell
     memory = f", at most {peak} GB" if peak else ""
-    facts = [f"{len(runs)} runs, {hours} hours{memory}"]
-    for name in ("seed", "device", "dtype", "threads", "torch", "python", "date"):
-        values = sorted({str(run[name]) for run in runs})
+    facts = [f"{len(runs)} runs, {hours:.2f} hours{memory}"]
+    for name in names:
+        values = sorted({str(run[name]) for run in runs if name in run})
         facts.append(f"{name} {', '.join(values) or '–'}")
-    return "; ".join(facts) + "."
+    return "; ".join(facts) + ".\n"
+
+
+def lost_of(runs):
+    """[a sentence that names those of the runs that diverged]; [] without any."""
+    lost = [tables.name_of(run) for run in runs if "failed" in run]
+    return [f"Diverged, and in no mean: {', '.join(lost)}.\n"] if lost else []
+
+
+def whole(content, parts, notes):
+    """A page: title, parts, notes and the command."""
+    lines = [f"- {note}\n" for note in [*notes, *content["notes"], f"`{content['command']}`"]]
+    return "\n".join([f"# {content['title']} ({content['model']})\n", *parts,
+                      "## How it was made\n", "".join(lines)])
 
 
 def page(content):
-    """TABLE.md, from what TABLE.json holds. ValueError for runs that fit no one table."""
-    is_study = content["name"] == "study"
-    counted = [run for run in content["runs"] if not is_study or run["part"] == "reported"]
-    done = [run for run in content["runs"] if "failed" not in run]
-    tables.check_sources(done)
-    shown = [run for run in counted if "failed" not in run]
+    """TABLE.md of a content. ValueError for runs that fit no one table."""
+    tables.check_sources(content["runs"])
+    reported = [run for run in content["runs"] if run["part"] == "reported"]
+    shown = [run for run in reported if "failed" not in run]
     parts, others = parts_of(content, content | {"runs": shown})
-    lost = [tables.name_of(run) for run in counted if "failed" in run]
-    if lost:
-        parts.append(f"Diverged, and in no mean: {', '.join(lost)}.\n")
-    legend = [SPREAD, LEGEND]
-    if content["name"] == "table2":
-        legend = [SPREAD]
-    if content["name"] in ("tune", "figure3", "study"):
-        legend = []
-    notes = [*legend, *content["notes"], f"`{content['command']}`"]
-    return "\n".join([f"# {content['title']} ({content['model']})\n", *parts,
-                      f"{facts_of(done)}\n", *others,
-                      "## How it was made\n", "".join(f"- {note}\n" for note in notes)])
+    legend = [] if content["name"] in ("tune", "figure3") else LEGEND
+    parts += [*lost_of(reported), facts_of(content["runs"]), *others]
+    return whole(content, parts, legend)

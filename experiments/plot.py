@@ -57,7 +57,7 @@ def save(figure, stem, kinds=SAVED):
 
 
 def figure3(content, stem):
-    """Draw Figure 3 from what figure3.json holds: a panel for each task, the mean over seeds."""
+    """Draw Figure 3 from what its page is made of: a panel for each task, the mean over seeds."""
     panels = [(title, runs) for title, runs in tables.panels(content) if runs]
     if panels:
         figure, all_axes = new_figure(len(panels))

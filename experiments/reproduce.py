@@ -12,12 +12,13 @@
     figure3   kept singular values           pruning   pruned against not pruned
     overlap   what Eq. 8 and Eq. 9 keep
     study     the methods, each with a tuning that is at no edge of what was tried
+    why       small runs that look inside: why.py, which has options of its own
 
 Each worker is a process that calls train.py's main() for one run after the other, each in a folder
-of its own below RUNS/PRESET-MODEL, which lasts until the run is recorded. Records are in
-OUT/PRESET-MODEL/TABLE.json (summary.py), written anew after each run; TABLE.md is made of it
-(pages.py). What a file there lists is not run again. However it was stopped, the same command goes
-on. A run that diverged is recorded as that.
+of its own below RUNS/PRESET-MODEL, which lasts until the run is recorded. The records of all tables
+are in OUT/PRESET-MODEL/runs.json (summary.py), written anew after each run; TABLE.md is made of
+them (pages.py). What that file lists is not run again. However it was stopped, the same command
+goes on. A run that diverged is recorded as that.
 """
 import argparse
 import multiprocessing
@@ -40,7 +41,6 @@ from running.errors import Refused
 
 PAPER = disk.read_json(grids.ROOT / "experiments" / "paper.json", "restore it")
 NOTES = disk.read_json(grids.ROOT / "experiments" / "notes.json", "restore it")
-LEFT_OUT = {"overlap": [], "study": ["kept", "ranks"]}     # of records; by default what was kept
 
 
 # --- running ---------------------------------------------------------------------------------
@@ -50,42 +50,31 @@ def run_all(args):
 
     A user's mistake ends it all as a ValueError. When stopped, the runs are told to save.
     """
-    started, before = time.monotonic(), content_of(args.grid.path)
+    started = time.monotonic()
 
     def keep(record, left):
-        before["left_out"].append(record)                  # write() looks whether it is shown
-        write(args, before)
+        summary.write(args.grid.path, args.grid.file)
         result = record.get("failed") or f"{record['last']['score']:.4f}"
         point = search.point_text(record["tuned"])
         print(f"[{time.monotonic() - started:.0f} s, {left} to go] {tables.name_of(record)}"
               f"{point and ': '}{point}: {result}", flush=True)
 
-    if grids.missing(args.grid):
-        check_known(args)
     pool = workers.make_pool(args.workers)
     try:
-        failures = workers.run_all(args, pool, keep)
+        return workers.run_all(args, pool, keep)
     except BaseException:
         for process in multiprocessing.active_children():
             process.terminate()         # SIGTERM: train.py saves its state and ends
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-    write(args, before)
-    return failures
 
 
 def check_known(args):
-    """ValueError if what is finished is of several models, or of another device: no table shall mix
-    them."""
-    here = machine.name_of(machine.find_device(args.device, 0, 1))
-    _, known = grids.finished(args.grid)
-    tables.check_sources(known)
-    for run in known:
-        other = run.get("device", here)                    # one that diverged does not tell
-        if other != here:
-            raise ValueError(f"{args.grid.path.parent} holds runs on {other}, this is {here}: "
-                             "give another --out")
+    """ValueError if something is to run beside runs of another model, data or device."""
+    if grids.missing(args.grid):
+        here = machine.name_of(machine.find_device(args.device, 0, 1))
+        tables.check_sources(grids.finished(args.grid), here)
 
 
 def list_grid(grid):
@@ -110,7 +99,7 @@ def notes_of(grid, preset):
     notes = []
     if grid.table in PAPER:
         notes += [*PAPER[grid.table]["notes"], PAPER["source"]]
-    notes += NOTES.get(grid.table, [])
+    notes += NOTES.get(grid.table, []) + grid.file.get("notes", [])
     if grid.is_timed:
         steps_each = grid.preset["timed_steps"]
         return [*notes, f"{steps_each} steps of each run, with train.py's own settings."]
@@ -131,7 +120,7 @@ def labels_of(grid):
 
 
 def paper_of(grid, base):
-    """{row, of Table 2 task: what the paper says of it}."""
+    """{row: what the paper says of it}; of Table 2 it does not say which k and r its rows have."""
     known = PAPER.get(grid.table, {"rows": {}})["rows"]
     if grid.is_timed:
         return known
@@ -143,49 +132,33 @@ def paper_of(grid, base):
     return found
 
 
-def content_of(path):
-    """What TABLE.json holds so far."""
-    return summary.load(path) if path.exists() else {"runs": [], "left_out": []}
-
-
-def write(args, before):
-    """Write TABLE.json of the finished runs. What it held before stays in it, as "left_out"."""
-    grid = args.grid
-    runs, _ = grids.finished(grid)
-    shown = {grids.key_of(run["settings"]) for run in runs}
-    left_out = [run for run in before["runs"] + before["left_out"]
-                if grids.key_of(run["settings"]) not in shown]
-    for run in runs + left_out:
-        for name in LEFT_OUT.get(grid.table, ["kept"]):
-            run.pop(name, None)
+def content_of(args):
+    """What a page is made of (pages.py): the table that was asked for, with its finished runs."""
+    grid, table = args.grid, grids.TABLES[args.table]
     tasks, seeds = grid.tasks, sorted({seed for _, some in grid.stages for seed in some})
     if grid.table == "tune":
         tasks = list(dict.fromkeys(grid.preset["tuned_on"].get(task, task) for task in tasks))
-        seeds = [grids.TUNE_SEED]
-    table, pairs = grids.TABLES[grid.table], []
+    pairs = []
     for pair in table["pairs"]:
-        pair = [grids.full_name(row, grid.preset["base"]) for row in pair]
-        if set(pair) <= set(grid.rows):
-            pairs.append(pair)
-    content = {"name": grid.table, "title": table["title"], "command": args.command,
-               "model": Path(grid.model).name, "tasks": tasks, "seeds": seeds,
-               "rows": labels_of(grid), "pairs": pairs, "notes": notes_of(grid, args.preset),
-               "paper": paper_of(grid, args.preset), "runs": runs, "left_out": left_out}
-    grid.path.parent.mkdir(parents=True, exist_ok=True)
-    summary.write(grid.path, content)
+        pairs.append([grids.full_name(row, grid.preset["base"]) for row in pair])
+    runs = grids.finished(grid)
+    if not (grid.starts or grid.table == "tune"):          # they alone show what was tried
+        runs = [run for run in runs if run["part"] == "reported"]
+    return {"name": grid.table, "title": table["title"], "command": args.command,
+            "model": args.name, "tasks": tasks, "seeds": seeds,
+            "rows": labels_of(grid), "pairs": pairs, "notes": notes_of(grid, args.preset),
+            "paper": paper_of(grid, args.preset), "runs": runs}
 
 
 def write_page(args):
-    """TABLE.md beside TABLE.json, of that file alone; returns its path."""
-    path = args.grid.path
-    content = summary.load(path)
-    if args.rows:
-        content["rows"] = {row: content["rows"][row] for row in args.grid.rows}
+    """TABLE.md of the records; returns its path."""
+    content = content_of(args)
     text = pages.page(content)          # before anything is written: it may be refused
+    args.page.parent.mkdir(parents=True, exist_ok=True)
     if content["name"] == "figure3":
-        plot.figure3(content, path.with_name("figure3"))
-    disk.write_file(path.with_suffix(".md"), text)
-    return path.with_suffix(".md")
+        plot.figure3(content, args.page.with_suffix(""))
+    disk.write_file(args.page, text)
+    return args.page
 
 
 # --- the command line ------------------------------------------------------------------------
@@ -204,15 +177,14 @@ def parse(argv):
     add("--rows", help="a,b,c; by default the table's")
     add("--seeds", help="a,b,c; by default 0,1,2, or the study's")
     add("--out", default="experiments/results", help="folder for tables (experiments/results), or "
-        "the one file NAME.json")
+        "the one file of records NAME.json, beside NAME.md")
     add("--runs", default="runs/reproduce", help="folder for runs (runs/reproduce)")
     add("--workers", type=int, help="processes; by default one for each visible GPU, else one")
     add("--device", help="cuda or cpu; by default the first there is")
     add("--seconds", type=float, default=float("inf"), help="begin no run after so long")
     add("--more", default="", help='options of train.py for all runs: "--limit-train 64"')
-    add("--keep", action="store_true", help="keep the folders of finished runs")
     add("--dry-run", action="store_true", help="list all runs and their state; run nothing")
-    add("--no-run", action="store_true", help="write the page of TABLE.json as it is")
+    add("--no-run", action="store_true", help="write the page of the finished runs")
     args = parser.parse_args(argv)
     args.grid = make_grid(args)
     if args.workers is None:
@@ -222,7 +194,8 @@ def parse(argv):
     if args.grid.is_timed:                                 # what is timed runs alone
         args.workers = 1
     places = "--model", "--data-dir", "--out", "--runs"
-    args.command = summary.command_of("reproduce.py", argv, *places)
+    words = [word for word in argv if word != "--no-run"]
+    args.command = summary.command_of("reproduce.py", words, *places)
     return args
 
 
@@ -280,25 +253,30 @@ def make_grid(args):
     rows = [grids.full_name(row, preset["base"]) for row in table["rows"][args.preset].split()]
     rows = chosen(args.rows, rows, "row")
     model = args.model or preset["model"]
-    name = os.path.basename(os.path.abspath(model))        # of "." too, and of a name on the Hub
-    path = Path(args.out) / f"{args.preset}-{name}" / f"{args.table}.json"
-    others = sorted(path.parent.glob("*.json"))
+    args.name = os.path.basename(os.path.abspath(model))   # of "." too, and of a name on the Hub
+    folder = f"{args.preset}-{args.name}"
+    path = Path(args.out) / folder / "runs.json"
+    args.page = path.with_name(f"{args.table}.md")
     if args.out.endswith(".json"):
-        path, others = Path(args.out), []
-    grid = grids.Grid(args.table, preset, flags_of(args), model, args.data_dir, tasks, rows,
-                      stages_of(args, rows), path, Path(args.runs) / f"{args.preset}-{name}", {})
-    for file in dict.fromkeys([path, *others]):            # the table's own records come first
-        content = content_of(file)
-        for run in content["runs"] + content["left_out"]:
-            grid.remember(run)
-    return grid
+        path = Path(args.out)
+        args.page = path.with_suffix(".md")
+    file = {"settings": {}, "runs": []}
+    if path.exists() or args.no_run:
+        file = summary.load(path)
+    known = {grids.key_of(run["settings"]): run for run in file["runs"]}
+    return grids.Grid(args.table, preset, flags_of(args), model, args.data_dir, tasks, rows,
+                      stages_of(args, rows), path, Path(args.runs) / folder, file, known)
 
 
 def main(argv=None):
     """Run and write a table; returns the exit status."""
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["why"]:
+        from experiments import why                        # it reads a file of results
+        return why.main(words[1:])
     failures, status = [], 0
     try:
-        args = parse(sys.argv[1:] if argv is None else argv)
+        args = parse(words)
         if args.dry_run:
             list_grid(args.grid)
             return 0
@@ -307,18 +285,16 @@ def main(argv=None):
                 signal.signal(getattr(signal, name), signal.default_int_handler)
         try:
             if not args.no_run:
-                with disk.alone(args.grid.runs, "reproduce.py", "--runs"):
+                check_known(args)
+                with disk.alone(args.grid.path.parent, "reproduce.py"):
                     failures = run_all(args)
         except KeyboardInterrupt:
             print("\nstopped: the same command goes on", file=sys.stderr)
             status = 130
-        if status == 0 or args.grid.path.exists():         # stopped before a run had ended
-            print(write_page(args))
+        print(write_page(args))
     except (ValueError, OSError, ImportError, Refused) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     return status or int(bool(failures))

@@ -66,17 +66,3 @@ def tried(content, row, task):
     """[(point, score)] of a row's tuning, in order; −inf for a run that diverged."""
     return [(run["tuned"], tables.final_score(run))
             for run in tables.runs_of(content, row, task) if run["part"] == "tune"]
-
-
-def check_choices(content):
-    """ValueError if a reported run has another tuning than the best, or one on an edge."""
-    for run in content["runs"]:
-        if run["part"] != "reported" or run["row"] not in content["rows"]:
-            continue
-        points = tried(content, run["tuned_as"], run["task"])
-        name = f"{tables.name_of(run)} has {point_text(run['tuned'])}"
-        if run["tuned"] != best(points):
-            raise ValueError(f"{name}, which is not the best that was tried: give another --out")
-        if not is_inside(points):
-            raise ValueError(f"{name}, which is on the edge of what was tried: run the study again "
-                             "to widen its grid, or leave that row out with --rows")

@@ -1,19 +1,18 @@
-"""What is left of runs: a record of each, in TABLE.json, from which all that is printed is made.
+"""What is left of runs: a record of each, in a JSON file, from which all that is printed is made.
 
 A record is a dict, made from the folder of a finished run of train.py:
 
     row, task, seed, settings   which run it is
+    part, tuned                 "tune" or "reported", its point on the grid
     best, last                  two of its evaluations: step, score, scores {split: {metric: value}}
     FACTS                       as in result.json; null where that does not say
     ranks                       {matrix: [how many singular values each layer kept]}, if it pruned
     kept                        {matrix: [which ones each layer kept]}, of LoRA² and AdaLoRA
-    tokens_per_second           of a timed run
-    failed                      of a run that diverged, in place of all since settings: how
-    part, tuned, tuned_as       "tune" or "reported", its point on the grid, the row that chose it
+    step_seconds                of a timed run
+    failed                      of a run that diverged, in place of all since best: how
 
-TABLE.json says what a table shows and holds its records, one a line ("kept" in overlap.json alone).
-Settings that all of them share stand there once. Under "left_out" are records of runs that the
-table does not show: of its tuning, or of another choice.
+A file holds all runs on a model, whatever table shows them, one a line. Settings that all of them
+share stand there once. "notes" is what its pages say of how it was made.
 """
 import itertools
 import json
@@ -48,12 +47,11 @@ def comparable(settings):
     return found | {"model": Path(str(settings.get("model"))).name}
 
 
-def record(cell):
-    """The record of a run that has just finished. ValueError or OSError for a damaged file."""
-    folder = cell.folder
+def record(folder):
+    """The record of a finished run, from settings on. ValueError or OSError for a damaged file."""
     result = disk.read_json(folder / "result.json", f"remove {folder} and run it again")
-    run = start_of(cell, result["settings"])
-    run |= {"best": result["best"], "last": result["last"]}
+    run = {"settings": comparable(result["settings"]), "best": result["best"],
+           "last": result["last"]}
     for name in FACTS:
         run[name] = result.get(name)
     run["peak_memory_gb"] = None                           # would be that of all runs so far
@@ -66,11 +64,6 @@ def record(cell):
         if kept:
             run["kept"] = by_place(kept)
     return run
-
-
-def start_of(cell, settings):
-    """How a record begins: which run it is."""
-    return {"row": cell.row, "task": cell.task, "seed": cell.seed, "settings": comparable(settings)}
 
 
 def read_ranks(folder):
@@ -94,8 +87,8 @@ def by_place(values):
     return found
 
 
-def speed(folder):
-    """Tokens per second of a run's training steps, from its log.
+def step_seconds(folder):
+    """Seconds of one of a run's training steps, from its log.
 
     The first line but that of step 1 ends the warm-up; what is between it and the last one counts.
     """
@@ -104,37 +97,34 @@ def speed(folder):
         lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
         lines = [line for line in lines if "loss" in line and line["step"] > 1]
         for a, b in itertools.pairwise(lines):             # after a stop they begin anew
-            if not (a["tokens"] < b["tokens"] and a["seconds"] < b["seconds"]):
-                raise ValueError("tokens or seconds go back")
+            if not a["seconds"] < b["seconds"]:
+                raise ValueError("the seconds go back")
         first, *_, last = lines
-        return (last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"])
+        return (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
 
 
-# --- TABLE.json ------------------------------------------------------------------------------
+# --- the file of records ----------------------------------------------------------------------
 
 def write(path, content):
-    """Write TABLE.json. content: a dict, with records in the lists "runs" and "left_out"."""
-    records = content["runs"] + content["left_out"]
-    shared = {}
-    for name, value in records[0]["settings"].items() if records else ():
-        if all(run["settings"].get(name) == value for run in records):
+    """Write a file of records. content: a dict, with records in the list "runs"."""
+    runs, shared, brief = content["runs"], {}, []
+    for name, value in runs[0]["settings"].items():
+        if all(run["settings"].get(name) == value for run in runs):
             shared[name] = value
     elsewhere = shared.keys() | {"task", "seed"}           # which a record has anyway
-    brief = content | {"settings": shared}
-    for part in ("runs", "left_out"):
-        brief[part] = []
-        for run in content[part]:
-            own = {name: value for name, value in run["settings"].items() if name not in elsewhere}
-            brief[part].append(run | {"settings": own})
-    disk.write_file(path, layout(brief) + "\n")
+    for run in runs:
+        own = {name: value for name, value in run["settings"].items() if name not in elsewhere}
+        brief.append(run | {"settings": own})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    disk.write_file(path, layout(content | {"settings": shared, "runs": brief}) + "\n")
 
 
 def load(path):
-    """The content of TABLE.json as it was given to write(). ValueError for a damaged one."""
+    """The content of such a file as it was given to write(). ValueError for a damaged one."""
     advice = "restore it, or remove it to make it anew"
     content = disk.read_json(path, advice)
     with disk.reading(path, advice):
-        for run in content["runs"] + content["left_out"]:
+        for run in content["runs"]:
             run["settings"] = content["settings"] | run["settings"] | {
                 "task": run["task"], "seed": run["seed"]}
     return content

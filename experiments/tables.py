@@ -1,7 +1,7 @@
 """From the records of runs to numbers: mean ± standard deviation, averages, differences, overlap.
 
-`content` is what TABLE.json holds (summary.py). Scores are in percent; a score is a list with one
-number for each of the task's columns (MNLI and QQP have two). Reads no file.
+`content` is what a page is made of (reproduce.py). Scores are in percent; a score is a list with
+one number for each of the task's columns (MNLI and QQP have two). Reads no file.
 """
 import itertools
 import math
@@ -24,7 +24,12 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.
 # --- numbers ---------------------------------------------------------------------------------
 
 def score(record, which, task):
-    """The score of a run, in percent: a list with a number for each column of the task."""
+    """The score of a run, in percent: a list with a number for each column of the task.
+
+    which: "last" or "best"; or "time", the seconds of a step, which stand in its place in Table 2.
+    """
+    if which == "time":
+        return [record["step_seconds"]]
     return [100 * record[which]["scores"][split][metric] for split, metric in COLUMNS[task][1]]
 
 
@@ -63,11 +68,6 @@ def half_of(part):
     return None if n == 1 else T95[n - 2] * part["std"] / math.sqrt(n)
 
 
-def near(part, to=0):
-    """Whether a summary's mean is not further from a number than its own standard deviation."""
-    return part is not None and part["std"] is not None and abs(part["mean"] - to) <= part["std"]
-
-
 def runs_of(content, row, task):
     """[record] of a cell of the table."""
     return [run for run in content["runs"] if (run["row"], run["task"]) == (row, task)]
@@ -78,51 +78,30 @@ def by_seed(content, row, task):
     return {run["seed"]: run for run in runs_of(content, row, task)}
 
 
-def in_both(content, a, b, task):
-    """[(record of row a, record of row b)] of the seeds that both have."""
-    ours, theirs = by_seed(content, a, task), by_seed(content, b, task)
-    return [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
-
-
 def score_of(content, row, task, which):
-    """The score of a row on a task: a list with a summary for each column."""
+    """The score of a row on a task: a list with a summary for each column, one of the average."""
+    if task == "average":
+        return [summary(values_of(content, row, task, which).values())]
     scores = [score(run, which, task) for run in by_seed(content, row, task).values()]
     if not scores:
         return [None] * len(COLUMNS[task][1])
     return [summary(column) for column in zip(*scores)]
 
 
-def average_of(content, row, which):
-    """The average of a row over the tasks, of the seeds that have all of them."""
-    runs = {task: by_seed(content, row, task) for task in content["tasks"]}
-    averages = []
-    for seed in set.intersection(*map(set, runs.values())):
-        averages.append(average({task: score(runs[task][seed], which, task) for task in runs}))
-    return summary(averages)
+def values_of(content, row, task, which):
+    """{seed: the one number} of a row on a task, or as the average of the seeds with all tasks."""
+    if task != "average":
+        runs = by_seed(content, row, task).items()
+        return {seed: mean_of(score(run, which, task)) for seed, run in runs}
+    by_task = [values_of(content, row, each, which) for each in content["tasks"]]
+    seeds = set.intersection(*map(set, by_task))
+    return {seed: statistics.mean(found[seed] for found in by_task) for seed in seeds}
 
 
 def differences(content, a, b, task, which="last"):
-    """{seed: row a − row b} on a task."""
-    found = {}
-    for ours, theirs in in_both(content, a, b, task):
-        right = mean_of(score(theirs, which, task))
-        found[ours["seed"]] = mean_of(score(ours, which, task)) - right
-    return found
-
-
-def difference(content, a, b, task, which):
-    """Row a − row b on a task, seed by seed."""
-    return summary(differences(content, a, b, task, which).values())
-
-
-def time_ratio(content, a, b, task):
-    """Time per step of row a over row b's, seed by seed.
-
-    Runs of one seed see the same batches, so that the ratio of their times per step is that of
-    their tokens per second the other way round.
-    """
-    return summary(theirs["tokens_per_second"] / ours["tokens_per_second"]
-                   for ours, theirs in in_both(content, a, b, task))
+    """{seed: row a − row b} on a task, or of their averages, of the seeds that both have."""
+    ours, theirs = (values_of(content, row, task, which) for row in (a, b))
+    return {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
 
 
 # --- do runs belong together? -----------------------------------------------------------------
@@ -132,19 +111,19 @@ def name_of(record):
     return f"{record['row']} on {record['task']}, seed {record['seed']}"
 
 
-def check_sources(runs):
-    """ValueError unless all runs are of one model, and those of a task of the same data.
+def check_sources(runs, device=None):
+    """ValueError unless all runs are of one model, on one device, those of a task of the same data.
 
-    Runs without a fingerprint do not tell.
+    device: of the runs to come. Runs without an entry do not tell.
     """
-    first = {}
+    first = {"another device": device} if device else {}
     for run in runs:
-        for name, what in (("base", "models"), ("rows", f"{run['task']} data")):
-            if run.get(name) is not None:
-                other = first.setdefault(what, run)
-                if other[name] != run[name]:
-                    raise ValueError(f"{name_of(other)} and {name_of(run)} are runs on different "
-                                     f"{what} of one name: give another --runs and --out")
+        for name, what in (("base", "another model"), ("rows", f"other {run['task']} data"),
+                           ("device", "another device")):
+            value = run.get(name)
+            if value is not None and value != first.setdefault(what, value):
+                raise ValueError(f"{name_of(run)} was made with {what} ({value}, not "
+                                 f"{first[what]}): give another --runs and --out")
 
 
 def check_alike(runs, name):
@@ -158,7 +137,7 @@ def check_alike(runs, name):
         first = first or shape
         if not shape or shape != first:
             raise ValueError(f"{name_of(run)}: {name} is of other matrices than in the first run: "
-                             "take it out of TABLE.json and run it again")
+                             "take it out of the file of records and run it again")
 
 
 # --- kept singular values --------------------------------------------------------------------
@@ -190,7 +169,8 @@ def overlap(content, task):
         return [set(indices) for layers in record["kept"].values() for indices in layers]
 
     nine, eight = (list(map(kept_of, some)) for some in runs)
-    same_seed = [(kept_of(a), kept_of(b)) for a, b in in_both(content, *content["rows"], task)]
+    ours, theirs = (by_seed(content, row, task) for row in content["rows"])
+    same_seed = [(kept_of(ours[seed]), kept_of(theirs[seed])) for seed in ours if seed in theirs]
     two_seeds = list(itertools.combinations(nine, 2))
     found = {
         "kept by both: the very same singular values": [shared(a, b) for a, b in same_seed],

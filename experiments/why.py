@@ -3,6 +3,7 @@
     python experiments/why.py --model FOLDER --data-dir glue    # runs what is missing: hours
     python experiments/why.py --no-run                          # the page again, of the file alone
 
+`python experiments/reproduce.py why ...` is the same.
 why.json says what runs, in which order. Each run is one loop over train.py's own functions, with an
 evaluation after the last step. results/why.json is written anew after each; the same command goes
 on. Learning rate and scale are those that the study on a GPU chose, or those in "points"; rows in

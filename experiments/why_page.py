@@ -86,14 +86,9 @@ def draw(content):
     plot.save(figure, FIGURE, [".svg"])
 
 
-def finished(content):
-    """The runs that did not diverge."""
-    return [run for run in content["runs"] if "failed" not in run]
-
-
 def reported(content):
     """The content without the runs of a search, those that diverged, and the rows without a run."""
-    runs = [run for run in finished(content) if run["part"] == "reported"]
+    runs = [run for run in content["runs"] if run["part"] == "reported" and "failed" not in run]
     rows = {}
     for row, (label, *_) in content["rows"].items():
         if any(run["row"] == row for run in runs):
@@ -111,14 +106,6 @@ def page(content):
             parts.append(film_table(done, row, task))
     searched = {row: label for row, label in done["rows"].items() if row in content["starts"]}
     parts.append(pages.choice_table(content | {"rows": searched}))
-    lost = [tables.name_of(run) for run in content["runs"] if "failed" in run]
-    if lost:
-        parts.append(f"Diverged, and in no mean: {', '.join(lost)}.\n")
-    runs = finished(content)
-    hours = sum(run["seconds"] for run in runs) / 3600
-    kinds = ("device", "dtype", "torch")
-    facts = [f"{name} {', '.join(sorted({run[name] for run in runs}))}" for name in kinds]
-    parts.append(f"{len(content['runs'])} runs, {hours:.2f} hours; {'; '.join(facts)}.\n")
-    notes = "".join(f"- {note}\n" for note in [*content["notes"], f"`{content['command']}`"])
-    parts += ["## How it was made\n", notes]
-    return "\n".join([f"# {content['title']} ({content['model']})\n", *parts])
+    parts += pages.lost_of(content["runs"])
+    parts.append(pages.facts_of(content["runs"], ("device", "dtype", "torch")))
+    return pages.whole(content, parts, [])

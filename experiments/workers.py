@@ -13,10 +13,10 @@ from experiments import summary
 from experiments.speed import steps
 
 
-def work(cell, is_timed, keep):
+def work(cell, is_timed):
     """Run a cell in this process, or go on with it; returns its record.
 
-    keep: leave its folder. RuntimeError if it failed but did not diverge, ValueError for a mistake.
+    RuntimeError if it failed but did not diverge, ValueError for a mistake.
     """
     words = grids.command_line(cell.flags)
     anew = ["--out", str(cell.folder), "--overwrite"]
@@ -31,15 +31,14 @@ def work(cell, is_timed, keep):
     if status and "not finite" not in last:
         raise RuntimeError(f"{cell.folder}: status {status}, {last}")
     if status:
-        record = summary.start_of(cell, grids.settings_of(cell.flags))
-        record["failed"] = last.partition(";")[0].strip()
+        record = {"settings": summary.comparable(grids.settings_of(cell.flags)),
+                  "failed": last.partition(";")[0].strip()}
     else:
-        record = summary.record(cell)
+        record = summary.record(cell.folder)
         if is_timed:
-            record["tokens_per_second"] = summary.speed(cell.folder)
-    if not keep:
-        shutil.rmtree(cell.folder)
-    return record
+            record["step_seconds"] = summary.step_seconds(cell.folder)
+    shutil.rmtree(cell.folder)
+    return grids.about(cell) | record
 
 
 def make_pool(workers):
@@ -89,7 +88,7 @@ def run_all(args, pool, keep):
             if may_begin(cell, running.values()):
                 waiting.remove(cell)
                 begun.add(cell)
-                running[pool.submit(work, cell, grid.is_timed, args.keep)] = cell
+                running[pool.submit(work, cell, grid.is_timed)] = cell
         if not running:
             return failures
         done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -104,8 +103,5 @@ def run_all(args, pool, keep):
                 failures.append(str(error))                # the others go on
                 continue
             assert grids.key_of(record["settings"]) == grids.key_of_flags(cell.flags), cell
-            part = "tune" if cell.seed == grids.TUNE_SEED else "reported"
-            record |= {"part": part, "tuned": dict(cell.tuned),
-                       "tuned_as": grids.row_of(cell.row)[2]}
             grid.remember(record)
             keep(record, len(waiting) + len(running))

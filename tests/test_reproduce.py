@@ -24,7 +24,7 @@ import torch
 import train
 from data import TASKS
 from experiments import grid as grids
-from experiments import reproduce, search, summary, workers
+from experiments import reproduce, search, summary, why, workers
 from formats import disk
 from running import folder as runs
 from running import options
@@ -61,8 +61,8 @@ def leave_run(cell, last=0.75, kept=None, **more):
               "best": {"step": 5, "scores": scores_of(last + 0.1), "score": last + 0.1},
               "last": {"step": 10, "scores": scores_of(last), "score": last}}
     (cell.folder / "result.json").write_text(json.dumps(result | more))
-    points = (1, 5, 9.0), (10, 30, 20.0), (20, 430, 24.0)  # slow up to step 10, then 100 a second
-    lines = [{"step": step, "loss": 1.0, "tokens": n, "seconds": at} for step, n, at in points]
+    points = (1, 9.0), (10, 20.0), (20, 24.0)              # slow up to step 10
+    lines = [{"step": step, "loss": 1.0, "seconds": at} for step, at in points]
     lines.append({"step": 20, "score": 0.5})
     (cell.folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if kept is not None:
@@ -76,6 +76,11 @@ def begin(cell):
     """A last.pt as a stopped run leaves it."""
     cell.folder.mkdir(parents=True, exist_ok=True)
     runs.write_state(cell.folder, {"settings": grids.settings_of(cell.flags), "weights": {}})
+
+
+def record_of(cell, **more):
+    """How a record of a cell begins, and more."""
+    return grids.about(cell) | {"settings": summary.comparable(grids.settings_of(cell.flags))} | more
 
 
 def height(cell):
@@ -118,17 +123,17 @@ def ran(here, monkeypatch):
 
     told = Ran()
 
-    def work(cell, is_timed, keep):
+    def work(cell, is_timed):
         told.cells.append(cell)
         fails = told.fails.get(cell[:3])
         if isinstance(fails, BaseException):
             raise fails
         if fails or dict(cell.tuned).get("lr") == 0.03:
-            return summary.start_of(cell, grids.settings_of(cell.flags)) | {"failed": fails or "not finite"}
+            return record_of(cell, failed=fails or "not finite")
         leave_run(cell, height(cell), {"layer.0.output.dense": [0, 1], "layer.1.output.dense": [cell.seed % 3]})
-        record = summary.record(cell)
+        record = record_of(cell, **summary.record(cell.folder))
         if is_timed:
-            record["tokens_per_second"] = summary.speed(cell.folder)
+            record["step_seconds"] = summary.step_seconds(cell.folder)
         shutil.rmtree(cell.folder)
         return record
 
@@ -141,11 +146,11 @@ def grid_of(words):
 
 
 def content_of(words):
-    return summary.load(grid_of(words).path)
+    return reproduce.content_of(reproduce.parse(words.split()))
 
 
 def page_of(words):
-    return grid_of(words).path.with_suffix(".md").read_text(encoding="utf-8")
+    return reproduce.parse(words.split()).page.read_text(encoding="utf-8")
 
 
 def refused(argv, capsys, *says, main=reproduce.main):
@@ -166,11 +171,11 @@ def reported(grid, tuned=None):
 
 
 def change(words, change_one):
-    """Write TABLE.json anew, with change_one(record) done to each of its records."""
-    content = content_of(words)
-    for one in content["runs"] + content["left_out"]:
+    """Write the file of records anew, with change_one(record) done to each."""
+    grid = grid_of(words)
+    for one in grid.file["runs"]:
         change_one(one)
-    summary.write(grid_of(words).path, content)
+    summary.write(grid.path, grid.file)
 
 
 # --- the search ---------------------------------------------------------------------------------------------
@@ -253,23 +258,28 @@ def test_choice():
     assert chosen is None and len(cells) == 6
     for cell, value in zip(cells, (0.1, 0.3, 0.3, 0.2, None, 0.0)):
         assert len(grids.cells_of(grid)[2]) == len(grid.rows)
-        record = summary.start_of(cell, grids.settings_of(cell.flags)) | {"last": {"score": value}}
-        grid.remember(record if value is not None else record | {"failed": "at step 3"})
+        more = {"failed": "at step 3"} if value is None else {"last": {"score": value}}
+        grid.remember(record_of(cell, **more))
     assert grids.tuning_of(grid, base, "cola")[1] == dict(cells[1].tuned)
     assert {dict(cell.flags)["lr"] for cell in reported(grid)} == {dict(cells[1].tuned)["lr"]}
     assert grids.tuning_of(grid_of("table3 --tasks cola"), "lora2-k1", "cola") == ([], {})
     study = grid_of(f"{STUDY} --rows head")
     while wanted := grids.missing(study):                  # the larger the better: it ends at the ladder's end
         for cell in wanted:
-            point = dict(cell.tuned)
-            record = summary.start_of(cell, grids.settings_of(cell.flags))
-            study.remember(record | {"part": "tune", "tuned": point, "last": {"score": point["lr"]}})
+            study.remember(record_of(cell, last={"score": dict(cell.tuned)["lr"]}))
     assert grids.tuning_of(study, "head", "stsb")[1] is None and grids.cells_of(study)[2] == [("head", "stsb")]
+
+
+def test_two_rows_may_be_one_run(ran):
+    """Oracle: by hand: where nothing is pruned a row and its unpruned variant have the same settings: one run, and
+    the table has both."""
+    words = "pruning --tasks cola --seeds 0 --more=--target-rank=4"
+    assert ran(words) == [("lora2-k1-unpruned", "cola", 0)] and "not run" not in page_of(words)
 
 
 def test_a_task_may_have_the_tuning_of_another(ran):
     """Oracle: by hand. On RTE nothing is chosen: its runs have what MRPC chose, and a scale is alpha over
-    RTE's own r = 4; MRPC's runs are made once, for both tasks, and tune.json shows them under MRPC."""
+    RTE's own r = 4; MRPC's runs are made once, for both tasks, and tune.md shows them under MRPC."""
     words = "--preset small --tasks mrpc,rte --seeds 0 --rows lora2-k1,full"
     called = ran(f"table1 {words}")
     tuning = [cell for cell in ran.cells if cell.seed == 1000]
@@ -280,7 +290,7 @@ def test_a_task_may_have_the_tuning_of_another(ran):
     assert cell.tuned == (("lr", 0.01), ("scale", 8))
     assert (settings["task"], settings["r"], settings["lr"], settings["alpha"]) == ("rte", 4, 0.01, 4 * 8)
     assert ran(f"tune {words}") == []
-    tune = content_of("tune --preset small")
+    tune = content_of(f"tune {words}")
     assert tune["tasks"] == ["mrpc"] and len(tune["runs"]) == len(tuning)
 
 
@@ -292,11 +302,11 @@ def test_tuning_comes_first_then_seed_by_seed(ran):
     nothing is adapted without scales; no reported number is of that seed."""
     words = "--preset small --tasks cola --seeds 0,1"
     assert [call[2] for call in ran(f"table4 {words}")] == [1000] * 3 * 2 + [0] * 4 + [1] * 4
-    assert {run["seed"] for run in content_of("table4 --preset small")["runs"]} == {0, 1}
+    assert {run["seed"] for run in content_of(f"table4 {words}")["runs"]} == {0, 1}
     called = ran(f"tune {words} --rows full,head,{grids.PRESETS['small']['base']}")
     assert [call[::2] for call in called] == [("full", 1000)] * 3 + [("head", 1000)] * 3
-    for line in ("full fine-tuning | 0.001 (40.60, of 3)", "head alone | 0.01 (50.60, of 3)",
-                 "LoRA² k=1, orthonormal | 0.01, 8 (49.21, of 6)"):
+    for line in ("full fine-tuning | 0.001 (of 3)", "head alone | 0.01 (of 3)",
+                 "LoRA² k=1, orthonormal | 0.01, 8 (of 6)"):                # at the edge, where the grid ends
         assert f"| {line} |" in page_of("tune --preset small")
 
 
@@ -307,7 +317,8 @@ def test_timings_are_interleaved(ran):
     assert args.workers == 1
     assert ran(words) == [(row, "cola", seed) for seed in (0, 1) for row in args.grid.rows]
     assert {dict(cell.flags)["max-steps"] for cell in ran.cells} == {grids.PRESETS["paper"]["timed_steps"]}
-    assert "| CoLA | 100±0 | 100±0 | 100±0 |" in page_of(words)
+    assert "| LoRA² k=8 | 0.400±0.000 | 0.400±0.000 |" in page_of(words)
+    assert "| LoRA² k=8 − AdaLoRA r=8 | ≈+0.000 [+0.000, +0.000] |" in page_of(words)
 
 
 def handed_out(args, error):
@@ -326,7 +337,7 @@ def handed_out(args, error):
 
 
 def test_stages_come_in_order():
-    """Oracle: study.json: what is handed out first is of the first stage; no more than there are workers."""
+    """Oracle: tables.json: what is handed out first is of the first stage; no more than there are workers."""
     args = reproduce.parse(f"{STUDY},cola --workers 50".split())
     args.grid.rows.reverse()
     handed = [cell.row for cell in handed_out(args, KeyboardInterrupt())]
@@ -353,9 +364,7 @@ def test_a_study(ran):
     shown = [run for run in content["runs"] if run["part"] == "reported"]
     assert len(shown) == 3 * 3 and {run["seed"] for run in shown} == {0, 1, 2}
     assert all(run["tuned"] | {"outer": 3} == {"lr": 0.01, "scale": 32, "outer": 3} for run in shown)
-    assert [run["tuned_as"] for run in shown if run["row"].endswith("noreg")] == ["lora2-k1-rates"] * 3
     assert {run["tuned"]["lr"] for run in content["runs"] if "failed" in run} == {0.03}
-    assert not any(run.keys() & {"kept", "ranks"} for run in content["runs"])
     assert "| LoRA r=1 | 50.10±0.10 | 50.10±0.10 |" in page
     assert "| LoRA² k=1, orthonormal, two rates | 50.00 |" in page                       # the worst seed
     assert "| LoRA² k=1, orthonormal, two rates − LoRA r=1 | ≈+0.00 [+0.00, +0.00] |" in page
@@ -363,6 +372,9 @@ def test_a_study(ran):
     assert "LoRA² k=1, orthonormal, two rates, no regulariser" in page
     for more in ("", " --no-run"):
         assert ran(words + more) == [] and page_of(words) == page
+    again = ran(f"{words} --more=--epochs=2")              # other settings are another search, by the same scores
+    assert sorted(again) == sorted((run["row"], run["task"], run["seed"]) for run in content["runs"])
+    assert ran(words) == [] and page_of(words) == page
 
 
 def test_a_deadline_and_going_on(ran, monkeypatch):
@@ -386,7 +398,7 @@ def test_a_mistake_ends_it_all_a_failure_does_not(ran, capsys):
     which = "lora2-k1-qv", "cola", 0
     ran.fails[which] = RuntimeError("status 1, the disk is full")
     assert len(ran(FOUR, status=1)) == 4 and capsys.readouterr().err == "error: status 1, the disk is full\n"
-    assert page_of(FOUR).count("not run") == 6
+    assert page_of(FOUR).count("not run") == 8
     ran.fails.clear()
     assert ran(FOUR) == [which] and "not run" not in page_of(FOUR)
     for error, says in ((ValueError("there is no model x"), "there is no model x"),
@@ -399,13 +411,12 @@ def test_a_mistake_ends_it_all_a_failure_does_not(ran, capsys):
 
 
 def test_what_is_there_is_shown_after_a_stop(ran, capsys):
-    """Oracle: by hand: status 130, a page with the one run there is; stopped at once there is nothing to show."""
-    for row, shown in (("lora2-k1-qk", False), ("lora2-k1-qv", True)):
+    """Oracle: by hand: status 130, a page with the runs there are: none if stopped at once, then one."""
+    for row, shown in (("lora2-k1-qk", "not run"), ("lora2-k1-qv", "50.00")):
         ran.fails = {(row, "cola", 0): KeyboardInterrupt()}
         ran(FOUR, status=130)
         assert "the same command goes on" in capsys.readouterr().err
-        assert grid_of(FOUR).path.with_suffix(".md").exists() == shown
-    assert page_of(FOUR).count("query, key | 50.00") == 1
+        assert f"query, key | {shown} |" in page_of(FOUR) and "query, value | not run" in page_of(FOUR)
 
 
 @pytest.mark.parametrize("words", [f"{STUDY} --rows head", "table1 --preset small --tasks stsb --rows head"])
@@ -420,7 +431,7 @@ def test_a_diverged_seed_is_shown(words, ran):
     ("table9", "table9"), ("table1 --preset huge", "huge"), ("table1 --preset fair", "--preset paper or small"),
     ("table1 --tasks cola,wnli", "wnli"), ("table1 --tasks=", "no task ''"), ("table1 --rows lora", "no row 'lora'"),
     ("table1 --more=--epochs=none", "--epochs"), ("table1 --seeds 0,1000", "1000"), ("table1 --seeds a", "--seeds a"),
-    ("table1 --device abacus", "abacus"), ("table1 --no-run", "table1.json cannot be read"),
+    ("table1 --device abacus", "abacus"), ("table1 --no-run", "runs.json cannot be read"),
     ("table1 --workers 0", "--workers 0"), ("table1 --task cola", "--task"), ("", "table")])
 def test_mistakes_end_in_one_line(words, says, ran, capsys):
     """Oracle: status 2 and one line "error: ..." that names the mistake; nothing runs."""
@@ -428,71 +439,63 @@ def test_mistakes_end_in_one_line(words, says, ran, capsys):
     assert ran.cells == [] and not Path("experiments").exists()
 
 
-@pytest.mark.parametrize("spoil, says", [("edge", "on the edge"), ("better", "not the best")])
-def test_a_study_whose_choice_is_on_an_edge_is_refused(spoil, says, ran, capsys):
-    """Oracle: by hand. Without the runs at one side of the choice, or with a better one beside it, status 2 and a
-    line that names row, task and point, and no page; without that row there is a page."""
-    words = f"{STUDY} --seeds 0,1"
-    ran(f"{words} --rows head,lora-r1")
-    path = grid_of(words).path
-    path.with_suffix(".md").unlink()
-    content = summary.load(path)
-    beside, = [run for run in content["runs"] if run["part"] == "tune" and run["row"] == "lora-r1"
+@pytest.mark.parametrize("spoil, says", [("edge", "(of 4) unfinished"), ("better", "0.003, 32 (of 5) unfinished")])
+def test_a_choice_on_an_edge_is_not_shown(spoil, says, ran):
+    """Oracle: by hand. Without a run at one side of the choice, or with a better one beside it, which is now at an
+    edge, the row is not run and its choice unfinished; the same command runs what is missing of it alone."""
+    words = f"{STUDY} --seeds 0,1 --rows head,lora-r1"
+    ran(words)
+    grid = grid_of(words)
+    beside, = [run for run in grid.file["runs"] if run["part"] == "tune" and run["row"] == "lora-r1"
                and run["tuned"] == {"lr": 0.003, "scale": 32}]
     if spoil == "edge":
-        content["runs"].remove(beside)
+        grid.file["runs"].remove(beside)
     else:
         beside["last"]["score"] = 0.9
-    summary.write(path, content)
-    refused(f"{words} --rows head,lora-r1 --no-run", capsys, says, "lora-r1 on stsb", "0.01, 32")
-    assert not path.with_suffix(".md").exists()
-    ran(f"{words} --rows head --no-run")
-    assert "LoRA r=1" not in page_of(words)
+    summary.write(grid.path, grid.file)
+    assert ran(f"{words} --no-run") == [] and "| LoRA r=1 | not run | not run |" in page_of(words)
+    assert re.search(rf"\| LoRA r=1 \| .*unfinished", page_of(words)) and "head alone | 50." in page_of(words)
+    assert {call[0] for call in ran(words)} == {"lora-r1"} and "not run" not in page_of(words)
 
 
 # --- what is trusted ----------------------------------------------------------------------------------------
 
 def test_what_is_finished_is_not_run(ran, capsys):
-    """Oracle: the list of runs, and the bytes. The second call runs nothing and writes the same; nothing that a
-    table lists is run, by this table or by another; one more seed runs alone; a narrower table loses nothing.
-    Only what Eq. 8 and Eq. 9 keep is not in Table 4. A damaged file is named."""
+    """Oracle: the list of runs, and the bytes. The second call runs nothing and writes the same; nothing that the
+    file lists is run for another table; one more seed runs alone; a narrower table loses nothing. A damaged file is
+    named."""
     words = "--tasks cola,mrpc --seeds"
     assert len(ran(f"table4 {words} 0,1")) == 4 * 2 * 2
     folder = grid_of("table4").path.parent
     before = {path: path.read_bytes() for path in folder.iterdir()}
     assert ran(f"table4 {words} 0,1") == [] and before == {path: path.read_bytes() for path in folder.iterdir()}
     assert {call[2] for call in ran(f"table4 {words} 0,1,2")} == {2}
-    assert ran(FOUR) == []
-    content = content_of(FOUR)
-    assert len(content["runs"]) == 4 and len(content["left_out"]) == 4 * 2 * 3 - 4
+    assert ran(FOUR) == [] and len(content_of(FOUR)["runs"]) == 4
     assert ran(f"table4 {words} 0,1") == [] and page_of("table4").encode() in before.values()
     assert {call[0] for call in ran(f"pruning {words} 0,1,2")} == {"lora2-k1-unpruned"}
-    assert {call[0] for call in ran(f"overlap {words} 0")} == {"lora2-k1", "lora2-k1-eq8"}
-    assert ran(f"overlap {words} 0") == [] and len(content_of("overlap")["runs"]) == 4
-    assert all(run["kept"] == {"f2": [[0, 1], [run["seed"] % 3]]} for run in content_of("overlap")["runs"])
+    assert {call[0] for call in ran(f"overlap {words} 0")} == {"lora2-k1-eq8"}
+    assert len(content_of(f"overlap {words} 0")["runs"]) == 4
+    assert all(run["kept"] == {"f2": [[0, 1], [run["seed"] % 3]]} for run in grid_of(FOUR).file["runs"])
     assert "| 68.66 |" in page_of("table4")                # the paper's
     grid_of("table4").path.write_text("{")
-    refused(f"table4 {words} 0", capsys, "table4.json is damaged", "remove it")
+    refused(f"table4 {words} 0", capsys, "runs.json is damaged", "remove it")
 
 
 def test_another_choice_leaves_the_runs_of_before(ran):
-    """Oracle: by hand. A tuning that proves better later has runs of its own; those of before stay in the
-    table's file and are shown again should theirs be the best once more."""
+    """Oracle: by hand. A tuning that proves better later has runs of its own; those of before stay in the file and
+    are shown again should theirs be the best once more."""
     words = f"{FOUR} --preset small"
     ran(words)
-    first = content_of(words)
-    assert len(first["runs"]) == 4 and len(first["left_out"]) == 6 and first["runs"][0]["tuned"]["lr"] == 0.01
-    for score, called in ((0.99, [0] * 4), (0.0, [])):
+    first = content_of(words)["runs"]
+    assert len(first) == 4 and first[0]["tuned"]["lr"] == 0.01
+    for score, called, lr in ((0.99, [0] * 4, 0.001), (0.0, [], 0.01)):
         def praise(one):
             if one["part"] == "tune" and one["tuned"] == {"lr": 0.001, "scale": 2}:
                 one["last"]["score"] = score
         change(words, praise)
         assert [call[2] for call in ran(words)] == called
-        content = content_of(words)
-        if called:
-            assert {run["tuned"]["lr"] for run in content["runs"]} == {0.001}
-            assert all(run in content["left_out"] for run in first["runs"])
-    assert content["runs"] == first["runs"]
+        assert {run["tuned"]["lr"] for run in content_of(words)["runs"]} == {lr}
+    assert content_of(words)["runs"] == first
 
 
 @pytest.mark.parametrize("name, value, is_other", [
@@ -501,16 +504,16 @@ def test_another_choice_leaves_the_runs_of_before(ran):
 def test_runs_with_other_settings_are_others(name, value, is_other, ran):
     """Oracle: by hand: it is run anew, and stays in the file beside the new one, in no table; 32.0 is 32."""
     ran(FOUR)
-    content = content_of(FOUR)
-    content["runs"][1]["settings"][name] = value
-    summary.write(grid_of(FOUR).path, content)
+    grid = grid_of(FOUR)
+    grid.file["runs"][1]["settings"][name] = value
+    summary.write(grid.path, grid.file)
     assert ran(FOUR) == ([("lora2-k1-qv", "cola", 0)] if is_other else [])
-    after = content_of(FOUR)
-    assert len(after["runs"]) == 4 and after["left_out"] == (content["runs"][1:2] if is_other else [])
+    after = grid_of(FOUR).file["runs"]
+    assert len(content_of(FOUR)["runs"]) == 4 and after[:4] == grid.file["runs"] and len(after) == 4 + is_other
 
 
-@pytest.mark.parametrize("what, says", [("device", "runs on other, this is cpu"), ("rows", "different cola data"),
-                                        ("base", "different models")])
+@pytest.mark.parametrize("what, says", [
+    ("device", "another device (other, not cpu)"), ("rows", "other cola data (cola, not other)")])
 def test_runs_that_belong_to_no_one_table(what, says, ran, capsys):
     """Oracle: status 2 and one line, before anything runs, or where nothing does, with the names of two runs; another
     task has other data, older runs do not tell."""
@@ -518,14 +521,20 @@ def test_runs_that_belong_to_no_one_table(what, says, ran, capsys):
     ran(f"{words} 0")
     change(words[:-8], lambda one: one.update(base="a", rows=one["task"]))
     ran(f"{words} 0,1")
-    tuned = [one for one in content_of(words[:-8])["left_out"] if one["task"] == "cola"][0]
+    tuned = [one for one in grid_of(words[:-8]).file["runs"] if one["task"] == "cola"][0]
     change(words[:-8], lambda one: one.update({what: "other"} if one == tuned else {}))
     ran.cells.clear()
     refused(f"{words} 0,1,2", capsys, says)
     assert ran.cells == []
-    if what != "device":
-        change(words[:-8], lambda one: one.update({what: one["row"]}))
-        refused(f"{words} 0,1 --no-run", capsys, says, "-qk on cola, seed 0 and lora2-", "-qv on cola, seed 0")
+
+
+def test_a_page_mixes_no_models(ran, capsys):
+    """Oracle: status 2 and one line that names a run and both models; without a page, all runs are kept."""
+    ran(FOUR)
+    names = iter("abcd")
+    change(FOUR, lambda one: one.update(base=next(names)))
+    refused(f"{FOUR} --no-run", capsys, "lora2-k1-qv on cola, seed 0", "another model (b, not a)")
+    assert len(content_of(FOUR)["runs"]) == 4
 
 
 @pytest.mark.parametrize("table, name", [("overlap", "kept"), ("figure3", "ranks")])
@@ -536,9 +545,9 @@ def test_a_matrix_that_one_run_lacks(table, name, spoilt, ran, capsys):
         pytest.importorskip("matplotlib")
     words = f"{table} --tasks cola --seeds 0,1"
     ran(words)
-    content = content_of(words)
-    content["runs"][spoilt][name]["f2"] = content["runs"][spoilt][name]["f2"][:1]
-    summary.write(grid_of(words).path, content)
+    grid = grid_of(words)
+    grid.file["runs"][spoilt][name]["f2"] = grid.file["runs"][spoilt][name]["f2"][:1]
+    summary.write(grid.path, grid.file)
     refused(f"{words} --no-run", capsys, f"{name} is of other matrices", "run it again")
 
 
@@ -572,28 +581,25 @@ def test_a_table_of_nothing(table, ran):
     if table == "figure3":
         pytest.importorskip("matplotlib")
     assert ran(f"{table} --seconds 0") == []
-    assert {path.name for path in grid_of(table).path.parent.iterdir()} == {f"{table}.md", f"{table}.json"}
-    assert "not run" in page_of(table).lower()
+    assert {path.name for path in grid_of(table).path.parent.iterdir()} == {f"{table}.md"}
+    assert "\n0 runs, " in page_of(table) and ("not run" in page_of(table).lower() or table == "tune")
 
 
 def test_one_at_a_time_in_a_folder(ran, capsys):
     """Oracle: status 2 and one line; nothing runs. The page may be written meanwhile; later all is well."""
     pytest.importorskip("fcntl")
-    with disk.alone(grid_of(FOUR).runs, "reproduce.py"):
-        refused(FOUR, capsys, "another reproduce.py is running", "--runs")
+    with disk.alone(grid_of(FOUR).path.parent, "reproduce.py"):
+        refused(FOUR, capsys, "another reproduce.py is running", "--out")
         assert ran.cells == []
     assert len(ran(FOUR)) == 4
-    with disk.alone(grid_of(FOUR).runs, "reproduce.py"):
+    with disk.alone(grid_of(FOUR).path.parent, "reproduce.py"):
         ran(f"{FOUR} --no-run")
 
 
-@pytest.mark.parametrize("part, more", [("list_grid", ["--dry-run"]), ("write_page", ["--no-run"])])
-def test_interrupted_where_nothing_runs(part, more, monkeypatch, capsys):
-    """Oracle: status 130, as for a run that is stopped, and no traceback."""
-    def interrupted(args):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(reproduce, part, interrupted)
-    assert reproduce.main(["table4", *more]) == 130 and not capsys.readouterr().err
+def test_why_is_run_by_name_too(monkeypatch):
+    """Oracle: by hand: the words behind it are why.py's."""
+    monkeypatch.setattr(why, "main", lambda words: words)
+    assert reproduce.main(["why", "--no-run"]) == ["--no-run"]
 
 
 # --- workers ------------------------------------------------------------------------------------------------
@@ -622,20 +628,24 @@ def told(monkeypatch):
 def test_train_is_called_as_its_command_line_wants(cell, told, capfd):
     """Oracle: options.parse, which reads what was passed; --resume for a begun run, with all its options,
     which train.py holds against what is stored; if its files do not fit it begins anew; a timed one always does;
-    its chatter is not shown; its folder is left if asked."""
+    its chatter is not shown; its folder is removed."""
     leave_run(cell)
-    assert workers.work(cell, False, keep=True)["last"]["score"] == 0.75 and cell.folder.exists()
+    record = workers.work(cell, False)
+    assert record["last"]["score"] == 0.75 and "step_seconds" not in record and not cell.folder.exists()
     assert vars(options.resolve(options.parse(told.words[0]))) == grids.settings_of(cell.flags) | {
         "out": str(cell.folder), "overwrite": True}
+    leave_run(cell)
     begin(cell)
     told.says = [(2, "error: adapter.safetensors is missing")]
-    workers.work(cell, False, keep=True)
+    workers.work(cell, False)
     given = options.parse(told.words[1])
     assert given.pop("resume") == str(cell.folder)
     assert vars(options.resolve(given)) == grids.settings_of(cell.flags)
     assert told.words[2] == told.words[0]
-    assert workers.work(cell, True, keep=False)["tokens_per_second"] == 100
-    assert told.words[3] == told.words[0] and not cell.folder.exists() and "chatter" not in capfd.readouterr().out
+    leave_run(cell)
+    begin(cell)
+    assert workers.work(cell, True)["step_seconds"] == 0.4
+    assert told.words[3] == told.words[0] and "chatter" not in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("status, said, error", [
@@ -644,10 +654,10 @@ def test_the_statuses_of_train(status, said, error, cell, told):
     """Oracle: train.py's statuses: 2 is a mistake, 1 a failure, unless the run diverged: a record that says so."""
     told.says = [(status, f"warning: first\n{said}")]
     with pytest.raises(error, match=said.removeprefix("error: ")):
-        workers.work(cell, False, False)
+        workers.work(cell, False)
     begin(cell)
     told.says = [(1, "error: loss or gradient was not finite at step 3; the last good state is in x")]
-    found = workers.work(cell, False, False)
+    found = workers.work(cell, False)
     assert found["failed"] == "loss or gradient was not finite at step 3" and "best" not in found
     assert found["settings"] == summary.comparable(grids.settings_of(cell.flags)) and not cell.folder.exists()
 
@@ -657,33 +667,32 @@ def test_the_record_of_a_run():
     asked is not there."""
     cell = reported(grid_of("overlap --tasks cola --seeds 0"))[0]
     leave_run(cell, kept={"deberta.encoder.layer.0.output.dense": [1, 3]}, base="x", task="cola", peak_memory_gb=3)
-    run = summary.record(cell)
+    run = grids.about(cell) | summary.record(cell.folder)
     assert not run["settings"].keys() & options.PLACES and "dtype" not in run["settings"]
     assert run["kept"] == {"f2": [[1, 3]]} and run["ranks"] == {"f2": [2]}
-    assert (run["row"], run["task"], run["seed"]) == ("lora2-k1", "cola", 0)
+    assert [run[name] for name in list(run)[:5]] == ["lora2-k1", "cola", 0, "reported", {}]
     assert run["last"]["scores"] == scores_of(0.75) and run["peak_memory_gb"] is None
     assert (run["base"], run["rows"], run["seconds"], run["device"]) == ("x", None, 36.0, "cpu")
     assert run["settings"] == summary.comparable(grids.settings_of(cell.flags))
-    assert "tokens_per_second" not in run
 
 
-LINE = '{"step": 3, "loss": 1.0, "tokens": 7, "seconds": 1.0}\n'
+LINE = '{"step": 3, "loss": 1.0, "seconds": 1.0}\n'
 
 
 @pytest.mark.parametrize("name, damage", [
     ("result.json", "{"), ("ranks.json", '{"classifier": 1}'), ("last.pt", ""), ("log.jsonl", ""),
     ("log.jsonl", "{"), ("log.jsonl", "7\n" * 3), ("log.jsonl", '{"loss": 1.0}\n' * 3), ("log.jsonl", LINE),
-    ("log.jsonl", LINE * 2), ("log.jsonl", LINE.replace('"tokens": 7, ', "") * 2),
-    ("log.jsonl", "".join(LINE.replace("3", str(step)).replace("7", str(n)).replace("1.0}", f"{n}}}")
+    ("log.jsonl", LINE * 2), ("log.jsonl", LINE.replace(', "seconds": 1.0', "") * 2),
+    ("log.jsonl", "".join(LINE.replace("3", str(step)).replace("1.0}", f"{n}}}")
                           for step, n in ((10, 7), (20, 9), (23, 1), (30, 12))))])         # went on
 def test_damaged_files_of_a_run_are_named(name, damage, cell, told):
-    """Oracle: ValueError with the file and what to do: there is a whole record or none. Of a whole log the speed is
-    400 tokens in 4 seconds."""
+    """Oracle: ValueError with the file and what to do: there is a whole record or none. Of a whole log ten steps
+    take 4 seconds."""
     leave_run(cell, kept={"layer.0.output.dense": [0]})
-    assert summary.speed(cell.folder) == 100
+    assert summary.step_seconds(cell.folder) == 0.4
     (cell.folder / name).write_text(damage)
     with pytest.raises((ValueError, Refused), match=f"{name} is damaged .* run it again" if name == "log.jsonl" else name):
-        workers.work(cell, name == "log.jsonl", False)
+        workers.work(cell, name == "log.jsonl")
 
 
 @pytest.mark.parametrize("named, count, expected", [
@@ -725,8 +734,7 @@ def real(cli, table, *words):
     argv = [table, "--model", str(cli.models["bert"]), "--device", "cpu", "--seeds", "0,1", *words]
     assert reproduce.main(argv) == 0
     grid = reproduce.parse(argv).grid
-    content = summary.load(grid.path)
-    return grid, {(run["part"], run["seed"], str(run["tuned"])): run for run in content["runs"]}
+    return grid, {(run["part"], run["seed"], str(run["tuned"])): run for run in grid.file["runs"]}
 
 
 def test_a_tiny_study_through_train(cli, here):
@@ -739,11 +747,11 @@ def test_a_tiny_study_through_train(cli, here):
     assert shown[0]["last"]["scores"]["dev"].keys() == {"pearson", "spearman"}
     assert [path for path in grid.runs.rglob("*") if path.is_file()] == []
     cell = grids.make_cell(grid, "lora2-k1-rates", "stsb", 0, POINT | {"outer": 0.3})
-    record = workers.work(cell, False, False)
+    record = workers.work(cell, False)
     assert record["settings"]["outer_lr"] == 0.0003 and record["settings"]["init"] == "orthonormal"
     counts = {short: [len(indices) for indices in layers] for short, layers in record["kept"].items()}
     assert counts == record["ranks"] and sum(map(sum, counts.values())) == 12 * 1          # STS-B's target rank
-    record = workers.work(grids.make_cell(grid, "lora-r1", "stsb", 0, {"lr": 1e30, "scale": 8192}), False, False)
+    record = workers.work(grids.make_cell(grid, "lora-r1", "stsb", 0, {"lr": 1e30, "scale": 8192}), False)
     assert "not finite" in record["failed"] and "best" not in record
 
 

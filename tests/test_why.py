@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train
-from experiments import look_inside, summary, tables, why, why_page
+from experiments import look_inside, reproduce, tables, why, why_page
 from formats import disk
 from lora2 import LoRA2Linear, RankPruner, add_lora2, lora2_layers, lora2_state_dict, merge_lora2, orthogonality_loss
 from methods import three_scales
@@ -222,12 +222,15 @@ def lower_less_upper(run):
     return statistics.mean(layers[:half]) - statistics.mean(layers[half:])
 
 
-def measured(name, rows):
-    """[interval] for each task of a file, over the seeds, of what is above 0 where the claim holds."""
-    content, found = summary.load(RESULTS / name), []
-    content["runs"] = [run for run in why_page.finished(content) if run.get("part") != "tune"]
+def measured(page, rows):
+    """[interval] for each task of a page, over the seeds, of what is above 0 where the claim holds."""
+    words, found = [page.stem, "--preset", "small", "--out", str(RESULTS)], []
+    if page.stem == "study-gpu":
+        words = ["study", "--out", str(page.with_suffix(".json"))]
+    content = reproduce.content_of(reproduce.parse(words))
+    content["runs"] = [run for run in content["runs"] if run["part"] == "reported"]
     for task in content["tasks"]:
-        if name.name == "figure3.json":
+        if page.stem == "figure3":
             values = [lower_less_upper(run) for run in tables.runs_of(content, *rows, task)]
         else:
             values = list(tables.differences(content, *rows, task).values())
@@ -262,7 +265,7 @@ def test_the_claims_one_by_one():
     for claim, found, command, file in (line.split(" | ") for line in lines):
         path = ROOT / files[file]
         if claim in CLAIMS:
-            assert found == verdict(measured(path.relative_to(RESULTS), CLAIMS[claim])), claim
+            assert found == verdict(measured(path, CLAIMS[claim])), claim
             assert command.strip("`").split()[-1] in (path.stem, "study")
         else:
             assert found in ("holds by arithmetic", "not supported") and path.exists()
