@@ -5,7 +5,6 @@ wrong raises ValueError or OSError with one finished sentence.
 """
 import re
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -201,7 +200,7 @@ def read_labels(path, texts):
 
     Else in alphabetical order. ValueError with file:line for an empty label, and for one that a row
     before spells in another way: "1", " 1", "01" and "1.0" are 1, "no" and "no " are "no". Warns of
-    what may be no label at all, and of classes with hardly a row.
+    what may be no label at all.
     """
     spelt = {}                               # what a label means → its spelling
 
@@ -218,17 +217,13 @@ def read_labels(path, texts):
                              "spell each label in one way")
         return label
 
-    labels = read_table(path, (*texts, "label"), parse)
-    counts = Counter(labels)
-    doubtful = [label for label in counts if label.strip().lower() in NO_LABEL]
-    rare = [label for label in counts if counts[label] < 0.01 * len(labels)]
+    labels = sorted(set(read_table(path, (*texts, "label"), parse)))
+    doubtful = [label for label in labels if label.strip().lower() in NO_LABEL]
     if doubtful:
         warn(f"{path}: {short(doubtful)} is taken for a label: leave out rows that have none")
-    if rare:
-        warn(f"{path}: fewer than 1 % of the {len(labels)} rows have the label {short(rare)}")
     if all(isinstance(number, int) for number in spelt):
         return tuple(spelt[number] for number in sorted(spelt))
-    return tuple(sorted(counts))
+    return tuple(labels)
 
 
 def in_unit(split, task, path):

@@ -335,11 +335,14 @@ def test_overwrite_leaves_other_peoples_files_alone(cli):
         refused(cli.tiny("--overwrite", out="mine"), f"mine/{name}", "not of a run", "--out")
         assert contents("mine") == {name: b"{}"}
         Path("mine", name).unlink()
+    torch.save({}, "mine/last.pt")                         # a zip as ours is one, but somebody else's
+    refused(cli.tiny("--overwrite", out="mine"), "mine/last.pt is not of a run")
+    Path("mine/last.pt").unlink()
     Path("mine/gold.tsv").write_text("index\tlabel\n0\tyes\n")
     refused(cli.tiny(out="mine"), "mine is not empty")
-    for _ in range(3):                                     # into a folder that was no run, then into the run
+    for name in ("last.pt", "result.json", "last.pt"):     # into a folder that was no run, then into the run
         done = cli.tiny("--overwrite --max-steps 2", out="mine")
-        Path("mine/last.pt").write_bytes(b"")              # a partial copy: result.json tells whose it is
+        Path("mine", name).write_bytes(b"")                # a partial copy: the other one tells whose it is
         assert done.status == 0 and "mine/gold.tsv stays" in done.err
         assert Path("mine/gold.tsv").read_text() == "index\tlabel\n0\tyes\n"
         assert "predictions_dev.tsv stays" not in done.err and Path("mine/predictions_dev.tsv").exists()

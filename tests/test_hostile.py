@@ -385,11 +385,8 @@ def test_a_compressed_bin(tmp_path, little_memory):
             for name in old.namelist():
                 new.writestr(name, edit(old.read(name)))
         shutil.copy(tmp_path / "b.bin", tmp_path / "pytorch_model.bin")
-        shutil.copy(tmp_path / "b.bin", tmp_path / "last.pt")
         with pytest.raises(ValueError, match="pytorch_model.bin is damaged or"):
             checkpoint.read_weights(tmp_path)
-        with pytest.raises(Refused, match="last.pt is damaged"):
-            folder.load_state(tmp_path)
 
 
 def steps(*parts):
@@ -407,9 +404,7 @@ TOKENIZERS = [
         steps(*[TWICE] * 33), steps(steps(*[TWICE] * 20), steps(*[TWICE] * 20)), steps(*[{"type": "ByteLevel"}] * 33),
         TWICE | {"content": "a" * 5000}, {"type": "Prepend", "prepend": "a" * 10**5}, steps(*[{"type": "NFC"}] * 200),
         {"type": "Precompiled", "precompiled_charsmap": BLOB}, TWICE | {"pattern": {"String": "a" * 10**6}})),
-    *({"normalizer": TWICE | {"pattern": {"Regex": pattern}}} for pattern in (
-        "(?=.)", "(a+)+b", "a*a*b", "(a|aa)+$", "(.*)*", "a?a?aa", "a{99999}", r"(\\w+\\s?)*$", r"\\1", "[[a]-b]+c",
-        "a+(?!b)")),
+    {"normalizer": TWICE | {"pattern": {"Regex": "(a+)+b"}}},
     {"pre_tokenizer": steps(*[{"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                                "use_regex": False}] * 33)},
     {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "a+b"}, "behavior": "Isolated", "invert": False}},

@@ -242,7 +242,7 @@ def test_scores(read, pieces, expected):
 # ---- the tokenizer around them -------------------------------------------------------------------
 
 def whole(folder, path=SMALL):
-    """What data.py makes of a folder with this file: special tokens around texts."""
+    """What data.py makes of a folder with this file."""
     shutil.copy(path, folder / "spm.model")
     return tasks.load_tokenizer(folder)
 
@@ -264,19 +264,19 @@ def test_special_tokens_and_pairs(read, tmp_path):
     assert tokenizer.padding is None and tokenizer.truncation is None
 
 
-def test_every_way_to_encode_normalises(tmp_path):
+def test_every_way_to_encode_normalises():
     """Oracle: encode() of one text; and that text's SentencePiece ids in spm_small.json."""
     async def in_the_background(texts):
         return await tokenizer.async_encode_batch(texts)
 
-    tokenizer, text = whole(tmp_path), " \ufb01ne  d\u00e9j\u00e0 \u2026"
+    tokenizer, text = read_spm(SMALL), " \ufb01ne  d\u00e9j\u00e0 \u2026"
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     assert ids == tokenizer.encode("fine d\u00e9j\u00e0 ...", add_special_tokens=False).ids
     for found in (tokenizer.encode(text, text), tokenizer.encode(sequence=text, pair=text),
                   tokenizer.encode_batch([(text, text)])[0], tokenizer.encode_batch(input=[[text, text]])[0],
                   tokenizer.encode_batch_fast(((text, text), text))[0],
                   asyncio.run(in_the_background([(text, text)]))[0]):
-        assert found.ids == [1, *ids, 2, *ids, 2]
+        assert found.ids == [*ids, *ids]
     words = ["\ufb01ne", "d\u00e9j\u00e0", "\u2026"]
     assert tokenizer.encode(words, is_pretokenized=True, add_special_tokens=False).ids == ids
     with pytest.raises(TypeError):
