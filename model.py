@@ -128,7 +128,8 @@ class DisentangledSelfAttention(nn.Module):
                         content    content→position  position→content
 
     K and Q are a learned table of relative positions, times the layer's own key and query matrices.
-    So an adapter on these acts here too. The paper has δ(j, i) in the last term; its code, the released models and so we have δ(i, j).
+    So an adapter on these acts here too. The paper has δ(j, i) in the last term; its code, the
+    released models and so we have δ(i, j).
 
     x: (B, T, d) → (B, T, d). mask: (B, 1, 1, T), True at tokens, False at padding.
     table: of positions, (R, d). index: which of its rows belongs to i − j, (T, T).

@@ -101,11 +101,11 @@ def lines_of(*names):
 
 # File or room → how many lines it may have, which are today's; the aim stands behind where it is less.
 SIZES = {"lora2.py": 452,           # 350
-         "model.py": 384, "data.py": 340, "train.py": 340,
-         "the four that are read": 1500,                                     # 1,450
-         "product": 7060,           # 4,300: all but tests/ and experiments/
-         "experiments": 4110,       # 2,400
-         "tests": 12460}           # 9,500
+         "model.py": 384, "data.py": 340, "train.py": 330,
+         "the four that are read": 1501,                                     # 1,450
+         "product": 6930,           # 4,300: all but tests/ and experiments/
+         "experiments": 4000,       # 2,400
+         "tests": 11970}           # 9,500
 
 
 def test_what_is_read_stays_small():

@@ -8,7 +8,7 @@ import torch
 import data
 import train
 from experiments.speed import peers, steps, table
-from formats import glue, spm
+from formats import glue
 from running import options
 
 TASKS = ("rte", "mrpc", "stsb", "cola")
@@ -61,7 +61,7 @@ def epochs(job, task, rows):
 
 def own(folder):
     """A function from texts to their ids, as each of the three is started by a user."""
-    tokenizer = spm.read_spm(Path(folder) / "spm.model")
+    tokenizer = data.load_tokenizer(folder)
     return lambda texts: [encoding.ids for encoding in tokenizer.encode_batch_fast(texts)]
 
 
