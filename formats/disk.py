@@ -219,8 +219,12 @@ def replacing(*paths):
             for path in beside:
                 with open(path, "rb+") as file:
                     os.fsync(file.fileno())
-            for new, path in zip(beside, paths):
-                os.replace(new, path)
+            try:
+                for new, path in zip(beside, paths):
+                    os.replace(new, path)
+            except KeyboardInterrupt:          # the same command begins again: see LEFT
+                tempfile.mkdtemp(LEFT, ".", paths[0].parent)
+                raise
     except safetensors.SafetensorError as e:   # its word for a full disk
         raise OSError(one_line(e)) from e
 

@@ -607,7 +607,7 @@ def test_a_disk_that_fails_half_way(cli, server, mount, fault, says):
 
 
 @on_unix
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed_while_it_hands_out(cli, number):
     """Oracle: the folders that were never killed: after a signal before each rename the same command makes them. Until
     then no config.json stands there, without which nothing opens the rest."""

@@ -103,7 +103,7 @@ def lines_of(*names):
 SIZES = {"lora2.py": 452,           # 350
          "model.py": 384, "data.py": 340, "train.py": 330,
          "the four that are read": 1501,                                     # 1,450
-         "product": 6930,           # 4,300: all but tests/ and experiments/
+         "product": 6935,           # 4,300: all but tests/ and experiments/
          "experiments": 4000,       # 2,400
          "tests": 11970}           # 9,500
 
