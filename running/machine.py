@@ -233,6 +233,7 @@ def gathered(value, here):
 
 def leave():
     """Part from the other processes at the end of a run; after an error they find out."""
+    wait_for_all()                             # with torch 2.6 who leaves later may hang
     if dist.is_initialized():
         dist.destroy_process_group()
 
