@@ -105,7 +105,7 @@ SIZES = {"lora2.py": 452,           # 350
          "the four that are read": 1501,                                     # 1,450
          "product": 6935,           # 4,300: all but tests/ and experiments/
          "experiments": 4000,       # 2,400
-         "tests": 11970}           # 9,500
+         "tests": 11975}           # 9,500
 
 
 def test_what_is_read_stays_small():

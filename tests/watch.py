@@ -2,7 +2,10 @@
 
     python -m tests.watch in_trainer                       # also under torchrun: each process counts for itself
 """
+import contextlib
 import hashlib
+import io
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -82,7 +85,9 @@ def check(seen):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    _, seen = run(sys.argv[1])
+    is_first = os.environ.get("RANK", "0") == "0"          # of two that print at once lines may come out mixed
+    with contextlib.redirect_stdout(sys.stdout if is_first else io.StringIO()):
+        _, seen = run(sys.argv[1])
     check(seen)
     digest = hashlib.sha256()
     for _, layer in lora2.lora2_layers(seen.model):
