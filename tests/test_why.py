@@ -213,6 +213,8 @@ def test_the_page_is_that_of_the_file():
     text = re.sub(r"<!--.*?<!-- -->", "", SEEN, flags=re.DOTALL)
     numbers = re.findall(r"[−+]?\d+\.\d+", re.sub(r"arXiv \d+\.\d+", "", text))
     assert numbers and [number for number in numbers if number not in page] == []
+    ends = [100 * run["last"]["score"] for run in tables.runs_of(why_page.reported(content), "adalora", "stsb")]
+    assert sum(score < 10 for score in ends) == 2 and len(ends) == 5 and "two of five\n  seeds end at chance" in text
 
 
 def lower_less_upper(run):
