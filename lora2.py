@@ -48,8 +48,8 @@ class LoRA2Linear(nn.Module):
 
     k, r: projected dimension and number of singular values, from 1 to min(d_in, d_out).
     alpha: positive. The update is scaled by alpha / r.
-    init: "gaussian" is that of the authors' code. "orthonormal" is ours: R of Eq. 5 starts
-        at its floor, and the first gradients of Λ are not tiny."""
+    init: "gaussian" is that of the authors' code; it needs AdamW and a rate near 1e-3.
+        "orthonormal" is ours: R starts at its floor, and Λ's first gradients are not tiny."""
 
     def __init__(self, base, k=1, r=8, alpha=32, init="gaussian"):
         super().__init__()
@@ -108,12 +108,14 @@ class LoRA2Linear(nn.Module):
 
 
 def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(), layer=LoRA2Linear):
-    """Freeze `model` and put a LoRA2Linear around its target layers. Returns their names, in order.
+    """Freeze a model and put a LoRA2Linear around its target layers. Returns their names, in order.
+    Load and cast the model before this; wrap it and make the optimizer afterwards.
 
     targets: names of modules, or one: "query" is also every name that ends in ".query".
-        "all-linear": every linear layer but the output embeddings of a transformers model.
+        "all-linear": every plain nn.Linear but the output embeddings of a transformers model.
     k, r, alpha, init: as for LoRA2Linear, or the subclass of it that is given as `layer`.
     trainable: whole parts of dotted names, such as "classifier": they train in full, unadapted.
+        Name all that is new, often a pooler too: what is left out stays random and is not saved.
     ValueError or TypeError, and no change, if a name has no match or a match cannot be adapted."""
     require(not lora2_layers(model), "the model has LoRA² adapters already: name all in one call")
     targets = {targets} if isinstance(targets, str) else set(targets)
@@ -134,7 +136,7 @@ def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
         uses = places.count(id(base.weight))
         require(uses == 1, f"{name}, or its weight, is used in {uses} places: leave it out")
     adapters = {name: layer(base, k, r, alpha, init) for name, base in modules.items()}
-    model.requires_grad_(False)
+    model.requires_grad_(False).zero_grad()
     for name, adapter in adapters.items():
         model.set_submodule(name, adapter)
     for parameter in in_full:
@@ -175,7 +177,7 @@ def check_base(name, base, k, r, alpha, init):
     most = min(base.in_features, base.out_features)
     for letter, size in (("k", k), ("r", r)):
         require(type(size) is int and 1 <= size <= most,
-                f"{letter} = {size!r} does not fit {name}: give an integer from 1 to {most}")
+                f"{letter} = {size!r}: {name} takes an integer from 1 to {most}, or leave it out")
     require(0 < alpha < math.inf, f"alpha = {alpha!r}: give a positive number")
     require(init in ("gaussian", "orthonormal"), f"init = {init!r}: 'gaussian' or 'orthonormal'")
 
@@ -205,8 +207,8 @@ def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
     R = 0
     for _, layer in adapters:
         with torch.autocast(layer.u.device.type, enabled=False):
-            # The paper has vvᵀ, which is d × d, and uᵀu. Their terms differ by a constant, and so
-            # not in the gradient: ‖AAᵀ − I_n‖² = ‖AᵀA − I_k‖² + n − k for A (n, k).
+            # For v and u the paper has vvᵀ, d × d, and uᵀu, r × r. They differ by a constant, and
+            # not in the gradient: ‖AAᵀ − I_n‖² = ‖AᵀA − I_k‖² + n − k for A (n, k), here v and uᵀ.
             Gv, Gu = layer.v.T @ layer.v, layer.u @ layer.u.T  # (k, k)
             GU, GV = layer.U.T @ layer.U, layer.V @ layer.V.T  # (k, k)
             if "uv" in terms:
@@ -214,7 +216,7 @@ def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
             if "UV" in terms:
                 R = R + distance(GU) + distance(GV)  # ‖UᵀU − I‖² + ‖VVᵀ − I‖²
             if "PQ" in terms:
-                # PᵀP = uᵀ(vᵀv)u is r × r. A trace lets factors go round, so X = (vᵀv)(uuᵀ) has
+                # PᵀP = uᵀ(vᵀv)u is r × r. As tr AB = tr BA, X = (vᵀv)(uuᵀ), which is k × k, has
                 # tr X = tr PᵀP and tr X² = tr (PᵀP)²: ‖PᵀP − I_r‖² = tr (X − I_k)² + r − k.
                 R = R + distance(Gv @ Gu) + layer.r - layer.k  # ‖PᵀP − I‖²
                 R = R + distance(GV @ GU) + layer.r - layer.k  # ‖QQᵀ − I‖²
@@ -237,17 +239,17 @@ class RankPruner(nn.Module):
     """Algorithm 1: keep the b(t) most important singular values of the model, set the rest to 0.
 
     target_rank: singular values per adapter in the end, on average.
-    total_steps: T, in optimizer steps, never micro-batches.
+    total_steps: T, all optimizer steps of the run, not micro-batches. Later ones move Λ off 0.
     warmup: t_i, the first steps, in which all are kept. Then b(t) falls along a cubic.
     final: t_f, the last steps, in which the choice is fixed. Before, what was set to 0 may return.
     interval: ΔT, steps from choice to choice.
     beta1, beta2: of the averages Ī and Ū, at least 0 and below 1.
     importance: "reduced" (Eq. 9) or "full" (Eq. 8). ValueError for what does not fit.
 
-    Make it when the adapters are on their device. Call step() after optimizer.step() and before
-    zero_grad(): it multiplies the new weights by this step's gradients, as AdaLoRA does. These are
-    of task + gamma · R, so that the pull of R counts too, above all early, when Λ is near 0.
-    It is a Module for its state_dict(): so a run can be resumed."""
+    Make it when the adapters are on their device, and save its state_dict() if a run may go on.
+    Call step() after optimizer.step() and before zero_grad(): it multiplies the new weights by this
+    step's gradients, as AdaLoRA does. These are of task + gamma · R: u and U feel the pull of R
+    too, above all early, while the task's, which is times Λ, is small."""
 
     factors = ("lam", "u", "U")  # of each adapter: what is scored
 
@@ -255,9 +257,9 @@ class RankPruner(nn.Module):
                  beta1=0.85, beta2=0.85, importance="reduced"):
         super().__init__()
         found = lora2_layers(model)
-        kinds = {(layer.k, layer.r, layer.lam.dtype, layer.lam.device) for _, layer in found}
-        require(len(kinds) == 1,
-                f"the pruner needs adapters of one (k, r, dtype, device), not {kinds or 'none'}")
+        kinds = {(m.k, m.r, m.lam.dtype, m.lam.device, m.lam.requires_grad) for _, m in found}
+        require(len(kinds) == 1, "the pruner needs adapters of one (k, r, dtype, device, "
+                f"requires_grad), not {kinds or 'none'}")
         self.names, self.layers = zip(*found)  # a tuple: they stay the model's submodules
         self.k, self.r = self.layers[0].k, self.layers[0].r
         require(type(target_rank) is int and 0 <= target_rank <= self.r,
@@ -278,7 +280,8 @@ class RankPruner(nn.Module):
         self.t, self.kept_total = 0, len(found) * self.r
         lam = self.layers[0].lam
         self.dtype = torch.promote_types(lam.dtype, torch.float32)  # fp16 would round I to 0
-        zeros = torch.zeros(sum(self.sizes()), dtype=self.dtype, device=lam.device)
+        self.sizes = [w.numel() for w in self.scored()]
+        zeros = torch.zeros(sum(self.sizes), dtype=self.dtype, device=lam.device)
         keep = torch.ones(len(found), self.r, dtype=torch.bool, device=lam.device)
         self.register_buffer("sensitivity", zeros)  # Ī of all that is scored, one after another
         self.register_buffer("uncertainty", zeros.clone())  # Ū
@@ -298,13 +301,13 @@ class RankPruner(nn.Module):
     def step(self):
         """Algorithm 1 for one optimizer step. Returns how many are kept; the host does not wait."""
         require(self.t < self.total_steps,
-                f"step() came more than {self.total_steps} times", RuntimeError)
+                f"step() came more than total_steps = {self.total_steps} times", RuntimeError)
         t = self.t + 1  # this step, 1 .. T
         last_choice = self.total_steps - self.final
         if t <= last_choice:  # later the scores stay, and with them the choice
             self.update_averages()
         self.t = t
-        # In the last phase at every step: AdamW's momentum moves a Λ_i off 0 again.
+        # The last choice, at T − t_f, is applied at every step: momentum moves a Λ_i off 0 again.
         if t % self.interval == 0 or t >= last_choice:
             self.kept_total = self.budget(t)
             self.prune()
@@ -316,7 +319,7 @@ class RankPruner(nn.Module):
         I = |w · ∂L/∂w| estimates how much the loss would change if w were 0. One batch is noisy,
         so Ī averages it over the steps. Ū averages |I − Ī|: it is large for what is still in doubt.
         That their product is the score is a heuristic.
-        Ours: I = 0 in a step that a GradScaler skipped, and for an adapter without gradients."""
+        Ours: in a step that a GradScaler skipped I is 0, as for an adapter without gradients."""
         finite = self.all_finite()
         self.to(self.dtype)  # if it was cast with a model
         I = []
@@ -341,21 +344,17 @@ class RankPruner(nn.Module):
         """Λ of all adapters, then all u, then all U; for Eq. 8 all v and all V."""
         return [getattr(layer, factor) for factor in self.factors for layer in self.layers]
 
-    def sizes(self):
-        """How many numbers each of scored() has."""
-        return [w.numel() for w in self.scored()]
-
     def scores(self):
         """Importance of every singular value, (n, r), from S(w) = Ī · Ū."""
         n, r = len(self.layers), self.r
-        S = (self.sensitivity * self.uncertainty).split(self.sizes())
+        S = (self.sensitivity * self.uncertainty).split(self.sizes)
         S_lam = torch.stack(S[:n])  # (n, r)
         S_u = torch.stack(S[n:2 * n]).view(n, -1, r)  # (n, k, r)
         S_U = torch.stack(S[2 * n:3 * n]).view(n, r, -1)  # (n, r, k)
         scores = S_lam + S_u.mean(1) + S_U.mean(2)  # Eq. 9
         if "v" in self.factors:
-            # Eq. 8 adds ΣS(v) and ΣS(V), over k as u and U count by their mean. It is the same for
-            # all i: it changes no order within an adapter, but that between adapters.
+            # Eq. 8 adds (ΣS(v) + ΣS(V)) / k, by k since u and U count by their means over k. All i
+            # of an adapter get the same: it changes no order within it, but that between adapters.
             for i in range(n):
                 scores[i] += (S[3 * n + i].sum() + S[4 * n + i].sum()) / self.k
         return scores
@@ -384,9 +383,13 @@ class RankPruner(nn.Module):
     def kept(self):
         """{adapter: singular values that the last choice kept}, the data of Figure 3. RuntimeError
         if in the last phase the model has other Λ, as after loading its best weights."""
-        pruned = torch.stack(self.scored()[:len(self.layers)])[~self.keep]
-        require(self.t < self.total_steps - self.final or not pruned.any(),
-                "the model's Λ are not what the pruner left: call pruner.mask(model)", RuntimeError)
+        if self.t >= self.total_steps - self.final:
+            lam = torch.stack(self.scored()[:len(self.layers)])
+            require(not lam[~self.keep].any(), "the model's Λ are not what the pruner left: call "
+                    "pruner.mask(model), and step() after optimizer.step()", RuntimeError)
+            if self.kept_total > 0 and not (lam.any() and self.sensitivity.any()):
+                warnings.warn("all Λ or all scores are 0: make the optimizer after add_lora2(), "
+                              "and call step() before zero_grad()", stacklevel=2)
         return dict(zip(self.names, self.keep.sum(1).tolist()))
 
     def get_extra_state(self):
@@ -422,7 +425,7 @@ def load_lora2_state_dict(model, state):
     """Load lora2_state_dict() into a model that the same add_lora2() call prepared. Strict:
     ValueError, and nothing is loaded, if a name, a shape, alpha or the base differs."""
     own = lora2_state_dict(model)
-    advice = "use the file's base model, targets, k, r and trainable names"
+    advice = "use the file's base model, targets, k, r and trainable names, all unwrapped"
     for name in sorted(own | state):
         require(name in own, f"{name} is in the file alone: {advice}")
         require(name in state, f"{name} is in the model alone: {advice}")

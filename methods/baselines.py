@@ -110,7 +110,7 @@ class AdaLoRAPruner(FastRankPruner):
     def scores(self):
         """S(Λ_i) + mean over d_in of S(P_·i) + mean over d_out of S(Q_i·), (n, r); S(w) = Ī · Ū."""
         n = len(self.layers)
-        S = (self.sensitivity * self.uncertainty).split(self.sizes())
+        S = (self.sensitivity * self.uncertainty).split(self.sizes)
         P = [each.view(-1, self.r).mean(0) for each in S[n:2 * n]]  # each (d_in, r)
         Q = [each.view(self.r, -1).mean(1) for each in S[2 * n:]]  # each (r, d_out)
         return torch.stack(S[:n]) + torch.stack(P) + torch.stack(Q)

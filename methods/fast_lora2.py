@@ -203,7 +203,7 @@ class FastRankPruner(RankPruner):
         lam, u, U, wide = S.tensor_split([n * r, n * r + n * k * r, n * r + 2 * n * k * r])
         scores = lam.view(n, r) + u.view(n, k, r).mean(1) + U.view(n, r, k).mean(2)
         if len(wide):  # S ≥ 0: the sum over one v or V is its 1-norm, many norms are one operation
-            sums = torch.stack(torch._foreach_norm(wide.split(self.sizes()[3 * n:]), 1))  # (2n,)
+            sums = torch.stack(torch._foreach_norm(wide.split(self.sizes[3 * n:]), 1))  # (2n,)
             scores += sums.view(2, n, 1).sum(0) / k
         return scores
 

@@ -298,6 +298,7 @@ def averages_of(pruner):
     return [pruner.sensitivity, pruner.uncertainty]
 
 
+@pytest.mark.filterwarnings("ignore:all Λ or all scores are 0")
 @pytest.mark.parametrize("never", [False, True])
 @pytest.mark.parametrize("importance", ["reduced", "full"])
 def test_the_fast_pruner_is_the_pruner(importance, never):

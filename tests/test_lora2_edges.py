@@ -164,7 +164,7 @@ REFUSED = {
     "integers": (lambda: integer_linear(torch.int32), TypeError, "quantised"),
     "fp8": (lambda: nn.Linear(8, 8).to(torch.float8_e4m3fn), TypeError, "quantised"),
     "tensor subclass": (subclassed_weight, TypeError, "bad has no plain weight"),
-    "too small for k": (lambda: nn.Linear(8, 1), ValueError, "does not fit bad: give an integer from 1 to 1"),
+    "too small for k": (lambda: nn.Linear(8, 1), ValueError, "bad takes an integer from 1 to 1"),
     "shared": (lambda: SHARED, ValueError, "bad, or its weight, is used in 2 places"),
 }
 
@@ -243,9 +243,8 @@ def test_a_subclass_that_raises_leaves_the_model_without_adapters():
 
 def test_adding_twice_is_refused():
     """Oracle: the sentence."""
-    model = adapted()
     with pytest.raises(ValueError, match="has LoRA² adapters already"):
-        add_lora2(model, ["query"], k=2, r=4)
+        add_lora2(adapted(), ["query"], k=2, r=4)
 
 
 # --- the regulariser ----------------------------------------------------------------------------------------
@@ -368,6 +367,29 @@ def test_kept_does_not_speak_of_weights_that_were_loaded_afterwards():
     assert pruner.kept() == kept and nonzero(model) == sum(kept.values()) == 2
 
 
+@pytest.mark.parametrize("fault", ["none", "early optimizer", "zeroed gradients"])
+def test_a_choice_of_nothing_is_told(fault):
+    """Oracle: by hand: an optimizer that was made before add_lora2() has no factor; what is zeroed has the score 0."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 2)).double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    add_lora2(model, ["0"], k=2, r=4, trainable=["1"])
+    if fault != "early optimizer":
+        optimizer = torch.optim.AdamW(trainable_parameters(model), lr=0.05)
+    pruner = RankPruner(model, 1, 6, 0, 2, 1)
+    for step in range(6):
+        x, y = data(step)
+        (F.mse_loss(model(x), y) + orthogonality_loss(model)).backward()
+        optimizer.step()
+        if fault == "zeroed gradients":
+            optimizer.zero_grad(set_to_none=False)
+        pruner.step()
+        model.zero_grad()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        pruner.kept()
+    assert len(said) == (fault != "none") and all("optimizer after" in str(one.message) for one in said)
+
+
 def test_a_run_that_ends_early_says_that_its_budget_was_not_reached():
     """Oracle: the cubic by hand: of 8 singular values 5, 3 and 2, which is the budget, are left at steps 2, 4 and
     6. When it is reached nothing is said."""
@@ -454,10 +476,9 @@ def test_the_pruner_stops_at_its_end():
     """Oracle: total_steps."""
     model = stack_of(1)
     pruner = RankPruner(model, 1, 2, 0, 1, 1)
-    for _ in range(2):
-        give_gradients(model)
-        pruner.step()
-    with pytest.raises(RuntimeError, match="more than 2 times"):
+    give_gradients(model)
+    assert [pruner.step(), pruner.step()] == [1, 1]
+    with pytest.raises(RuntimeError, match="more than total_steps = 2 times"):
         pruner.step()
     assert pruner.t == 2
 
@@ -487,7 +508,7 @@ def test_the_pruner_needs_adapters_of_one_kind():
     """Oracle: the sentence; scores of stacked adapters need one shape, and their sum one dtype."""
     first = LoRA2Linear(nn.Linear(8, 8), k=1, r=2)
     other = [LoRA2Linear(nn.Linear(8, 8), k=1, r=3), LoRA2Linear(nn.Linear(8, 8), k=2, r=2),
-             LoRA2Linear(nn.Linear(8, 8).double(), k=1, r=2)]
+             LoRA2Linear(nn.Linear(8, 8).double(), k=1, r=2), LoRA2Linear(nn.Linear(8, 8), k=1, r=2).requires_grad_(False)]
     for model in (Block(), *(nn.ModuleList([first, second]) for second in other)):
         with pytest.raises(ValueError, match="needs adapters of one"):
             RankPruner(model, 1, 10, 0, 0, 1)
