@@ -36,8 +36,7 @@ def start_at_gradient(net, backward, batches):
             layer.v.copy_(left)
             layer.V.copy_(right.T)
         layer.base.weight.requires_grad_(False)
-    for parameter in net.parameters():
-        parameter.grad = None
+    net.zero_grad()
 
 
 def leading(G, k):

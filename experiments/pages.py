@@ -1,6 +1,6 @@
 """From records to Markdown: each page has the tables that its name needs.
 
-`content` is what reproduce.py gives. Reads no file.
+`content` is what reproduce.py gives, and "seeds", how many most cells have. Reads no file.
 """
 import math
 
@@ -8,10 +8,11 @@ from experiments import search, tables
 
 WHICH = {"last": "after the last step", "best": "at the best evaluation",
          "time": "seconds of a step"}
+DIGITS = {"last": 2, "best": 2, "time": 3}                 # behind the point
 AVERAGE = {"average": "average"}                           # a column
-LEGEND = ("Mean ± standard deviation over the seeds; (n = ...) where it is of another number of "
-          "values. An average is over tasks, seed by seed; MNLI and QQP count as the mean of their "
-          "columns.",
+LEGEND = ("Mean ± standard deviation over the seeds; (n = ...) where they are more or fewer than "
+          "in most cells. An average is over tasks, seed by seed; MNLI and QQP count as the mean "
+          "of their columns.",
           "Differences are paired by seed. The interval is Student's, of 95 %: ≈ marks one that "
           "holds 0. Of 20 such intervals of equal methods one lacks the mark by chance.")
 
@@ -69,11 +70,6 @@ def table(title, lines, columns, cell):
     return markdown([title, *columns.values()], rows)
 
 
-def digits_of(which):
-    """How many digits behind the point."""
-    return 3 if which == "time" else 2
-
-
 def tasks_of(content):
     """{task: its name} of a table, in the order of the paper's columns."""
     return {task: name for task, (name, _) in tables.COLUMNS.items() if task in content["tasks"]}
@@ -92,7 +88,7 @@ def score_table(content, which="last"):
     """The scores of all rows on all tasks."""
     def cell(row, task):
         parts = tables.score_of(content, row, task, which)
-        return "/".join(show(part, len(content["seeds"]), digits_of(which)) for part in parts)
+        return "/".join(show(part, content["seeds"], DIGITS[which]) for part in parts)
 
     return table(WHICH[which], content["rows"], tasks_of(content) | AVERAGE, cell)
 
@@ -101,7 +97,7 @@ def interval_table(content, which="last"):
     """Differences of pairs of rows, seed by seed."""
     def cell(pair, task):
         part = tables.summary(tables.differences(content, *pair, task, which).values())
-        return show_interval(part, len(content["seeds"]), digits_of(which))
+        return show_interval(part, content["seeds"], DIGITS[which])
 
     columns = tasks_of(content) | AVERAGE
     return table("difference, its 95 % interval", pairs_of(content), columns, cell)
@@ -171,7 +167,7 @@ def overlap_table(content):
     measures = {measure: measure for some in found.values() for measure in some}
 
     def cell(measure, task):
-        return show(tables.summary(found[task][measure]), len(content["seeds"]), 1)
+        return show(tables.summary(found[task][measure]), content["seeds"], 1)
 
     return table("%", measures, tasks_of(content), cell)
 
@@ -194,13 +190,14 @@ def kept_tables(content):
 # --- pages -----------------------------------------------------------------------------------
 
 def study_parts(content, shown):
-    """The tables of a study: of the rows that have begun, and which have not."""
-    begun = {run["row"] for run in content["runs"]}
-    rows = {row: label for row, label in content["rows"].items() if row in begun}
-    waiting = [label for row, label in content["rows"].items() if row not in begun]
-    shown = shown | {"rows": rows}
-    parts = [score_table(shown), interval_table(shown), worst_table(shown),
-             choice_table(content | {"rows": rows}), parameter_table(shown)]
+    """The tables of a study: of the rows that were run or tuned; then which were not run."""
+    labels, begun = content["rows"], {run["row"] for run in content["runs"]}
+    done = {run["row"] for run in content["runs"] if run["part"] == "reported"}
+    waiting = [labels[row] for row in labels if row not in done]
+    shown = shown | {"rows": {row: labels[row] for row in labels if row in done}}
+    tuned = content | {"rows": {row: labels[row] for row in labels if row in begun}}
+    parts = [score_table(shown), interval_table(shown), worst_table(shown), choice_table(tuned),
+             parameter_table(shown)]
     if waiting:
         parts.append(f"Not run: {'; '.join(waiting)}.\n")
     return parts
@@ -209,7 +206,7 @@ def study_parts(content, shown):
 def parts_of(content, shown):
     """(the tables that docs/results.md shows, the others with their headings) of a page.
 
-    shown: content with the runs that did not diverge and are not of a tuning.
+    shown: content with the runs that did not diverge and are not of a tuning, and "seeds".
     """
     if content["name"] == "tune":
         return [choice_table(content, is_search=False)], []
@@ -259,8 +256,9 @@ def page(content):
     """TABLE.md of a content. ValueError for runs that fit no one table."""
     tables.check_sources(content["runs"])
     reported = [run for run in content["runs"] if run["part"] == "reported"]
-    shown = [run for run in reported if "failed" not in run]
-    parts, others = parts_of(content, content | {"runs": shown})
+    shown = content | {"runs": [run for run in reported if "failed" not in run],
+                       "seeds": tables.usual_count(reported)}
+    parts, others = parts_of(content, shown)
     legend = [] if content["name"] in ("tune", "figure3") else LEGEND
     parts += [*lost_of(reported), facts_of(content["runs"]), *others]
     return whole(content, parts, legend)

@@ -6,6 +6,7 @@ one number for each of the task's columns (MNLI and QQP have two). Reads no file
 import itertools
 import math
 import statistics
+from collections import Counter
 
 # Task → its name, its metrics as (dev split, metric): the columns of Table 1, in the paper's order.
 COLUMNS = {
@@ -71,6 +72,12 @@ def half_of(part):
 def runs_of(content, row, task):
     """[record] of a cell of the table."""
     return [run for run in content["runs"] if (run["row"], run["task"]) == (row, task)]
+
+
+def usual_count(runs):
+    """How many of these runs most cells of a table have; 0 without runs."""
+    cells = Counter((run["row"], run["task"]) for run in runs)
+    return max(statistics.multimode(cells.values()), default=0)
 
 
 def by_seed(content, row, task):

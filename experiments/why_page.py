@@ -88,12 +88,11 @@ def draw(content):
 
 def reported(content):
     """The content without the runs of a search, those that diverged, and the rows without a run."""
-    runs = [run for run in content["runs"] if run["part"] == "reported" and "failed" not in run]
-    rows = {}
-    for row, (label, *_) in content["rows"].items():
-        if any(run["row"] == row for run in runs):
-            rows[row] = label
-    return content | {"runs": runs, "rows": rows}
+    ended = [run for run in content["runs"] if run["part"] == "reported"]
+    runs = [run for run in ended if "failed" not in run]
+    there = {run["row"] for run in runs}
+    rows = {row: label for row, (label, *_) in content["rows"].items() if row in there}
+    return content | {"runs": runs, "rows": rows, "seeds": tables.usual_count(ended)}
 
 
 def page(content):

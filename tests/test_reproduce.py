@@ -453,7 +453,7 @@ def test_a_choice_on_an_edge_is_not_shown(spoil, says, ran):
     else:
         beside["last"]["score"] = 0.9
     summary.write(grid.path, grid.file)
-    assert ran(f"{words} --no-run") == [] and "| LoRA r=1 | not run | not run |" in page_of(words)
+    assert ran(f"{words} --no-run") == [] and "\nNot run: LoRA r=1.\n" in page_of(words)
     assert re.search(rf"\| LoRA r=1 \| .*unfinished", page_of(words)) and "head alone | 50." in page_of(words)
     assert {call[0] for call in ran(words)} == {"lora-r1"} and "not run" not in page_of(words)
 
