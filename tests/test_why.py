@@ -214,7 +214,12 @@ def test_the_page_is_that_of_the_file():
     numbers = re.findall(r"[−+]?\d+\.\d+", re.sub(r"arXiv \d+\.\d+", "", text))
     assert numbers and [number for number in numbers if number not in page] == []
     ends = [100 * run["last"]["score"] for run in tables.runs_of(why_page.reported(content), "adalora", "stsb")]
-    assert sum(score < 10 for score in ends) == 2 and len(ends) == 5 and "two of five\n  seeds end at chance" in text
+    assert sum(score < 10 for score in ends) == 2 and len(ends) == 5 and "two of\n  five seeds end at chance" in text
+    for task in ("stsb", "cola", "mrpc", "average"):       # README: level with LoRA on each task and over all three
+        part = tables.summary(tables.differences(why_page.reported(content), "zero-own", "lora", task).values())
+        assert part["n"] == 5 and abs(part["mean"]) < tables.half_of(part)
+    first = " ".join((ROOT / "README.md").read_text(encoding="utf-8").partition("## One command")[0].split())
+    assert "Begun at V = 0, as LoRA begins at B = 0, it cannot over all three either: level, not ahead." in first
 
 
 def lower_less_upper(run):
