@@ -114,7 +114,7 @@ def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
     targets: names of modules, or one: "query" is also every name that ends in ".query".
         "all-linear": every plain nn.Linear but the output embeddings of a transformers model.
     k, r, alpha, init: as for LoRA2Linear, or the subclass of it that is given as `layer`.
-    trainable: whole parts of dotted names, such as "classifier": they train in full, unadapted.
+    trainable: whole parts of dotted names, such as "classifier": trained in full, in their dtype.
         Name all that is new, often a pooler too: what is left out stays random and is not saved.
     ValueError or TypeError, and no change, if a name has no match or a match cannot be adapted."""
     require(not lora2_layers(model), "the model has LoRA² adapters already: name all in one call")

@@ -92,7 +92,8 @@ class Film:
     def __init__(self, net, judges):
         self.layers = [layer for _, layer in lora2_layers(net)]
         self.judges = judges
-        self.factors = [name for name in ("v", "V", "A") if hasattr(self.layers[0], name)]
+        self.factors = [name for name in ("v", "V", "A")   # lines: what is wider has no one angle
+                        if 1 in getattr(self.layers[0], name, torch.empty(0)).shape]
         self.start = [{name: getattr(layer, name).detach().clone() for name in self.factors}
                       for layer in self.layers]
         self.updates, self.seen = [], []

@@ -134,8 +134,7 @@ def paper_of(grid, base):
 
 def content_of(args):
     """What a page is made of (pages.py): the table that was asked for, with its finished runs."""
-    grid, table = args.grid, grids.TABLES[args.table]
-    tasks = grid.tasks
+    grid, table, tasks = args.grid, grids.TABLES[args.table], args.grid.tasks
     if grid.table == "tune":
         tasks = list(dict.fromkeys(grid.preset["tuned_on"].get(task, task) for task in tasks))
     pairs = []
@@ -145,9 +144,9 @@ def content_of(args):
     if not (grid.starts or grid.table == "tune"):          # they alone show what was tried
         runs = [run for run in runs if run["part"] == "reported"]
     return {"name": grid.table, "title": table["title"], "command": args.command,
-            "model": args.name, "tasks": tasks, "rows": labels_of(grid), "runs": runs,
+            "model": args.name, "tasks": tasks, "rows": labels_of(grid), "pairs": pairs,
             "notes": notes_of(grid, args.preset), "paper": paper_of(grid, args.preset),
-            "pairs": pairs}
+            "runs": runs}
 
 
 def write_page(args):
