@@ -42,8 +42,7 @@ def test_v_and_V_are_the_leading_singular_vectors(k):
 @pytest.mark.parametrize("words, outer", [
     ("lora2", (".v", ".V")), ("adalora", (".P", ".Q")), ("sora", (".A",))])
 def test_a_rate_of_their_own(words, outer, cli):
-    """Oracle: AdamW: at rate 0 nothing moves. The outer factors stay as they begin, the others move; at another rate
-    all of them move."""
+    """Oracle: AdamW: at rate 0 the outer factors stay as they begin while the others move; at another rate all move."""
     def trained(rates):
         assert cli.tiny("--overwrite --method", words, rates).status == 0
         return load_file("run/adapter.safetensors")
