@@ -7,8 +7,8 @@ import torch
 
 from formats.disk import one_line
 
-GPU_IS_FULL = ("the GPU's memory is full: begin again with --overwrite and --accum 2, the same "
-               "result with less; to evaluate give a smaller --batch-size")
+GPU_IS_FULL = ("the GPU's memory is full: begin again with --overwrite and --accum 2, which "
+               "needs less; to evaluate give a smaller --batch-size")
 
 
 class Refused(Exception):

@@ -10,6 +10,10 @@ from running.options import flag
 def load_examples(o, here, stored):
     """(task, {split: Examples}, tokenizer), with a split "to predict" if --predict is given."""
     splits, task = load_splits(o, here, stored)
+    mean, deviation = task.unit
+    if (o.merge or o.export_peft) and abs(mean) > 1e5 * deviation:
+        raise ValueError(f"--merge and --export-peft make a model that gives scores itself, and in "
+                         f"fp32 those around {mean:g} would be all alike: subtract {mean:g}")
     check_file(o, "predict")                               # which may just have been fetched
     saving.check_predictions(o, task)
     if o.predict:

@@ -94,7 +94,7 @@ OPTIONS = {
         Option("max-steps", int, None, "train exactly N optimizer steps instead", COUNT),
         Option("stop-at", float, None, "end at this dev metric", AMOUNT, UNPRUNED),
         Option("batch-size", int, 32, "rows per optimizer step", COUNT, beside=EVAL),
-        Option("accum", int, 1, "compute each batch in N parts: less memory, same result", COUNT),
+        Option("accum", int, 1, "compute each batch in N parts: less memory, other dropout", COUNT),
         Option("lr", float, PRESET, "peak learning rate", AMOUNT),
         Option("head-lr", float, None, "the same for the head; by default lr", AMOUNT),
         Option("outer-lr", float, None, "the same for v and V, of lora and sora A, of adalora P "

@@ -365,13 +365,16 @@ def test_scores_may_have_any_unit(cli, model, a, b):
 @pytest.mark.parametrize("values, says", [("1e308 -1e308", "train.tsv: the scores are too far apart"),
                                           ("1 2", "dev.tsv: the scores are too far apart")])
 def test_scores_that_nothing_can_be_computed_with(cli, values, says):
-    """Oracle: by hand: the largest float64 is 1.8e308, the largest float32 3.4e38."""
+    """Oracle: by hand: the largest float64 is 1.8e308, the largest float32 3.4e38, of which neighbours are 6e-8 apart:
+    a merged model's scores around 1.7e9 would be 128 apart."""
     for name, scores in (("train", values.split()), ("dev", ["1", "1e300"])):
         Path(f"{name}.tsv").write_text("sentence\tscore\n" + "".join(f"cue0 filler1\t{s}\n" for s in scores))
     refused(cli(OWN, "--model", cli.models["bert"]), says)
     Path("dev.tsv").write_text("sentence\tscore\ncue0 filler1\t1\n")
     Path("train.tsv").write_text("sentence\tscore\n" + "cue0 filler1\t7\n" * 3)
     assert cli(OWN, "--out one --model", cli.models["bert"]).status == 0   # all alike: a deviation of 0
+    Path("train.tsv").write_text("sentence\tscore\ncue0\t1700000000\ncue1\t1700000059\n")
+    refused(cli(OWN, "--out two --merge merged --model", cli.models["bert"]), "all alike: subtract 1.7e+09")
 
 
 def test_a_first_look_at_own_data(cli):
