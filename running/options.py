@@ -257,6 +257,8 @@ def evaluating(stored, given):
     settings = {name: option.default for name, option in TABLE.items()} | stored
     settings["batch_size"] = min(settings["batch_size"], 256)      # no file chooses all memory
     settings |= agreed(stored, given, "eval")
+    if settings["limit_dev"] and "limit_dev" not in given:
+        warn(f"{settings['limit_dev']} rows at most, as in the run: give --limit-dev for more")
     needed = {"model", "dev_file"} if settings["task"] == "own" else {"model"}
     missing = [flag(name) for name in sorted(needed) if settings[name] is None]
     if missing:

@@ -103,7 +103,7 @@ def lines_of(*names):
 SIZES = {"lora2.py": 455,           # 350
          "model.py": 384, "data.py": 340, "train.py": 330,
          "the four that are read": 1504,                                     # 1,450
-         "product": 6942,           # 4,300: all but tests/ and experiments/
+         "product": 6944,           # 4,300: all but tests/ and experiments/
          "experiments": 4000,       # 2,400
          "tests": 12003}           # 9,500
 
