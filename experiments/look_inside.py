@@ -87,7 +87,7 @@ def angle(a, b):
 
 
 class Film:
-    """Looks at a model with adapters, k = 1 or LoRA's r = 1, from time to time."""
+    """Looks at a model with adapters from time to time, at outer factors if these are lines."""
 
     def __init__(self, net, judges):
         self.layers = [layer for _, layer in lora2_layers(net)]

@@ -508,7 +508,8 @@ def test_the_pruner_needs_adapters_of_one_kind():
     """Oracle: the sentence; scores of stacked adapters need one shape, and their sum one dtype."""
     first = LoRA2Linear(nn.Linear(8, 8), k=1, r=2)
     other = [LoRA2Linear(nn.Linear(8, 8), k=1, r=3), LoRA2Linear(nn.Linear(8, 8), k=2, r=2),
-             LoRA2Linear(nn.Linear(8, 8).double(), k=1, r=2), LoRA2Linear(nn.Linear(8, 8), k=1, r=2).requires_grad_(False)]
+             LoRA2Linear(nn.Linear(8, 8).double(), k=1, r=2),
+             LoRA2Linear(nn.Linear(8, 8), k=1, r=2).requires_grad_(False)]
     for model in (Block(), *(nn.ModuleList([first, second]) for second in other)):
         with pytest.raises(ValueError, match="needs adapters of one"):
             RankPruner(model, 1, 10, 0, 0, 1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train
-from experiments import look_inside, reproduce, tables, why, why_page
+from experiments import look_inside, reproduce, search, tables, why, why_page
 from formats import disk
 from lora2 import LoRA2Linear, RankPruner, add_lora2, lora2_layers, lora2_state_dict, merge_lora2, orthogonality_loss
 from methods import three_scales
@@ -215,6 +215,8 @@ def test_the_page_is_that_of_the_file():
     assert numbers and [number for number in numbers if number not in page] == []
     ends = [100 * run["last"]["score"] for run in tables.runs_of(why_page.reported(content), "adalora", "stsb")]
     assert sum(score < 10 for score in ends) == 2 and len(ends) == 5 and "two of\n  five seeds end at chance" in text
+    of_k8 = search.best(search.tried(content, "k8", "stsb"))
+    assert why.GIVEN["points"]["k8-unpruned"] == why.GIVEN["points"]["k8-small"] == of_k8
     level = [("zero-own", "lora", task) for task in ("stsb", "cola", "mrpc", "average")]   # README: with LoRA
     above = [("k8", "lora2", "stsb"), ("k8", "again", "cola")]                  # README: k = 8 is above k = 1
     for *rows, task in [*level, ("k8", "lora8", "stsb"), ("k8", "lora8", "cola"), *above]:
