@@ -204,8 +204,8 @@ def check_words(tokenizer, ids, words, name):
 
 def check_ids(examples, config, name):
     """ValueError unless {split: Examples} fit a model and its config: a GPU would fail mutely."""
-    highest_id = max(int(split.ids.max()) for split in examples.values())
-    highest_type = max(int(split.types.max()) for split in examples.values())
+    highest_id = max((int(split.ids.max()) for split in examples.values()), default=0)
+    highest_type = max((int(split.types.max()) for split in examples.values()), default=0)
     ids = config["vocab_size"]
     types = max(2, config["type_vocab_size"])           # a model with at most one ignores them
     if highest_id >= ids or highest_type >= types:

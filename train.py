@@ -269,7 +269,7 @@ def evaluate_adapter(given):
         task, examples, unseen, net, _ = prepare(o, here, stored)
         load_lora2_state_dict(net, tensors)
     scores, predictions = evaluate(net, examples, task, o.batch_size, here)
-    if here.is_main:
+    if here.is_main and scores:
         progress.show_scores(scores, predictions)
     predict_and_write(o, here, task, unseen, net)
 

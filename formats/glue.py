@@ -5,6 +5,7 @@ wrong raises ValueError or OSError with one finished sentence.
 """
 import re
 import sys
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -221,6 +222,13 @@ def read_labels(path, texts):
     doubtful = [label for label in labels if label.strip().lower() in NO_LABEL]
     if doubtful:
         warn(f"{path}: {short(doubtful)} is taken for a label: leave out rows that have none")
+    alike = {}                               # how a label looks → all that look so
+    for label in labels:
+        alike.setdefault(unicodedata.normalize("NFKC", label).casefold(), []).append(label)
+    for several in alike.values():
+        if len(several) > 1:
+            warn(f"{path}: {short(several)} are taken for different labels: spell them in one way "
+                 "if they are the same")
     if all(isinstance(number, int) for number in spelt):
         return tuple(spelt[number] for number in sorted(spelt))
     return tuple(labels)

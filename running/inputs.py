@@ -21,7 +21,7 @@ def load_examples(o, here, stored):
     tokenizer = data.load_tokenizer(o.model)
     examples = {name: data.encode(tokenizer, split, o.max_len, name)
                 for name, split in splits.items()}
-    if here.is_main:
+    if here.is_main and examples:
         print(progress.first_look(examples, task, tokenizer), flush=True)
     return task, examples, tokenizer
 
@@ -36,16 +36,17 @@ def check_file(o, name):
 def load_splits(o, here, stored):
     """({split: texts and labels}, task) of a GLUE task or of the user's files.
 
-    A missing task is fetched by one of the processes. To evaluate there is no split "train".
+    A missing task is fetched by one of the processes. To evaluate there is no split "train", and
+    to predict alone, with an adapter of own data, none at all.
     """
     check_file(o, "train_file")
     check_file(o, "dev_file")
     if os.path.isfile(o.data_dir):
         raise ValueError(f"--data-dir {o.data_dir} is a file: give the folder that holds RTE/, "
                          "CoLA/ and so on")
-    if o.dev_file and stored:
+    if stored and (o.dev_file or o.task == "own"):
         task = data.get_task(o.task, stored["columns"])
-        splits = {"dev": data.load_file(o.dev_file, task)}
+        splits = {"dev": data.load_file(o.dev_file, task)} if o.dev_file else {}
     elif o.dev_file:
         splits, task = data.load_own(o.train_file, o.dev_file)
     else:

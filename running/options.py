@@ -257,13 +257,16 @@ def evaluating(stored, given):
     settings = {name: option.default for name, option in TABLE.items()} | stored
     settings["batch_size"] = min(settings["batch_size"], 256)      # no file chooses all memory
     settings |= agreed(stored, given, "eval")
-    if settings["limit_dev"] and "limit_dev" not in given:
-        warn(f"{settings['limit_dev']} rows at most, as in the run: give --limit-dev for more")
-    needed = {"model", "dev_file"} if settings["task"] == "own" else {"model"}
+    needed = {"model"}
+    if settings["task"] == "own" and not AFTERWARDS & given.keys():
+        needed.add("dev_file")                             # else there would be nothing to do
     missing = [flag(name) for name in sorted(needed) if settings[name] is None]
     if missing:
         raise ValueError(f"{given['eval']} does not name files and folders of your own: give "
                          f"them as {' and '.join(missing)}")
+    evaluates = settings["task"] != "own" or settings["dev_file"]
+    if evaluates and settings["limit_dev"] and "limit_dev" not in given:
+        warn(f"{settings['limit_dev']} rows at most, as in the run: give --limit-dev for more")
     if settings["out"] is None:
         settings["out"] = str(Path(given["eval"]).parent)
     return checked(settings)

@@ -255,10 +255,12 @@ def test_labels_that_are_near_to_each_other_are_classes(tmp_path):
 
 
 def test_doubtful_labels_are_told(tmp_path, capsys):
-    """Oracle: by hand: what SNLI, the Hub and pandas write for no label; a rare class is none of them."""
+    """Oracle: by hand: what SNLI, the Hub and pandas write for no label, and labels that look alike; a rare class
+    is none of them."""
     path = tmp_path / "own.tsv"
     for labels, says in ((["a", "-", "b"], "'-' is taken"), (["-1", "1", "0"], "'-1' is taken"),
-                         (["1", "NaN"], "'NaN' is taken")):
+                         (["1", "NaN"], "'NaN' is taken"), (["Good", "bad", "good"], "'Good', 'good' are taken"),
+                         (["nin\u0303o", "ni\u00f1o"], "are taken"), (["\uff11", "1"], "are taken")):
         assert set(own_labels(path, labels)) == set(labels)
         told = capsys.readouterr().err
         assert told.count("warning") == 1 and f"{path}: " in told and says in told

@@ -436,6 +436,12 @@ def test_everyday_names_and_sizes(cli, tmp_path, monkeypatch, texts, sizes):
     adapter = Path("läuft hier/adapter.safetensors")
     assert cli("--eval", adapter, *words[:4], "--max-len 600").status == 0
     refused(cli("--eval", adapter, *words[:2]), "--dev-file")
+    alone = cli("--eval", adapter, *words[:2], "--predict new.tsv --predict-scores --out alone --merge again")
+    assert alone.status == 0 and "dev" not in alone.out    # no labelled file is needed for that
+    assert Path("alone/new_predictions.tsv").read_text(encoding="utf-8").splitlines() == lines
+    assert cli("--eval", adapter, *words[:2], "--merge more").status == 0
+    for name in ("again", "more"):
+        assert Path(name, "model.safetensors").read_bytes() == Path("merged/model.safetensors").read_bytes()
 
 
 @on_unix
