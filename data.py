@@ -3,7 +3,8 @@
     train.tsv ── load_task ──> Split ── encode ──> Examples ── batches ──> Batch
                           texts, labels       flat token ids          (B, T) padded
 
-N is the number of rows, B those of a batch, T its padded length. A user's mistake is a ValueError.
+A Split has one or two texts for each row, and perhaps a label (formats/glue.py). N is the number of
+rows, B those of a batch, T its padded length. A user's mistake is a ValueError.
 """
 from array import array
 from typing import NamedTuple, Optional
@@ -27,15 +28,18 @@ class Task(NamedTuple):
     metrics: tuple = ("accuracy",)  # names in METRICS; the first one selects the best
     header: tuple = ()              # column names where files have no header line
     score_range: tuple = ()         # of a regression: lowest and highest score
-    unit: tuple = (0.0, 1.0)        # of a user's scores: mean and deviation. STS-B stays as it is
+    unit: tuple = (0.0, 1.0)        # (mean, deviation): learnt is (score - mean) / deviation
     damaged: bool = False           # official files have bad rows: up to 0.1 % may be skipped
     downloads: dict = {}            # address → name to keep it under, "" for a zip of TSV files
     submissions: dict = {}          # test split → file name that gluebenchmark.com asks for
-    make: str = ""                  # the question of toy.language() that makes the rows
+    make: str = ""                  # what formats.toy makes the rows of; "": they are in files
 
 
-def of_glue(folder, rows, archive=None, **fields):
-    """A Task of GLUE: its files are one archive, its predictions are handed in as one file."""
+def of_glue(folder, rows, *, archive=None, **fields):
+    """A Task of GLUE: its files are one archive, its predictions are handed in as one file.
+
+    archive: the name of the zip, by default that of the folder. fields: other entries of Task.
+    """
     fields.setdefault("downloads", {f"glue/data/{archive or folder}.zip": ""})
     fields.setdefault("submissions", {"test": f"{folder}.tsv"})
     return Task(folder, rows, **fields)
@@ -50,9 +54,9 @@ TASKS = {
     "mrpc": of_glue("MRPC", {"train": 3668, "dev": 408, "test": 1725},
                     texts=("#1 String", "#2 String"), label="Quality", labels=("0", "1"),
                     metrics=("accuracy", "f1"), downloads=glue.MRPC_DOWNLOADS),
-    "qqp": of_glue("QQP", {"train": 363846, "dev": 40430, "test": 390965}, "QQP-clean",
-                   texts=("question1", "question2"), label="is_duplicate", labels=("0", "1"),
-                   metrics=("accuracy", "f1"), damaged=True),
+    "qqp": of_glue("QQP", {"train": 363846, "dev": 40430, "test": 390965},
+                   archive="QQP-clean", texts=("question1", "question2"), label="is_duplicate",
+                   labels=("0", "1"), metrics=("accuracy", "f1"), damaged=True),
     "stsb": of_glue("STS-B", {"train": 5749, "dev": 1500, "test": 1379},
                     texts=("sentence1", "sentence2"), label="score", score_range=(0.0, 5.0),
                     metrics=("pearson", "spearman")),
@@ -61,8 +65,9 @@ TASKS = {
                     texts=("sentence1", "sentence2"), label="gold_label",
                     labels=("entailment", "neutral", "contradiction"),
                     submissions={"test_matched": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv"}),
-    "qnli": of_glue("QNLI", {"train": 104743, "dev": 5463, "test": 5463}, "QNLIv2",
-                    texts=("question", "sentence"), labels=("entailment", "not_entailment")),
+    "qnli": of_glue("QNLI", {"train": 104743, "dev": 5463, "test": 5463},
+                    archive="QNLIv2", texts=("question", "sentence"),
+                    labels=("entailment", "not_entailment")),
     "rte": of_glue("RTE", {"train": 2490, "dev": 277, "test": 3000},
                    texts=("sentence1", "sentence2"), labels=("entailment", "not_entailment")),
     "demo": Task("demo", {"train": 2000, "dev": 1000}, make="adapt",
@@ -148,7 +153,7 @@ def load_tokenizer(name_or_dir):
 
 
 def encode(tokenizer, split, max_len, name="the data"):
-    """A Split as Examples. What is longer than max_len loses its end, of a pair the longer text's.
+    """A Split as Examples. Rows longer than max_len lose their end; of a pair the longer text does.
 
     max_len: counts special tokens. name: of the split, for messages. ValueError where max_len
     leaves no room for text, for a row without a token, and where most tokens are unknown.
@@ -177,7 +182,8 @@ def encode(tokenizer, split, max_len, name="the data"):
                         starts=torch.frombuffer(starts, dtype=torch.int64),
                         labels=None if split.labels is None else torch.tensor(split.labels),
                         max_len=max_len, truncated=truncated)
-    check_words(tokenizer, examples.ids, len(ids) - special * len(split.texts), name)
+    of_text = len(ids) - special * len(split.texts)
+    check_words(tokenizer, examples.ids, of_text, name)
     return examples
 
 
@@ -190,13 +196,13 @@ def encodings(tokenizer, texts):
         yield from tokenizer.encode_batch_fast(rows[first:first + piece])
 
 
-def check_words(tokenizer, ids, words, name):
-    """ValueError if most of the tokens that are words are unknown: no training would help."""
+def check_words(tokenizer, ids, of_text, name):
+    """ValueError if most tokens are unknown, of those `of_text` that are not special ones."""
     unknown = 0
     for token in ("[UNK]", "<unk>"):
         if tokenizer.token_to_id(token) is not None:
             unknown += int((ids == tokenizer.token_to_id(token)).sum())
-    share = unknown / max(1, words)
+    share = unknown / max(1, of_text)
     if share > 0.5:
         raise ValueError(f"{share:.0%} of the tokens of {name} are unknown to the tokenizer: give "
                          "a model of the language that they are in")
@@ -215,7 +221,7 @@ def check_ids(examples, config, name):
 
 
 # ---- batches -----------------------------------------------------------------------------------
-POOL = 80  # batches that are sorted by length together: more waste less padding, fewer mix more
+POOL = 80  # batches whose rows are sorted by length together. Larger: less padding, less random
 
 
 class Batch(NamedTuple):
@@ -230,7 +236,7 @@ class Batch(NamedTuple):
 def batches(examples, batch_size, pad_id=0, generator=None, skip=0, multiple=8):
     """Iterate over ceil(N / batch_size) Batches that hold every row once, similar lengths together.
 
-    generator: a torch.Generator to shuffle the rows, drawn from at once; None: in order of length.
+    generator: a torch.Generator to shuffle the rows, when this is called; None: in order of length.
     skip: how many batches to leave out. multiple: T is the longest row, rounded up to a multiple of
     this but never beyond max_len; 8 is what tensor cores are fast with.
     """
@@ -240,8 +246,9 @@ def batches(examples, batch_size, pad_id=0, generator=None, skip=0, multiple=8):
 
 def plan_batches(length, batch_size, generator):
     """The row numbers of each batch, a list of tensors (B,); length: of each row, (N,)."""
-    # Lengths are rounded up, so that rows of one such width stay in random order: more mixing for
-    # hardly more padding. Not to `multiple`: --resume on another device shall have these batches.
+    # Sorted by rounded length, rows of one width stay in random order: batches mix more, for hardly
+    # more padding. (Below 32 tokens 8 would be much.) It is not `multiple`, which depends on the
+    # device: --resume on another one shall have the same batches.
     width = round_up(length, torch.where(length < 32, 2, 8))        # (N,)
     if generator is None:
         return list(width.argsort(stable=True).split(batch_size))
@@ -265,7 +272,8 @@ def collate(examples, rows, multiple, pad_id):
     T = min(round_up(int(length.max()), multiple), examples.max_len)
     place = torch.arange(T)                             # (T,) in a row
     mask = place < length[:, None]                      # (B, T)
-    at = (start[:, None] + place).clamp(max=len(examples.ids) - 1)  # (B, T) in examples.ids
+    at = start[:, None] + place                         # (B, T) in examples.ids
+    at = at.clamp(max=len(examples.ids) - 1)            # the last row's padding would be beyond
     ids = torch.where(mask, examples.ids[at].long(), pad_id)
     types = torch.where(mask, examples.types[at].long(), 0)
     labels = None if examples.labels is None else examples.labels[rows]
@@ -289,8 +297,8 @@ def f1(p, t):
 
 def matthews(p, t):
     """Matthews' correlation: the covariance of the one-hot rows over the two deviations."""
-    both = torch.stack([p, t])                                        # (2, N)
-    p, t = torch.nn.functional.one_hot(both).double()                 # (N, classes) each
+    both = torch.nn.functional.one_hot(torch.stack([p, t]))           # (2, N, classes)
+    p, t = both.double()                                              # (N, classes) each
     n = len(p)
     of_p, of_t = p.sum(0), t.sum(0)                                   # (classes,) each
     covariance = n * (p * t).sum() - of_p @ of_t
@@ -324,8 +332,8 @@ METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews,
 def metrics(task, predictions, labels):
     """{name: value} of the task's metrics, in its order; 1.0 is perfect. Computed in float64.
 
-    predictions, labels: (N,) class ids, or finite scores of a regression. Else ValueError: (N, 1)
-    against (N,) would broadcast to (N, N), NaN would have a rank: plausible, wrong numbers.
+    predictions, labels: (N,) class ids, or finite scores of a regression. ValueError otherwise:
+    (N, 1) == (N,) would broadcast to (N, N), and a NaN would be ranked, to plausible wrong numbers.
     """
     task = get_task(task)
     p = torch.as_tensor(predictions)

@@ -10,7 +10,7 @@ A config is a dict, the content of config.json. What is read of DeBERTaV3-base's
      "num_attention_heads": 12,       # H, each of size e = d / H = 64
      "intermediate_size": 3072,       # f
      "max_position_embeddings": 512,  # the longest input, in tokens
-     "position_buckets": 256,         # half of R, the rows of the table of positions
+     "position_buckets": 256,         # the table of positions has R = 2 · 256 rows
      "type_vocab_size": 0, "pad_token_id": 0, "layer_norm_eps": 1e-7, "initializer_range": 0.02,
      "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
      "pooler_dropout": 0, "cls_dropout": 0.1}
@@ -47,7 +47,8 @@ OF_DEBERTA = {"q": "attention.self.query_proj",
               "f1": "intermediate.dense",
               "f2": "output.dense"}
 TARGETS = {"bert": OF_BERT, "roberta": OF_BERT, "deberta-v2": OF_DEBERTA}
-# The head: dropout → dense → activation → dropout → output. The rate of the first is an option.
+# The head: dropout → dense → activation → dropout → output. "dropout" is config.json's name for
+# the rate of the first. HEAD_DROPOUT has that for the second, which from_pretrained() can replace.
 HEADS = {"deberta-v2": {"dropout": "pooler_dropout", "activation": F.gelu,
                         "dense": "pooler.dense", "output": "classifier"},
          "roberta": {"dropout": "classifier_dropout", "activation": torch.tanh,
@@ -66,7 +67,7 @@ class Embeddings(nn.Module):
         self.pad = config["pad_token_id"]
         self.types = config["type_vocab_size"]
         self.word_embeddings = nn.Embedding(config["vocab_size"], d, self.pad)
-        if self.kind != "deberta-v2":  # there order enters through attention
+        if self.kind != "deberta-v2":  # DeBERTa's attention knows the positions
             padding = self.pad if self.kind == "roberta" else None
             self.position_embeddings = nn.Embedding(config["max_position_embeddings"], d, padding)
         if self.types > 0:
@@ -128,11 +129,11 @@ class DisentangledSelfAttention(nn.Module):
                         content    content→position  position→content
 
     K and Q are a learned table of relative positions, times the layer's own key and query matrices.
-    So an adapter on these acts here too. The paper has δ(j, i) in the last term; its code, the
-    released models and so we have δ(i, j).
+    So an adapter on these acts here too. The paper prints δ(j, i) in the last term. Its code has
+    δ(i, j), the released weights were trained with that, and so it is here.
 
     x: (B, T, d) → (B, T, d). mask: (B, 1, 1, T), True at tokens, False at padding.
-    table: of positions, (R, d). index: which of its rows belongs to i − j, (T, T).
+    table: of positions, (R, d). index: (T, T), its row for each i − j, which is δ + R / 2.
     """
 
     def __init__(self, config):
@@ -157,8 +158,8 @@ class DisentangledSelfAttention(nn.Module):
         q_K = q @ K.mT                       # (B, H, T, R): [i, row] = q_i · K_row
         c2p = q_K.gather(-1, index)          # [i, j] = q_i · K_δ
         k_Q = k @ Q.mT                       # (B, H, T, R): [j, row] = k_j · Q_row
-        p2c = k_Q.gather(-1, index.mT)       # [j, i] = k_j · Q_δ
-        scores = (c2c + c2p + p2c.mT) / math.sqrt(3 * q.shape[-1])
+        p2c = k_Q.gather(-1, index.mT).mT    # its rows are j: gathered as [j, i], turned to [i, j]
+        scores = (c2c + c2p + p2c) / math.sqrt(3 * q.shape[-1])
         return attend(scores, mask, v, self.dropout)
 
 
@@ -166,8 +167,9 @@ def bucket(distance, buckets, max_position):
     """The bucket δ of each distance i − j: integers of any shape → integers of that shape.
 
     Distances up to buckets / 2 have a bucket each. Beyond, the bucket grows with the logarithm of
-    the distance, up to max_position, so that far words share one. At DeBERTaV3's sizes, 256 and
-    512, bucket(140) = 128 + ceil( ln(140 / 128) / ln(511 / 128) · 127 ) = 128 + ceil(8.2) = 137:
+    the distance, so that far words share one; the longest distance is max_position − 1. At
+    DeBERTaV3's sizes, 256 and 512, bucket(140) = 128 + ceil(127 · share) = 128 + ceil(8.2) = 137,
+    with share = ln(140 / 128) / ln(511 / 128) = 0.065:
 
         distance    0    1    128    129    140    300    511    −300
         bucket      0    1    128    129    137    207    255    −207
@@ -323,7 +325,7 @@ def target_modules(model, names):
 
 
 def in_head(name, head):
-    """Whether a dotted name has one of the parts in `head`: those of the head's parameters do."""
+    """Whether one of a dotted name's parts is in `head`, such as "classifier"."""
     return any(part in head for part in name.split("."))
 
 
@@ -354,16 +356,16 @@ def from_pretrained(name_or_dir, num_labels, head_dropout=None, labels=None):
     new = {}
     for name, layer in model.head_layers().items():
         there = {f"{name}.weight": layer.weight, f"{name}.bias": layer.bias}
-        if weights.keys().isdisjoint(there):  # half a layer is damage
+        if weights.keys().isdisjoint(there):  # if only one is missing, check_weights() refuses
             new |= there
-    checkpoint.check_weights(weights | new, wanted, name_or_dir)  # before new ones take memory
+    checkpoint.check_weights(weights | new, wanted, name_or_dir)  # `new` takes no memory yet
     for key, empty in new.items():
         weights[key] = torch.zeros(empty.shape)
         if key.endswith("weight"):
             weights[key].normal_(std=config["initializer_range"])
     model.new_weights = list(new)
     model.load_state_dict(weights, assign=True)  # no copy, if the file is in fp32
-    if labels or model.new_weights:  # the file's names are of another head
+    if labels or model.new_weights:  # the names in the file are those of another head's labels
         config["id2label"] = {str(i): label for i, label in enumerate(labels or ())}
     return model.float()
 

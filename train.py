@@ -25,18 +25,19 @@ from running.errors import FiniteCheck, exit_status, user_errors
 # --- one run: data → model → adapters → optimizer → loop → result --------------------------
 
 def train(o, saved=None):
-    """Train from the start, or from a saved state, to the end, as the options say."""
+    """One run. o: the options, a Namespace. saved: what its last.pt holds, if it is to go on."""
     with user_errors():                                    # what a user can have wrong: one line
         here = machine.join(o.device, o.dtype)             # device, dtype, rank, world
         task, examples, unseen, net, identity = prepare(o, here)
         plan = schedule.plan(o, rows=len(examples["train"].labels))
         pruner = baselines.make_pruner(o.method, net, o.target_rank, o.importance,
-                                       o.sora_threshold, **plan.pruning())  # LoRA²: RankPruner
+                                       o.sora_threshold, **plan.pruning())  # T, t_i, t_f, ΔT
     optimizer, parameters = make_optimizer(net, o.lr, o.head_lr, o.weight_decay, o.outer_lr)
     state, finite = schedule.State(), FiniteCheck(here.device, o.out)
+    # On a GPU: forward and backward as a CUDA graph. None: run them as they are.
     recorded = None if o.eager else fast.recorder(partial(part_loss, net, here), net)
-    last_pt = partial(snapshot, state, net, optimizer, pruner, finite, here)
-    with (saving.RunFolder(identity, plan, here, last_pt) as run_folder,
+    take_snapshot = partial(snapshot, state, net, optimizer, pruner, finite, here)  # for last.pt
+    with (saving.RunFolder(identity, plan, here, take_snapshot) as run_folder,
           machine.Signals(here) as signals, progress.Log(o, plan, here, task, net, finite) as log):
         if saved:
             go_on(saved, run_folder, state, net, optimizer, pruner, here)
@@ -54,16 +55,16 @@ def train(o, saved=None):
                 run_folder.save()
             if plan.is_over(state):
                 break
-            signals.check(state.step)                      # Ctrl-C: on its way out run_folder saves
+            signals.check(state.step)                      # after Ctrl-C: leaves, run_folder saves
             # ---- one training step -------------------------------------------------------
             batch = next(batches)                # ids, mask, types (B, T); labels, rows (B,)
             state.step += 1
             loss = gradients(net, batch, here, o.accum, recorded)    # forward, backward
             R = baselines.regulariser(o.method, net, o.reg_terms)    # LoRA²: Eq. 5
             if R is not None:
-                R = fast.add_gradients(R, parameters, o.reg)         # γ ∂R; returns R's value
+                R = fast.add_gradients(R, parameters, o.reg)  # as (γ R).backward(); R's value
             update(optimizer, parameters, loss, plan, state.step, o.clip, finite)
-            kept = pruner.step() if pruner else None                 # LoRA²: Algorithm 1
+            kept = pruner.step() if pruner else None  # LoRA²: Algorithm 1, of clipped gradients
             optimizer.zero_grad()
             # ------------------------------------------------------------------------------
             log.training(state, batch, loss, R, kept, optimizer, pruner)  # a line every ten steps
@@ -87,15 +88,15 @@ def prepare(o, here, stored=None):
     if o.max_len > net.max_len:
         raise ValueError(f"--max-len {o.max_len}: this model takes {net.max_len} tokens at most")
     data.check_ids(examples, net.config, o.model)
-    unseen = examples.pop("to predict", None)
+    unseen = examples.pop("to predict", None)              # of --predict
     identity = folder.identity_of(o, here, task, net, tokenizer, examples)
     if stored:
         folder.check_adapter(stored, identity, o.eval)
 
-    targets = models.target_modules(net, o.targets) if o.targets else []   # of BitFit: none
+    targets = models.target_modules(net, o.targets) if o.targets else []   # BitFit has none
     baselines.add_method(o.method, net, targets, net.head, o.k, o.r, o.alpha, o.init)
     if here.rank > 0:
-        torch.manual_seed(o.seed + here.rank)              # each process drops other units
+        torch.manual_seed(o.seed + here.rank)              # each process: other dropout masks
     net.to(here.device)
     fast.speed_up(net, here.dtype, o.compile)              # the same results, faster
     return task, examples, unseen, net, identity
@@ -124,13 +125,15 @@ def make_optimizer(net, lr, head_lr, weight_decay, outer_lr=None):
 def gradients(net, batch, here, accum, recorded=None):
     """Forward and backward over this process's parts of a batch. Returns the loss, a scalar.
 
-    Rows are dealt out in turn to processes and their `accum` parts: of 5, process 0 of 2 gets rows
-    0, 2, 4. A part's loss is weighted by its share of the rows, so that gradients and loss, summed
-    over all parts, are those of the mean over the batch. R is the same in each process: it is added
-    afterwards, once. recorded: on a GPU a fast.Recorded, which does the same faster.
+    The batch is cut into n = world · accum parts. Part i has the rows i, i + n, i + 2n, ..., and
+    process p has the parts p, p + world, ... A part's loss is weighted by its share of the rows, so
+    that gradients and loss, summed over all parts, are those of the mean over the batch. R is the
+    same in each process: it is added afterwards, once.
+
+    recorded: on a GPU a fast.Recorded, which replays the same as a CUDA graph.
     """
     loss = torch.zeros((), device=here.device)
-    n = here.world * accum                                 # parts
+    n = here.world * accum
     for i in range(here.rank, min(n, len(batch.rows)), here.world):  # so that no part is empty
         part = data.Batch(*here.copies(*(tensor[i::n] for tensor in batch)))
         share = len(part.rows) / len(batch.rows)
@@ -152,8 +155,9 @@ def part_loss(net, here, part, share):
 def update(optimizer, parameters, loss, plan, step, max_norm, finite):
     """Clip the gradients to a norm, set the learning rates of this step, AdamW.
 
-    Once a loss or a norm is not finite, `is_broken` is 1 and stays so. AdamW reads it as found_inf,
-    as of a GradScaler, and changes nothing. No step waits for the device: finite.check() tells.
+    Once a loss or a norm is not finite, `is_broken` is 1 and stays so. Fused AdamW changes nothing
+    where its attribute found_inf is 1, which is how a GradScaler has it skip a step. Nothing waits
+    for the device here: finite.check() raises later.
     """
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     is_broken = finite.note(loss + norm, step)             # 0.0 or 1.0, on the device
@@ -167,7 +171,7 @@ def predict_batch(net, batch, here):
     """Logits of a batch, (B, num_labels) in fp32."""
     ids, mask, types = here.copies(*batch[:3])
     with (torch.autocast(here.device.type, torch.bfloat16, enabled=here.dtype == "bf16"),
-          fast.shared_updates(net)):
+          fast.shared_updates(net)):                       # C V of all adapters in one product
         return net(ids, mask, types).float()
 
 
@@ -292,7 +296,7 @@ def predict_and_write(o, here, task, unseen, net):
 
 
 def act(argv):
-    """What the words of a command line say."""
+    """Parse a command line; then evaluate, resume, run the demo or train."""
     given = options.parse(argv, __doc__)
     if "eval" in given:
         evaluate_adapter(given)
