@@ -287,7 +287,6 @@ class RankPruner(nn.Module):
         """Ī and Ū of all that is scored, as in AdaLoRA. I = |w · ∂L/∂w| estimates how much the loss
         would change if w were 0. One batch is noisy: Ī averages it over the steps, and Ū averages
         |I − Ī|, which is large for what is still in doubt. Their product is a heuristic.
-
         Ours: I is 0 for what has no gradient, and in a step that a GradScaler skipped because some
         gradient of the model is not finite. RuntimeError if no adapter has a gradient."""
         require(any(layer.lam.grad is not None for layer in self.layers),
@@ -314,11 +313,9 @@ class RankPruner(nn.Module):
         for i, layer in enumerate(self.layers):
             lam, u, U, *outer = S[i::len(self.layers)]  # those of one adapter
             row = lam + u.view(-1, self.r).mean(0) + U.view(self.r, -1).mean(1)  # Eq. 9
-            if outer:
-                # Eq. 8 adds (ΣS(v) + ΣS(V)) / k, by k since u and U count by their means over k.
-                # All i get the same: it changes the order between adapters, not within one.
-                row = row + (outer[0].sum() + outer[1].sum()) / layer.k
-            rows.append(row)
+            # Eq. 8 adds (ΣS(v) + ΣS(V)) / k, by k since u and U count by their means over k. All i
+            # of an adapter get the same: it changes no order within it, but that between adapters.
+            rows.append(row + sum(map(torch.sum, outer)) / layer.k)  # of v and V, or of none
         return torch.stack(rows)
 
     def prune(self):

@@ -202,8 +202,7 @@ def test_what_cannot_have_a_gradient_stays_frozen():
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(targets=["nothing"]), r"^\['nothing'\] match nothing .* outside of `trainable`.*; "
-                                r"names are made of \['', '0', '1', 'classifier', 'down', 'norm', 'query', "),
+    (dict(targets=["nothing"]), r"^\['nothing'\] match nothing .*; names are made of \['', '0', '1', 'classifier', "),
     (dict(targets=["quer"]), "match nothing"),
     (dict(targets=["uery"]), "match nothing"),
     (dict(targets=["query", "dense"]), r"\['dense'\] match nothing"),
@@ -488,12 +487,12 @@ def test_the_pruner_stops_at_its_end():
     (dict(target_rank=3), "target_rank <= 2"), (dict(target_rank=-1), "= -1"),
     (dict(target_rank=1.0), "target_rank = 1.0"), (dict(target_rank=True), "target_rank = True"),
     (dict(warmup=5, final=5), "warmup = 5, final = 5, interval = 1: give integers"),
-    (dict(warmup=11), "total_steps = 10, warmup = 11, final = 2, interval = 1: "), (dict(final=10), "total_steps = 10, warmup = 2, final = 10, interval = 1: "), (dict(final=8), "total_steps = 10, warmup = 2, final = 8, interval = 1: "),
-    (dict(total_steps=0), "total_steps = 0, warmup = 2, final = 2, interval = 1: "), (dict(interval=0), "interval > 0"), (dict(interval=-2), "-2"),
-    (dict(warmup=-1), "total_steps = 10, warmup = -1, final = 2, interval = 1: "), (dict(final=-1), "total_steps = 10, warmup = 2, final = -1, interval = 1: "),
-    (dict(warmup=0.1), "total_steps = 10, warmup = 0.1, final = 2, interval = 1: "), (dict(interval=1.5), "total_steps = 10, warmup = 2, final = 2, interval = 1.5: "),
+    (dict(warmup=11), "warmup = 11,"), (dict(final=10), "final = 10,"), (dict(final=8), "final = 8,"),
+    (dict(total_steps=0), "total_steps = 0,"), (dict(interval=0), "interval > 0"), (dict(interval=-2), "-2"),
+    (dict(warmup=-1), "warmup = -1,"), (dict(final=-1), "final = -1,"),
+    (dict(warmup=0.1), "warmup = 0.1,"), (dict(interval=1.5), "interval = 1.5: give integers"),
     (dict(importance="both"), "importance = 'both': give 'reduced' or 'full'"),
-    (dict(beta1=1.0), "beta1 = 1.0, beta2 = 0.85: give 0 to below 1"),        # all scores stay 0
+    (dict(beta1=1.0), "beta1 = 1.0, beta2 = 0.85: give 0 to below 1"),               # all scores stay 0
     (dict(beta1=-0.1), "beta1 = -0.1"), (dict(beta2=1.0), "beta2 = 1.0"), (dict(beta2=1.5), "beta2 = 1.5"),
     (dict(beta1=math.nan), "beta1 = nan"), (dict(beta2=-1e-9), "beta2 = -1e-09"),
 ])
