@@ -25,8 +25,7 @@ through k numbers, the second scale (Eq. 4, row vectors; shapes for d = 768, k =
 
 ΔW has rank min(k, r) at most. If k < r, the Λ_i are not its singular values: they weigh r terms
 that share k directions. With k = 1 the updates are exactly those of LoRA with r = 1. A matrix
-loses rank only when fewer than k of its terms are left. Until then pruning decides no more than
-which matrix keeps how many.
+loses rank only when fewer than k terms are left: until then pruning decides which keeps how many.
 """
 import math
 import warnings
@@ -119,7 +118,8 @@ def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
     targets = {targets} if isinstance(targets, str) else set(targets)
     trainable = {trainable} if isinstance(trainable, str) else set(trainable)
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    bases, in_full, matched, words = {}, [], set(), set()
+    bases, in_full, words = {}, [], set()
+    missing = targets | trainable
     for name, module in model.named_modules(remove_duplicate=False):
         parts = name.split(".")
         words.add(parts[-1])
@@ -128,21 +128,20 @@ def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
             hits |= targets & {"all-linear"}
         if hits and name and trainable.isdisjoint(parts):
             bases[name] = module
-            matched |= hits
+            missing -= hits
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in parameters.items():
         hits = trainable.intersection(name.split("."))
         if hits and parameter.is_floating_point():
             in_full.append(parameter)
-            matched |= hits
-    missing = ((targets | trainable) - matched) | (targets & trainable)
+            missing -= hits - targets  # what is named for both is not adapted
     require(bases and not missing, f"{sorted(missing)} match nothing that can be adapted outside "
             f"of `trainable`, or trained there; names are made of {sorted(words)}")
     places = list(map(id, parameters.values()))
     for name, base in bases.items():
         check_base(name, base, k, r, alpha, init)
-        uses = places.count(id(base.weight))
-        require(uses == 1, f"{name}, or its weight, is used in {uses} places: leave it out")
+        alone = places.count(id(base.weight)) == 1
+        require(alone, f"{name}, or its weight, is used in several places: leave it out")
     adapters = {name: layer(base, k, r, alpha, init) for name, base in bases.items()}
     model.requires_grad_(False).zero_grad()
     for name, adapter in adapters.items():

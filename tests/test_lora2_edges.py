@@ -165,7 +165,7 @@ REFUSED = {
     "fp8": (lambda: nn.Linear(8, 8).to(torch.float8_e4m3fn), TypeError, "quantised"),
     "tensor subclass": (subclassed_weight, TypeError, "bad is a Linear, not an nn.Linear with a plain weight"),
     "too small for k": (lambda: nn.Linear(8, 1), ValueError, "bad takes integers from 1 to 1"),
-    "shared": (lambda: SHARED, ValueError, "bad, or its weight, is used in 2 places"),
+    "shared": (lambda: SHARED, ValueError, "bad, or its weight, is used in several places"),
 }
 
 
@@ -436,7 +436,7 @@ def test_all_linear_layers():
     assert names == [f"layer.0.{name}" for name in ("query", "value", "up", "down")]
     with pytest.raises(ValueError, match=r"\['all-linear'\] match nothing"):
         add_lora2(nn.ModuleDict({"norm": nn.LayerNorm(8)}), "all-linear", k=2, r=4)
-    with pytest.raises(ValueError, match="lm_head, or its weight, is used in 2 places"):
+    with pytest.raises(ValueError, match="lm_head, or its weight, is used in several places"):
         add_lora2(nn.ModuleDict({"a": nn.Linear(8, 8), "tied": Tied()}), "all-linear", k=2, r=4)
 
 
