@@ -295,8 +295,8 @@ class RankPruner(nn.Module):
         finite = nn.utils.get_total_norm(grads, math.inf) < math.inf  # else a GradScaler skipped
         self.to(self.dtype)  # if it was cast with a model
         grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in self.scored()]
-        w = nn.utils.parameters_to_vector(self.scored()).to(self.dtype)
-        dw = nn.utils.parameters_to_vector(grads).to(self.dtype)
+        w = torch.cat(list(map(torch.flatten, self.scored()))).to(self.dtype)
+        dw = torch.cat(list(map(torch.flatten, grads))).to(self.dtype)
         I = torch.where(finite, (w * dw).abs(), 0)
         self.sensitivity.lerp_(I, 1 - self.beta1)  # Ī ← β1 Ī + (1 − β1) I
         self.uncertainty.lerp_((I - self.sensitivity).abs(), 1 - self.beta2)  # with the new Ī
