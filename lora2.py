@@ -271,7 +271,7 @@ class RankPruner(nn.Module):
 
     @torch.no_grad()
     def step(self):
-        """Algorithm 1 for one optimizer step. Returns how many are kept; the host does not wait."""
+        """Algorithm 1, after optimizer.step() and before zero_grad(). Returns how many are kept."""
         require(self.t < self.total_steps, "step() came more than total_steps times", RuntimeError)
         if self.t < self.last_choice:  # later the scores stay, and with them the choice
             self.update_averages()
@@ -320,8 +320,7 @@ class RankPruner(nn.Module):
     def prune(self):
         """Keep the kept_total best, exactly; of equal ones the first. Set the rest to 0."""
         best = self.scores().flatten().argsort(descending=True, stable=True)[:self.kept_total]
-        self.keep.zero_()
-        self.keep.view(-1)[best] = True
+        self.keep.zero_().view(-1)[best] = True
         for layer, row in zip(self.layers, self.keep):
             layer.lam.mul_(row)
 
