@@ -12,10 +12,9 @@
 The update of a frozen W0 is AdaLoRA's P Λ Q, whose factors P = v u and Q = U V are products
 through k numbers, the second scale (Eq. 4, row vectors; shapes for d = 768, k = 8, r = 4):
 
-         ┌──────────────────  W0ᵀ, b  (frozen)  ─────────────────┐
-    x ───┤                                                       + ─── y
-         └─── v ────── u ────── Λ ────── U ────── V ─── scale ───┘
-  N×768     768×8     8×4       4       4×8     8×768             N×768
+            ┌─────────────────────── W0ᵀ, b (frozen) ───────────────────────┐
+    x N×768 ┤                                                               + y N×768
+            └─ v 768×8 ─── u 8×4 ─── Λ 4 ─── U 4×8 ─── V 8×768 ─── scale ───┘
 
     symbol   shape        init          scored?   meaning
     v        (d_in, k)    N(0, 0.02²)   no        takes the input down to k numbers
@@ -23,12 +22,10 @@ through k numbers, the second scale (Eq. 4, row vectors; shapes for d = 768, k =
     Λ lam    (r,)         0             yes       singular values; pruning sets them to 0
     U        (r, k)       N(0, 0.02²)   yes       right singular directions
     V        (k, d_out)   N(0, 0.02²)   no        takes k numbers up to the output
-    scale    alpha / r                            with the initial r: pruning keeps it
 
 ΔW has rank min(k, r) at most. If k < r, the Λ_i are not its singular values: they weigh r terms
-that share k directions. With k = 1 the updates are exactly those of LoRA with r = 1. Pruning takes
-terms away. A matrix loses rank only when fewer than k of its terms are left; until then pruning
-decides no more than which matrix keeps how many.
+that share k directions. With k = 1 the updates are exactly those of LoRA with r = 1. A matrix
+loses rank only when fewer than k terms are left: until then pruning decides which keeps how many.
 """
 import math
 import warnings
@@ -47,7 +44,7 @@ class LoRA2Linear(nn.Module):
     """A frozen nn.Linear plus the update of Eq. 4, with factors in fp32 (fp64 on an fp64 base).
 
     k, r: projected dimension and number of singular values, from 1 to min(d_in, d_out).
-    alpha: positive. The update is scaled by alpha / r.
+    alpha: positive. The update is scaled by alpha / r, with the initial r: pruning keeps it.
     init: "gaussian" is that of the authors' code; it needs AdamW and a rate near 1e-3.
         "orthonormal" is ours: R starts at its floor, and Λ's first gradients are not tiny."""
 
@@ -58,13 +55,13 @@ class LoRA2Linear(nn.Module):
         self.in_features = d_in = base.in_features
         self.out_features = d_out = base.out_features
         self.k, self.r, self.scale = k, r, alpha / r
-        like = {"dtype": torch.promote_types(base.weight.dtype, torch.float32),
-                "device": base.weight.device}
-        self.v = nn.Parameter(torch.empty(d_in, k, **like))
-        self.u = nn.Parameter(torch.empty(k, r, **like))
-        self.lam = nn.Parameter(torch.zeros(r, **like))  # ΔW = 0: training starts at the base
-        self.U = nn.Parameter(torch.empty(r, k, **like))
-        self.V = nn.Parameter(torch.empty(k, d_out, **like))
+        new = {"dtype": torch.promote_types(base.weight.dtype, torch.float32),
+               "device": base.weight.device}
+        self.v = nn.Parameter(torch.empty(d_in, k, **new))
+        self.u = nn.Parameter(torch.empty(k, r, **new))
+        self.lam = nn.Parameter(torch.zeros(r, **new))  # ΔW = 0: training starts at the base
+        self.U = nn.Parameter(torch.empty(r, k, **new))
+        self.V = nn.Parameter(torch.empty(k, d_out, **new))
         for factor in (self.v, self.u, self.U, self.V):
             if init == "gaussian":
                 nn.init.normal_(factor, std=0.02)
@@ -120,74 +117,59 @@ def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
     require(not lora2_layers(model), "the model has LoRA² adapters already: name all in one call")
     targets = {targets} if isinstance(targets, str) else set(targets)
     trainable = {trainable} if isinstance(trainable, str) else set(trainable)
-    modules = find_modules(model, targets, trainable)
-    parameters = list(model.named_parameters(remove_duplicate=False))
-    in_full, matched = [], set()
-    for name, parameter in parameters:
-        words = trainable.intersection(name.split("."))
-        if words and parameter.is_floating_point():
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    bases, in_full, words = {}, [], set()
+    missing = targets | trainable
+    for name, module in model.named_modules(remove_duplicate=False):
+        parts = name.split(".")
+        words.add(parts[-1])
+        hits = {target for target in targets if f".{name}".endswith(f".{target}")}
+        if module is not head and (type(module) is nn.Linear or is_quantised(module)):
+            hits |= targets & {"all-linear"}
+        if hits and name and trainable.isdisjoint(parts):
+            bases[name] = module
+            missing -= hits
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        hits = trainable.intersection(name.split("."))
+        if hits and parameter.is_floating_point():
             in_full.append(parameter)
-            matched |= words
-    require(trainable == matched, f"trainable {sorted(trainable - matched)} match nothing that can "
-            f"be trained; the model consists of {list(dict(model.named_children()))}")
-    places = [id(parameter) for _, parameter in parameters]
-    for name, base in modules.items():
+            missing -= hits - targets  # what is named for both is not adapted
+    require(bases and not missing, f"{sorted(missing)} match nothing that can be adapted outside "
+            f"of `trainable`, or trained there; names are made of {sorted(words)}")
+    places = list(map(id, parameters.values()))
+    for name, base in bases.items():
         check_base(name, base, k, r, alpha, init)
-        uses = places.count(id(base.weight))
-        require(uses == 1, f"{name}, or its weight, is used in {uses} places: leave it out")
-    adapters = {name: layer(base, k, r, alpha, init) for name, base in modules.items()}
+        alone = places.count(id(base.weight)) == 1
+        require(alone, f"{name}, or its weight, is used in several places: leave it out")
+    adapters = {name: layer(base, k, r, alpha, init) for name, base in bases.items()}
     model.requires_grad_(False).zero_grad()
     for name, adapter in adapters.items():
         model.set_submodule(name, adapter)
     for parameter in in_full:
         parameter.requires_grad_(True)
-    return list(modules)
-
-
-def find_modules(model, targets, trainable):
-    """{name: module to adapt}, in the model's order. ValueError for a target without a match."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    modules, matched, linear = {}, set(), set()
-    for name, module in model.named_modules(remove_duplicate=False):
-        parts = name.split(".")
-        if name == "" or not trainable.isdisjoint(parts):
-            continue
-        is_linear = module is not head and (type(module) is nn.Linear or is_quantised(module))
-        if is_linear:
-            linear.add(parts[-1])
-        for target in targets:
-            is_named = name == target or name.endswith(f".{target}")
-            if is_named or (target == "all-linear" and is_linear):
-                modules[name] = module
-                matched.add(target)
-    require(modules and targets == matched, f"targets {sorted(targets - matched)} match nothing "
-            f"outside of `trainable`; Linear layers: {sorted(linear)}")
-    return modules
+    return list(bases)
 
 
 def check_base(name, base, k, r, alpha, init):
     """TypeError or ValueError unless `base` is an nn.Linear that the rest fits. A subclass of it
     may compute something else, or be called by nobody, as nn.MultiheadAttention's out_proj."""
-    require(type(base) is nn.Linear or is_quantised(base), f"{name} is a {type(base).__name__}, "
-            "not an nn.Linear: leave it out, or put one in its place", TypeError)
-    W = base.weight
-    plain = type(W) is nn.Parameter and W.is_floating_point() and W.itemsize > 1  # no fp8
-    require((plain or is_quantised(base)) and not W.is_meta, f"{name} has no plain weight of "
-            "its own: meta device, quantised or re-parametrised. Leave it out", TypeError)
+    plain = type(base) is nn.Linear and type(base.weight) is nn.Parameter
+    plain = plain and base.weight.is_floating_point() and base.weight.itemsize > 1  # no fp8
+    require((plain or is_quantised(base)) and not base.weight.is_meta,
+            f"{name} is a {type(base).__name__}, not an nn.Linear with a plain weight of its own "
+            "(meta device, quantised, re-parametrised): leave it out", TypeError)
     most = min(base.in_features, base.out_features)
-    for letter, size in (("k", k), ("r", r)):
-        require(type(size) is int and 1 <= size <= most,
-                f"{letter} = {size!r}: {name} takes an integer from 1 to {most}, or leave it out")
-    require(0 < alpha < math.inf, f"alpha = {alpha!r}: give a positive number")
-    require(init in ("gaussian", "orthonormal"), f"init = {init!r}: 'gaussian' or 'orthonormal'")
+    require({type(k), type(r)} == {int} and 1 <= min(k, r) and max(k, r) <= most,
+            f"{k = }, {r = }: {name} takes integers from 1 to {most}, or leave it out")
+    require(0 < alpha < math.inf, f"{alpha = }: give a positive number")
+    require(init in ("gaussian", "orthonormal"), f"{init = }: give 'gaussian' or 'orthonormal'")
 
 
 def is_quantised(base):
     """Whether W0 is held in few bits, by a linear layer of bitsandbytes or a tensor of torchao."""
-    if not isinstance(base, nn.Linear):
-        return False
     kind = type(base.weight) if type(base) is nn.Linear else type(base)
-    return kind.__module__.split(".")[0] in ("bitsandbytes", "torchao")
+    return isinstance(base, nn.Linear) and kind.__module__.startswith(("bitsandbytes", "torchao"))
 
 
 def lora2_layers(model):
@@ -247,9 +229,8 @@ class RankPruner(nn.Module):
     importance: "reduced" (Eq. 9) or "full" (Eq. 8). ValueError for what does not fit.
 
     Make it when the adapters are on their device, and save its state_dict() if a run may go on.
-    Call step() after optimizer.step() and before zero_grad(): it multiplies the new weights by this
-    step's gradients, as AdaLoRA does. These are of task + gamma · R: u and U feel the pull of R
-    too, above all early, while the task's, which is times Λ, is small."""
+    step() multiplies the new weights by this step's gradients, as AdaLoRA does. These are of
+    task + gamma · R. Early on u and U feel R above all: the task's pull on them is times Λ."""
 
     factors = ("lam", "u", "U")  # of each adapter: what is scored
 
@@ -258,87 +239,67 @@ class RankPruner(nn.Module):
         super().__init__()
         found = lora2_layers(model)
         kinds = {(m.k, m.r, m.lam.dtype, m.lam.device, m.lam.requires_grad) for _, m in found}
-        require(len(kinds) == 1, "the pruner needs adapters of one (k, r, dtype, device, "
-                f"requires_grad), not {kinds or 'none'}")
+        require(len(kinds) == 1, f"the pruner needs adapters of one kind, not {kinds or 'none'}")
         self.names, self.layers = zip(*found)  # a tuple: they stay the model's submodules
-        self.k, self.r = self.layers[0].k, self.layers[0].r
-        require(type(target_rank) is int and 0 <= target_rank <= self.r,
-                f"target_rank = {target_rank!r}: give an integer from 0 to r = {self.r}")
-        steps = (total_steps, warmup, final, interval)
-        are_counts = all(type(n) is int and n >= 0 for n in steps)
-        require(are_counts and warmup + final < total_steps and interval > 0,
-                f"T, warmup, final, interval = {steps}: keep warmup + final < T and interval > 0")
-        require(0 <= beta1 < 1 and 0 <= beta2 < 1,
-                f"beta1 = {beta1!r}, beta2 = {beta2!r}: give numbers from 0 to below 1")
-        require(importance in ("reduced", "full"),
-                f"importance = {importance!r}: give 'reduced' or 'full'")
-        self.total_steps, self.warmup, self.final, self.interval = steps
-        self.target_rank, self.beta1, self.beta2 = target_rank, beta1, beta2
+        lam, self.r = self.layers[0].lam, self.layers[0].r
+        counts = (target_rank, total_steps, warmup, final, interval)
+        whole = set(map(type, counts)) == {int} and min(counts) >= 0
+        require(whole and target_rank <= self.r and warmup + final < total_steps and interval > 0,
+                f"{target_rank = }, {total_steps = }, {warmup = }, {final = }, {interval = }: give "
+                f"integers, target_rank <= {self.r}, warmup + final < total_steps and interval > 0")
+        require(0 <= beta1 < 1 and 0 <= beta2 < 1, f"{beta1 = }, {beta2 = }: give 0 to below 1")
+        require(importance in ("reduced", "full"), f"{importance = }: give 'reduced' or 'full'")
+        self.target_rank, self.total_steps, self.warmup, self.final, self.interval = counts
+        self.last_choice = total_steps - final
+        self.beta1, self.beta2 = beta1, beta2
         if importance == "full":
             self.factors = (*self.factors, "v", "V")
         self.all_parameters = list(model.parameters())
         self.t, self.kept_total = 0, len(found) * self.r
-        lam = self.layers[0].lam
         self.dtype = torch.promote_types(lam.dtype, torch.float32)  # fp16 would round I to 0
         self.sizes = [w.numel() for w in self.scored()]
         zeros = torch.zeros(sum(self.sizes), dtype=self.dtype, device=lam.device)
-        keep = torch.ones(len(found), self.r, dtype=torch.bool, device=lam.device)
-        self.register_buffer("sensitivity", zeros)  # Ī of all that is scored, one after another
-        self.register_buffer("uncertainty", zeros.clone())  # Ū
-        self.register_buffer("keep", keep)  # the last choice
+        self.sensitivity = nn.Buffer(zeros)  # Ī of all that is scored, one after another
+        self.uncertainty = nn.Buffer(zeros.clone())  # Ū
+        self.keep = nn.Buffer(torch.ones(len(found), self.r, dtype=torch.bool, device=lam.device))
 
     def budget(self, t):
         """b(t), how many singular values of the whole model to keep at step t = 1 .. T."""
-        start, end = len(self.layers) * self.r, len(self.layers) * self.target_rank
-        first, last = self.warmup, self.total_steps - self.final
-        if t <= first:
-            return start
-        if t >= last:
-            return end
-        return end + (start - end) * (last - t) ** 3 // (last - first) ** 3  # rounded down
+        n, first, last = len(self.layers), self.warmup, self.last_choice
+        left = n * (self.r - self.target_rank) * (last - min(max(t, first), last)) ** 3
+        return n * self.target_rank + left // (last - first) ** 3  # rounded down
 
     @torch.no_grad()
     def step(self):
-        """Algorithm 1 for one optimizer step. Returns how many are kept; the host does not wait."""
-        require(self.t < self.total_steps,
-                f"step() came more than total_steps = {self.total_steps} times", RuntimeError)
-        t = self.t + 1  # this step, 1 .. T
-        last_choice = self.total_steps - self.final
-        if t <= last_choice:  # later the scores stay, and with them the choice
+        """Algorithm 1, after optimizer.step() and before zero_grad(). Returns how many are kept."""
+        require(self.t < self.total_steps, "step() came more than total_steps times", RuntimeError)
+        if self.t < self.last_choice:  # later the scores stay, and with them the choice
             self.update_averages()
-        self.t = t
+        self.t += 1  # this step, 1 .. T
         # The last choice, at T − t_f, is applied at every step: momentum moves a Λ_i off 0 again.
-        if t % self.interval == 0 or t >= last_choice:
-            self.kept_total = self.budget(t)
+        if self.t % self.interval == 0 or self.t >= self.last_choice:
+            self.kept_total = self.budget(self.t)
             self.prune()
         return self.kept_total
 
     def update_averages(self):
-        """Ī and Ū of all that is scored, as in AdaLoRA.
-
-        I = |w · ∂L/∂w| estimates how much the loss would change if w were 0. One batch is noisy,
-        so Ī averages it over the steps. Ū averages |I − Ī|: it is large for what is still in doubt.
-        That their product is the score is a heuristic.
-        Ours: in a step that a GradScaler skipped I is 0, as for an adapter without gradients."""
-        finite = self.all_finite()
-        self.to(self.dtype)  # if it was cast with a model
-        I = []
-        for w in self.scored():
-            dw = torch.zeros_like(w) if w.grad is None else w.grad
-            I.append((w.to(self.dtype) * dw.to(self.dtype)).abs().flatten())
-        I = torch.where(finite, torch.cat(I), 0)
-        self.sensitivity.lerp_(I, 1 - self.beta1)  # Ī ← β1 Ī + (1 − β1) I
-        self.uncertainty.lerp_((I - self.sensitivity).abs(), 1 - self.beta2)  # with the new Ī
-
-    def all_finite(self):
-        """Whether all gradients of the model are finite, a tensor. If not, a GradScaler has skipped
-        the step, and may have left them times its scale."""
+        """Ī and Ū of all that is scored, as in AdaLoRA. I = |w · ∂L/∂w| estimates how much the loss
+        would change if w were 0. One batch is noisy: Ī averages it over the steps, and Ū averages
+        |I − Ī|, which is large for what is still in doubt. Their product is a heuristic.
+        Ours: I is 0 for what has no gradient, and in a step that a GradScaler skipped because some
+        gradient of the model is not finite. RuntimeError if no adapter has a gradient."""
         require(any(layer.lam.grad is not None for layer in self.layers),
                 "no adapter has a gradient: call pruner.step() after optimizer.step() and before "
-                "zero_grad(), and see that the loss depends on the adapters", RuntimeError)
+                "zero_grad(), with a loss that depends on the adapters", RuntimeError)
         grads = [p.grad for p in self.all_parameters if type(p.grad) is torch.Tensor]  # no shards
-        largest = nn.utils.get_total_norm(grads, math.inf)  # NaN if one is NaN
-        return largest < math.inf  # False for NaN
+        finite = nn.utils.get_total_norm(grads, math.inf) < math.inf  # else a GradScaler skipped
+        self.to(self.dtype)  # if it was cast with a model
+        grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in self.scored()]
+        w = torch.cat(list(map(torch.flatten, self.scored()))).to(self.dtype)
+        dw = torch.cat(list(map(torch.flatten, grads))).to(self.dtype)
+        I = torch.where(finite, (w * dw).abs(), 0)
+        self.sensitivity.lerp_(I, 1 - self.beta1)  # Ī ← β1 Ī + (1 − β1) I
+        self.uncertainty.lerp_((I - self.sensitivity).abs(), 1 - self.beta2)  # with the new Ī
 
     def scored(self):
         """Λ of all adapters, then all u, then all U; for Eq. 8 all v and all V."""
@@ -346,24 +307,20 @@ class RankPruner(nn.Module):
 
     def scores(self):
         """Importance of every singular value, (n, r), from S(w) = Ī · Ū."""
-        n, r = len(self.layers), self.r
+        rows = []
         S = (self.sensitivity * self.uncertainty).split(self.sizes)
-        S_lam = torch.stack(S[:n])  # (n, r)
-        S_u = torch.stack(S[n:2 * n]).view(n, -1, r)  # (n, k, r)
-        S_U = torch.stack(S[2 * n:3 * n]).view(n, r, -1)  # (n, r, k)
-        scores = S_lam + S_u.mean(1) + S_U.mean(2)  # Eq. 9
-        if "v" in self.factors:
+        for i, layer in enumerate(self.layers):
+            lam, u, U, *outer = S[i::len(self.layers)]  # those of one adapter
+            row = lam + u.view(-1, self.r).mean(0) + U.view(self.r, -1).mean(1)  # Eq. 9
             # Eq. 8 adds (ΣS(v) + ΣS(V)) / k, by k since u and U count by their means over k. All i
             # of an adapter get the same: it changes no order within it, but that between adapters.
-            for i in range(n):
-                scores[i] += (S[3 * n + i].sum() + S[4 * n + i].sum()) / self.k
-        return scores
+            rows.append(row + sum(map(torch.sum, outer)) / layer.k)  # of v and V, or of none
+        return torch.stack(rows)
 
     def prune(self):
         """Keep the kept_total best, exactly; of equal ones the first. Set the rest to 0."""
         best = self.scores().flatten().argsort(descending=True, stable=True)[:self.kept_total]
-        self.keep.zero_()
-        self.keep.view(-1)[best] = True
+        self.keep.zero_().view(-1)[best] = True
         for layer, row in zip(self.layers, self.keep):
             layer.lam.mul_(row)
 
@@ -372,8 +329,8 @@ class RankPruner(nn.Module):
         """Set to 0, in a model with the same adapters, what the last choice left out: averaged
         weights, or an earlier best, still hold it. It warns if the budget was not reached."""
         found = lora2_layers(model)
-        require(len(found) == len(self.layers) and found[0][1].r == self.r,
-                "mask() needs a model with the adapters that the pruner has")
+        fits = len(found) == len(self.layers) and found[0][1].r == self.r
+        require(fits, "mask() needs a model with the adapters that the pruner has")
         for (_, layer), row in zip(found, self.keep):
             layer.lam.mul_(row.to(layer.lam.device))
         if self.kept_total > self.budget(self.total_steps):
@@ -383,7 +340,7 @@ class RankPruner(nn.Module):
     def kept(self):
         """{adapter: singular values that the last choice kept}, the data of Figure 3. RuntimeError
         if in the last phase the model has other Λ, as after loading its best weights."""
-        if self.t >= self.total_steps - self.final:
+        if self.t >= self.last_choice:
             lam = torch.stack(self.scored()[:len(self.layers)])
             require(not lam[~self.keep].any(), "the model's Λ are not what the pruner left: call "
                     "pruner.mask(model), and step() after optimizer.step()", RuntimeError)
@@ -414,10 +371,9 @@ def lora2_state_dict(model):
     state = {key: w.clone() for key, w in model.state_dict().items() if key in changing}
     for name, layer in lora2_layers(model):
         state[f"{name}.scale"] = torch.tensor(layer.scale)
-        state[f"{name}.base_sample"] = torch.full((16,), math.nan)
-        if not is_quantised(layer.base):
-            W = layer.base.weight.flatten()
-            state[f"{name}.base_sample"] = W[::math.ceil(len(W) / 16)].float().clone()
+        unknown = torch.full((16,), math.nan)
+        W = unknown if is_quantised(layer.base) else layer.base.weight.flatten()
+        state[f"{name}.base_sample"] = W[::math.ceil(len(W) / 16)].float().clone()
     return state
 
 
@@ -425,18 +381,16 @@ def load_lora2_state_dict(model, state):
     """Load lora2_state_dict() into a model that the same add_lora2() call prepared. Strict:
     ValueError, and nothing is loaded, if a name, a shape, alpha or the base differs."""
     own = lora2_state_dict(model)
-    advice = "use the file's base model, targets, k, r and trainable names, all unwrapped"
     for name in sorted(own | state):
-        require(name in own, f"{name} is in the file alone: {advice}")
-        require(name in state, f"{name} is in the model alone: {advice}")
-        here, there = tuple(own[name].shape), tuple(state[name].shape)
-        require(here == there, f"{name} is {there} in the file, {here} in the model: {advice}")
+        here = getattr(own.get(name), "shape", "missing")
+        there = getattr(state.get(name), "shape", "missing")
+        require(here == there, f"{name} is {there} in the file, {here} in the model: use the "
+                "file's base model, targets, k, r and trainable names, all unwrapped")
     for name, _ in lora2_layers(model):
         for key, tolerance in ((f"{name}.scale", 1e-6), (f"{name}.base_sample", 0.02)):
             here, there = own[key], state[key].to(own[key])  # W0 may be in bf16 on one side
             differs = (there - here).abs() > tolerance * here.abs() + 1e-7  # False for NaN
-            require(not differs.any(),
-                    f"{key} differs between file and model: use the file's alpha and base model")
+            require(not differs.any(), f"{key} differs: use the file's alpha and base model")
     model.load_state_dict(state, strict=False)  # nothing frozen is there, but scale and base_sample
 
 
@@ -445,8 +399,8 @@ def merge_lora2(model):
     """Add every ΔW to its W0, in place, and put the nn.Linear back. Returns the model. TypeError,
     and no change, if a W0 is quantised."""
     for name, layer in lora2_layers(model):
-        require(not is_quantised(layer.base), f"{name} has a quantised W0: load the adapters' file "
-                "into the full-precision base and merge there", TypeError)
+        require(not is_quantised(layer.base), f"the W0 of {name} is quantised: load the file into "
+                "the full-precision base and merge there", TypeError)
     for name, layer in lora2_layers(model):
         layer.base.weight.copy_(layer.weight)
         if not name:  # the model itself is an adapter

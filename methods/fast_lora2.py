@@ -185,20 +185,9 @@ class FastRankPruner(RankPruner):
     The arguments, scores, choices and state_dict() are the same: a run can go on with either.
     """
 
-    def update_averages(self):
-        """Ī and Ū, with all weights in one row and all gradients in another."""
-        finite = self.all_finite()
-        scored = self.scored()
-        gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in scored]
-        I = (in_a_row(scored, self.dtype) * in_a_row(gradients, self.dtype)).abs_()
-        I = I.where(finite, 0.0)
-        self.to(self.dtype)  # if its model was cast
-        self.sensitivity.lerp_(I, 1 - self.beta1)
-        self.uncertainty.lerp_((I - self.sensitivity).abs_(), 1 - self.beta2)
-
     def scores(self):
         """Importance of every singular value, (n, r)."""
-        n, k, r = len(self.layers), self.k, self.r
+        n, k, r = len(self.layers), self.layers[0].k, self.r
         S = self.sensitivity * self.uncertainty
         lam, u, U, wide = S.tensor_split([n * r, n * r + n * k * r, n * r + 2 * n * k * r])
         scores = lam.view(n, r) + u.view(n, k, r).mean(1) + U.view(n, r, k).mean(2)
@@ -213,11 +202,6 @@ class FastRankPruner(RankPruner):
         self.keep.view(-1).fill_(False).index_fill_(0, ranking[:self.kept_total], True)
         lams = [layer.lam for layer in self.layers]
         torch._foreach_mul_(lams, self.keep.to(lams[0].dtype).unbind())
-
-
-def in_a_row(tensors, dtype):
-    """All numbers of some tensors in one, in order."""
-    return torch.cat([tensor.flatten() for tensor in tensors]).to(dtype)
 
 
 def add_gradients(loss, parameters, weight=1):

@@ -100,10 +100,10 @@ def lines_of(*names):
 
 
 # File or room → how many lines it may have, which are today's; the aim stands behind where it is less.
-SIZES = {"lora2.py": 455,           # 350
+SIZES = {"lora2.py": 409,           # 350
          "model.py": 384, "data.py": 340, "train.py": 330,
-         "the four that are read": 1504,                                     # 1,450
-         "product": 6944,           # 4,300: all but tests/ and experiments/
+         "the four that are read": 1458,                                     # 1,450
+         "product": 6882,           # 4,300: all but tests/ and experiments/
          "experiments": 4000,       # 2,400
          "tests": 12007}           # 9,500
 

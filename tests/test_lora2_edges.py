@@ -160,12 +160,12 @@ REFUSED = {
     "lazy": (lambda: nn.LazyLinear(8), TypeError, "bad is a LazyLinear"),
     "parametrised": (lambda: parametrizations.weight_norm(nn.Linear(8, 8)), TypeError, "bad is a Paramet"),
     "pruned by torch": (lambda: prune.identity(nn.Linear(8, 8), "weight"), TypeError, "re-parametrised"),
-    "meta": (lambda: nn.Linear(8, 8, device="meta"), TypeError, "bad has no plain weight"),
+    "meta": (lambda: nn.Linear(8, 8, device="meta"), TypeError, "meta device"),
     "integers": (lambda: integer_linear(torch.int32), TypeError, "quantised"),
     "fp8": (lambda: nn.Linear(8, 8).to(torch.float8_e4m3fn), TypeError, "quantised"),
-    "tensor subclass": (subclassed_weight, TypeError, "bad has no plain weight"),
-    "too small for k": (lambda: nn.Linear(8, 1), ValueError, "bad takes an integer from 1 to 1"),
-    "shared": (lambda: SHARED, ValueError, "bad, or its weight, is used in 2 places"),
+    "tensor subclass": (subclassed_weight, TypeError, "bad is a Linear, not an nn.Linear with a plain weight"),
+    "too small for k": (lambda: nn.Linear(8, 1), ValueError, "bad takes integers from 1 to 1"),
+    "shared": (lambda: SHARED, ValueError, "bad, or its weight, is used in several places"),
 }
 
 
@@ -202,17 +202,17 @@ def test_what_cannot_have_a_gradient_stays_frozen():
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(targets=["nothing"]), r"targets \['nothing'\] match nothing outside.*; "
-                                r"Linear layers: \['1', 'down', 'query', 'up', 'value'\]$"),
+    (dict(targets=["nothing"]), r"^\['nothing'\] match nothing .*; names are made of \['', '0', '1', 'classifier', "),
     (dict(targets=["quer"]), "match nothing"),
     (dict(targets=["uery"]), "match nothing"),
     (dict(targets=["query", "dense"]), r"\['dense'\] match nothing"),
-    (dict(targets=[]), r"targets \[\] match nothing"),
+    (dict(targets=[]), r"^\[\] match nothing"),
     (dict(targets=[""]), r"\[''\] match nothing"),
-    (dict(trainable=["clas"]), r"trainable \['clas'\] match nothing that can be trained; .* \['query', "),
-    (dict(trainable=["query"]), r"targets \['query'\] match nothing outside of `trainable`"),
-    (dict(k=0), "k = 0"), (dict(r=0), "r = 0"), (dict(k=-1), "k = -1"), (dict(k=9), "an integer from 1 to 8"),
-    (dict(r=9), "an integer from 1 to 8"), (dict(k=2.0), "k = 2.0"), (dict(r=True), "r = True"),
+    (dict(trainable=["clas"]), r"^\['clas'\] match nothing .* trained"),
+    (dict(trainable=["query"]), r"^\['query'\] match nothing .* outside of `trainable`"),
+    (dict(targets=["query", "value"], trainable=["query"]), r"^\['query'\] match nothing"),
+    (dict(k=0), "k = 0"), (dict(r=0), "r = 0"), (dict(k=-1), "k = -1"), (dict(k=9), "integers from 1 to 8"),
+    (dict(r=9), "integers from 1 to 8"), (dict(k=2.0), "k = 2.0"), (dict(r=True), "r = True"),
     (dict(alpha=0), "alpha = 0: give a positive"), (dict(alpha=-1), "alpha = -1"),
     (dict(alpha=math.inf), "alpha = inf"), (dict(alpha=math.nan), "alpha = nan"),
     (dict(init="zeros"), "init = 'zeros'"),
@@ -436,7 +436,7 @@ def test_all_linear_layers():
     assert names == [f"layer.0.{name}" for name in ("query", "value", "up", "down")]
     with pytest.raises(ValueError, match=r"\['all-linear'\] match nothing"):
         add_lora2(nn.ModuleDict({"norm": nn.LayerNorm(8)}), "all-linear", k=2, r=4)
-    with pytest.raises(ValueError, match="lm_head, or its weight, is used in 2 places"):
+    with pytest.raises(ValueError, match="lm_head, or its weight, is used in several places"):
         add_lora2(nn.ModuleDict({"a": nn.Linear(8, 8), "tied": Tied()}), "all-linear", k=2, r=4)
 
 
@@ -478,21 +478,21 @@ def test_the_pruner_stops_at_its_end():
     pruner = RankPruner(model, 1, 2, 0, 1, 1)
     give_gradients(model)
     assert [pruner.step(), pruner.step()] == [1, 1]
-    with pytest.raises(RuntimeError, match="more than total_steps = 2 times"):
+    with pytest.raises(RuntimeError, match="more than total_steps times"):
         pruner.step()
     assert pruner.t == 2
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(target_rank=3), "target_rank = 3: give an integer from 0 to r = 2"), (dict(target_rank=-1), "= -1"),
+    (dict(target_rank=3), "target_rank <= 2"), (dict(target_rank=-1), "= -1"),
     (dict(target_rank=1.0), "target_rank = 1.0"), (dict(target_rank=True), "target_rank = True"),
-    (dict(warmup=5, final=5), "T, warmup, final, interval = (10, 5, 5, 1): keep warmup + final < T"),
-    (dict(warmup=11), "(10, 11, 2, 1)"), (dict(final=10), "(10, 2, 10, 1)"), (dict(final=8), "(10, 2, 8, 1)"),
-    (dict(total_steps=0), "(0, 2, 2, 1)"), (dict(interval=0), "interval > 0"), (dict(interval=-2), "-2"),
-    (dict(warmup=-1), "(10, -1, 2, 1)"), (dict(final=-1), "(10, 2, -1, 1)"),
-    (dict(warmup=0.1), "(10, 0.1, 2, 1)"), (dict(interval=1.5), "(10, 2, 2, 1.5)"),
+    (dict(warmup=5, final=5), "warmup = 5, final = 5, interval = 1: give integers"),
+    (dict(warmup=11), "warmup = 11,"), (dict(final=10), "final = 10,"), (dict(final=8), "final = 8,"),
+    (dict(total_steps=0), "total_steps = 0,"), (dict(interval=0), "interval > 0"), (dict(interval=-2), "-2"),
+    (dict(warmup=-1), "warmup = -1,"), (dict(final=-1), "final = -1,"),
+    (dict(warmup=0.1), "warmup = 0.1,"), (dict(interval=1.5), "interval = 1.5: give integers"),
     (dict(importance="both"), "importance = 'both': give 'reduced' or 'full'"),
-    (dict(beta1=1.0), "beta1 = 1.0, beta2 = 0.85: give numbers from 0 to below 1"),        # all scores stay 0
+    (dict(beta1=1.0), "beta1 = 1.0, beta2 = 0.85: give 0 to below 1"),               # all scores stay 0
     (dict(beta1=-0.1), "beta1 = -0.1"), (dict(beta2=1.0), "beta2 = 1.0"), (dict(beta2=1.5), "beta2 = 1.5"),
     (dict(beta1=math.nan), "beta1 = nan"), (dict(beta2=-1e-9), "beta2 = -1e-09"),
 ])
@@ -613,12 +613,12 @@ def of_another(**options):
     (lambda s: with_key(s, "dense.lam", torch.zeros(4)), "dense.lam is .*the (file|model)"),
     (lambda s: with_key(s, "query.u", torch.zeros(3, 4)), "query.u is .*the (file|model)"),
     (lambda s: with_key(s, "classifier.1.bias", torch.zeros(5)), "classifier.1.bias is .*the (file|model)"),
-    (lambda s: with_key(s, "down.scale", s["down.scale"] * 1.01), "down.scale differs between file and"),
+    (lambda s: with_key(s, "down.scale", s["down.scale"] * 1.01), "down.scale differs: use"),
     (lambda s: with_key(s, "value.base_sample", s["value.base_sample"] * 1.1), "value.base_sample differs"),
     (lambda s: {}, "classifier.0.bias is .*the (file|model)"),
     (of_another(k=3), "down.U is .*the (file|model).*: use the file's base model, targets, k"),
-    (of_another(alpha=8.1), "query.scale differs .* the file's alpha"),
-    (of_another(), "query.base_sample differs between file and model: .* base model"),
+    (of_another(alpha=8.1), "query.scale differs: use the file's alpha"),
+    (of_another(), "query.base_sample differs: .* base model"),
 ])
 def test_loading_is_strict_and_changes_nothing_when_it_refuses(change, message):
     """Oracle: the sentence, and a hash of the whole model from before."""
