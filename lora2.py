@@ -1,31 +1,35 @@
 """LoRA² (arXiv 2408.06854) for the linear layers of a frozen model. Needs torch only: copy it.
 
-    add_lora2(model, ["query", "value"], k=1, r=8, trainable=["classifier"])
+    add_lora2(model, ["query", "value"], k=8, r=8, trainable=["classifier"])
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    pruner = RankPruner(model, 2, total_steps=1000, warmup=100, final=400, interval=10)
+    pruner = RankPruner(model, target_rank=2, total_steps=1000, warmup=100, final=400, interval=10)
     for x, y in batches:
         (task_loss(model(x), y) + 0.1 * orthogonality_loss(model)).backward()
         optimizer.step()
         pruner.step()
         optimizer.zero_grad()
+    torch.save(lora2_state_dict(model), "adapter.pt")  # or merge_lora2(model)
 
-The update of a frozen W0 is AdaLoRA's P Λ Q, whose factors P = v u and Q = U V are products
-through k numbers, the second scale (Eq. 4, row vectors; shapes for d = 768, k = 8, r = 4):
+LoRA adds an update of low rank to a frozen W0. AdaLoRA writes it as P Λ Q, like an SVD of r terms,
+and prunes Λ. LoRA² makes P and Q products again, P = v u and Q = U V (Eq. 4), through a second
+scale k: v and V lead from d to k numbers and back, u, Λ and U make the r terms of these k. That is
+k (d_in + d_out) + 2kr + r numbers. In row vectors, with the shapes for d = 768, k = 8, r = 4:
 
             ┌─────────────────────── W0ᵀ, b (frozen) ───────────────────────┐
     x N×768 ┤                                                               + y N×768
             └─ v 768×8 ─── u 8×4 ─── Λ 4 ─── U 4×8 ─── V 8×768 ─── scale ───┘
 
     symbol   shape        init          scored?   meaning
-    v        (d_in, k)    N(0, 0.02²)   no        takes the input down to k numbers
+    v        (d_in, k)    N(0, 0.02²)   in Eq. 8  takes the input down to k numbers
     u        (k, r)       N(0, 0.02²)   yes       left singular directions, inside those k
     Λ lam    (r,)         0             yes       singular values; pruning sets them to 0
     U        (r, k)       N(0, 0.02²)   yes       right singular directions
-    V        (k, d_out)   N(0, 0.02²)   no        takes k numbers up to the output
+    V        (k, d_out)   N(0, 0.02²)   in Eq. 8  takes k numbers up to the output
 
-ΔW has rank min(k, r) at most. If k < r, the Λ_i are not its singular values: they weigh r terms
-that share k directions. With k = 1 the updates are exactly those of LoRA with r = 1. A matrix
-loses rank only when fewer than k terms are left: until then pruning decides which keeps how many.
+ΔW has rank min(k, r) at most. With k = 1 the updates are exactly those of LoRA with r = 1. If
+k < r, the terms share k directions, and the Λ_i are their weights, not singular values. A matrix
+loses rank only when fewer than k of its terms are left. Until then pruning takes away nothing that
+it could reach: at k = 1 pruning selects matrices.
 """
 import math
 import warnings
@@ -45,8 +49,9 @@ class LoRA2Linear(nn.Module):
 
     k, r: projected dimension and number of singular values, from 1 to min(d_in, d_out).
     alpha: positive. The update is scaled by alpha / r, with the initial r: pruning keeps it.
-    init: "gaussian" is that of the authors' code; it needs AdamW and a rate near 1e-3.
-        "orthonormal" is ours: R starts at its floor, and Λ's first gradients are not tiny."""
+    init: "gaussian" is that of the authors' code. Λ's first gradients are tiny then, as products
+        with four small factors. So it needs AdamW, with a rate near 1e-3. "orthonormal" is ours:
+        the first gradients are not tiny, and orthogonality_loss() starts at its floor."""
 
     def __init__(self, base, k=1, r=8, alpha=32, init="gaussian"):
         super().__init__()
@@ -67,7 +72,7 @@ class LoRA2Linear(nn.Module):
                 nn.init.normal_(factor, std=0.02)
             else:
                 nn.init.orthogonal_(factor)
-        self.train(base.training)  # its mode
+        self.train(base.training)  # in training or evaluation mode, as the base is
 
     def core(self):
         """C = scale · u diag(Λ) U, (k, k), between v and V; not rounded by autocast."""
@@ -95,7 +100,7 @@ class LoRA2Linear(nn.Module):
 
     @property
     def weight(self):
-        """W0 + ΔW, to merge. Some parents read it: nn.TransformerEncoderLayer, to be fast."""
+        """W0 + ΔW, to merge. The fast path of nn.TransformerEncoderLayer reads it too."""
         require(not is_quantised(self.base), "W0 is quantised: there is no W0 + ΔW", TypeError)
         return (self.base.weight + self.delta_weight()).to(self.base.weight.dtype)
 
@@ -118,14 +123,14 @@ def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
     targets = {targets} if isinstance(targets, str) else set(targets)
     trainable = {trainable} if isinstance(trainable, str) else set(trainable)
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    bases, in_full, words = {}, [], set()
+    bases, in_full, linear = {}, [], set()
     missing = targets | trainable
     for name, module in model.named_modules(remove_duplicate=False):
         parts = name.split(".")
-        words.add(parts[-1])
         hits = {target for target in targets if f".{name}".endswith(f".{target}")}
         if module is not head and (type(module) is nn.Linear or is_quantised(module)):
             hits |= targets & {"all-linear"}
+            linear.add(parts[-1])
         if hits and name and trainable.isdisjoint(parts):
             bases[name] = module
             missing -= hits
@@ -136,14 +141,14 @@ def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
             in_full.append(parameter)
             missing -= hits - targets  # what is named for both is not adapted
     require(bases and not missing, f"{sorted(missing)} match nothing that can be adapted outside "
-            f"of `trainable`, or trained there; names are made of {sorted(words)}")
-    places = list(map(id, parameters.values()))
+            f"of `trainable`, or trained there; Linear layers: {sorted(linear)}")
+    weights = list(map(id, parameters.values()))  # what is tied is there several times
     for name, base in bases.items():
         check_base(name, base, k, r, alpha, init)
-        alone = places.count(id(base.weight)) == 1
+        alone = weights.count(id(base.weight)) == 1
         require(alone, f"{name}, or its weight, is used in several places: leave it out")
     adapters = {name: layer(base, k, r, alpha, init) for name, base in bases.items()}
-    model.requires_grad_(False).zero_grad()
+    model.requires_grad_(False).zero_grad()  # clipping would count gradients from before
     for name, adapter in adapters.items():
         model.set_submodule(name, adapter)
     for parameter in in_full:
@@ -153,7 +158,7 @@ def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
 
 def check_base(name, base, k, r, alpha, init):
     """TypeError or ValueError unless `base` is an nn.Linear that the rest fits. A subclass of it
-    may compute something else, or be called by nobody, as nn.MultiheadAttention's out_proj."""
+    may compute something else, or never be called, as out_proj of nn.MultiheadAttention."""
     plain = type(base) is nn.Linear and type(base.weight) is nn.Parameter
     plain = plain and base.weight.is_floating_point() and base.weight.itemsize > 1  # no fp8
     require((plain or is_quantised(base)) and not base.weight.is_meta,
@@ -181,16 +186,18 @@ def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
     """R of Eq. 5 without gamma, a scalar. Add it once per optimizer step, not per micro-batch.
 
     terms: the pairs to take, as in Table 3. ValueError for any other.
-    Why: pruning compares Λ_i between layers. If P or Q may grow, Λ_i can shrink with the same ΔW.
-    If they are orthonormal, which needs k ≥ r, ‖ΔW‖² = scale² Σ Λ_i²: |Λ_i| is a term's size."""
+    Why: if P and Q are orthonormal, which needs k ≥ r, the terms of ΔW do not overlap. Then
+    ‖ΔW‖² = scale² Σ Λ_i², and to set Λ_i to 0 takes away that term and no more. |Λ_i| is its size,
+    in every layer alike. Otherwise P could grow while Λ_i shrinks, with the same ΔW."""
     adapters = lora2_layers(model)
     require(adapters and terms and set(terms) <= {"uv", "UV", "PQ"},
             f"terms = {terms!r}: list some of 'uv', 'UV', 'PQ', on a model with LoRA² adapters")
     R = 0
     for _, layer in adapters:
         with torch.autocast(layer.u.device.type, enabled=False):
-            # For v and u the paper has vvᵀ, d × d, and uᵀu, r × r. They differ by a constant, and
-            # not in the gradient: ‖AAᵀ − I_n‖² = ‖AᵀA − I_k‖² + n − k for A (n, k), here v and uᵀ.
+            # All is written on the small side, k × k. For v and u the paper has the other one: vvᵀ,
+            # d × d, and uᵀu, r × r. ‖AAᵀ − I_n‖² = ‖AᵀA − I_k‖² + n − k for A (n, k), here v and
+            # uᵀ: a constant is left out, which has no gradient. U and V are the same, transposed.
             Gv, Gu = layer.v.T @ layer.v, layer.u @ layer.u.T  # (k, k)
             GU, GV = layer.U.T @ layer.U, layer.V @ layer.V.T  # (k, k)
             if "uv" in terms:
@@ -198,15 +205,15 @@ def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
             if "UV" in terms:
                 R = R + distance(GU) + distance(GV)  # ‖UᵀU − I‖² + ‖VVᵀ − I‖²
             if "PQ" in terms:
-                # PᵀP = uᵀ(vᵀv)u is r × r. As tr AB = tr BA, X = (vᵀv)(uuᵀ), which is k × k, has
-                # tr X = tr PᵀP and tr X² = tr (PᵀP)²: ‖PᵀP − I_r‖² = tr (X − I_k)² + r − k.
+                # PᵀP = uᵀ(vᵀv)u is r × r, and X = (vᵀv)(uuᵀ) is k × k. As tr AB = tr BA,
+                # tr X = tr PᵀP and tr X² = tr (PᵀP)². So ‖PᵀP − I_r‖² = tr (X − I_k)² + r − k.
                 R = R + distance(Gv @ Gu) + layer.r - layer.k  # ‖PᵀP − I‖²
                 R = R + distance(GV @ GU) + layer.r - layer.k  # ‖QQᵀ − I‖²
     return R / len(adapters)  # ours: the paper is silent, but a sum would grow with the model
 
 
 def distance(X):
-    """tr (X − I)². It is ‖X − I‖² for a symmetric X, which a product of two Grams is not."""
+    """tr (X − I)². For a symmetric X this is ‖X − I‖². A product of two Grams is not symmetric."""
     E = X - torch.eye(len(X), dtype=X.dtype, device=X.device)
     return (E * E.T).sum()
 
@@ -220,8 +227,8 @@ def orthogonality_floor(k, r, terms=("uv", "UV", "PQ")):
 class RankPruner(nn.Module):
     """Algorithm 1: keep the b(t) most important singular values of the model, set the rest to 0.
 
-    target_rank: singular values per adapter in the end, on average.
-    total_steps: T, all optimizer steps of the run, not micro-batches. Later ones move Λ off 0.
+    target_rank: singular values per adapter in the end, on average. The rank is at most k anyway.
+    total_steps: T, all optimizer steps of the run, not micro-batches. Further ones move Λ off 0.
     warmup: t_i, the first steps, in which all are kept. Then b(t) falls along a cubic.
     final: t_f, the last steps, in which the choice is fixed. Before, what was set to 0 may return.
     interval: ΔT, steps from choice to choice.
@@ -229,8 +236,9 @@ class RankPruner(nn.Module):
     importance: "reduced" (Eq. 9) or "full" (Eq. 8). ValueError for what does not fit.
 
     Make it when the adapters are on their device, and save its state_dict() if a run may go on.
-    step() multiplies the new weights by this step's gradients, as AdaLoRA does. These are of
-    task + gamma · R. Early on u and U feel R above all: the task's pull on them is times Λ."""
+    step() multiplies the new weights by this step's gradients, which were taken at the old ones, as
+    AdaLoRA does. They are of task + gamma · R. The task's gradient of u and U is proportional to Λ,
+    which begins at 0, so that early on their scores are about R."""
 
     factors = ("lam", "u", "U")  # of each adapter: what is scored
 
@@ -271,12 +279,13 @@ class RankPruner(nn.Module):
 
     @torch.no_grad()
     def step(self):
-        """Algorithm 1, after optimizer.step() and before zero_grad(). Returns how many are kept."""
+        """Algorithm 1. Call it after optimizer.step() and before zero_grad(). Returns how many are
+        kept, without a wait for the device."""
         require(self.t < self.total_steps, "step() came more than total_steps times", RuntimeError)
-        if self.t < self.last_choice:  # later the scores stay, and with them the choice
+        if self.t < self.last_choice:  # later the scores stay, so that the choice is the same
             self.update_averages()
         self.t += 1  # this step, 1 .. T
-        # The last choice, at T − t_f, is applied at every step: momentum moves a Λ_i off 0 again.
+        # From T − t_f on at every step: momentum moves a Λ_i off 0 again.
         if self.t % self.interval == 0 or self.t >= self.last_choice:
             self.kept_total = self.budget(self.t)
             self.prune()
@@ -291,9 +300,9 @@ class RankPruner(nn.Module):
         require(any(layer.lam.grad is not None for layer in self.layers),
                 "no adapter has a gradient: call pruner.step() after optimizer.step() and before "
                 "zero_grad(), with a loss that depends on the adapters", RuntimeError)
-        grads = [p.grad for p in self.all_parameters if type(p.grad) is torch.Tensor]  # no shards
+        grads = [p.grad for p in self.all_parameters if type(p.grad) is torch.Tensor]  # no DTensor
         finite = nn.utils.get_total_norm(grads, math.inf) < math.inf  # else a GradScaler skipped
-        self.to(self.dtype)  # if it was cast with a model
+        self.to(self.dtype)  # it may have been cast, with a model that holds it
         grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in self.scored()]
         w = torch.cat(list(map(torch.flatten, self.scored()))).to(self.dtype)
         dw = torch.cat(list(map(torch.flatten, grads))).to(self.dtype)
@@ -310,11 +319,13 @@ class RankPruner(nn.Module):
         rows = []
         S = (self.sensitivity * self.uncertainty).split(self.sizes)
         for i, layer in enumerate(self.layers):
-            lam, u, U, *outer = S[i::len(self.layers)]  # those of one adapter
+            lam, u, U, *v_and_V = S[i::len(self.layers)]  # those of one adapter
             row = lam + u.view(-1, self.r).mean(0) + U.view(self.r, -1).mean(1)  # Eq. 9
-            # Eq. 8 adds (ΣS(v) + ΣS(V)) / k, by k since u and U count by their means over k. All i
-            # of an adapter get the same: it changes no order within it, but that between adapters.
-            rows.append(row + sum(map(torch.sum, outer)) / layer.k)  # of v and V, or of none
+            for outer in v_and_V:
+                # Eq. 8 adds ΣS(v) / k, ΣS(V) / k: by k as u and U count by their means over k. All
+                # i get the same, which changes the order between adapters and not within one.
+                row = row + outer.sum() / layer.k
+            rows.append(row)
         return torch.stack(rows)
 
     def prune(self):
@@ -326,8 +337,8 @@ class RankPruner(nn.Module):
 
     @torch.no_grad()
     def mask(self, model):
-        """Set to 0, in a model with the same adapters, what the last choice left out: averaged
-        weights, or an earlier best, still hold it. It warns if the budget was not reached."""
+        """Set to 0 in a model with the same adapters what the last choice left out. Needed when it
+        got other weights: averaged ones, or an earlier best. Warns of a budget not reached."""
         found = lora2_layers(model)
         fits = len(found) == len(self.layers) and found[0][1].r == self.r
         require(fits, "mask() needs a model with the adapters that the pruner has")
@@ -350,7 +361,7 @@ class RankPruner(nn.Module):
         return dict(zip(self.names, self.keep.sum(1).tolist()))
 
     def get_extra_state(self):
-        return torch.tensor([self.t, self.kept_total])  # some files hold only tensors
+        return torch.tensor([self.t, self.kept_total])  # safetensors holds nothing else
 
     def set_extra_state(self, state):
         self.t, self.kept_total = state.tolist()
@@ -391,7 +402,7 @@ def load_lora2_state_dict(model, state):
             here, there = own[key], state[key].to(own[key])  # W0 may be in bf16 on one side
             differs = (there - here).abs() > tolerance * here.abs() + 1e-7  # False for NaN
             require(not differs.any(), f"{key} differs: use the file's alpha and base model")
-    model.load_state_dict(state, strict=False)  # nothing frozen is there, but scale and base_sample
+    model.load_state_dict(state, strict=False)  # without what is frozen, with scale, base_sample
 
 
 @torch.no_grad()
