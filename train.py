@@ -34,8 +34,7 @@ def train(o, saved=None):
                                        o.sora_threshold, **plan.pruning())  # T, t_i, t_f, ΔT
     optimizer, parameters = make_optimizer(net, o.lr, o.head_lr, o.weight_decay, o.outer_lr)
     state, finite = schedule.State(), FiniteCheck(here.device, o.out)
-    # On a GPU: forward and backward as a CUDA graph. None: run them as they are.
-    recorded = None if o.eager else fast.recorder(partial(part_loss, net, here), net)
+    cuda_graphs = None if o.eager else fast.recorder(partial(part_loss, net, here), net)
     take_snapshot = partial(snapshot, state, net, optimizer, pruner, finite, here)  # for last.pt
     with (saving.RunFolder(identity, plan, here, take_snapshot) as run_folder,
           machine.Signals(here) as signals, progress.Log(o, plan, here, task, net, finite) as log):
@@ -59,7 +58,7 @@ def train(o, saved=None):
             # ---- one training step -------------------------------------------------------
             batch = next(batches)                # ids, mask, types (B, T); labels, rows (B,)
             state.step += 1
-            loss = gradients(net, batch, here, o.accum, recorded)    # forward, backward
+            loss = gradients(net, batch, here, o.accum, cuda_graphs)  # forward, backward
             R = baselines.regulariser(o.method, net, o.reg_terms)    # LoRA²: Eq. 5
             if R is not None:
                 R = fast.add_gradients(R, parameters, o.reg)  # as (γ R).backward(); R's value
@@ -122,7 +121,7 @@ def make_optimizer(net, lr, head_lr, weight_decay, outer_lr=None):
 
 # --- the parts of a step: the benchmark times these very functions ------------------------
 
-def gradients(net, batch, here, accum, recorded=None):
+def gradients(net, batch, here, accum, cuda_graphs=None):
     """Forward and backward over this process's parts of a batch. Returns the loss, a scalar.
 
     The batch is cut into n = world · accum parts. Part i has the rows i, i + n, i + 2n, ..., and
@@ -130,15 +129,15 @@ def gradients(net, batch, here, accum, recorded=None):
     that gradients and loss, summed over all parts, are those of the mean over the batch. R is the
     same in each process: it is added afterwards, once.
 
-    recorded: on a GPU a fast.Recorded, which replays the same as a CUDA graph.
+    cuda_graphs: on a GPU a fast.Recorded, which replays the same in one launch; None: as it is.
     """
     loss = torch.zeros((), device=here.device)
     n = here.world * accum
     for i in range(here.rank, min(n, len(batch.rows)), here.world):  # so that no part is empty
         part = data.Batch(*here.copies(*(tensor[i::n] for tensor in batch)))
         share = len(part.rows) / len(batch.rows)
-        if recorded:
-            loss += recorded(part, share)
+        if cuda_graphs:
+            loss += cuda_graphs(part, share)
         else:
             loss_of_part = part_loss(net, here, part, share)
             loss_of_part.backward()

@@ -2,6 +2,7 @@
 
 Offline. What needs transformers and peft is skipped without them.
 """
+import contextlib
 import gc
 import json
 import math
@@ -171,8 +172,11 @@ def test_steps_leave_no_memory_behind(folders):
         for _ in range(n):
             step()
         gc.collect()
-        held.append({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-                     for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter)})
+        held.append({})
+        for t in gc.get_objects():
+            if type(t) in (torch.Tensor, nn.Parameter):
+                with contextlib.suppress(RuntimeError):        # torch.compile leaves some without numbers
+                    held[-1][t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
     assert len(held[0]) == len(held[1]) and sum(held[0].values()) == sum(held[1].values())
 
 

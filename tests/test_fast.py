@@ -326,25 +326,6 @@ def test_the_fast_pruner_is_the_pruner(importance, never):
     assert quick.t == 20 and quick.kept_total == 5 and len(sets) >= (2 if never else 4)
 
 
-@pytest.mark.parametrize("attached", [False, True])
-def test_the_fast_pruner_after_a_cast(attached):
-    """Oracle: RankPruner, whose averages stay in fp32: in fp16 all these scores would be 0."""
-    scores = []
-    for kind in (RankPruner, FastRankPruner):
-        net = some_layers(3, torch.float32)
-        if attached:
-            net.append(kind(net, 1, 100, 99, 0, 1))
-        net.half()
-        pruner = net[-1] if attached else kind(net, 1, 100, 99, 0, 1)
-        for step in range(2):
-            stir(net, step, 1e-4)
-            pruner.step()
-        assert {tensor.dtype for tensor in averages_of(pruner)} == {torch.float32}
-        scores.append(pruner.scores())
-    torch.testing.assert_close(*scores, rtol=1e-5, atol=0)
-    assert 0 < scores[0].min() and scores[0].max() < 1e-7
-
-
 @pytest.mark.parametrize("importance, most", [("reduced", 24), ("full", 29)])
 def test_a_step_costs_the_same_few_operations_for_any_depth(importance, most):
     """Oracle: torch's dispatch mode counts those that compute, and sees whether the host asks the device for a
