@@ -165,7 +165,7 @@ def test_counts_meet_their_goals(tmp_path, shape, dtype):
 
 
 def test_steps_leave_no_memory_behind(folders):
-    """Oracle: none: after its second step a run holds the same tensors' bytes, however many steps follow."""
+    """Oracle: none: after its second step a run holds no more tensors or bytes, however many steps follow."""
     step = steps.OwnStep(folders["tiny"], "lora2", batch_of("tiny"), k=2, r=4)
     held = []
     for n in (2, 10):
@@ -177,7 +177,7 @@ def test_steps_leave_no_memory_behind(folders):
             if type(t) in (torch.Tensor, nn.Parameter):
                 with contextlib.suppress(RuntimeError):        # torch.compile leaves some without numbers
                     held[-1][t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-    assert len(held[0]) == len(held[1]) and sum(held[0].values()) == sum(held[1].values())
+    assert len(held[1]) <= len(held[0]) and sum(held[1].values()) <= sum(held[0].values())
 
 
 def test_the_frozen_step_trains_the_head_and_reaches_the_first_layer(folders):
