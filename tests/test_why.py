@@ -219,10 +219,13 @@ def test_the_page_is_that_of_the_file():
     assert why.GIVEN["points"]["k8-unpruned"] == why.GIVEN["points"]["k8-small"] == of_k8
     level = [("zero-own", "lora", task) for task in ("stsb", "cola", "mrpc", "average")]   # README: with LoRA
     level += [("k8", "lora8", task) for task in ("stsb", "cola", "mrpc", "average")]
+    level += [("gaussian", "lora", task) for task in ("stsb", "cola")]
     above = [("k8", "lora2", "stsb"), ("k8", "again", "cola"), ("k8", "lora2", "mrpc")]  # README: k = 8 over k = 1
     for *rows, task in level + above:
         part = tables.summary(tables.differences(why_page.reported(content), *rows, task).values())
         assert part["n"] == 5 and verdict([part]) == ("supported" if (*rows, task) in above else "inconclusive here")
+    for task in ("stsb", "cola"):
+        assert search.best(search.tried(content, "gaussian", task))["scale"] == 64 * 8      # README: LoRA's is 8
     first = " ".join((ROOT / "README.md").read_text(encoding="utf-8").partition("## One command")[0].split())
     assert "Begun at V = 0, as LoRA begins at B = 0, it cannot over all three either: level, not ahead." in first
 
