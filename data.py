@@ -209,11 +209,11 @@ def check_words(tokenizer, ids, of_text, name):
 
 
 def check_ids(examples, config, name):
-    """ValueError unless {split: Examples} fit a model and its config: a GPU would fail mutely."""
+    """ValueError unless {split: Examples} fit a model: on a GPU the error would name no cause."""
     highest_id = max((int(split.ids.max()) for split in examples.values()), default=0)
     highest_type = max((int(split.types.max()) for split in examples.values()), default=0)
     ids = config["vocab_size"]
-    types = max(2, config["type_vocab_size"])           # a model with at most one ignores them
+    types = max(2, config["type_vocab_size"])           # models with 0 or 1 ignore them
     if highest_id >= ids or highest_type >= types:
         raise ValueError(f"{name}: its tokenizer gives ids up to {highest_id} and types up to "
                          f"{highest_type}, its model has {ids} and {types} of them: they do not "
@@ -246,9 +246,9 @@ def batches(examples, batch_size, pad_id=0, generator=None, skip=0, multiple=8):
 
 def plan_batches(length, batch_size, generator):
     """The row numbers of each batch, a list of tensors (B,); length: of each row, (N,)."""
-    # Sorted by rounded length, rows of one width stay in random order: batches mix more, for hardly
-    # more padding. (Below 32 tokens 8 would be much.) It is not `multiple`, which depends on the
-    # device: --resume on another one shall have the same batches.
+    # Sorted by length, rounded up to 8 (to 2 below 32 tokens, where 8 would pad much), rows of one
+    # width stay in random order: batches mix more, for little padding. `multiple` is not used: it
+    # depends on the device, and --resume on another one must give the same batches.
     width = round_up(length, torch.where(length < 32, 2, 8))        # (N,)
     if generator is None:
         return list(width.argsort(stable=True).split(batch_size))
@@ -296,7 +296,7 @@ def f1(p, t):
 
 
 def matthews(p, t):
-    """Matthews' correlation: the covariance of the one-hot rows over the two deviations."""
+    """Matthews' correlation: covariance of the one-hot rows over both deviations, all times n²."""
     both = torch.nn.functional.one_hot(torch.stack([p, t]))           # (2, N, classes)
     p, t = both.double()                                              # (N, classes) each
     n = len(p)

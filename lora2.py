@@ -12,8 +12,9 @@
 
 LoRA adds an update of low rank to a frozen W0. AdaLoRA writes it as P Λ Q, like an SVD of r terms,
 and prunes Λ. LoRA² makes P and Q products again, P = v u and Q = U V (Eq. 4), through a second
-scale k: v and V lead from d to k numbers and back, u, Λ and U make the r terms of these k. That is
-k (d_in + d_out) + 2kr + r numbers. In row vectors, with the shapes for d = 768, k = 8, r = 4:
+scale k: v and V are large and lead from d to k numbers and back, u, Λ and U are small and form the
+r terms inside these k. So k sets the cost, k (d_in + d_out) + 2kr + r numbers, and r how many terms
+pruning chooses from. In row vectors, with the shapes for d = 768, k = 8, r = 4:
 
             ┌─────────────────────── W0ᵀ, b (frozen) ───────────────────────┐
     x N×768 ┤                                                               + y N×768
@@ -21,15 +22,15 @@ k (d_in + d_out) + 2kr + r numbers. In row vectors, with the shapes for d = 768,
 
     symbol   shape        init          scored?   meaning
     v        (d_in, k)    N(0, 0.02²)   in Eq. 8  takes the input down to k numbers
-    u        (k, r)       N(0, 0.02²)   yes       left singular directions, inside those k
+    u        (k, r)       N(0, 0.02²)   yes       input directions of the r terms, in these k
     Λ lam    (r,)         0             yes       singular values; pruning sets them to 0
-    U        (r, k)       N(0, 0.02²)   yes       right singular directions
+    U        (r, k)       N(0, 0.02²)   yes       output directions of the r terms
     V        (k, d_out)   N(0, 0.02²)   in Eq. 8  takes k numbers up to the output
 
-ΔW has rank min(k, r) at most. With k = 1 the updates are exactly those of LoRA with r = 1. If
-k < r, the terms share k directions, and the Λ_i are their weights, not singular values. A matrix
-loses rank only when fewer than k of its terms are left. Until then pruning takes away nothing that
-it could reach: at k = 1 pruning selects matrices.
+ΔW has rank min(k, r) at most. With k = 1 it can be whatever that of LoRA with r = 1 can be. If
+k < r, the terms share k directions, and the Λ_i are their weights, not singular values. As long as
+k of them are left, training can still reach every ΔW of rank k; with fewer the rank is below k. So
+at k = 1 pruning does no more than to select matrices. What is pruned is 0 and keeps its memory.
 """
 import math
 import warnings
@@ -49,9 +50,9 @@ class LoRA2Linear(nn.Module):
 
     k, r: projected dimension and number of singular values, from 1 to min(d_in, d_out).
     alpha: positive. The update is scaled by alpha / r, with the initial r: pruning keeps it.
-    init: "gaussian" is that of the authors' code. Λ's first gradients are tiny then, as products
-        with four small factors. So it needs AdamW, with a rate near 1e-3. "orthonormal" is ours:
-        the first gradients are not tiny, and orthogonality_loss() starts at its floor."""
+    init: "gaussian" is that of the authors' code. ∂L/∂Λ is tiny at first, with four small factors:
+        use AdamW, whose steps do not shrink with it, at about 1e-3. "orthonormal" is ours: ∂L/∂Λ
+        is not tiny, and orthogonality_loss() starts at its floor."""
 
     def __init__(self, base, k=1, r=8, alpha=32, init="gaussian"):
         super().__init__()
@@ -86,7 +87,7 @@ class LoRA2Linear(nn.Module):
 
     @torch.no_grad()
     def to_lora(self):
-        """ΔW = B @ A as a LoRA of rank k, exactly: copies of A (k, d_in) and B (d_out, k)."""
+        """ΔW = B @ A as a LoRA with r = k, exactly: copies of A (k, d_in) and B (d_out, k)."""
         with torch.autocast(self.u.device.type, enabled=False):
             A, B = self.v.T, (self.core() @ self.V).T
         return A.contiguous().clone(), B.contiguous()
@@ -139,7 +140,7 @@ def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
         hits = trainable.intersection(name.split("."))
         if hits and parameter.is_floating_point():
             in_full.append(parameter)
-            missing -= hits - targets  # what is named for both is not adapted
+            missing -= hits - targets  # what is named for both is not adapted: it stays missing
     require(bases and not missing, f"{sorted(missing)} match nothing that can be adapted outside "
             f"of `trainable`, or trained there; Linear layers: {sorted(linear)}")
     weights = list(map(id, parameters.values()))  # what is tied is there several times
@@ -186,18 +187,19 @@ def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
     """R of Eq. 5 without gamma, a scalar. Add it once per optimizer step, not per micro-batch.
 
     terms: the pairs to take, as in Table 3. ValueError for any other.
-    Why: if P and Q are orthonormal, which needs k ≥ r, the terms of ΔW do not overlap. Then
-    ‖ΔW‖² = scale² Σ Λ_i², and to set Λ_i to 0 takes away that term and no more. |Λ_i| is its size,
-    in every layer alike. Otherwise P could grow while Λ_i shrinks, with the same ΔW."""
+    Why: if P and Q are orthonormal, which needs k ≥ r, then ‖ΔW‖² = scale² Σ Λ_i²: to set Λ_i to 0
+    takes (scale Λ_i)² off it, so that |Λ_i| is comparable between layers. Otherwise terms can
+    overlap or cancel, and P can grow while Λ_i shrinks, with the same ΔW. (The task's
+    |Λ_i ∂L/∂Λ_i|, by which the pruner judges, does not see that last change.)"""
     adapters = lora2_layers(model)
     require(adapters and terms and set(terms) <= {"uv", "UV", "PQ"},
             f"terms = {terms!r}: list some of 'uv', 'UV', 'PQ', on a model with LoRA² adapters")
     R = 0
     for _, layer in adapters:
         with torch.autocast(layer.u.device.type, enabled=False):
-            # All is written on the small side, k × k. For v and u the paper has the other one: vvᵀ,
-            # d × d, and uᵀu, r × r. ‖AAᵀ − I_n‖² = ‖AᵀA − I_k‖² + n − k for A (n, k), here v and
-            # uᵀ: a constant is left out, which has no gradient. U and V are the same, transposed.
+            # All is written k × k, nothing d × d. For v and u the paper has vvᵀ and uᵀu.
+            # ‖AAᵀ − I_n‖² = ‖AᵀA − I_k‖² + n − k for A (n, k), here v, uᵀ, U and Vᵀ. That constant
+            # has no gradient and is left out. "PQ" keeps its own, so that 0 means orthonormal.
             Gv, Gu = layer.v.T @ layer.v, layer.u @ layer.u.T  # (k, k)
             GU, GV = layer.U.T @ layer.U, layer.V @ layer.V.T  # (k, k)
             if "uv" in terms:
@@ -228,7 +230,8 @@ class RankPruner(nn.Module):
     """Algorithm 1: keep the b(t) most important singular values of the model, set the rest to 0.
 
     target_rank: singular values per adapter in the end, on average. The rank is at most k anyway.
-    total_steps: T, all optimizer steps of the run, not micro-batches. Further ones move Λ off 0.
+    total_steps: T, all optimizer steps of the run, not micro-batches. Stop there: one more would
+        move pruned Λ_i off 0.
     warmup: t_i, the first steps, in which all are kept. Then b(t) falls along a cubic.
     final: t_f, the last steps, in which the choice is fixed. Before, what was set to 0 may return.
     interval: ΔT, steps from choice to choice.
@@ -237,8 +240,8 @@ class RankPruner(nn.Module):
 
     Make it when the adapters are on their device, and save its state_dict() if a run may go on.
     step() multiplies the new weights by this step's gradients, which were taken at the old ones, as
-    AdaLoRA does. They are of task + gamma · R. The task's gradient of u and U is proportional to Λ,
-    which begins at 0, so that early on their scores are about R."""
+    AdaLoRA does. They are of task + gamma · R. Those of the task, for u_·i and U_i·, are
+    proportional to Λ_i, which begins at 0: early on these scores are about R."""
 
     factors = ("lam", "u", "U")  # of each adapter: what is scored
 
@@ -249,21 +252,25 @@ class RankPruner(nn.Module):
         kinds = {(m.k, m.r, m.lam.dtype, m.lam.device, m.lam.requires_grad) for _, m in found}
         require(len(kinds) == 1, f"the pruner needs adapters of one kind, not {kinds or 'none'}")
         self.names, self.layers = zip(*found)  # a tuple: they stay the model's submodules
-        lam, self.r = self.layers[0].lam, self.layers[0].r
-        counts = (target_rank, total_steps, warmup, final, interval)
-        whole = set(map(type, counts)) == {int} and min(counts) >= 0
-        require(whole and target_rank <= self.r and warmup + final < total_steps and interval > 0,
-                f"{target_rank = }, {total_steps = }, {warmup = }, {final = }, {interval = }: give "
-                f"integers, target_rank <= {self.r}, warmup + final < total_steps and interval > 0")
+        self.r = self.layers[0].r
+        require(type(target_rank) is int and 0 <= target_rank <= self.r,
+                f"{target_rank = }: give an integer from 0 to r = {self.r}")
+        steps = (total_steps, warmup, final, interval)
+        whole = set(map(type, steps)) == {int} and min(steps) >= 0
+        require(whole and warmup + final < total_steps and interval > 0,
+                f"{total_steps = }, {warmup = }, {final = }, {interval = }: give integers, "
+                "warmup + final < total_steps and interval > 0")
         require(0 <= beta1 < 1 and 0 <= beta2 < 1, f"{beta1 = }, {beta2 = }: give 0 to below 1")
         require(importance in ("reduced", "full"), f"{importance = }: give 'reduced' or 'full'")
-        self.target_rank, self.total_steps, self.warmup, self.final, self.interval = counts
+        self.total_steps, self.warmup, self.final, self.interval = steps
         self.last_choice = total_steps - final
-        self.beta1, self.beta2 = beta1, beta2
+        self.target_rank, self.beta1, self.beta2 = target_rank, beta1, beta2
         if importance == "full":
             self.factors = (*self.factors, "v", "V")
         self.all_parameters = list(model.parameters())
-        self.t, self.kept_total = 0, len(found) * self.r
+        lam = self.layers[0].lam
+        self.t = 0
+        self.kept_total = len(found) * self.r
         self.dtype = torch.promote_types(lam.dtype, torch.float32)  # fp16 would round I to 0
         self.sizes = [w.numel() for w in self.scored()]
         zeros = torch.zeros(sum(self.sizes), dtype=self.dtype, device=lam.device)
@@ -285,7 +292,7 @@ class RankPruner(nn.Module):
         if self.t < self.last_choice:  # later the scores stay, so that the choice is the same
             self.update_averages()
         self.t += 1  # this step, 1 .. T
-        # From T − t_f on at every step: momentum moves a Λ_i off 0 again.
+        # From T − t_f on at every step: gradient and momentum move a Λ_i off 0 again.
         if self.t % self.interval == 0 or self.t >= self.last_choice:
             self.kept_total = self.budget(self.t)
             self.prune()
@@ -322,8 +329,8 @@ class RankPruner(nn.Module):
             lam, u, U, *v_and_V = S[i::len(self.layers)]  # those of one adapter
             row = lam + u.view(-1, self.r).mean(0) + U.view(self.r, -1).mean(1)  # Eq. 9
             for outer in v_and_V:
-                # Eq. 8 adds ΣS(v) / k, ΣS(V) / k: by k as u and U count by their means over k. All
-                # i get the same, which changes the order between adapters and not within one.
+                # Eq. 8 adds ΣS(v) / k and ΣS(V) / k: means over k as for u and U, sums over d. All
+                # i of an adapter get the same: the order changes only between adapters.
                 row = row + outer.sum() / layer.k
             rows.append(row)
         return torch.stack(rows)
@@ -337,8 +344,8 @@ class RankPruner(nn.Module):
 
     @torch.no_grad()
     def mask(self, model):
-        """Set to 0 in a model with the same adapters what the last choice left out. Needed when it
-        got other weights: averaged ones, or an earlier best. Warns of a budget not reached."""
+        """Set to 0 in a model with the same adapters what the last choice left out. Needed after
+        other weights were loaded: averaged ones, an earlier best. Warns of a budget not reached."""
         found = lora2_layers(model)
         fits = len(found) == len(self.layers) and found[0][1].r == self.r
         require(fits, "mask() needs a model with the adapters that the pruner has")
@@ -361,7 +368,7 @@ class RankPruner(nn.Module):
         return dict(zip(self.names, self.keep.sum(1).tolist()))
 
     def get_extra_state(self):
-        return torch.tensor([self.t, self.kept_total])  # safetensors holds nothing else
+        return torch.tensor([self.t, self.kept_total])  # safetensors holds only tensors
 
     def set_extra_state(self, state):
         self.t, self.kept_total = state.tolist()
@@ -390,7 +397,7 @@ def lora2_state_dict(model):
 
 def load_lora2_state_dict(model, state):
     """Load lora2_state_dict() into a model that the same add_lora2() call prepared. Strict:
-    ValueError, and nothing is loaded, if a name, a shape, alpha or the base differs."""
+    ValueError, and nothing is loaded, if a name, a shape, alpha or the sample of W0 differs."""
     own = lora2_state_dict(model)
     for name in sorted(own | state):
         here = getattr(own.get(name), "shape", "missing")
@@ -402,7 +409,7 @@ def load_lora2_state_dict(model, state):
             here, there = own[key], state[key].to(own[key])  # W0 may be in bf16 on one side
             differs = (there - here).abs() > tolerance * here.abs() + 1e-7  # False for NaN
             require(not differs.any(), f"{key} differs: use the file's alpha and base model")
-    model.load_state_dict(state, strict=False)  # without what is frozen, with scale, base_sample
+    model.load_state_dict(state, strict=False)  # without what is frozen, with two keys more
 
 
 @torch.no_grad()

@@ -48,7 +48,7 @@ OF_DEBERTA = {"q": "attention.self.query_proj",
               "f2": "output.dense"}
 TARGETS = {"bert": OF_BERT, "roberta": OF_BERT, "deberta-v2": OF_DEBERTA}
 # The head: dropout → dense → activation → dropout → output. "dropout" is config.json's name for
-# the rate of the first. HEAD_DROPOUT has that for the second, which from_pretrained() can replace.
+# the first one's rate. The second one's is in HEAD_DROPOUT; from_pretrained() can replace it.
 HEADS = {"deberta-v2": {"dropout": "pooler_dropout", "activation": F.gelu,
                         "dense": "pooler.dense", "output": "classifier"},
          "roberta": {"dropout": "classifier_dropout", "activation": torch.tanh,
@@ -129,8 +129,8 @@ class DisentangledSelfAttention(nn.Module):
                         content    content→position  position→content
 
     K and Q are a learned table of relative positions, times the layer's own key and query matrices.
-    So an adapter on these acts here too. The paper prints δ(j, i) in the last term. Its code has
-    δ(i, j), the released weights were trained with that, and so it is here.
+    So an adapter on these changes K and Q too. In the last term the paper prints δ(j, i), its code
+    has δ(i, j). The released weights were trained with δ(i, j): it is used here.
 
     x: (B, T, d) → (B, T, d). mask: (B, 1, 1, T), True at tokens, False at padding.
     table: of positions, (R, d). index: (T, T), its row for each i − j, which is δ + R / 2.
@@ -255,8 +255,8 @@ class SequenceClassifier(nn.Module):
         super().__init__()
         self.config = config
         self.num_labels = num_labels
-        self.source = None  # from_pretrained() fills in both
-        self.new_weights = []
+        self.source = None  # from_pretrained() fills in both: what it read,
+        self.new_weights = []  # and the keys that it drew at random
         self.kind = config["model_type"]
         self.max_len = config["max_position_embeddings"]  # the longest input, in tokens
         self.head = ["pooler", "classifier"]  # parts of its parameters' names
@@ -358,14 +358,14 @@ def from_pretrained(name_or_dir, num_labels, head_dropout=None, labels=None):
         there = {f"{name}.weight": layer.weight, f"{name}.bias": layer.bias}
         if weights.keys().isdisjoint(there):  # if only one is missing, check_weights() refuses
             new |= there
-    checkpoint.check_weights(weights | new, wanted, name_or_dir)  # `new` takes no memory yet
+    checkpoint.check_weights(weights | new, wanted, name_or_dir)  # `new` has shapes only
     for key, empty in new.items():
         weights[key] = torch.zeros(empty.shape)
         if key.endswith("weight"):
             weights[key].normal_(std=config["initializer_range"])
     model.new_weights = list(new)
     model.load_state_dict(weights, assign=True)  # no copy, if the file is in fp32
-    if labels or model.new_weights:  # the names in the file are those of another head's labels
+    if labels or model.new_weights:  # the file's names may be another head's: ours, or none
         config["id2label"] = {str(i): label for i, label in enumerate(labels or ())}
     return model.float()
 

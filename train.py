@@ -59,9 +59,9 @@ def train(o, saved=None):
             batch = next(batches)                # ids, mask, types (B, T); labels, rows (B,)
             state.step += 1
             loss = gradients(net, batch, here, o.accum, cuda_graphs)  # forward, backward
-            R = baselines.regulariser(o.method, net, o.reg_terms)    # LoRA²: Eq. 5
-            if R is not None:
-                R = fast.add_gradients(R, parameters, o.reg)  # as (γ R).backward(); R's value
+            R = baselines.regulariser(o.method, net, o.reg_terms)     # LoRA²: Eq. 5
+            if R is not None:                    # add its gradients, as (γ R).backward() would
+                R = fast.add_gradients(R, parameters, o.reg)          # from here on a value
             update(optimizer, parameters, loss, plan, state.step, o.clip, finite)
             kept = pruner.step() if pruner else None  # LoRA²: Algorithm 1, of clipped gradients
             optimizer.zero_grad()
@@ -77,7 +77,8 @@ def prepare(o, here, stored=None):
     """What a user's mistake can break, before anything is written: data, model and adapters.
 
     stored: what the adapter that is to be evaluated says of itself; None to train.
-    Returns (task, {split: Examples}, Examples of --predict or None, model, identity of the run).
+    Returns (task, {split: Examples}, Examples of --predict or None, model, identity: what a stored
+    run or adapter has to agree with).
     """
     saving.check_destinations(o)
     task, examples, tokenizer = inputs.load_examples(o, here, stored)
@@ -154,9 +155,8 @@ def part_loss(net, here, part, share):
 def update(optimizer, parameters, loss, plan, step, max_norm, finite):
     """Clip the gradients to a norm, set the learning rates of this step, AdamW.
 
-    Once a loss or a norm is not finite, `is_broken` is 1 and stays so. Fused AdamW changes nothing
-    where its attribute found_inf is 1, which is how a GradScaler has it skip a step. Nothing waits
-    for the device here: finite.check() raises later.
+    Once a loss or a norm is not finite, is_broken stays 1. Fused AdamW skips its step if found_inf
+    is 1, as with a GradScaler. Nothing waits for the device here: finite.check() raises later.
     """
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     is_broken = finite.note(loss + norm, step)             # 0.0 or 1.0, on the device
@@ -170,7 +170,7 @@ def predict_batch(net, batch, here):
     """Logits of a batch, (B, num_labels) in fp32."""
     ids, mask, types = here.copies(*batch[:3])
     with (torch.autocast(here.device.type, torch.bfloat16, enabled=here.dtype == "bf16"),
-          fast.shared_updates(net)):                       # C V of all adapters in one product
+          fast.shared_updates(net)):                       # core() @ V of all adapters at once
         return net(ids, mask, types).float()
 
 

@@ -484,7 +484,7 @@ def test_the_pruner_stops_at_its_end():
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(target_rank=3), "target_rank <= 2"), (dict(target_rank=-1), "= -1"),
+    (dict(target_rank=3), "from 0 to r = 2"), (dict(target_rank=-1), "= -1"),
     (dict(target_rank=1.0), "target_rank = 1.0"), (dict(target_rank=True), "target_rank = True"),
     (dict(warmup=5, final=5), "warmup = 5, final = 5, interval = 1: give integers"),
     (dict(warmup=11), "warmup = 11,"), (dict(final=10), "final = 10,"), (dict(final=8), "final = 8,"),
