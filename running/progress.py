@@ -56,12 +56,12 @@ def first_look(examples, task, tokenizer):
         lines.append(f"{name}: {len(length):,} rows of {length.min()} to {length.max()} tokens, "
                      f"half of them up to {length.median()}; {split.truncated:,} are cut to "
                      f"{split.max_len}{labels_text(split.labels, task)}")
-    for name, split in [*examples.items()][:1]:            # of --merge alone there is none
-        ids = split.ids[:split.starts[1]][:60].tolist()
-        words = [tokenizer.id_to_token(number) or "?" for number in ids]  # ?: check_ids() refuses
-        if split.labels is not None:                       # of --predict there is none
-            words += ["→", shown(*glue.answers(task, split.labels[:1]))]
-        lines.append(f"first row of {name}: {' '.join(words)}")
+    name, split = next(iter(examples.items()))
+    ids = split.ids[:split.starts[1]][:60].tolist()
+    words = [tokenizer.id_to_token(number) or "?" for number in ids]  # ?: check_ids() refuses it
+    if split.labels is not None:                           # of --predict there are none
+        words += ["→", shown(*glue.answers(task, split.labels[:1]))]
+    lines.append(f"first row of {name}: {' '.join(words)}")
     return "\n".join(lines)
 
 
