@@ -103,7 +103,7 @@ def lines_of(*names):
 SIZES = {"lora2.py": 427,           # 350
          "model.py": 386, "data.py": 347, "train.py": 329,
          "the four that are read": 1489,                                     # 1,450
-         "product": 6925,           # 4,300: all but tests/ and experiments/
+         "product": 6926,           # 4,300: all but tests/ and experiments/
          "experiments": 4000,       # 2,400
          "tests": 12006}           # 9,500
 
