@@ -278,7 +278,6 @@ class SequenceClassifier(nn.Module):
             self.classifier = output
         head = HEADS[self.kind]
         self.activation = head["activation"]
-        self.head_names = [head["dense"], head["output"]]
         self.first_dropout = nn.Dropout(config[head["dropout"]] if head["dropout"] else 0.0)
         self.dropout = nn.Dropout(config[HEAD_DROPOUT[self.kind]])
 
@@ -289,7 +288,8 @@ class SequenceClassifier(nn.Module):
 
     def head_layers(self):
         """{name: layer} of the head's dense and output, which a method may have replaced."""
-        return {name: self.get_submodule(name) for name in self.head_names}
+        names = HEADS[self.kind]["dense"], HEADS[self.kind]["output"]
+        return {name: self.get_submodule(name) for name in names}
 
     def encode(self, input_ids, attention_mask, token_type_ids=None):
         """(B, T) → the last hidden states, (B, T, d). ValueError if T is more than max_len.

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import data
 import model as models
 from lora2 import load_lora2_state_dict, lora2_state_dict
-from methods import baselines, fast
+from methods import by_name, fast
 from running import demo, export, folder, inputs, machine, options, progress, saving, schedule
 from running.errors import FiniteCheck, exit_status, user_errors
 
@@ -30,11 +30,13 @@ def train(o, saved=None):
         here = machine.join(o.device, o.dtype)             # device, dtype, rank, world
         task, examples, unseen, net, identity = prepare(o, here)
         plan = schedule.plan(o, rows=len(examples["train"].labels))
-        pruner = baselines.make_pruner(o.method, net, o.target_rank, o.importance,
-                                       o.sora_threshold, **plan.pruning())  # T, t_i, t_f, ΔT
+        pruner = by_name.make_pruner(o.method, net, o.target_rank, o.importance,
+                                     o.sora_threshold, **plan.pruning())     # T, t_i, t_f, ΔT
     optimizer, parameters = make_optimizer(net, o.lr, o.head_lr, o.weight_decay, o.outer_lr)
     state, finite = schedule.State(), FiniteCheck(here.device, o.out)
-    cuda_graphs = None if o.eager else fast.recorder(partial(part_loss, net, here), net)
+    loss_of = partial(part_loss, net, here)                # of a part of a batch
+    R_of = by_name.regulariser(o.method, net, o.reg_terms)  # LoRA²: Eq. 5; None if there is none
+    backward = fast.make_backward(net, parameters, o.eager)  # on a GPU it replays CUDA graphs
     take_snapshot = partial(snapshot, state, net, optimizer, pruner, finite, here)  # for last.pt
     with (saving.RunFolder(identity, plan, here, take_snapshot) as run_folder,
           machine.Signals(here) as signals, progress.Log(o, plan, here, task, net, finite) as log):
@@ -58,10 +60,8 @@ def train(o, saved=None):
             # ---- one training step -------------------------------------------------------
             batch = next(batches)                # ids, mask, types (B, T); labels, rows (B,)
             state.step += 1
-            loss = gradients(net, batch, here, o.accum, cuda_graphs)  # forward, backward
-            R = baselines.regulariser(o.method, net, o.reg_terms)     # LoRA²: Eq. 5
-            if R is not None:                    # add its gradients, as (γ R).backward() would
-                R = fast.add_gradients(R, parameters, o.reg)          # from here on a value
+            loss = gradients(loss_of, batch, here, o.accum, backward)  # forward and backward
+            R = backward(R_of, weight=o.reg) if R_of else None         # adds the gradients of γ R
             update(optimizer, parameters, loss, plan, state.step, o.clip, finite)
             kept = pruner.step() if pruner else None  # LoRA²: Algorithm 1, of clipped gradients
             optimizer.zero_grad()
@@ -94,7 +94,7 @@ def prepare(o, here, stored=None):
         folder.check_adapter(stored, identity, o.eval)
 
     targets = models.target_modules(net, o.targets) if o.targets else []   # BitFit has none
-    baselines.add_method(o.method, net, targets, net.head, o.k, o.r, o.alpha, o.init)
+    by_name.add_method(o.method, net, targets, net.head, o.k, o.r, o.alpha, o.init)
     if here.rank > 0:
         torch.manual_seed(o.seed + here.rank)              # each process: other dropout masks
     net.to(here.device)
@@ -111,7 +111,7 @@ def make_optimizer(net, lr, head_lr, weight_decay, outer_lr=None):
     for name, p in net.named_parameters():
         if p.requires_grad:
             peak = head_lr if models.in_head(name, net.head) else lr
-            if outer_lr is not None and name.endswith(baselines.OUTER):
+            if outer_lr is not None and name.endswith(by_name.OUTER):
                 peak = outer_lr
             decay = 0.0 if name.endswith("bias") or "LayerNorm" in name else weight_decay
             new = {"params": [], "peak": peak, "lr": peak, "weight_decay": decay}
@@ -122,7 +122,7 @@ def make_optimizer(net, lr, head_lr, weight_decay, outer_lr=None):
 
 # --- the parts of a step: the benchmark times these very functions ------------------------
 
-def gradients(net, batch, here, accum, cuda_graphs=None):
+def gradients(loss_of, batch, here, accum, backward):
     """Forward and backward over this process's parts of a batch. Returns the loss, a scalar.
 
     The batch is cut into n = world · accum parts. Part i has the rows i, i + n, i + 2n, ..., and
@@ -130,26 +130,22 @@ def gradients(net, batch, here, accum, cuda_graphs=None):
     that gradients and loss, summed over all parts, are those of the mean over the batch. R is the
     same in each process: it is added afterwards, once.
 
-    cuda_graphs: on a GPU a fast.Recorded, which replays the same in one launch; None: as it is.
+    loss_of: part_loss(), given net and here. backward: see methods/fast.py.
     """
     loss = torch.zeros((), device=here.device)
     n = here.world * accum
     for i in range(here.rank, min(n, len(batch.rows)), here.world):  # so that no part is empty
-        part = data.Batch(*here.copies(*(tensor[i::n] for tensor in batch)))
-        share = len(part.rows) / len(batch.rows)
-        if cuda_graphs:
-            loss += cuda_graphs(part, share)
-        else:
-            loss_of_part = part_loss(net, here, part, share)
-            loss_of_part.backward()
-            loss += loss_of_part.detach()
-    machine.sum_gradients(loss, net)                       # one process: nothing to do
+        part = here.copies(*(tensor[i::n] for tensor in batch))
+        share = len(part[0]) / len(batch.rows)
+        loss += share * backward(loss_of, *part, weight=share)
+    machine.sum_gradients(loss, backward.parameters)       # one process: nothing to do
     return loss
 
 
-def part_loss(net, here, part, share):
-    """The loss of a part of a batch, times its share of the batch's rows: a scalar."""
-    return task_loss(predict_batch(net, part, here), part.labels) * share
+def part_loss(net, here, *part):
+    """The loss of a part of a batch, whose tensors are given: a scalar."""
+    part = data.Batch(*part)
+    return task_loss(predict_batch(net, part, here), part.labels)
 
 
 def update(optimizer, parameters, loss, plan, step, max_norm, finite):

@@ -10,7 +10,7 @@ import torch
 import train
 from experiments.speed import peers, steps
 from lora2 import lora2_layers
-from methods import baselines
+from methods import by_name
 
 BERT = {"model_type": "bert", "type_vocab_size": 2, "pad_token_id": 0,
         "max_position_embeddings": 512}
@@ -62,7 +62,7 @@ def outcome(step, batch):
             kind = "gradients " + name.rpartition(".")[2]
             found[kind] = torch.cat([found.get(kind, p.grad[:0].flatten()), p.grad.flatten()])
     for importance in ("reduced", "full"):
-        pruner = baselines.make_pruner("lora2", step.net, 4, importance, total_steps=10, warmup=0,
+        pruner = by_name.make_pruner("lora2", step.net, 4, importance, total_steps=10, warmup=0,
                                        final=0, interval=1)
         pruner.update_averages()
         found[f"scores {importance}"] = pruner.scores()

@@ -14,6 +14,7 @@ import itertools
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -26,7 +27,7 @@ from experiments import look_inside, search, summary, why_page
 from experiments.first_gradient import start_at_gradient
 from formats import disk
 from lora2 import LoRA2Linear, lora2_layers
-from methods import baselines, three_scales
+from methods import by_name, fast, three_scales
 from running import errors, machine, options, schedule
 
 HERE = Path(__file__).resolve().parent
@@ -44,30 +45,31 @@ def run(row, task_name, seed, point, args):
     o = options.resolve(options.parse(words_of(row, task_name, seed, point, args)))
     here, began = machine.join(o.device, o.dtype), time.monotonic()
     layer = three_scales.ThreeScaleLinear if row == "three" else LoRA2Linear
-    with mock.patch.dict(baselines.LAYERS, lora2=layer):
+    with mock.patch.dict(by_name.LAYERS, lora2=layer):
         task, examples, _, net, _ = train.prepare(o, here)
     plan = schedule.plan(o, rows=len(examples["train"].labels))
     optimizer, parameters = train.make_optimizer(net, o.lr, o.head_lr, o.weight_decay, o.outer_lr)
-
+    loss_of, backward = partial(train.part_loss, net, here), fast.Eager(parameters)
+    R_of = by_name.regulariser(o.method, net, o.reg_terms)
+    if row == "three":
+        R_of = partial(three_scales.orthogonality_loss, net)
     if row == "gradient":
-        start_at_gradient(net, lambda batch: train.gradients(net, batch, here, 1),
+        start_at_gradient(net, lambda batch: train.gradients(loss_of, batch, here, 1, backward),
                           train.stream(examples["train"], o, plan, 0, net, here))
     if row.startswith("zero"):
         start_at_zero(net)
     judges = look_inside.make_judges(row, o, net, plan)
-    pruners = list(judges.values())
-    if o.method == "adalora":
-        pruners = [baselines.make_pruner(o.method, net, o.target_rank, **plan.pruning())]
     film = look_inside.Film(net, judges)
     record = {"row": row, "task": task_name, "seed": seed, "tuned": point,
               "part": "tune" if seed == GIVEN["search_seed"] else "reported"}
-    finite = errors.FiniteCheck(here.device, ".")
+    finite, pruners = errors.FiniteCheck(here.device, "."), pruners_of(o, net, plan, judges)
     batches = train.stream(examples["train"], o, plan, 0, net, here)
     for t, batch in zip(range(1, plan.steps + 1), batches):
-        loss = train.gradients(net, batch, here, 1)
+        loss = train.gradients(loss_of, batch, here, 1, backward)
         for judge in judges.values():
             judge.see()
-        add_regulariser(row, o, net)
+        if R_of:
+            backward(R_of, weight=o.reg)
         norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf).item()     # clips nothing
         if not norm < math.inf:
             return record | {"failed": f"a gradient was not finite at step {t}"}, None
@@ -79,21 +81,17 @@ def run(row, task_name, seed, point, args):
         if t in (1, plan.steps) or t % EVERY == 0:
             film.look(t)
     scores, _ = train.evaluate(net, examples, task, o.batch_size, here)
-    score = scores["dev"][task.metrics[0]]
-    record |= {"last": {"score": score, "scores": scores}, "film": film.developed(),
-               "device": here.device.type, "dtype": o.dtype, "torch": torch.__version__,
-               "seconds": round(time.monotonic() - began, 1)}
+    last = {"score": scores["dev"][task.metrics[0]], "scores": scores}
+    record |= {"last": last, "film": film.developed(), "device": here.device.type, "dtype": o.dtype,
+               "torch": torch.__version__, "seconds": round(time.monotonic() - began, 1)}
     return record, film.updates[-1]
 
 
-def add_regulariser(row, o, net):
-    """Add γ R, as train.py has it or that of three scales, to what the gradients are of."""
-    if row == "three":
-        R = three_scales.orthogonality_loss(net)
-    else:
-        R = baselines.regulariser(o.method, net, o.reg_terms)
-    if R is not None:
-        (o.reg * R).backward()
+def pruners_of(o, net, plan, judges):
+    """Those whose step() is called: all that judge LoRA², of whom one may prune; AdaLoRA's own."""
+    if o.method == "adalora":
+        return [by_name.make_pruner(o.method, net, o.target_rank, **plan.pruning())]
+    return list(judges.values())
 
 
 @torch.no_grad()

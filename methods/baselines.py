@@ -1,27 +1,15 @@
-"""The other methods of the paper's Table 1, behind LoRA²'s calls: one loop trains them all.
+"""The adapters and pruners that LoRA² is compared with: LoRA, AdaLoRA, SoRA.
 
-    full      every weight                                    nothing added, nothing frozen
-    head      the classification head alone                   what the frozen backbone knows
-    bitfit    every bias, and the head                        Ben Zaken et al., arXiv 2106.10199
-    lora      W0 + (alpha / r) B A                            Hu et al., arXiv 2106.09685
-    adalora   W0 + (alpha / r) P Λ Q, pruned                  Zhang et al., arXiv 2303.10512
-    sora      W0 + (alpha / r) B diag(g) A, sparse gate g     Ding et al., arXiv 2311.11696
-    lora2     W0 + (alpha / r) v u Λ U V, pruned              lora2.py
-
-All methods train the head, the pooler and the classifier; `full` trains all. The adapters are
-subclasses of LoRA2Linear, so that wrapping, saving, loading and merging are lora2.py's own.
+The adapters are subclasses of LoRA2Linear, so that wrapping, saving, loading and merging are
+lora2.py's own. by_name.py chooses among them.
 """
 import math
 
 import torch
 from torch import nn
 
-from lora2 import LoRA2Linear, add_lora2, check_base, lora2_layers, orthogonality_floor, require
-from methods import fast_lora2
+from lora2 import LoRA2Linear, check_base, lora2_layers
 from methods.fast_lora2 import FastRankPruner, linear_with_update
-
-METHODS = ("lora2", "adalora", "lora", "sora", "bitfit", "full", "head")
-OUTER = (".v", ".V", ".A", ".P", ".Q")  # large factors that do not start at 0: --outer-lr
 
 
 class LoRALinear(LoRA2Linear):
@@ -142,35 +130,8 @@ class SparseGates(nn.Module):
         return {name: int((layer.gate != 0).sum()) for name, layer in self.layers}
 
 
-LAYERS = {"lora2": LoRA2Linear, "lora": LoRALinear, "adalora": AdaLoRALinear, "sora": SoRALinear}
-
-
-def add_method(method, model, targets, head, k, r, alpha, init):
-    """Freeze what `method` freezes and add what it adds, in place. Returns names of adapted layers.
-
-    targets: names of the layers to adapt.
-    head: parts of the names of the head's parameters, as add_lora2() has them in `trainable`.
-    k, r, alpha, init: of the adapters; None for a method that has no use for them.
-    """
-    if method in LAYERS:
-        return add_lora2(model, targets, k or 1, r, alpha, init or "gaussian", head, LAYERS[method])
-    for name, parameter in model.named_parameters():
-        chosen = {"full": True, "bitfit": name.endswith("bias"), "head": False}[method]
-        in_head = not set(head).isdisjoint(name.split("."))
-        parameter.requires_grad_(chosen or in_head)
-    return []
-
-
-def regulariser(method, model, terms):
-    """What `method` adds to the loss, before gamma: a scalar, or None.
-
-    LoRA²: Eq. 5 with the pairs in `terms`. AdaLoRA: the mean of all ‖PᵀP − I‖_F and ‖QQᵀ − I‖_F,
-    not squared, as in its code.
-    """
-    if method == "lora2":
-        return fast_lora2.orthogonality_loss(model, terms)
-    if method != "adalora":
-        return None
+def orthogonality_loss(model):
+    """AdaLoRA's R: the mean of all ‖PᵀP − I‖_F and ‖QQᵀ − I‖_F, not squared, as in its code."""
     grams = []
     for _, layer in lora2_layers(model):
         with torch.autocast(layer.P.device.type, enabled=False):
@@ -178,43 +139,3 @@ def regulariser(method, model, terms):
     grams = torch.stack(grams)  # (2n, r, r)
     identity = torch.eye(grams.shape[-1], device=grams.device)
     return (grams - identity).norm(dim=(1, 2)).mean()
-
-
-def regulariser_floor(method, k, r, terms):
-    """The least value of regulariser(): what is shown to the user is the distance from it."""
-    return orthogonality_floor(k, r, terms) if method == "lora2" else 0.0
-
-
-def make_pruner(method, model, target_rank, importance=None, threshold=None, **schedule):
-    """What prunes: the RankPruner of "lora2" or "adalora", the SparseGates of "sora", or None.
-
-    threshold: of the gates. target_rank, importance, schedule: arguments of RankPruner.
-    """
-    if method == "sora":
-        return SparseGates(model, threshold)
-    kinds = {"lora2": FastRankPruner, "adalora": AdaLoRAPruner}
-    if method not in kinds:
-        return None
-    require(method == "lora2" or importance != "full",
-            "importance = 'full' is Eq. 8 of LoRA²: AdaLoRA has no v and V to add")
-    return kinds[method](model, target_rank, importance=importance or "reduced", **schedule)
-
-
-def surviving_parameters(model, kept, trained):
-    """How many of the `trained` adapter parameters are needed when what was pruned is taken out.
-
-    kept: {adapter: singular values, or gates, that are left}; None for a method that does not
-    prune, where all survive. A pruned singular value takes its column and row along, the last one
-    of LoRA² also v and V.
-    """
-    if not kept:
-        return trained
-    total = 0
-    for name, layer in lora2_layers(model):
-        n = kept[name]
-        ends = layer.in_features + layer.out_features
-        if isinstance(layer, LoRALinear):
-            total += n * (1 + ends)  # AdaLoRA: Λ_i, P_·i, Q_i·. SoRA: g_i, A_i·, B_·i
-        elif n:
-            total += n * (1 + 2 * layer.k) + layer.k * ends
-    return total

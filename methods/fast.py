@@ -14,7 +14,7 @@ from methods.fast_lora2 import (FastLoRA2Linear, add_gradients, cast_frozen, pro
                                 shared_updates)
 from model import DisentangledSelfAttention, Encoder, SelfAttention, bucket, split_heads
 
-__all__ = ["Recorded", "add_gradients", "recorder", "shared_updates", "speed_up"]
+__all__ = ["add_gradients", "make_backward", "shared_updates", "speed_up"]
 
 
 def speed_up(net, dtype="fp32", compile=False):
@@ -48,68 +48,86 @@ def speed_up(net, dtype="fp32", compile=False):
     return net
 
 
+def make_backward(net, parameters, eager=False):
+    """What differentiates in train.py: on a GPU a Recorded, elsewhere and if asked for an Eager.
+
+    parameters: those that are trained. If word embeddings are among them it is an Eager too: their
+    backward pass sorts, which cannot be recorded.
+    """
+    words = net.backbone.embeddings.word_embeddings.weight
+    can_record = words.device.type == "cuda" and not words.requires_grad
+    return Recorded(parameters) if can_record and not eager else Eager(parameters)
+
+
+class Eager:
+    """backward(function, *inputs, weight=w) adds w times the gradients of function(*inputs), a
+    scalar, to those of the parameters, and returns its value."""
+
+    def __init__(self, parameters):
+        self.parameters = parameters
+
+    def __call__(self, function, *inputs, weight=1):
+        value = function(*inputs)
+        if inputs:                                          # the loss of a batch
+            (weight * value).backward()
+        else:                                               # R: all small, added in one operation
+            add_gradients(value, self.parameters, weight)
+        return value.detach()
+
+
 class Recorded:
-    """Loss and gradients of a part of a batch on a GPU, in one launch in place of some 1,800.
+    """An Eager for a GPU, in one launch in place of some 1,800.
 
     The host takes longer to launch a step's operations than a fast GPU to do them. So they are
-    recorded as a CUDA graph for each shape of a batch, and replayed: the same kernels on the same
-    memory, dropout drawn anew. The first call for a shape runs as it is, since it also makes plans.
-    Gradients get memory of their own, which all graphs know, and their numbers in one operation.
-    While it records no autograd graph of these parameters may be alive, as that of a loss that was
-    kept: its nodes belong to the stream they were made on, and this one is another.
+    recorded as a CUDA graph for each function and shape of its inputs, and replayed: the same
+    kernels on the same memory, dropout drawn anew. The first call runs as it is, since it also
+    makes plans. Gradients get memory of their own, which all graphs know, and their numbers in one
+    operation. While it records no autograd graph of these parameters may be alive, as that of a
+    loss that was kept: its nodes belong to the stream they were made on, and this one is another.
 
-    function: (part, share) → loss. The numbers in `part`, a tuple of tensors on the GPU, and those
-    of the model are all that may change between two calls for one shape.
-    parameters: those that are trained.
+    A function must be the same object each time; the numbers in its inputs, tensors on the GPU, and
+    those of the model are all that may change. A value lasts until the next call.
     """
 
-    def __init__(self, function, parameters):
-        self.function = function
+    def __init__(self, parameters):
         self.parameters = parameters
         self.gradients = [torch.zeros_like(p) for p in parameters]
         self.pool = torch.cuda.graph_pool_handle()          # one graph at a time uses this memory
-        self.graphs = {}                                    # (shape, share) → see record()
+        self.graphs = {}                                    # key → see record()
 
-    def __call__(self, part, share):
-        """Add to the gradients; returns the loss."""
-        if self.parameters[0].grad is None:                 # a new step, after zero_grad()
-            torch._foreach_zero_(self.gradients)
-            for parameter, gradient in zip(self.parameters, self.gradients):
-                parameter.grad = gradient
-        key = part[0].shape, share
+    def __call__(self, function, *inputs, weight=1):
+        self.own_gradients()
+        key = function, weight, *(tensor.shape for tensor in inputs)
         if key not in self.graphs:
             self.graphs[key] = None
-            return self.differentiate(part, share)
+            return add_gradients(function(*inputs), self.parameters, weight)
         if self.graphs[key] is None:
-            self.graphs[key] = self.record(part, share)
-        graph, inputs, loss = self.graphs[key]
-        for seen, given in zip(inputs, part):
-            seen.copy_(given)
+            self.graphs[key] = self.record(function, inputs, weight)
+        graph, seen, value = self.graphs[key]
+        for there, given in zip(seen, inputs):
+            there.copy_(given)
         graph.replay()
-        return loss
+        return value
 
-    def differentiate(self, part, share):
-        """What is recorded."""
-        return add_gradients(self.function(part, share), self.parameters)
+    def own_gradients(self):
+        """Let the gradients of this step be in the memory that the graphs know."""
+        there = [p.grad for p in self.parameters]
+        if there[0] is self.gradients[0]:
+            return
+        if there[0] is None:                                # a new step, after zero_grad()
+            torch._foreach_zero_(self.gradients)
+        else:                                               # of a process without rows: zeros
+            torch._foreach_copy_(self.gradients, there)
+        for parameter, gradient in zip(self.parameters, self.gradients):
+            parameter.grad = gradient
 
-    def record(self, part, share):
-        """(graph, the memory it reads a part from, the memory it writes the loss to)."""
-        inputs = type(part)(*(tensor.clone() for tensor in part))
+    def record(self, function, inputs, weight):
+        """(graph, the memory it reads inputs from, the memory it writes the value to)."""
+        seen = [tensor.clone() for tensor in inputs]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            loss = self.differentiate(inputs, share)
-        return graph, inputs, loss
-
-
-def recorder(function, net):
-    """A Recorded for the trained parameters of a model on a GPU; None if that cannot be recorded.
-
-    It cannot if word embeddings are trained: their backward pass sorts.
-    """
-    words = net.backbone.embeddings.word_embeddings.weight
-    if words.device.type != "cuda" or words.requires_grad:
-        return None
-    return Recorded(function, [p for p in net.parameters() if p.requires_grad])
+            value = add_gradients(function(*seen), self.parameters, weight)
+        return graph, seen, value
 
 
 class CheapDropout(nn.Dropout):

@@ -210,17 +210,16 @@ def sum_up(tensors):
             tensor.copy_(part.view_as(tensor))
 
 
-def sum_gradients(loss, net):
+def sum_gradients(loss, parameters):
     """Add up loss and gradients over all processes, in place; nothing to do for one.
 
     A process without a row of a small batch has no gradients: its share is zeros.
     """
     if dist.is_initialized():
-        trained = [p for p in net.parameters() if p.requires_grad]
-        for p in trained:
+        for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        sum_up([loss] + [p.grad for p in trained])
+        sum_up([loss] + [p.grad for p in parameters])
 
 
 def gathered(value, here):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from data import TASKS
 from formats.disk import warn
-from methods import baselines
+from methods import by_name
 from running.errors import user_errors
 from running.presets import COLUMNS, EXCEPTIONS, PRESETS, preset_of
 
@@ -43,7 +43,7 @@ PRESET = "from the preset"
 COUNT, AMOUNT = (1, 10**9), (0, math.inf)                  # bounds of whole numbers and of others
 LORA2, SORA = ("lora2",), ("sora",)
 PRUNING, ADAPTERS = ("lora2", "adalora"), ("lora2", "adalora", "lora", "sora")
-UNPRUNED = tuple(method for method in baselines.METHODS if method not in PRUNING)
+UNPRUNED = tuple(method for method in by_name.METHODS if method not in PRUNING)
 
 
 class Option(NamedTuple):
@@ -59,7 +59,7 @@ class Option(NamedTuple):
     default: object
     help: str
     limits: tuple = ()
-    methods: tuple = baselines.METHODS
+    methods: tuple = by_name.METHODS
     beside: tuple = ()
 
 
@@ -75,7 +75,7 @@ OPTIONS = {
         Option("limit-train", int, None, "train on the first N rows only", COUNT),
         Option("limit-dev", int, None, "evaluate on the first N rows only", COUNT, beside=EVAL)),
     "method": (
-        Option("method", baselines.METHODS, "lora2", "what to train"),
+        Option("method", by_name.METHODS, "lora2", "what to train"),
         Option("k", int, 1, "projected dimension of LoRA²", COUNT, LORA2),
         Option("r", int, PRESET, "singular values per matrix, or LoRA's rank", COUNT, ADAPTERS),
         Option("target-rank", int, PRESET, "how many of the r pruning leaves", (), PRUNING),

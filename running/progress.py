@@ -15,8 +15,7 @@ from tqdm import tqdm
 import data
 import model as models
 from formats import disk, glue
-from lora2 import lora2_layers
-from methods import baselines
+from lora2 import lora2_layers, orthogonality_floor
 from running import options
 from running.errors import user_errors
 
@@ -112,7 +111,8 @@ class Log:
         self.o, self.plan, self.here, self.task, self.net = o, plan, here, task, net
         self.finite = finite
         self.path = Path(o.out) / "log.jsonl"
-        self.floor = baselines.regulariser_floor(o.method, o.k, o.r, o.reg_terms)
+        is_lora2 = o.method == "lora2"
+        self.floor = orthogonality_floor(o.k, o.r, o.reg_terms) if is_lora2 else 0.0
         self.bar = None
         self.between = LOG_STEPS * math.ceil(plan.steps / 20 / LOG_STEPS)  # about 20 lines
 

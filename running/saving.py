@@ -23,7 +23,7 @@ import torch
 from formats import disk, glue
 from formats.disk import digest
 from lora2 import lora2_state_dict
-from methods.baselines import surviving_parameters
+from methods.by_name import surviving_parameters
 from running import folder, machine, progress
 from running.errors import Stopped, user_errors
 

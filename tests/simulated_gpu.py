@@ -7,6 +7,7 @@ refused: to mix devices; gradients laid out unlike their parameters in fused Ada
 a list of operations) whatever passes between host and GPU, and nodes of autograd from another stream. Its random
 numbers are its own. Not simulated: what kernels round otherwise, memory, time. Written for torch 2.13.
 """
+import collections
 import contextlib
 import ctypes
 import functools
@@ -95,6 +96,7 @@ class Device:
     def __init__(self):
         self.strict = False                                # set_sync_debug_mode("error")
         self.recording = None                              # a Graph
+        self.asked = collections.Counter()                 # what the host had it do: not what a graph repeats
         self.random = torch.Generator().manual_seed(0).get_state()
 
     def manual_seed_all(self, seed):
@@ -126,6 +128,7 @@ class Device:
             self.waits(name)
         if name.startswith("_fused_adamw"):
             refuse_strides(*args[:4])
+        self.asked[name] += not function.is_view
         out = self.compute(function, *on_cpu(args, kwargs))
 
         def known(tensor):                                 # what is written in place is what was given
@@ -186,7 +189,7 @@ def refuse_strides(*lists):
     """What fused AdamW asks of parameters, gradients and both moments on a GPU, but not on a CPU."""
     for tensors in zip(*lists):
         layouts = {(t.dtype, t.shape, tuple(s for s, n in zip(t.stride(), t.shape) if n > 1)) for t in tensors}
-        dense = torch.empty_like(tensors[0]).stride() == tensors[0].stride()
+        dense = torch.empty_like(tensors[0].inner).stride() == tensors[0].stride()
         if len(layouts) > 1 or not dense:
             raise RuntimeError("params, grads, exp_avgs, and exp_avg_sqs must have same dtype, device, and layout")
 
@@ -199,6 +202,7 @@ class Graph:
         self.before = []                                   # (what was written to, its numbers until then)
 
     def replay(self):
+        GPU.asked["replay"] += 1
         with torch._C._DisableTorchDispatch():             # these tensors are the CPU's: twice as fast
             for function, args, kwargs, out in self.tape:
                 new = GPU.compute(function, args, kwargs)
@@ -255,6 +259,8 @@ def pretend():
     for name in ("manual_seed_all", "get_rng_state", "set_rng_state", "set_sync_debug_mode"):
         setattr(torch.cuda, name, getattr(GPU, name))
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+    torch.cuda.asked = GPU.asked
+    torch.nn.utils.clip_grad._has_foreach_support = lambda *_: True    # as for tensors of a GPU
     torch.cuda.CUDAGraph = Graph
     torch.cuda.graph = record
     torch.Tensor.pin_memory = pin_memory

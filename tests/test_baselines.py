@@ -1,4 +1,4 @@
-"""Tests of baselines.py: each method against closed forms, the paper's counts, peft, and LoRA².
+"""Tests of baselines.py and by_name.py: each method against closed forms, the paper's counts, peft, and LoRA².
 
 Offline, on the CPU, in seconds. Those that ask peft are skipped without it.
 """
@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from methods import baselines
-from methods import fast_lora2 as fast
 import model as M
 from lora2 import LoRA2Linear, load_lora2_state_dict, lora2_layers, lora2_state_dict, merge_lora2
+from methods import baselines, by_name
+from methods import fast_lora2 as fast
 from tests.checkpoints import NARROW, SIX, STILL, V3_BASE, build, skeleton
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,7 +38,7 @@ def bert():
 def adapted(method, r=3, k=2, alpha=6):
     """A small BERT with `method` in it, and the names of its adapted layers."""
     model = bert()
-    names = baselines.add_method(method, model, M.target_modules(model, SIX), HEAD, k, r, alpha, "gaussian")
+    names = by_name.add_method(method, model, M.target_modules(model, SIX), HEAD, k, r, alpha, "gaussian")
     return model, names
 
 
@@ -69,7 +69,7 @@ def adapt(method, base, r=3, k=None, alpha=6.0):
     """A copy of `base` with `method` on all its layers."""
     model = copy.deepcopy(base)
     torch.manual_seed(0)
-    baselines.add_method(method, model, ["0", "2", "4"], [], k, r, alpha, None)
+    by_name.add_method(method, model, ["0", "2", "4"], [], k, r, alpha, None)
     return model
 
 
@@ -83,7 +83,7 @@ def test_counts(method, r, count):
     """Oracle: closed forms and the paper's printed counts, to the unit; apart, a head of (d + 2)(d + 1). (LoRA²'s:
     test_lora2.py.)"""
     model = skeleton(V3_BASE)
-    names = baselines.add_method(method, model, M.target_modules(model, SIX), model.head, None, r, 32, "gaussian")
+    names = by_name.add_method(method, model, M.target_modules(model, SIX), model.head, None, r, 32, "gaussian")
     assert trained(model, model.head) == (count, 592_130)
     assert len(names) == (0 if r is None else 12 * 6)
 
@@ -128,7 +128,7 @@ def test_how_they_start():
     """Oracle: the releases. A: kaiming_uniform with a = √5 is uniform in ±1/√d_in, so its variance is
     1 / (3 d_in); B = 0. AdaLoRA: P, Q ~ N(0, 0.02²), Λ = 0. SoRA: A and B as in LoRA, g ~ N(0, 1)."""
     torch.manual_seed(0)
-    lora, ada, sora = (baselines.LAYERS[name](nn.Linear(400, 300), r=100, alpha=1)
+    lora, ada, sora = (by_name.LAYERS[name](nn.Linear(400, 300), r=100, alpha=1)
                        for name in ("lora", "adalora", "sora"))
     gates = torch.cat([baselines.SoRALinear(nn.Linear(100, 100), r=100).gate for _ in range(20)])
     bound = 400 ** -0.5
@@ -153,7 +153,7 @@ def test_adalora_is_pefts_adalora_over_50_steps():
     r, target, T, tinit, tfinal, interval, gamma = 4, 1, 60, 5, 9, 2, 0.3
     base, x, y = net()
     ours = adapt("adalora", base, r=r, alpha=8 * r / (r + 1e-5))
-    pruner = baselines.make_pruner("adalora", ours, target, total_steps=T, warmup=tinit, final=tfinal,
+    pruner = by_name.make_pruner("adalora", ours, target, total_steps=T, warmup=tinit, final=tfinal,
                                    interval=interval, importance=None)
     config = peft.AdaLoraConfig(init_r=r, target_r=target, tinit=tinit, tfinal=tfinal, deltaT=interval,
                                 lora_alpha=8, total_step=T, orth_reg_weight=gamma,
@@ -174,7 +174,7 @@ def test_adalora_is_pefts_adalora_over_50_steps():
 
     sets = set()
     for step in range(1, 51):
-        my_loss = F.mse_loss(ours(x), y) + gamma * baselines.regulariser("adalora", ours, None)
+        my_loss = F.mse_loss(ours(x), y) + gamma * by_name.regulariser("adalora", ours, None)()
         loss = theirs.base_model().loss                    # PeftModel itself would leave the regulariser out
         assert my_loss.item() == pytest.approx(loss.item(), rel=1e-9)
         my_loss.backward()
@@ -229,7 +229,7 @@ def test_autocast_does_not_round_the_update(method):
     found = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            R = baselines.regulariser(method, model, ("uv", "UV", "PQ"))
+            R = by_name.regulariser(method, model, ("uv", "UV", "PQ"))()
             found.append([layer.delta_weight(), *layer.to_lora(), torch.zeros(()) if R is None else R])
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(*found))
 
@@ -298,22 +298,19 @@ def test_mistakes_are_named():
     """Oracle: the sentences; nothing is silently ignored or trained."""
     model = bert()
     with pytest.raises(ValueError, match="r = 25"):
-        baselines.add_method("lora", model, ["query"], HEAD, None, 25, 32, None)
+        by_name.add_method("lora", model, ["query"], HEAD, None, 25, 32, None)
     assert not lora2_layers(model) and all(p.requires_grad for p in model.parameters())
     with pytest.raises(ValueError, match="Eq. 8"):
-        baselines.make_pruner("adalora", adapt("adalora", net()[0]), importance="full", **SCHEDULE)
+        by_name.make_pruner("adalora", adapt("adalora", net()[0]), importance="full", **SCHEDULE)
 
 
 def test_what_belongs_to_each_method():
-    """Oracle: fast.py's regulariser and pruner for LoRA², which tests/test_fast.py holds to lora2.py's; the floor
-    is 14 at k = 1, r = 8."""
+    """Oracle: fast.py's regulariser and pruner for LoRA², which tests/test_fast.py holds to lora2.py's."""
     model = adapt("lora2", net()[0], r=4, k=2)
     assert type(model[0]) is LoRA2Linear
-    assert torch.equal(baselines.regulariser("lora2", model, ("uv",)), fast.orthogonality_loss(model, ("uv",)))
-    assert baselines.regulariser("lora", model, None) is None is baselines.regulariser("sora", model, None)
-    assert baselines.regulariser_floor("lora2", 1, 8, ("uv", "UV", "PQ")) == 14
-    assert baselines.regulariser_floor("adalora", 1, 8, ("uv", "UV", "PQ")) == 0
-    assert baselines.make_pruner("lora", model, importance=None, **SCHEDULE) is None
+    assert torch.equal(by_name.regulariser("lora2", model, ("uv",))(), fast.orthogonality_loss(model, ("uv",)))
+    assert by_name.regulariser("lora", model, None) is None is by_name.regulariser("sora", model, None)
+    assert by_name.make_pruner("lora", model, importance=None, **SCHEDULE) is None
     for importance, factors in (("full", "lam u U v V"), ("reduced", "lam u U"), (None, "lam u U")):
-        pruner = baselines.make_pruner("lora2", model, importance=importance, **SCHEDULE)
+        pruner = by_name.make_pruner("lora2", model, importance=importance, **SCHEDULE)
         assert type(pruner) is fast.FastRankPruner and " ".join(pruner.factors) == factors

@@ -1,9 +1,11 @@
 """train.py's CUDA path, on a GPU that is simulated: tests/simulated_gpu.py. Each docstring names its oracle."""
+import ast
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +32,7 @@ STRICT = (("batch = next(batches)",
            "torch.cuda.set_sync_debug_mode('error' if state.step in (2, 3, 4) else 'default')\n"
            "            batch = next(batches)"),
           ("kept, optimizer, pruner)", "kept, optimizer, pruner); torch.cuda.set_sync_debug_mode('default')"))
+R_IS_RECORDED = ("run_folder.finish(", "assert R_of is None or backward.graphs[R_of, o.reg]; run_folder.finish(")
 STOP_AT_3 = ("signals.check(state.step)",
              "signals.number = 15 if state.step == 3 else 0; signals.check(state.step)")
 
@@ -102,8 +105,23 @@ def test_recorded_is_eager_and_nothing_waits(gpu, method, dtype):
     """Oracle: --eager, bit for bit, with dropout, pruning and two parts to a batch; in a step that logs nothing the
     simulated GPU refuses what would wait for it, as set_sync_debug_mode("error") does."""
     words = f"{METHODS[method]} --dtype {dtype} --accum 2"
-    recorded = gpu(words, *STRICT, out="recorded")
+    recorded = gpu(words, *STRICT, R_IS_RECORDED, out="recorded")
     assert trained(recorded) == trained(gpu(f"{words} --eager", *STRICT, out="eager"))
+
+
+def test_a_recorded_step_asks_little_of_the_host(gpu):
+    """Oracle: a count: the forward and backward pass are one call to the GPU, R is one, and 58 are left of a step's
+    some 400. (One operation on all parameters counts once here; a real GPU's host launches it in several parts.)"""
+    count = ("batch = next(batches)", "torch.cuda.asked.clear(); batch = next(batches)"), (
+        "kept, optimizer, pruner)", "kept, optimizer, pruner); print('ASKED', *torch.cuda.asked.items(), sep='|')")
+
+    def asked(words):
+        done = gpu(f"--k 2 {words}", *count, out=words.strip("-") or "recorded")
+        last = [line for line in done.said.splitlines() if line.startswith("ASKED")][-3]   # no line of the log
+        return Counter(dict(map(ast.literal_eval, last.split("|")[1:])))
+
+    recorded, eager = asked(""), asked("--eager")
+    assert recorded["replay"] == 2 and recorded.total() <= 60 and eager.total() > 400, (recorded, eager.total())
 
 
 @pytest.mark.parametrize("model", ["still deberta", "still bert", "still roberta"])
@@ -146,21 +164,22 @@ def test_a_step_that_is_not_finite_is_named(gpu):
 
 # --- what a GPU refuses ----------------------------------------------------------------------------------------
 
-LOSS = "task_loss(predict_batch(net, part, here), part.labels) * share"
-PART = "part = data.Batch(*here.copies(*(tensor[i::n] for tensor in batch)))"
+LOSS = "task_loss(predict_batch(net, part, here), part.labels)"
+PART = "part = here.copies(*(tensor[i::n] for tensor in batch))"
 REFUSED = {
     "a loss whose graph is kept while recording": (
-        "R = fast.add_gradients(", "fast.add_gradients(", "operation would make the legacy stream depend on a capturing blocking stream"),
+        "R = backward(R_of, weight=o.reg) if R_of else None", "R = R_of(); fast.add_gradients(R, parameters, o.reg)",
+        "operation would make the legacy stream depend on a capturing blocking stream"),
     "a number read while recording": (LOSS, f"{LOSS} + 0 * part.labels.sum().item()", "is capturing: _local_scalar"),
     "a copy while recording": (LOSS, f"{LOSS} + 0 * torch.ones(2).to(here.device).sum()", "is capturing: a copy to"),
     "a number read in a step": (PART, f"{PART}; loss.item()", "synchronizing CUDA operation: _local_scalar"),
     "a truth value in a step": (PART, f"{PART}; bool(loss > 1)", "synchronizing CUDA operation: "),
-    "a copy that is waited for": (PART, "part = data.Batch(*(tensor[i::n].to(here.device) for tensor in batch))",
+    "a copy that is waited for": (PART, "part = [tensor[i::n].to(here.device) for tensor in batch]",
                                   "synchronizing CUDA operation: a copy to the GPU"),
     "a copy from memory that is not pinned": (
-        PART, "part = data.Batch(*(tensor[i::n].to(here.device, non_blocking=True) for tensor in batch))",
+        PART, "part = [tensor[i::n].to(here.device, non_blocking=True) for tensor in batch]",
         "synchronizing CUDA operation: a copy to the GPU"),
-    "two devices": (PART, "part = data.Batch(*(tensor[i::n] for tensor in batch))",
+    "two devices": (PART, "part = [tensor[i::n] for tensor in batch]",
                     "all tensors to be on the same device"),
     "a gradient in another layout": (
         "    optimizer.step()",

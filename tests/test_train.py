@@ -48,6 +48,14 @@ def logits(run):
     return values[rows.argsort()]
 
 
+def test_the_log_gives_R_as_its_distance_from_the_floor(cli):
+    """Oracle: orthonormal factors are at the floor, here 2 · (4 − 1); with Gaussian ones, nearly 0, each of four
+    Grams 1 × 1 gives 1 and each of two 4 × 4 gives 4: 12, which is 6 above it."""
+    for init, R in (("orthonormal", 0.0), ("gaussian", 6.0)):
+        assert cli.tiny(f"--max-steps 1 --k 1 --r 4 --init {init} --overwrite").status == 0
+        assert log()[0]["R"] == pytest.approx(R, abs=0.1), init
+
+
 # --- the same again -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("model, method", [("deberta", "lora2"), ("bert", "full"), ("roberta", "adalora")])
@@ -81,7 +89,7 @@ def test_an_absent_gradient_reaches_the_pruner():
     pruner = RankPruner(net, 1, 9, 1, 1, 1)
     loss = net[0](torch.ones(2, 3)).sum()                  # the adapter is not used
     loss.backward()
-    machine.sum_gradients(loss.detach(), net)
+    machine.sum_gradients(loss.detach(), list(net.parameters()))
     assert net[1].lam.grad is None
     with pytest.raises(RuntimeError, match="no adapter has a gradient"):
         pruner.step()

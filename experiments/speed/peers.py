@@ -19,7 +19,7 @@ import model as models
 from experiments.speed.steps import OwnStep, freeze, head_of
 from formats import glue
 from lora2 import lora2_layers
-from methods import baselines
+from methods import by_name
 
 
 def available():
@@ -155,7 +155,7 @@ def parity_of_adalora(folder, batch, layers):
     for ours, theirs in itertools.chain(*factors.values()):
         theirs.data.copy_(in_pefts_layout(ours.data))
     errors = {"AdaLoRA logits": difference([(logits(own), logits(peer))])}
-    (own.loss() + 0.1 * baselines.regulariser("adalora", own.net, None)).backward()
+    (own.loss() + 0.1 * by_name.regulariser("adalora", own.net, None)()).backward()
     peer.loss().backward()
     for name, some in factors.items():
         gradients = [(in_pefts_layout(ours.grad), theirs.grad) for ours, theirs in some]

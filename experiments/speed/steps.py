@@ -18,7 +18,7 @@ import data
 import model as models
 import train
 from formats import disk
-from methods import baselines, fast
+from methods import by_name, fast
 from running import errors, machine, schedule
 
 # config.json of the released models, but for the vocabulary, whose 128,100 rows take no part in a
@@ -100,15 +100,16 @@ class OwnStep:
         if method == "frozen":
             freeze(net, names)
         else:
-            baselines.add_method(method, net, names, net.head, k, r, 32, None)
+            by_name.add_method(method, net, names, net.head, k, r, 32, None)
         fast.speed_up(net.to(self.here.device).train(), dtype, compile)
         self.optimizer, self.parameters = train.make_optimizer(net, 1e-3, 1e-3, weight_decay=0.0)
-        loss_of = functools.partial(train.part_loss, net, self.here)
-        self.recorded = None if eager else fast.recorder(loss_of, net)
+        self.loss_of = functools.partial(train.part_loss, net, self.here)
+        self.R_of = by_name.regulariser(method, net, ("uv", "UV", "PQ")) if extras else None
+        self.backward = fast.make_backward(net, self.parameters, eager)
         self.plan = schedule.Plan(1000, 1000, 0, 0, 10, 1, None, None, None)
         self.step, self.pruner = 0, None
         if extras and method != "frozen":
-            self.pruner = baselines.make_pruner(method, net, max(1, r // 2),
+            self.pruner = by_name.make_pruner(method, net, max(1, r // 2),
                                                 **self.plan.pruning())
         self.finite = errors.FiniteCheck(self.here.device, ".")
 
@@ -120,13 +121,12 @@ class OwnStep:
     def __call__(self, part=lambda name: contextlib.nullcontext()):
         """One step. part(name) is a context around each of its parts, to count them."""
         with part("forward, backward"):
-            loss = train.gradients(self.net, self.batch, self.here, 1, self.recorded)
+            loss = train.gradients(self.loss_of, self.batch, self.here, 1, self.backward)
         if self.method != "frozen":
             self.step += 1
             with part("R"):
-                if self.extras:
-                    R = baselines.regulariser(self.method, self.net, ("uv", "UV", "PQ"))
-                    fast.add_gradients(R, self.parameters, 0.1)
+                if self.R_of:
+                    self.backward(self.R_of, weight=0.1)
             with part("clip, AdamW"):
                 train.update(self.optimizer, self.parameters, loss, self.plan, self.step, 1.0,
                              self.finite)
