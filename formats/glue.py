@@ -51,11 +51,14 @@ def read_lines(path):
     with reading(path, "a tab-separated file is expected"), open(path, "rb") as file:
         while not lines or 0 < len(lines[-1]) <= LONGEST:
             lines.append(file.readline(LONGEST + 1))
+    total = len(lines) - 1                                 # the last one read is the file's end
     while lines and lines[-1] in (b"", b"\n", b"\r\n"):
         lines.pop()
     if not lines:
         raise ValueError(f"{path}:1: the file is empty: a tab-separated file with one example a "
                          "line is due")
+    if b"\t" not in lines[0] and len(lines) < total:       # an empty text could be meant
+        warn(f"{path}: {total - len(lines)} empty line(s) at its end are no rows")
     if b"\r" in lines[0] and b"\n" not in lines[0]:
         raise ValueError(f"{path}:1: its lines end as on old Macs, in \\r alone: save it with the "
                          "line ends of Unix or Windows")

@@ -166,6 +166,18 @@ def test_bad_files(content, line, says, tmp_path):
     assert message.startswith(f"{path}:{line}: ") and says in message
 
 
+def test_empty_lines_at_the_end(tmp_path, capsys):
+    """Oracle: the file: with a single column each empty line could be a row, and the count would be another; the last
+    ones are none, and that is said. One in between is a row."""
+    path, task = tmp_path / "x.tsv", data.Task("", {}, ("sentence",), "label", ("a", "b"))
+    for content, rows, says in (("sentence\nx\n\ny\n", 3, ""), ("sentence\nx\n\n\r\n", 1, "2 empty line(s)"),
+                                ("sentence\tlabel\nx\ta\n\n", 1, "")):
+        path.write_text(content, newline="")
+        assert len(glue.read_split(path, task, labelled=False).texts) == rows
+        said = capsys.readouterr().err
+        assert says in said and bool(says) == bool(said)
+
+
 def test_bad_scores(tmp_path):
     """Oracle: STS-B's range, 0 to 5, and decimal numbers as C reads them: float() takes more."""
     header = HEADERS["stsb"].split()
