@@ -11,10 +11,9 @@
     torch.save(lora2_state_dict(model), "adapter.pt")  # or merge_lora2(model)
 
 LoRA adds an update of low rank to a frozen W0. AdaLoRA writes it as P Λ Q, like an SVD of r terms,
-and prunes Λ. LoRA² makes P and Q products again, P = v u and Q = U V (Eq. 4), through a second
-scale k: v and V are large and lead from d to k numbers and back, u, Λ and U are small and form the
-r terms inside these k. So k sets the cost, k (d_in + d_out) + 2kr + r numbers, and r how many terms
-pruning chooses from. In row vectors, with the shapes for d = 768, k = 8, r = 4:
+and prunes Λ. In LoRA², P = v u and Q = U V are products themselves (Eq. 4). v and V are large: they
+lead from d numbers to k and back. u, Λ and U are small: they form the r terms inside these k. Here
+with the shapes for d = 768, k = 8, r = 4, in row vectors:
 
             ┌─────────────────────── W0ᵀ, b (frozen) ───────────────────────┐
     x N×768 ┤                                                               + y N×768
@@ -27,10 +26,9 @@ pruning chooses from. In row vectors, with the shapes for d = 768, k = 8, r = 4:
     U        (r, k)       N(0, 0.02²)   yes       output directions of the r terms
     V        (k, d_out)   N(0, 0.02²)   in Eq. 8  takes k numbers up to the output
 
-ΔW has rank min(k, r) at most. With k = 1 it can be whatever that of LoRA with r = 1 can be. If
-k < r, the terms share k directions, and the Λ_i are their weights, not singular values. As long as
-k of them are left, training can still reach every ΔW of rank k; with fewer the rank is below k. So
-at k = 1 pruning does no more than to select matrices. What is pruned is 0 and keeps its memory.
+The cost is k (d_in + d_out) + 2kr + r numbers. The rank of ΔW is at most min(k, r): with k = 1
+LoRA² can reach what LoRA can with r = 1, no more. If k < r, the r terms share k directions, and
+pruning limits the rank only when fewer than k terms are left: at k = 1 it selects matrices.
 """
 import math
 import warnings
@@ -50,9 +48,8 @@ class LoRA2Linear(nn.Module):
 
     k, r: projected dimension and number of singular values, from 1 to min(d_in, d_out).
     alpha: positive. The update is scaled by alpha / r, with the initial r: pruning keeps it.
-    init: "gaussian" is that of the authors' code. ∂L/∂Λ is tiny at first, with four small factors:
-        use AdamW, whose steps do not shrink with it, at about 1e-3. "orthonormal" is ours: ∂L/∂Λ
-        is not tiny, and orthogonality_loss() starts at its floor."""
+    init: "gaussian" is that of the authors' code. Four small factors make ∂L/∂Λ tiny at first: use
+        AdamW, whose steps do not shrink with it. "orthonormal" is ours: ∂L/∂Λ is not tiny."""
 
     def __init__(self, base, k=1, r=8, alpha=32, init="gaussian"):
         super().__init__()
@@ -158,8 +155,8 @@ def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
 
 
 def check_base(name, base, k, r, alpha, init):
-    """TypeError or ValueError unless `base` is an nn.Linear that the rest fits. A subclass of it
-    may compute something else, or never be called, as out_proj of nn.MultiheadAttention."""
+    """TypeError or ValueError unless `base` is an nn.Linear that the rest fits. A subclass may
+    compute something else, or never be called, as out_proj of nn.MultiheadAttention."""
     plain = type(base) is nn.Linear and type(base.weight) is nn.Parameter
     plain = plain and base.weight.is_floating_point() and base.weight.itemsize > 1  # no fp8
     require((plain or is_quantised(base)) and not base.weight.is_meta,
@@ -187,10 +184,8 @@ def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
     """R of Eq. 5 without gamma, a scalar. Add it once per optimizer step, not per micro-batch.
 
     terms: the pairs to take, as in Table 3. ValueError for any other.
-    Why: if P and Q are orthonormal, which needs k ≥ r, then ‖ΔW‖² = scale² Σ Λ_i²: to set Λ_i to 0
-    takes (scale Λ_i)² off it, so that |Λ_i| is comparable between layers. Otherwise terms can
-    overlap or cancel, and P can grow while Λ_i shrinks, with the same ΔW. (The task's
-    |Λ_i ∂L/∂Λ_i|, by which the pruner judges, does not see that last change.)"""
+    Why: for orthonormal P and Q, which need k ≥ r, ‖ΔW‖² = scale² Σ Λ_i². Then |Λ_i| says how much
+    of ΔW a term is, in every layer alike. Otherwise terms can overlap or cancel."""
     adapters = lora2_layers(model)
     require(adapters and terms and set(terms) <= {"uv", "UV", "PQ"},
             f"terms = {terms!r}: list some of 'uv', 'UV', 'PQ', on a model with LoRA² adapters")
@@ -239,9 +234,9 @@ class RankPruner(nn.Module):
     importance: "reduced" (Eq. 9) or "full" (Eq. 8). ValueError for what does not fit.
 
     Make it when the adapters are on their device, and save its state_dict() if a run may go on.
-    step() multiplies the new weights by this step's gradients, which were taken at the old ones, as
-    AdaLoRA does. They are of task + gamma · R. Those of the task, for u_·i and U_i·, are
-    proportional to Λ_i, which begins at 0: early on these scores are about R."""
+    The scores multiply the new weights by this step's gradients, taken at the old ones, as AdaLoRA
+    does. The gradients are those of task + gamma · R. For u and U the task's share is proportional
+    to Λ, which begins at 0: early on these scores are about R."""
 
     factors = ("lam", "u", "U")  # of each adapter: what is scored
 
@@ -300,8 +295,8 @@ class RankPruner(nn.Module):
 
     def update_averages(self):
         """Ī and Ū of all that is scored, as in AdaLoRA. I = |w · ∂L/∂w| estimates how much the loss
-        would change if w were 0. One batch is noisy: Ī averages it over the steps, and Ū averages
-        |I − Ī|, which is large for what is still in doubt. Their product is a heuristic.
+        would change if w were 0. Ī is its average over the steps, for one batch is noisy. Ū is that
+        of |I − Ī|, which is large for what is still in doubt: Ī · Ū keeps this too.
         Ours: I is 0 for what has no gradient, and in a step that a GradScaler skipped because some
         gradient of the model is not finite. RuntimeError if no adapter has a gradient."""
         require(any(layer.lam.grad is not None for layer in self.layers),
