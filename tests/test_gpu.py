@@ -16,6 +16,7 @@ from tests.conftest import frozen, made_once, outcome, write_checkpoint
 
 from experiments import on_gpu
 from formats import toy
+from methods import fast
 from running import folder
 
 pytestmark = pytest.mark.ci                                # half a minute: in CI only
@@ -160,6 +161,19 @@ def test_a_step_that_is_not_finite_is_named(gpu):
     infinite = ("loss + norm, step)", "loss + norm + (math.inf if step == 4 else 0), step)")
     done = gpu("", infinite, *STRICT)
     assert done.status == 1 and "not finite at step 4" in done.said
+
+
+def test_a_process_without_rows_takes_part(monkeypatch):
+    """Oracle: the gradient of the weight's square. Where a batch has no row for a process, sum_gradients() gives it
+    gradients before the first graph could: what R adds afterwards must be in these."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    backward = fast.Recorded([weight])
+    for already in (None, torch.tensor([10.0, 20.0])):
+        weight.grad = already
+        assert backward(lambda: (weight ** 2).sum(), weight=0.5) == 5
+        assert weight.grad is backward.gradients[0]
+        assert torch.equal(weight.grad, weight if already is None else weight + already)
 
 
 # --- what a GPU refuses ----------------------------------------------------------------------------------------
