@@ -229,8 +229,8 @@ def test_autocast_does_not_round_the_update(method):
     found = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            R = by_name.regulariser(method, model, ("uv", "UV", "PQ"))()
-            found.append([layer.delta_weight(), *layer.to_lora(), torch.zeros(()) if R is None else R])
+            R_of = by_name.regulariser(method, model, ("uv", "UV", "PQ"))
+            found.append([layer.delta_weight(), *layer.to_lora(), R_of() if R_of else torch.zeros(())])
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(*found))
 
 
