@@ -110,7 +110,7 @@ def labelled_splits(task, train):
 
 
 def is_missing(task, data_dir, train=True):
-    """Whether load_task() would find no file where fetch.fetch_task() can get one."""
+    """Whether a file that load_task() reads is not there and fetch.fetch_task() can get it."""
     paths = [glue.find_split(task, data_dir, name) for name in labelled_splits(task, train)]
     return bool(task.downloads) and None in paths
 
@@ -182,8 +182,8 @@ def encode(tokenizer, split, max_len, name="the data"):
                         starts=torch.frombuffer(starts, dtype=torch.int64),
                         labels=None if split.labels is None else torch.tensor(split.labels),
                         max_len=max_len, truncated=truncated)
-    of_text = len(ids) - special * len(split.texts)
-    check_words(tokenizer, examples.ids, of_text, name)
+    words = len(ids) - special * len(split.texts)
+    check_words(tokenizer, examples.ids, words, name)
     return examples
 
 
@@ -196,13 +196,13 @@ def encodings(tokenizer, texts):
         yield from tokenizer.encode_batch_fast(rows[first:first + piece])
 
 
-def check_words(tokenizer, ids, of_text, name):
-    """ValueError if most tokens are unknown, of those `of_text` that are not special ones."""
+def check_words(tokenizer, ids, words, name):
+    """ValueError if over half of the tokens that are not special, `words` of them, are unknown."""
     unknown = 0
     for token in ("[UNK]", "<unk>"):
         if tokenizer.token_to_id(token) is not None:
             unknown += int((ids == tokenizer.token_to_id(token)).sum())
-    share = unknown / max(1, of_text)
+    share = unknown / max(1, words)
     if share > 0.5:
         raise ValueError(f"{share:.0%} of the tokens of {name} are unknown to the tokenizer: give "
                          "a model of the language that they are in")
@@ -246,9 +246,9 @@ def batches(examples, batch_size, pad_id=0, generator=None, skip=0, multiple=8):
 
 def plan_batches(length, batch_size, generator):
     """The row numbers of each batch, a list of tensors (B,); length: of each row, (N,)."""
-    # Sorted by length, rounded up to 8 (to 2 below 32 tokens, where 8 would pad much), rows of one
-    # width stay in random order: batches mix more, for little padding. `multiple` is not used: it
-    # depends on the device, and --resume on another one must give the same batches.
+    # Rows are sorted by a width, their length rounded up, so that those of one width stay in random
+    # order. They are not rounded to `multiple`: that depends on the device, and --resume on another
+    # must give the same batches.
     width = round_up(length, torch.where(length < 32, 2, 8))        # (N,)
     if generator is None:
         return list(width.argsort(stable=True).split(batch_size))
@@ -296,12 +296,12 @@ def f1(p, t):
 
 
 def matthews(p, t):
-    """Matthews' correlation: covariance of the one-hot rows over both deviations, all times n²."""
+    """Matthews' correlation, of one-hot rows: cov(p, t) / sqrt(cov(p, p) cov(t, t))."""
     both = torch.nn.functional.one_hot(torch.stack([p, t]))           # (2, N, classes)
     p, t = both.double()                                              # (N, classes) each
     n = len(p)
     of_p, of_t = p.sum(0), t.sum(0)                                   # (classes,) each
-    covariance = n * (p * t).sum() - of_p @ of_t
+    covariance = n * (p * t).sum() - of_p @ of_t                      # times n², as the spread
     spread = (n * n - of_p @ of_p) * (n * n - of_t @ of_t)
     return covariance / spread.sqrt() if spread > 0 else 0.0
 
@@ -332,8 +332,8 @@ METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews,
 def metrics(task, predictions, labels):
     """{name: value} of the task's metrics, in its order; 1.0 is perfect. Computed in float64.
 
-    predictions, labels: (N,) class ids, or finite scores of a regression. ValueError otherwise:
-    (N, 1) == (N,) would broadcast to (N, N), and a NaN would be ranked, to plausible wrong numbers.
+    predictions, labels: (N,) class ids, or scores of a regression. ValueError for other shapes and
+    for numbers that are not finite: either would give plausible wrong values.
     """
     task = get_task(task)
     p = torch.as_tensor(predictions)

@@ -1,4 +1,4 @@
-"""LoRA² (arXiv 2408.06854) for the linear layers of a frozen model. Needs torch only: copy it.
+"""LoRA² (arXiv 2408.06854) for the linear layers of a frozen model: copy it. Needs torch ≥ 2.6.
 
     add_lora2(model, ["query", "value"], k=8, r=8, trainable=["classifier"])
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
@@ -38,7 +38,7 @@ from torch import nn
 
 
 def require(condition, message, error=ValueError):
-    """Raise `error` unless `condition`. The message says what is wrong and what to do."""
+    """Raise `error` unless `condition`."""
     if not condition:
         raise error(message)
 
@@ -122,7 +122,8 @@ def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
     trainable = {trainable} if isinstance(trainable, str) else set(trainable)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     bases, in_full, linear = {}, [], set()
-    missing = targets | trainable
+    no_layer = set(targets)  # what has no match so far
+    no_parameter = set(trainable)
     for name, module in model.named_modules(remove_duplicate=False):
         parts = name.split(".")
         hits = {target for target in targets if f".{name}".endswith(f".{target}")}
@@ -131,15 +132,16 @@ def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
             linear.add(parts[-1])
         if hits and name and trainable.isdisjoint(parts):
             bases[name] = module
-            missing -= hits
+            no_layer -= hits
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in parameters.items():
         hits = trainable.intersection(name.split("."))
         if hits and parameter.is_floating_point():
             in_full.append(parameter)
-            missing -= hits - targets  # what is named for both is not adapted: it stays missing
-    require(bases and not missing, f"{sorted(missing)} match nothing that can be adapted outside "
-            f"of `trainable`, or trained there; Linear layers: {sorted(linear)}")
+            no_parameter -= hits
+    require(not no_parameter, f"trainable = {sorted(no_parameter)} match nothing to train")
+    require(bases and not no_layer, f"targets = {sorted(no_layer)} match no layer outside of what "
+            f"is trainable; Linear layers: {sorted(linear)}")
     weights = list(map(id, parameters.values()))  # what is tied is there several times
     for name, base in bases.items():
         check_base(name, base, k, r, alpha, init)
@@ -224,7 +226,7 @@ def orthogonality_floor(k, r, terms=("uv", "UV", "PQ")):
 class RankPruner(nn.Module):
     """Algorithm 1: keep the b(t) most important singular values of the model, set the rest to 0.
 
-    target_rank: singular values per adapter in the end, on average. The rank is at most k anyway.
+    target_rank: singular values per adapter in the end, on average.
     total_steps: T, all optimizer steps of the run, not micro-batches. Stop there: one more would
         move pruned Λ_i off 0.
     warmup: t_i, the first steps, in which all are kept. Then b(t) falls along a cubic.
@@ -245,8 +247,9 @@ class RankPruner(nn.Module):
         super().__init__()
         found = lora2_layers(model)
         kinds = {(m.k, m.r, m.lam.dtype, m.lam.device, m.lam.requires_grad) for _, m in found}
-        require(len(kinds) == 1, f"the pruner needs adapters of one kind, not {kinds or 'none'}")
-        self.names, self.layers = zip(*found)  # a tuple: they stay the model's submodules
+        require(len(kinds) == 1, "the pruner needs adapters of one k, r, dtype, "
+                f"device and requires_grad, not {kinds or 'none'}")
+        self.names, self.layers = zip(*found)  # in a tuple they are not the pruner's submodules
         self.r = self.layers[0].r
         require(type(target_rank) is int and 0 <= target_rank <= self.r,
                 f"{target_rank = }: give an integer from 0 to r = {self.r}")
@@ -267,7 +270,7 @@ class RankPruner(nn.Module):
         self.t = 0
         self.kept_total = len(found) * self.r
         self.dtype = torch.promote_types(lam.dtype, torch.float32)  # fp16 would round I to 0
-        self.sizes = [w.numel() for w in self.scored()]
+        self.sizes = list(map(torch.numel, self.scored()))
         zeros = torch.zeros(sum(self.sizes), dtype=self.dtype, device=lam.device)
         self.sensitivity = nn.Buffer(zeros)  # Ī of all that is scored, one after another
         self.uncertainty = nn.Buffer(zeros.clone())  # Ū
@@ -281,8 +284,8 @@ class RankPruner(nn.Module):
 
     @torch.no_grad()
     def step(self):
-        """Algorithm 1. Call it after optimizer.step() and before zero_grad(). Returns how many are
-        kept, without a wait for the device."""
+        """Algorithm 1. Call it after optimizer.step() and before zero_grad(). Returns how many
+        values the last choice kept."""
         require(self.t < self.total_steps, "step() came more than total_steps times", RuntimeError)
         if self.t < self.last_choice:  # later the scores stay, so that the choice is the same
             self.update_averages()
@@ -295,20 +298,21 @@ class RankPruner(nn.Module):
 
     def update_averages(self):
         """Ī and Ū of all that is scored, as in AdaLoRA. I = |w · ∂L/∂w| estimates how much the loss
-        would change if w were 0. Ī is its average over the steps, for one batch is noisy. Ū is that
-        of |I − Ī|, which is large for what is still in doubt: Ī · Ū keeps this too.
-        Ours: I is 0 for what has no gradient, and in a step that a GradScaler skipped because some
-        gradient of the model is not finite. RuntimeError if no adapter has a gradient."""
+        would change if w were 0. Ī is its average over the steps, for one batch is noisy, and Ū
+        that of |I − Ī|. Their product, a heuristic, is large only where both are.
+        Ours: I is 0 for what has no gradient. In a step that a GradScaler skipped, because some
+        gradient of the model is not finite, I is Ī, and the order of the scores stays as it was.
+        RuntimeError if no adapter has a gradient."""
         require(any(layer.lam.grad is not None for layer in self.layers),
                 "no adapter has a gradient: call pruner.step() after optimizer.step() and before "
                 "zero_grad(), with a loss that depends on the adapters", RuntimeError)
         grads = [p.grad for p in self.all_parameters if type(p.grad) is torch.Tensor]  # no DTensor
         finite = nn.utils.get_total_norm(grads, math.inf) < math.inf  # else a GradScaler skipped
-        self.to(self.dtype)  # it may have been cast, with a model that holds it
+        self.to(self.dtype)  # should somebody have cast the pruner with the model
         grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in self.scored()]
         w = torch.cat(list(map(torch.flatten, self.scored()))).to(self.dtype)
         dw = torch.cat(list(map(torch.flatten, grads))).to(self.dtype)
-        I = torch.where(finite, (w * dw).abs(), 0)
+        I = torch.where(finite, (w * dw).abs(), self.sensitivity)
         self.sensitivity.lerp_(I, 1 - self.beta1)  # Ī ← β1 Ī + (1 − β1) I
         self.uncertainty.lerp_((I - self.sensitivity).abs(), 1 - self.beta2)  # with the new Ī
 
@@ -321,8 +325,8 @@ class RankPruner(nn.Module):
         rows = []
         S = (self.sensitivity * self.uncertainty).split(self.sizes)
         for i, layer in enumerate(self.layers):
-            lam, u, U, *v_and_V = S[i::len(self.layers)]  # those of one adapter
-            row = lam + u.view(-1, self.r).mean(0) + U.view(self.r, -1).mean(1)  # Eq. 9
+            lam, u, U, *v_and_V = S[i::len(self.layers)]  # of one adapter: see scored()
+            row = lam + u.view_as(layer.u).mean(0) + U.view_as(layer.U).mean(1)  # (r,), Eq. 9
             for outer in v_and_V:
                 # Eq. 8 adds ΣS(v) / k and ΣS(V) / k: means over k as for u and U, sums over d. All
                 # i of an adapter get the same: the order changes only between adapters.
@@ -351,10 +355,10 @@ class RankPruner(nn.Module):
                           " singular values are left, more than the budget", stacklevel=3)
 
     def kept(self):
-        """{adapter: singular values that the last choice kept}, the data of Figure 3. RuntimeError
-        if in the last phase the model has other Λ, as after loading its best weights."""
+        """{adapter: how many singular values the last choice kept}, as in Figure 3. RuntimeError if
+        the last phase has begun and the model has other Λ, as after loading its best weights."""
         if self.t >= self.last_choice:
-            lam = torch.stack(self.scored()[:len(self.layers)])
+            lam = torch.stack([layer.lam for layer in self.layers])  # (n, r)
             require(not lam[~self.keep].any(), "the model's Λ are not what the pruner left: call "
                     "pruner.mask(model), and step() after optimizer.step()", RuntimeError)
             if self.kept_total > 0 and not (lam.any() and self.sensitivity.any()):

@@ -133,7 +133,7 @@ class DisentangledSelfAttention(nn.Module):
     has δ(i, j). The released weights were trained with δ(i, j): it is used here.
 
     x: (B, T, d) → (B, T, d). mask: (B, 1, 1, T), True at tokens, False at padding.
-    table: of positions, (R, d). index: (T, T), its row for each i − j, which is δ + R / 2.
+    table: of positions, (R, d). index: (T, T), at [i, j] the table's row for i − j, δ + R / 2.
     """
 
     def __init__(self, config):
@@ -158,7 +158,7 @@ class DisentangledSelfAttention(nn.Module):
         q_K = q @ K.mT                       # (B, H, T, R): [i, row] = q_i · K_row
         c2p = q_K.gather(-1, index)          # [i, j] = q_i · K_δ
         k_Q = k @ Q.mT                       # (B, H, T, R): [j, row] = k_j · Q_row
-        p2c = k_Q.gather(-1, index.mT).mT    # its rows are j: gathered as [j, i], turned to [i, j]
+        p2c = k_Q.gather(-1, index.mT).mT    # gathered: [j, i] = k_j · Q_δ; turned: [i, j]
         scores = (c2c + c2p + p2c) / math.sqrt(3 * q.shape[-1])
         return attend(scores, mask, v, self.dropout)
 
@@ -255,26 +255,25 @@ class SequenceClassifier(nn.Module):
         super().__init__()
         self.config = config
         self.num_labels = num_labels
-        self.source = None  # from_pretrained() fills in both: what it read,
-        self.new_weights = []  # and the keys that it drew at random
+        self.source = None  # from_pretrained(): the name or folder that it read
+        self.new_weights = []  # from_pretrained(): the keys that it drew at random
         self.kind = config["model_type"]
         self.max_len = config["max_position_embeddings"]  # the longest input, in tokens
         self.head = ["pooler", "classifier"]  # parts of its parameters' names
         d = config["hidden_size"]
         backbone = nn.ModuleDict({"embeddings": Embeddings(config), "encoder": Encoder(config)})
         self.add_module(PREFIX[self.kind], backbone)
-        dense = nn.ModuleDict({"dense": nn.Linear(d, d)})
+        dense = nn.Linear(d, d)
         output = nn.Linear(d, num_labels)
         if self.kind == "roberta":
             self.max_len -= config["pad_token_id"] + 1  # where positions begin
             self.head = ["classifier"]
-            self.classifier = dense
-            self.classifier["out_proj"] = output
+            self.classifier = nn.ModuleDict({"dense": dense, "out_proj": output})
         elif self.kind == "bert":
-            backbone["pooler"] = dense
+            backbone["pooler"] = nn.ModuleDict({"dense": dense})
             self.classifier = output
         else:
-            self.pooler = dense
+            self.pooler = nn.ModuleDict({"dense": dense})
             self.classifier = output
         head = HEADS[self.kind]
         self.activation = head["activation"]
@@ -365,8 +364,8 @@ def from_pretrained(name_or_dir, num_labels, head_dropout=None, labels=None):
             weights[key].normal_(std=config["initializer_range"])
     model.new_weights = list(new)
     model.load_state_dict(weights, assign=True)  # no copy, if the file is in fp32
-    if labels or model.new_weights:  # the file's names may be another head's: ours, or none
-        config["id2label"] = {str(i): label for i, label in enumerate(labels or ())}
+    if labels or new:  # else the file's names of the classes fit its head
+        model.config["id2label"] = {str(i): label for i, label in enumerate(labels or ())}
     return model.float()
 
 

@@ -26,7 +26,7 @@ from running.errors import FiniteCheck, exit_status, user_errors
 
 def train(o, saved=None):
     """One run. o: the options, a Namespace. saved: what its last.pt holds, if it is to go on."""
-    with user_errors():                                    # what a user can have wrong: one line
+    with user_errors():                                    # a user's mistake: one line, status 2
         here = machine.join(o.device, o.dtype)             # device, dtype, rank, world
         task, examples, unseen, net, identity = prepare(o, here)
         plan = schedule.plan(o, rows=len(examples["train"].labels))
@@ -56,14 +56,14 @@ def train(o, saved=None):
                 run_folder.save()
             if plan.is_over(state):
                 break
-            signals.check(state.step)                      # after Ctrl-C: leaves, run_folder saves
+            signals.check(state.step)          # raises Stopped after Ctrl-C; run_folder then saves
             # ---- one training step -------------------------------------------------------
             batch = next(batches)                # ids, mask, types (B, T); labels, rows (B,)
             state.step += 1
             loss = gradients(loss_of, batch, here, o.accum, backward)  # forward and backward
-            R = backward(R_of, weight=o.reg) if R_of else None         # adds the gradients of γ R
+            R = backward(R_of, weight=o.reg) if R_of else None  # γ = o.reg; adds γ R's gradients
             update(optimizer, parameters, loss, plan, state.step, o.clip, finite)
-            kept = pruner.step() if pruner else None  # LoRA²: Algorithm 1, of clipped gradients
+            kept = pruner.step() if pruner else None  # LoRA²: Algorithm 1; gradients are clipped
             optimizer.zero_grad()
             # ------------------------------------------------------------------------------
             log.training(state, batch, loss, R, kept, optimizer, pruner)  # a line every ten steps
@@ -123,12 +123,11 @@ def make_optimizer(net, lr, head_lr, weight_decay, outer_lr=None):
 # --- the parts of a step: the benchmark times these very functions ------------------------
 
 def gradients(loss_of, batch, here, accum, backward):
-    """Forward and backward over this process's parts of a batch. Returns the loss, a scalar.
+    """The mean loss over a batch, a scalar. Its gradients are added to those of the parameters.
 
     The batch is cut into n = world · accum parts. Part i has the rows i, i + n, i + 2n, ..., and
-    process p has the parts p, p + world, ... A part's loss is weighted by its share of the rows, so
-    that gradients and loss, summed over all parts, are those of the mean over the batch. R is the
-    same in each process: it is added afterwards, once.
+    process p has the parts p, p + world, ... A part counts by its share of the rows. R, the same in
+    each process, is not in it: it is added after the sum over the processes.
 
     loss_of: part_loss(), given net and here. backward: see methods/fast.py.
     """
@@ -142,10 +141,10 @@ def gradients(loss_of, batch, here, accum, backward):
     return loss
 
 
-def part_loss(net, here, *part):
-    """The loss of a part of a batch, whose tensors are given: a scalar."""
-    part = data.Batch(*part)
-    return task_loss(predict_batch(net, part, here), part.labels)
+def part_loss(net, here, ids, mask, types, labels, rows):
+    """The mean loss over the rows of a part of a batch: a scalar."""
+    part = data.Batch(ids, mask, types, labels, rows)
+    return task_loss(predict_batch(net, part, here), labels)
 
 
 def update(optimizer, parameters, loss, plan, step, max_norm, finite):
@@ -191,9 +190,10 @@ def stream(examples, o, plan, step, net, here):
 
 @torch.no_grad()
 def predict(net, examples, batch_size, here, signals=None):
-    """For a split, on the CPU: class ids or scores in the task's unit, (N,); outputs (N, labels).
+    """(predictions (N,), outputs (N, num_labels)) of a split, tensors on the CPU.
 
-    Processes share the batches. signals: what raises Stopped after a Ctrl-C.
+    Predictions are class ids, or scores in the task's unit. Processes share the batches. signals:
+    what raises Stopped after a Ctrl-C.
     """
     N = len(examples.starts) - 1
     outputs = torch.zeros(N, net.num_labels, device=here.device)
@@ -204,7 +204,7 @@ def predict(net, examples, batch_size, here, signals=None):
         if signals:
             signals.check(i)
         if i % here.world == here.rank:
-            [rows] = here.copies(batch.rows)
+            rows = here.copies(batch.rows)[0]
             outputs[rows] = predict_batch(net, batch, here)
     net.train()
     machine.sum_up([outputs])                              # rows of other processes are 0 here

@@ -178,13 +178,13 @@ def test_a_process_without_rows_takes_part(monkeypatch):
 
 # --- what a GPU refuses ----------------------------------------------------------------------------------------
 
-LOSS = "task_loss(predict_batch(net, part, here), part.labels)"
+LOSS = "task_loss(predict_batch(net, part, here), labels)"
 PART = "part = here.copies(*(tensor[i::n] for tensor in batch))"
 REFUSED = {
     "a loss whose graph is kept while recording": (
         "R = backward(R_of, weight=o.reg) if R_of else None", "R = R_of(); fast.add_gradients(R, parameters, o.reg)",
         "operation would make the legacy stream depend on a capturing blocking stream"),
-    "a number read while recording": (LOSS, f"{LOSS} + 0 * part.labels.sum().item()", "is capturing: _local_scalar"),
+    "a number read while recording": (LOSS, f"{LOSS} + 0 * labels.sum().item()", "is capturing: _local_scalar"),
     "a copy while recording": (LOSS, f"{LOSS} + 0 * torch.ones(2).to(here.device).sum()", "is capturing: a copy to"),
     "a number read in a step": (PART, f"{PART}; loss.item()", "synchronizing CUDA operation: _local_scalar"),
     "a truth value in a step": (PART, f"{PART}; bool(loss > 1)", "synchronizing CUDA operation: "),
