@@ -1,19 +1,18 @@
-"""LoRA² (arXiv 2408.06854) for the linear layers of a frozen model: copy it. Needs torch ≥ 2.6.
+"""LoRA² (arXiv 2408.06854) for the linear layers of a frozen model. Copy it: it needs torch ≥ 2.6.
 
-    add_lora2(model, ["query", "value"], k=8, r=8, trainable=["classifier"])
+    add_lora2(model, ["query", "value"], k=8, r=4, trainable=["classifier"])
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     pruner = RankPruner(model, target_rank=2, total_steps=1000, warmup=100, final=400, interval=10)
     for x, y in batches:
         (task_loss(model(x), y) + 0.1 * orthogonality_loss(model)).backward()
         optimizer.step()
-        pruner.step()
+        pruner.step()  # it reads the gradients
         optimizer.zero_grad()
     torch.save(lora2_state_dict(model), "adapter.pt")  # or merge_lora2(model)
 
-LoRA adds an update of low rank to a frozen W0. AdaLoRA writes it as P Λ Q, like an SVD of r terms,
-and prunes Λ. In LoRA², P = v u and Q = U V are products themselves (Eq. 4). v and V are large: they
-lead from d numbers to k and back. u, Λ and U are small: they form the r terms inside these k. Here
-with the shapes for d = 768, k = 8, r = 4, in row vectors:
+AdaLoRA adds P Λ Q, like an SVD of r terms, to a frozen W0, and prunes Λ. In LoRA² P = v u and
+Q = U V are products themselves (Eq. 4), through a second scale k. For d = 768, k = 8, r = 4, and
+with scale = alpha / r:
 
             ┌─────────────────────── W0ᵀ, b (frozen) ───────────────────────┐
     x N×768 ┤                                                               + y N×768
@@ -26,9 +25,8 @@ with the shapes for d = 768, k = 8, r = 4, in row vectors:
     U        (r, k)       N(0, 0.02²)   yes       output directions of the r terms
     V        (k, d_out)   N(0, 0.02²)   in Eq. 8  takes k numbers up to the output
 
-The cost is k (d_in + d_out) + 2kr + r numbers. The rank of ΔW is at most min(k, r): with k = 1
-LoRA² can reach what LoRA can with r = 1, no more. If k < r, the r terms share k directions, and
-pruning limits the rank only when fewer than k terms are left: at k = 1 it selects matrices.
+The rank of ΔW is at most min(k, r): with k = 1 LoRA² can reach what LoRA can with r = 1, no more.
+If k < r, pruning lowers it only when fewer than k terms are left: at k = 1 it selects matrices.
 """
 import math
 import warnings
@@ -47,9 +45,9 @@ class LoRA2Linear(nn.Module):
     """A frozen nn.Linear plus the update of Eq. 4, with factors in fp32 (fp64 on an fp64 base).
 
     k, r: projected dimension and number of singular values, from 1 to min(d_in, d_out).
-    alpha: positive. The update is scaled by alpha / r, with the initial r: pruning keeps it.
-    init: "gaussian" is that of the authors' code. Four small factors make ∂L/∂Λ tiny at first: use
-        AdamW, whose steps do not shrink with it. "orthonormal" is ours: ∂L/∂Λ is not tiny."""
+    alpha: positive. The update is scaled by alpha / r, with the initial r.
+    init: "gaussian" is that of the authors' code: ∂L/∂Λ is tiny at first, so use AdamW, whose steps
+        do not shrink with it. "orthonormal" is ours: it is not tiny."""
 
     def __init__(self, base, k=1, r=8, alpha=32, init="gaussian"):
         super().__init__()
@@ -70,7 +68,7 @@ class LoRA2Linear(nn.Module):
                 nn.init.normal_(factor, std=0.02)
             else:
                 nn.init.orthogonal_(factor)
-        self.train(base.training)  # in training or evaluation mode, as the base is
+        self.train(base.training)
 
     def core(self):
         """C = scale · u diag(Λ) U, (k, k), between v and V; not rounded by autocast."""
@@ -78,7 +76,7 @@ class LoRA2Linear(nn.Module):
             return self.scale * (self.u * self.lam) @ self.U
 
     def delta_weight(self):
-        """ΔW, (d_out, d_in) as in nn.Linear. It is dense: for merging."""
+        """ΔW, (d_out, d_in) as in nn.Linear, to merge."""
         with torch.autocast(self.u.device.type, enabled=False):
             return (self.v @ self.core() @ self.V).T
 
@@ -91,7 +89,7 @@ class LoRA2Linear(nn.Module):
 
     def forward(self, x):
         """x (..., d_in) → (..., d_out). ΔW is never built: its gradient would be as large as W0."""
-        y = self.base(x)  # in its dtype or autocast's
+        y = self.base(x)
         h = x.to(y.dtype) @ self.v.to(y.dtype)  # (..., k)
         h = h @ self.core().to(y.dtype)  # (..., k)
         return y + h @ self.V.to(y.dtype)
@@ -122,18 +120,16 @@ def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
     trainable = {trainable} if isinstance(trainable, str) else set(trainable)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     bases, in_full, linear = {}, [], set()
-    no_layer = set(targets)  # what has no match so far
-    no_parameter = set(trainable)
+    no_layer, no_parameter = set(targets), set(trainable)  # that have no match so far
     for name, module in model.named_modules(remove_duplicate=False):
-        parts = name.split(".")
         hits = {target for target in targets if f".{name}".endswith(f".{target}")}
         if module is not head and (type(module) is nn.Linear or is_quantised(module)):
             hits |= targets & {"all-linear"}
-            linear.add(parts[-1])
-        if hits and name and trainable.isdisjoint(parts):
+            linear.add(name.rpartition(".")[2])
+        if hits and name and trainable.isdisjoint(name.split(".")):
             bases[name] = module
             no_layer -= hits
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied one by all its names
     for name, parameter in parameters.items():
         hits = trainable.intersection(name.split("."))
         if hits and parameter.is_floating_point():
@@ -142,11 +138,11 @@ def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(),
     require(not no_parameter, f"trainable = {sorted(no_parameter)} match nothing to train")
     require(bases and not no_layer, f"targets = {sorted(no_layer)} match no layer outside of what "
             f"is trainable; Linear layers: {sorted(linear)}")
-    weights = list(map(id, parameters.values()))  # what is tied is there several times
+    weights = list(map(id, parameters.values()))
     for name, base in bases.items():
         check_base(name, base, k, r, alpha, init)
-        alone = weights.count(id(base.weight)) == 1
-        require(alone, f"{name}, or its weight, is used in several places: leave it out")
+        require(weights.count(id(base.weight)) == 1,
+                f"{name}, or its weight, is used in several places: leave it out")
     adapters = {name: layer(base, k, r, alpha, init) for name, base in bases.items()}
     model.requires_grad_(False).zero_grad()  # clipping would count gradients from before
     for name, adapter in adapters.items():
@@ -186,17 +182,18 @@ def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
     """R of Eq. 5 without gamma, a scalar. Add it once per optimizer step, not per micro-batch.
 
     terms: the pairs to take, as in Table 3. ValueError for any other.
-    Why: for orthonormal P and Q, which need k ≥ r, ‖ΔW‖² = scale² Σ Λ_i². Then |Λ_i| says how much
-    of ΔW a term is, in every layer alike. Otherwise terms can overlap or cancel."""
+    For orthonormal P and Q, which need k ≥ r, ‖ΔW‖² = scale² Σ Λ_i²: then |Λ_i| says how much of ΔW
+    a term is, in every layer alike. Otherwise terms can overlap or cancel.
+
+    Nothing is d × d. For v and u the paper has vvᵀ and uᵀu, but ‖AAᵀ − I‖² and ‖AᵀA − I‖² differ by
+    a constant, which is left out. PᵀP = uᵀ(vᵀv)u, (r, r), and X = (vᵀv)(uuᵀ), (k, k), are alike in
+    tr X = tr PᵀP and tr X² = tr (PᵀP)²: so ‖PᵀP − I_r‖² = tr (X − I_k)² + r − k."""
     adapters = lora2_layers(model)
     require(adapters and terms and set(terms) <= {"uv", "UV", "PQ"},
             f"terms = {terms!r}: list some of 'uv', 'UV', 'PQ', on a model with LoRA² adapters")
     R = 0
     for _, layer in adapters:
         with torch.autocast(layer.u.device.type, enabled=False):
-            # All is written k × k, nothing d × d. For v and u the paper has vvᵀ and uᵀu.
-            # ‖AAᵀ − I_n‖² = ‖AᵀA − I_k‖² + n − k for A (n, k), here v, uᵀ, U and Vᵀ. That constant
-            # has no gradient and is left out. "PQ" keeps its own, so that 0 means orthonormal.
             Gv, Gu = layer.v.T @ layer.v, layer.u @ layer.u.T  # (k, k)
             GU, GV = layer.U.T @ layer.U, layer.V @ layer.V.T  # (k, k)
             if "uv" in terms:
@@ -204,15 +201,13 @@ def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
             if "UV" in terms:
                 R = R + distance(GU) + distance(GV)  # ‖UᵀU − I‖² + ‖VVᵀ − I‖²
             if "PQ" in terms:
-                # PᵀP = uᵀ(vᵀv)u is r × r, and X = (vᵀv)(uuᵀ) is k × k. As tr AB = tr BA,
-                # tr X = tr PᵀP and tr X² = tr (PᵀP)². So ‖PᵀP − I_r‖² = tr (X − I_k)² + r − k.
                 R = R + distance(Gv @ Gu) + layer.r - layer.k  # ‖PᵀP − I‖²
                 R = R + distance(GV @ GU) + layer.r - layer.k  # ‖QQᵀ − I‖²
     return R / len(adapters)  # ours: the paper is silent, but a sum would grow with the model
 
 
 def distance(X):
-    """tr (X − I)². For a symmetric X this is ‖X − I‖². A product of two Grams is not symmetric."""
+    """tr (X − I)². For a symmetric X, as Gv is and Gv @ Gu is not, this is ‖X − I‖²."""
     E = X - torch.eye(len(X), dtype=X.dtype, device=X.device)
     return (E * E.T).sum()
 
@@ -227,18 +222,15 @@ class RankPruner(nn.Module):
     """Algorithm 1: keep the b(t) most important singular values of the model, set the rest to 0.
 
     target_rank: singular values per adapter in the end, on average.
-    total_steps: T, all optimizer steps of the run, not micro-batches. Stop there: one more would
-        move pruned Λ_i off 0.
+    total_steps: T, all optimizer steps of the run, not micro-batches.
     warmup: t_i, the first steps, in which all are kept. Then b(t) falls along a cubic.
     final: t_f, the last steps, in which the choice is fixed. Before, what was set to 0 may return.
     interval: ΔT, steps from choice to choice.
     beta1, beta2: of the averages Ī and Ū, at least 0 and below 1.
     importance: "reduced" (Eq. 9) or "full" (Eq. 8). ValueError for what does not fit.
 
-    Make it when the adapters are on their device, and save its state_dict() if a run may go on.
-    The scores multiply the new weights by this step's gradients, taken at the old ones, as AdaLoRA
-    does. The gradients are those of task + gamma · R. For u and U the task's share is proportional
-    to Λ, which begins at 0: early on these scores are about R."""
+    The scores multiply new weights by gradients taken at the old ones, as AdaLoRA does. R counts in
+    these gradients. For u and U the task's share grows with Λ: early on they are scored by R."""
 
     factors = ("lam", "u", "U")  # of each adapter: what is scored
 
@@ -246,10 +238,11 @@ class RankPruner(nn.Module):
                  beta1=0.85, beta2=0.85, importance="reduced"):
         super().__init__()
         found = lora2_layers(model)
-        kinds = {(m.k, m.r, m.lam.dtype, m.lam.device, m.lam.requires_grad) for _, m in found}
-        require(len(kinds) == 1, "the pruner needs adapters of one k, r, dtype, "
-                f"device and requires_grad, not {kinds or 'none'}")
+        require(found, "the pruner needs adapters: call add_lora2() first")
         self.names, self.layers = zip(*found)  # in a tuple they are not the pruner's submodules
+        kinds = {(m.k, m.r, m.lam.dtype, m.lam.device, m.lam.requires_grad) for m in self.layers}
+        require(len(kinds) == 1, "the pruner needs adapters of one k, r, dtype, device and "
+                f"requires_grad, not {kinds}")
         self.r = self.layers[0].r
         require(type(target_rank) is int and 0 <= target_rank <= self.r,
                 f"{target_rank = }: give an integer from 0 to r = {self.r}")
@@ -260,17 +253,21 @@ class RankPruner(nn.Module):
                 "warmup + final < total_steps and interval > 0")
         require(0 <= beta1 < 1 and 0 <= beta2 < 1, f"{beta1 = }, {beta2 = }: give 0 to below 1")
         require(importance in ("reduced", "full"), f"{importance = }: give 'reduced' or 'full'")
-        self.total_steps, self.warmup, self.final, self.interval = steps
+        self.target_rank = target_rank
+        self.total_steps = total_steps
+        self.warmup = warmup
         self.last_choice = total_steps - final
-        self.target_rank, self.beta1, self.beta2 = target_rank, beta1, beta2
+        self.interval = interval
+        self.beta1 = beta1
+        self.beta2 = beta2
         if importance == "full":
             self.factors = (*self.factors, "v", "V")
         self.all_parameters = list(model.parameters())
-        lam = self.layers[0].lam
         self.t = 0
         self.kept_total = len(found) * self.r
-        self.dtype = torch.promote_types(lam.dtype, torch.float32)  # fp16 would round I to 0
         self.sizes = list(map(torch.numel, self.scored()))
+        lam = self.layers[0].lam
+        self.dtype = torch.promote_types(lam.dtype, torch.float32)  # fp16 would round I to 0
         zeros = torch.zeros(sum(self.sizes), dtype=self.dtype, device=lam.device)
         self.sensitivity = nn.Buffer(zeros)  # Ī of all that is scored, one after another
         self.uncertainty = nn.Buffer(zeros.clone())  # Ū
@@ -278,14 +275,13 @@ class RankPruner(nn.Module):
 
     def budget(self, t):
         """b(t), how many singular values of the whole model to keep at step t = 1 .. T."""
-        n, first, last = len(self.layers), self.warmup, self.last_choice
-        left = n * (self.r - self.target_rank) * (last - min(max(t, first), last)) ** 3
-        return n * self.target_rank + left // (last - first) ** 3  # rounded down
+        n, falling = len(self.layers), self.last_choice - self.warmup
+        left = min(max(self.last_choice - t, 0), falling)  # steps until the last choice
+        return n * self.target_rank + n * (self.r - self.target_rank) * left**3 // falling**3
 
     @torch.no_grad()
     def step(self):
-        """Algorithm 1. Call it after optimizer.step() and before zero_grad(). Returns how many
-        values the last choice kept."""
+        """Call it after optimizer.step() and before zero_grad(). Returns how many are kept."""
         require(self.t < self.total_steps, "step() came more than total_steps times", RuntimeError)
         if self.t < self.last_choice:  # later the scores stay, so that the choice is the same
             self.update_averages()
@@ -297,17 +293,16 @@ class RankPruner(nn.Module):
         return self.kept_total
 
     def update_averages(self):
-        """Ī and Ū of all that is scored, as in AdaLoRA. I = |w · ∂L/∂w| estimates how much the loss
-        would change if w were 0. Ī is its average over the steps, for one batch is noisy, and Ū
-        that of |I − Ī|. Their product, a heuristic, is large only where both are.
+        """Ī and Ū of all that is scored. I = |w · ∂L/∂w| estimates how much the loss would change
+        if w were 0. Ī is its average over the steps, for one batch is noisy, and Ū that of
+        |I − Ī|. Their product, a heuristic of AdaLoRA's, is large only where both are.
         Ours: I is 0 for what has no gradient. In a step that a GradScaler skipped, because some
-        gradient of the model is not finite, I is Ī, and the order of the scores stays as it was.
-        RuntimeError if no adapter has a gradient."""
+        gradient of the model is not finite, it is Ī: the order of the scores stays."""
         require(any(layer.lam.grad is not None for layer in self.layers),
                 "no adapter has a gradient: call pruner.step() after optimizer.step() and before "
                 "zero_grad(), with a loss that depends on the adapters", RuntimeError)
-        grads = [p.grad for p in self.all_parameters if type(p.grad) is torch.Tensor]  # no DTensor
-        finite = nn.utils.get_total_norm(grads, math.inf) < math.inf  # else a GradScaler skipped
+        every = [p.grad for p in self.all_parameters if type(p.grad) is torch.Tensor]  # no DTensor
+        finite = nn.utils.get_total_norm(every, math.inf) < math.inf
         self.to(self.dtype)  # should somebody have cast the pruner with the model
         grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in self.scored()]
         w = torch.cat(list(map(torch.flatten, self.scored()))).to(self.dtype)
@@ -321,35 +316,32 @@ class RankPruner(nn.Module):
         return [getattr(layer, factor) for factor in self.factors for layer in self.layers]
 
     def scores(self):
-        """Importance of every singular value, (n, r), from S(w) = Ī · Ū."""
-        rows = []
+        """Importance of every singular value, (n, r) for n adapters, from S(w) = Ī · Ū."""
+        n = len(self.layers)
         S = (self.sensitivity * self.uncertainty).split(self.sizes)
-        for i, layer in enumerate(self.layers):
-            lam, u, U, *v_and_V = S[i::len(self.layers)]  # of one adapter: see scored()
-            row = lam + u.view_as(layer.u).mean(0) + U.view_as(layer.U).mean(1)  # (r,), Eq. 9
-            for outer in v_and_V:
-                # Eq. 8 adds ΣS(v) / k and ΣS(V) / k: means over k as for u and U, sums over d. All
-                # i of an adapter get the same: the order changes only between adapters.
-                row = row + outer.sum() / layer.k
-            rows.append(row)
-        return torch.stack(rows)
+        u = torch.stack(S[n:2 * n]).view(n, -1, self.r)  # (n, k, r)
+        U = torch.stack(S[2 * n:3 * n]).view(n, self.r, -1)  # (n, r, k)
+        scores = torch.stack(S[:n]) + u.mean(1) + U.mean(2)  # Eq. 9
+        for i, outer in enumerate(S[3 * n:]):  # Eq. 8: v and V give all terms of an adapter alike
+            scores[i % n] += outer.sum() / self.layers[0].k
+        return scores
 
     def prune(self):
         """Keep the kept_total best, exactly; of equal ones the first. Set the rest to 0."""
         best = self.scores().flatten().argsort(descending=True, stable=True)[:self.kept_total]
         self.keep.zero_().view(-1)[best] = True
         for layer, row in zip(self.layers, self.keep):
-            layer.lam.mul_(row)
+            layer.lam.masked_fill_(~row, 0)
 
     @torch.no_grad()
     def mask(self, model):
-        """Set to 0 in a model with the same adapters what the last choice left out. Needed after
-        other weights were loaded: averaged ones, an earlier best. Warns of a budget not reached."""
+        """Set to 0 in a model with the same adapters what the last choice left out: needed after
+        other weights were loaded. Warns of a budget not reached."""
         found = lora2_layers(model)
         fits = len(found) == len(self.layers) and found[0][1].r == self.r
         require(fits, "mask() needs a model with the adapters that the pruner has")
         for (_, layer), row in zip(found, self.keep):
-            layer.lam.mul_(row.to(layer.lam.device))
+            layer.lam.masked_fill_(~row.to(layer.lam.device), 0)
         if self.kept_total > self.budget(self.total_steps):
             warnings.warn(f"the run ended at step {self.t} of {self.total_steps}: {self.kept_total}"
                           " singular values are left, more than the budget", stacklevel=3)
@@ -358,7 +350,7 @@ class RankPruner(nn.Module):
         """{adapter: how many singular values the last choice kept}, as in Figure 3. RuntimeError if
         the last phase has begun and the model has other Λ, as after loading its best weights."""
         if self.t >= self.last_choice:
-            lam = torch.stack([layer.lam for layer in self.layers])  # (n, r)
+            lam = torch.stack(self.scored()[:len(self.layers)])
             require(not lam[~self.keep].any(), "the model's Λ are not what the pruner left: call "
                     "pruner.mask(model), and step() after optimizer.step()", RuntimeError)
             if self.kept_total > 0 and not (lam.any() and self.sensitivity.any()):

@@ -515,9 +515,11 @@ def test_the_pruner_needs_adapters_of_one_kind():
     other = [LoRA2Linear(nn.Linear(8, 8), k=1, r=3), LoRA2Linear(nn.Linear(8, 8), k=2, r=2),
              LoRA2Linear(nn.Linear(8, 8).double(), k=1, r=2),
              LoRA2Linear(nn.Linear(8, 8), k=1, r=2).requires_grad_(False)]
-    for model in (Block(), *(nn.ModuleList([first, second]) for second in other)):
+    with pytest.raises(ValueError, match=r"call add_lora2\(\) first"):
+        RankPruner(Block(), 1, 10, 0, 0, 1)
+    for second in other:
         with pytest.raises(ValueError, match="needs adapters of one"):
-            RankPruner(model, 1, 10, 0, 0, 1)
+            RankPruner(nn.ModuleList([first, second]), 1, 10, 0, 0, 1)
 
 
 def run_training(model, batches, steps=12, accumulate=1, forward=None):
