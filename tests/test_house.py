@@ -105,7 +105,7 @@ SIZES = {"lora2.py": 418,           # 350
          "the four that are read": 1475,                                     # 1,450
          "product": 6937,           # 4,300: all but tests/ and experiments/
          "experiments": 4000,       # 2,400
-         "tests": 12074}           # 9,500
+         "tests": 12082}           # 9,500
 
 
 def test_what_is_read_stays_small():
