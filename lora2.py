@@ -47,7 +47,7 @@ class LoRA2Linear(nn.Module):
     k, r: projected dimension and number of singular values, from 1 to min(d_in, d_out).
     alpha: positive. The update is scaled by alpha / r, with the initial r.
     init: "gaussian" is that of the authors' code: ∂L/∂Λ is tiny at first, so use AdamW, whose steps
-        do not shrink with it. "orthonormal" is ours: it is not tiny."""
+        do not shrink with it. "orthonormal" is ours: with it ∂L/∂Λ is not tiny."""
 
     def __init__(self, base, k=1, r=8, alpha=32, init="gaussian"):
         super().__init__()
@@ -229,6 +229,7 @@ class RankPruner(nn.Module):
     beta1, beta2: of the averages Ī and Ū, at least 0 and below 1.
     importance: "reduced" (Eq. 9) or "full" (Eq. 8). ValueError for what does not fit.
 
+    Make it when the adapters are on their device, and save its state_dict() if a run may go on.
     The scores multiply new weights by gradients taken at the old ones, as AdaLoRA does. R counts in
     these gradients. For u and U the task's share grows with Λ: early on they are scored by R."""
 
@@ -276,7 +277,7 @@ class RankPruner(nn.Module):
     def budget(self, t):
         """b(t), how many singular values of the whole model to keep at step t = 1 .. T."""
         n, falling = len(self.layers), self.last_choice - self.warmup
-        left = min(max(self.last_choice - t, 0), falling)  # steps until the last choice
+        left = min(max(self.last_choice - t, 0), falling)  # steps of the fall to come
         return n * self.target_rank + n * (self.r - self.target_rank) * left**3 // falling**3
 
     @torch.no_grad()
@@ -331,7 +332,7 @@ class RankPruner(nn.Module):
         best = self.scores().flatten().argsort(descending=True, stable=True)[:self.kept_total]
         self.keep.zero_().view(-1)[best] = True
         for layer, row in zip(self.layers, self.keep):
-            layer.lam.masked_fill_(~row, 0)
+            layer.lam.mul_(row)
 
     @torch.no_grad()
     def mask(self, model):
@@ -341,7 +342,7 @@ class RankPruner(nn.Module):
         fits = len(found) == len(self.layers) and found[0][1].r == self.r
         require(fits, "mask() needs a model with the adapters that the pruner has")
         for (_, layer), row in zip(found, self.keep):
-            layer.lam.masked_fill_(~row.to(layer.lam.device), 0)
+            layer.lam.mul_(row.to(layer.lam.device))
         if self.kept_total > self.budget(self.total_steps):
             warnings.warn(f"the run ended at step {self.t} of {self.total_steps}: {self.kept_total}"
                           " singular values are left, more than the budget", stacklevel=3)

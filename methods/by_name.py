@@ -1,4 +1,4 @@
-"""The methods of the paper's Table 1, by their names: one loop trains them all, by LoRA²'s calls.
+"""The methods of the paper's Table 1, by their names: one loop trains all, by LoRA²'s calls.
 
     lora2     W0 + (alpha / r) v u Λ U V, pruned              lora2.py
     adalora   W0 + (alpha / r) P Λ Q, pruned                  Zhang et al., arXiv 2303.10512
@@ -38,7 +38,7 @@ def add_method(method, model, targets, head, k, r, alpha, init):
 
 
 def regulariser(method, model, terms):
-    """The function () → R, what `method` adds to the loss before gamma, a scalar; or None.
+    """A function () that gives R, what `method` adds to the loss times gamma; None without one.
 
     LoRA²: Eq. 5 with the pairs in `terms`. AdaLoRA: see baselines.orthogonality_loss().
     """

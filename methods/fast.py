@@ -14,7 +14,7 @@ from methods.fast_lora2 import (FastLoRA2Linear, add_gradients, cast_frozen, pro
                                 shared_updates)
 from model import DisentangledSelfAttention, Encoder, SelfAttention, bucket, split_heads
 
-__all__ = ["add_gradients", "make_backward", "shared_updates", "speed_up"]
+__all__ = ["Eager", "Recorded", "add_gradients", "make_backward", "shared_updates", "speed_up"]
 
 
 def speed_up(net, dtype="fp32", compile=False):
@@ -49,7 +49,7 @@ def speed_up(net, dtype="fp32", compile=False):
 
 
 def make_backward(net, parameters, eager=False):
-    """What differentiates in train.py: on a GPU a Recorded, elsewhere and if asked for an Eager.
+    """What differentiates in train.py: a Recorded on a GPU; an Eager elsewhere, or if asked for.
 
     parameters: those that are trained. If word embeddings are among them it is an Eager too: their
     backward pass sorts, which cannot be recorded.
@@ -69,24 +69,24 @@ class Eager:
     def __call__(self, function, *inputs, weight=1):
         value = function(*inputs)
         if inputs:                                          # the loss of a batch
-            (weight * value).backward()
+            (weight * value).backward()                     # also to leaves beside these
         else:                                               # R: all small, added in one operation
             add_gradients(value, self.parameters, weight)
         return value.detach()
 
 
 class Recorded:
-    """An Eager for a GPU, in one launch in place of some 1,800.
+    """An Eager for a GPU: each call is one launch, where a loss takes some 1,800.
 
     The host takes longer to launch a step's operations than a fast GPU to do them. So they are
     recorded as a CUDA graph for each function and shape of its inputs, and replayed: the same
-    kernels on the same memory, dropout drawn anew. The first call runs as it is, since it also
+    kernels on the same memory, dropout drawn anew. The first call of a kind is eager, as it also
     makes plans. Gradients get memory of their own, which all graphs know, and their numbers in one
     operation. While it records no autograd graph of these parameters may be alive, as that of a
     loss that was kept: its nodes belong to the stream they were made on, and this one is another.
 
     A function must be the same object each time; the numbers in its inputs, tensors on the GPU, and
-    those of the model are all that may change. A value lasts until the next call.
+    those of the model are all that may change. A value lasts until the next call of any function.
     """
 
     def __init__(self, parameters):
@@ -116,7 +116,7 @@ class Recorded:
             return
         if there[0] is None:                                # a new step, after zero_grad()
             torch._foreach_zero_(self.gradients)
-        else:                                               # of a process without rows: zeros
+        else:                               # a process without rows: the sum of the others' rows
             torch._foreach_copy_(self.gradients, there)
         for parameter, gradient in zip(self.parameters, self.gradients):
             parameter.grad = gradient

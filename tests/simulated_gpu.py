@@ -5,7 +5,7 @@
 Its tensors say device cuda:0 and hold a tensor of the CPU, on which operations work. What a GPU would refuse is
 refused: to mix devices; gradients laid out unlike their parameters in fused AdamW; in a recording (a CUDA graph, here
 a list of operations) whatever passes between host and GPU, and nodes of autograd from another stream. Its random
-numbers are its own. Not simulated: what kernels round otherwise, memory, time. Written for torch 2.13.
+numbers are its own. Not simulated: what kernels round otherwise, memory (that graphs share it), time. Written for torch 2.13.
 """
 import collections
 import contextlib

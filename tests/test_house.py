@@ -100,12 +100,12 @@ def lines_of(*names):
 
 
 # File or room → how many lines it may have, which are today's; the aim stands behind where it is less.
-SIZES = {"lora2.py": 418,           # 350
+SIZES = {"lora2.py": 419,           # 350
          "model.py": 385, "data.py": 347, "train.py": 325,
-         "the four that are read": 1475,                                     # 1,450
-         "product": 6937,           # 4,300: all but tests/ and experiments/
+         "the four that are read": 1476,                                     # 1,450
+         "product": 6938,           # 4,300: all but tests/ and experiments/
          "experiments": 4000,       # 2,400
-         "tests": 12082}           # 9,500
+         "tests": 12083}           # 9,500
 
 
 def test_what_is_read_stays_small():

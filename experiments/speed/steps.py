@@ -83,7 +83,7 @@ class OwnStep:
     method: "lora2", "adalora" or "frozen" (forward and backward alone, which every step needs).
     extras: with False neither regulariser nor pruner.
     dtype: "fp32" or "bf16", that is autocast. layers: how many of them; None for all.
-    eager: on a GPU as with train.py --eager, where otherwise forward and backward are recorded.
+    eager: on a GPU as with train.py --eager, where otherwise each pass and R are recorded.
     The pruner is in the middle of its schedule and chooses anew at every step, as with the presets
     of MRPC and RTE.
     """
