@@ -63,7 +63,7 @@ def outcome(step, batch):
             found[kind] = torch.cat([found.get(kind, p.grad[:0].flatten()), p.grad.flatten()])
     for importance in ("reduced", "full"):
         pruner = by_name.make_pruner("lora2", step.net, 4, importance, total_steps=10, warmup=0,
-                                       final=0, interval=1)
+                                     final=0, interval=1)
         pruner.update_averages()
         found[f"scores {importance}"] = pruner.scores()
     return {name: tensor.double().cpu() for name, tensor in found.items()}

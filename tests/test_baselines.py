@@ -154,7 +154,7 @@ def test_adalora_is_pefts_adalora_over_50_steps():
     base, x, y = net()
     ours = adapt("adalora", base, r=r, alpha=8 * r / (r + 1e-5))
     pruner = by_name.make_pruner("adalora", ours, target, total_steps=T, warmup=tinit, final=tfinal,
-                                   interval=interval, importance=None)
+                                 interval=interval, importance=None)
     config = peft.AdaLoraConfig(init_r=r, target_r=target, tinit=tinit, tfinal=tfinal, deltaT=interval,
                                 lora_alpha=8, total_step=T, orth_reg_weight=gamma,
                                 target_modules=["0", "2", "4"])

@@ -110,7 +110,7 @@ class OwnStep:
         self.step, self.pruner = 0, None
         if extras and method != "frozen":
             self.pruner = by_name.make_pruner(method, net, max(1, r // 2),
-                                                **self.plan.pruning())
+                                              **self.plan.pruning())
         self.finite = errors.FiniteCheck(self.here.device, ".")
 
     def loss(self):
