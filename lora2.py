@@ -284,21 +284,22 @@ class RankPruner(nn.Module):
     def step(self):
         """Call it after optimizer.step() and before zero_grad(). Returns how many are kept."""
         require(self.t < self.total_steps, "step() came more than total_steps times", RuntimeError)
-        if self.t < self.last_choice:  # later the scores stay, so that the choice is the same
+        if self.t < self.last_choice:  # later there is nothing to choose
             self.update_averages()
         self.t += 1  # this step, 1 .. T
         # From T − t_f on at every step: gradient and momentum move a Λ_i off 0 again.
         if self.t % self.interval == 0 or self.t >= self.last_choice:
-            self.kept_total = self.budget(self.t)
-            self.prune()
+            if self.t <= self.last_choice:
+                self.choose()
+            self.prune(self.layers)
         return self.kept_total
 
     def update_averages(self):
         """Ī and Ū of all that is scored. I = |w · ∂L/∂w| estimates how much the loss would change
-        if w were 0. Ī is its average over the steps, for one batch is noisy, and Ū that of
-        |I − Ī|. Their product, a heuristic of AdaLoRA's, is large only where both are.
-        Ours: I is 0 for what has no gradient. In a step that a GradScaler skipped, because some
-        gradient of the model is not finite, it is Ī: the order of the scores stays."""
+        if w were 0. Ī is its average over the steps, for one batch is noisy, and Ū that of |I − Ī|.
+        Their product, a heuristic of AdaLoRA's, is large only where both are.
+        Ours: without a gradient I is 0. In a step that a GradScaler skipped, because a gradient of
+        the model is not finite, it is Ī: the order of the scores stays."""
         require(any(layer.lam.grad is not None for layer in self.layers),
                 "no adapter has a gradient: call pruner.step() after optimizer.step() and before "
                 "zero_grad(), with a loss that depends on the adapters", RuntimeError)
@@ -327,22 +328,25 @@ class RankPruner(nn.Module):
             scores[i % n] += outer.sum() / self.layers[0].k
         return scores
 
-    def prune(self):
-        """Keep the kept_total best, exactly; of equal ones the first. Set the rest to 0."""
+    def choose(self):
+        """Keep the b(t) best, exactly; of equal ones the first."""
+        self.kept_total = self.budget(self.t)
         best = self.scores().flatten().argsort(descending=True, stable=True)[:self.kept_total]
-        self.keep.zero_().view(-1)[best] = True
-        for layer, row in zip(self.layers, self.keep):
-            layer.lam.mul_(row)
+        self.keep.zero_().view(-1).index_fill_(0, best, True)
+
+    def prune(self, layers):
+        """Set what the last choice left out to 0."""
+        for layer, row in zip(layers, self.keep):
+            layer.lam.mul_(row.to(layer.lam.device))
 
     @torch.no_grad()
     def mask(self, model):
         """Set to 0 in a model with the same adapters what the last choice left out: needed after
         other weights were loaded. Warns of a budget not reached."""
-        found = lora2_layers(model)
-        fits = len(found) == len(self.layers) and found[0][1].r == self.r
+        layers = [layer for _, layer in lora2_layers(model)]
+        fits = len(layers) == len(self.layers) and layers[0].r == self.r
         require(fits, "mask() needs a model with the adapters that the pruner has")
-        for (_, layer), row in zip(found, self.keep):
-            layer.lam.mul_(row.to(layer.lam.device))
+        self.prune(layers)
         if self.kept_total > self.budget(self.total_steps):
             warnings.warn(f"the run ended at step {self.t} of {self.total_steps}: {self.kept_total}"
                           " singular values are left, more than the budget", stacklevel=3)

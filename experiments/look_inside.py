@@ -40,14 +40,14 @@ class Judge(RankPruner):
         self.uncertainty.copy_(before)
         return scores
 
-    def prune(self):
-        lams = [layer.lam.clone() for layer in self.layers]
-        keep = self.keep.clone()
-        super().prune()
-        self.returned += (self.keep & ~keep).sum().item()
-        if not self.prunes:
-            for layer, before in zip(self.layers, lams):
-                layer.lam.copy_(before)
+    def choose(self):
+        before = self.keep.clone()
+        super().choose()
+        self.returned += (self.keep & ~before).sum().item()
+
+    def prune(self, layers):
+        if self.prunes:
+            super().prune(layers)
 
 
 def make_judges(row, o, net, plan):

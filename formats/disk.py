@@ -36,8 +36,9 @@ def one_line(error, length=200):
 
 
 def warn(text):
-    """Say on stderr what a user should know."""
-    print(f"warning: {text}", file=sys.stderr)
+    """Say on stderr what a user should know; of several processes, the first one says it."""
+    if (os.environ.get("RANK") or "0") == "0":                 # torchrun's
+        print(f"warning: {text}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -196,12 +196,10 @@ class FastRankPruner(RankPruner):
             scores += sums.view(2, n, 1).sum(0) / k
         return scores
 
-    def prune(self):
-        """Keep the kept_total best, exactly; of equal ones the first. Set the rest to 0."""
-        ranking = self.scores().flatten().argsort(descending=True, stable=True)
-        self.keep.view(-1).fill_(False).index_fill_(0, ranking[:self.kept_total], True)
-        lams = [layer.lam for layer in self.layers]
-        torch._foreach_mul_(lams, self.keep.to(lams[0].dtype).unbind())
+    def prune(self, layers):
+        """Set what the last choice left out to 0."""
+        lams = [layer.lam for layer in layers]
+        torch._foreach_mul_(lams, self.keep.to(lams[0]).unbind())
 
 
 def add_gradients(loss, parameters, weight=1):

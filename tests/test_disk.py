@@ -72,3 +72,13 @@ def test_one_line():
     assert disk.one_line(ValueError("x" * 300)) == "x" * 200 + " ..."
     said = disk.one_line("GET https://me:secret@host/x?a=1 and http://proxy:8 failed for hf_" + "a" * 30 + " a@b")
     assert said == "GET https://host/x?a=1 and http://proxy:8 failed for  a@b"
+
+
+@pytest.mark.parametrize("rank, said", [(None, 1), ("", 1), ("0", 1), ("1", 0), ("10", 0)])
+def test_one_of_several_processes_warns(rank, said, monkeypatch, capsys):
+    """Oracle: torchrun's environment, where each process reads the same files; without it there is one process."""
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    disk.warn("a.tsv is short")
+    assert capsys.readouterr() == ("", "warning: a.tsv is short\n" * said)

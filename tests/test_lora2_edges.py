@@ -477,6 +477,21 @@ def test_averages_in_full_precision_whatever_the_model_is_cast_to(dtype, attache
     assert pruner.scores().min() > 0
 
 
+@pytest.mark.parametrize("kind", [RankPruner, FastRankPruner])
+def test_the_last_choice_stays_when_averages_are_lost(kind):
+    """Oracle: the selection at T - t_f, of a model with its pruner in it that was saved in fp16 afterwards."""
+    model = stack_of(3, r=4, dtype=torch.float32)
+    model.append(kind(model, 1, 20, 2, 12, 2))
+    for step in range(20):
+        if step == 10:
+            chosen = model[-1].keep.clone()
+            model.half().float()
+        give_gradients(model, 1e-9)                        # Ī becomes 0 in fp16
+        model[-1].step()
+    assert not model[-1].sensitivity.any() and torch.equal(model[-1].keep, chosen)
+    assert not torch.stack(model[-1].scored()[:3])[~chosen].any()
+
+
 def test_the_pruner_stops_at_its_end():
     """Oracle: total_steps."""
     model = stack_of(1)
