@@ -87,13 +87,14 @@ def angle(a, b):
 
 
 class Film:
-    """Looks at a model with adapters from time to time, at outer factors if these are lines."""
+    """Looks at the adapters of a model from time to time, at outer factors if these are lines."""
 
     def __init__(self, net, judges):
         self.layers = [layer for _, layer in lora2_layers(net)]
         self.judges = judges
+        first = self.layers[0] if self.layers else None
         self.factors = [name for name in ("v", "V", "A")   # lines: what is wider has no one angle
-                        if 1 in getattr(self.layers[0], name, torch.empty(0)).shape]
+                        if 1 in getattr(first, name, torch.empty(0)).shape]
         self.start = [{name: getattr(layer, name).detach().clone() for name in self.factors}
                       for layer in self.layers]
         self.updates, self.seen = [], []
@@ -101,6 +102,9 @@ class Film:
     def look(self, t):
         """Take in what is there after step t."""
         update = [layer.to_lora() for layer in self.layers]
+        self.updates.append(update)
+        if not update:
+            return
         sizes = []
         for its, layer in zip(update, self.layers):
             sizes.append(math.sqrt(inner(its, its)) / layer.base.weight.norm().item())
@@ -117,13 +121,16 @@ class Film:
         for name in self.judges.keys() - {"itself"}:
             judge = self.judges[name]
             seen[name] = (judge.keep & itself.keep).sum().item() / itself.kept_total
-        self.updates.append(update)
         self.seen.append(seen)
 
     def developed(self):
-        """{what was seen: a number for each look}, with the cosine of each update to the last."""
+        """{what was seen: a number for each look}, with the cosine of each update to the last.
+
+        Empty without adapters.
+        """
         found = {}
-        for name in self.seen[0]:
-            found[name] = [float(f"{seen[name]:.4g}") for seen in self.seen]
-        found["to the last"] = [cosine(update, self.updates[-1]) for update in self.updates]
+        if self.seen:
+            found["to the last"] = [cosine(update, self.updates[-1]) for update in self.updates]
+            for name in self.seen[0]:
+                found[name] = [float(f"{seen[name]:.4g}") for seen in self.seen]
         return found

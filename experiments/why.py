@@ -7,7 +7,8 @@
 why.json says what runs, in which order. Each run is one loop over train.py's own functions, with an
 evaluation after the last step. results/why.json is written anew after each; the same command goes
 on. Learning rate and scale are those that the study on a GPU chose, or those in "points"; rows in
-"starts" search for theirs, on a seed that is not reported. A run that diverged is recorded.
+"starts" search for theirs, on a seed that is not reported. A run that diverged is recorded. Of all
+runs results/why.md is made; of those that compare tuned methods, results/fair-cpu.md.
 """
 import argparse
 import itertools
@@ -41,7 +42,7 @@ LAMBDA = 0.25           # where V = 0 at first: times scale 8 that is 2, as Λ e
 # --- one run ---------------------------------------------------------------------------------
 
 def run(row, task_name, seed, point, args):
-    """(record of a run, its updates at the end); (record, None) if it diverged."""
+    """(record of a run, its updates at the end); (record, []) if it diverged."""
     o = options.resolve(options.parse(words_of(row, task_name, seed, point, args)))
     here, began = machine.join(o.device, o.dtype), time.monotonic()
     layer = three_scales.ThreeScaleLinear if row == "three" else LoRA2Linear
@@ -72,7 +73,7 @@ def run(row, task_name, seed, point, args):
             backward(R_of, weight=o.reg)
         norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf).item()     # clips nothing
         if not norm < math.inf:
-            return record | {"failed": f"a gradient was not finite at step {t}"}, None
+            return record | {"failed": f"a gradient was not finite at step {t}"}, []
         train.update(optimizer, parameters, loss, plan, t, o.clip, finite)
         for pruner in pruners:
             pruner.clipped = min(1.0, o.clip / (norm + NEAR_0))
@@ -88,10 +89,12 @@ def run(row, task_name, seed, point, args):
 
 
 def pruners_of(o, net, plan, judges):
-    """Those whose step() is called: all that judge LoRA², of whom one may prune; AdaLoRA's own."""
-    if o.method == "adalora":
-        return [by_name.make_pruner(o.method, net, o.target_rank, **plan.pruning())]
-    return list(judges.values())
+    """Those whose step() is called: the judges, of whom one may prune; else what train.py has."""
+    if judges:
+        return list(judges.values())
+    pruner = by_name.make_pruner(o.method, net, o.target_rank, o.importance, o.sora_threshold,
+                                 **plan.pruning())
+    return [pruner] if pruner else []
 
 
 @torch.no_grad()
@@ -108,8 +111,10 @@ def words_of(row, task, seed, point, args):
     """The command line of train.py that means the same run."""
     words = f"--task {task} --seed {seed} {GIVEN['rows'][row][1]} {GIVEN['flags']}".split()
     words += ["--lr", str(point["lr"]), "--model", args.model, "--data-dir", args.data_dir]
-    r = options.resolve(options.parse(words)).r
-    return [*words, "--alpha", str(point["scale"] * r)]
+    if "scale" in point:
+        r = options.resolve(options.parse(words)).r
+        words += ["--alpha", str(point["scale"] * r)]
+    return words
 
 
 def next_run(runs):
@@ -139,7 +144,7 @@ def run_all(content, path, args):
     ends.mkdir(parents=True, exist_ok=True)
     while wanted := next_run(content["runs"]):
         record, end = run(*wanted, args)
-        if end is not None and record["part"] == "reported":
+        if end and record["part"] == "reported":           # not if there is no adapter
             record["cosines"] = {}                         # to each run before on that task
             for other in sorted(ends.glob(f"*.{record['task']}.*.pt")):
                 record["cosines"][other.stem] = look_inside.cosine(torch.load(other), end)
@@ -165,8 +170,10 @@ def main(argv=None):
         content = disk.read_json(args.out, "restore it")
     if not args.no_run:
         run_all(content, args.out, args)
-    disk.write_file(args.out.with_suffix(".md"), why_page.page(content | GIVEN))
-    why_page.draw(content | GIVEN)
+    content |= GIVEN
+    disk.write_file(args.out.with_suffix(".md"), why_page.page(content))
+    disk.write_file(args.out.with_name("fair-cpu.md"), why_page.fair_page(content))
+    why_page.draw(content)
 
 
 if __name__ == "__main__":

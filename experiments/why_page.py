@@ -43,7 +43,7 @@ def cosine_table(content, task):
     """Cosines between the last ΔW of two runs with one seed, and of two with different seeds."""
     found = {}
     for run in content["runs"]:
-        for name, value in run["cosines"].items():
+        for name, value in run.get("cosines", {}).items():
             row, where, seed = name.split(".")
             if where == task and {row, run["row"]} <= set(content["alike"]):
                 pair = tuple(sorted((row, run["row"])))
@@ -108,3 +108,16 @@ def page(content):
     parts += pages.lost_of(content["runs"])
     parts.append(pages.facts_of(content["runs"], ("device", "dtype", "torch")))
     return pages.whole(content, parts, [])
+
+
+def fair_page(content):
+    """The Markdown of the rows that searched for their own learning rate and scale, or LoRA's."""
+    done = reported(content)
+    done["rows"] = {row: label for row, label in content["fair"].items() if row in done["rows"]}
+    chosen = content | {"rows": done["rows"]}
+    parts = [pages.score_table(done), pages.interval_table(done), pages.worst_table(done),
+             pages.choice_table(chosen), *pages.lost_of(done["runs"])]
+    of_them = [run for run in content["runs"] if run["row"] in done["rows"]]
+    parts.append(pages.facts_of(of_them, ("device", "dtype", "torch")))
+    return pages.whole(content | {"title": "A fair comparison, on a CPU",
+                                  "notes": content["fair_notes"]}, parts, pages.LEGEND)

@@ -100,7 +100,7 @@ def lines_of(*names):
 
 
 # File or room → how many lines it may have, which are today's; the aim stands behind where it is less.
-SIZES = {"lora2.py": 419,           # 350
+SIZES = {"lora2.py": 423,           # 350
          "model.py": 385, "data.py": 347, "train.py": 325,
          "the four that are read": 1476,                                     # 1,450
          "product": 6938,           # 4,300: all but tests/ and experiments/

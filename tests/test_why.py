@@ -162,15 +162,18 @@ def args(cli, monkeypatch):
     return SimpleNamespace(model=str(cli.models["bert"]), data_dir="glue")
 
 
-@pytest.mark.parametrize("row", ["lora", "adalora", "lora2"])
+@pytest.mark.parametrize("row", ["lora", "adalora", "lora2", "sora", "head"])
 def test_a_run_is_that_of_train(row, args):
     """Oracle: train.py itself, with the words that why.py would give it: the same scores after the last step."""
-    point = {"lr": 0.01, "scale": 8}
+    point = {"lr": 0.01} if row == "head" else {"lr": 0.01, "scale": 8}
     record, end = why.run(row, "stsb", 3, point, args)
     assert train.main([*why.words_of(row, "stsb", 3, point, args), "--out", "run"]) == 0
     result = disk.read_json(Path("run/result.json"), "")
     assert record["last"]["score"] == pytest.approx(result["last"]["score"], abs=1e-6)
-    assert record["film"]["t"] == [1, 6] and len(end) == len(record["film"]["size"]) * 6
+    if row == "head":
+        assert end == [] and record["film"] == {}              # no layer is adapted
+    else:
+        assert record["film"]["t"] == [1, 6] and len(end) == len(record["film"]["size"]) * 6
 
 
 def test_rows_that_differ_in_the_loop(args):
