@@ -25,11 +25,13 @@ class Task(NamedTuple):
     texts: tuple                    # header names of the one or two text columns
     label: str = "label"            # header name of the label column
     labels: tuple = ()              # names of the classes, in order of their ids; (): a regression
-    metrics: tuple = ("accuracy",)  # names in METRICS; the first one selects the best
     header: tuple = ()              # column names where files have no header line
-    score_range: tuple = ()         # of a regression: lowest and highest score
-    unit: tuple = (0.0, 1.0)        # (mean, deviation): learnt is (score - mean) / deviation
     damaged: bool = False           # official files have bad rows: up to 0.1 % may be skipped
+
+    metrics: tuple = ("accuracy",)  # names in METRICS; the first one selects the best
+    score_range: tuple = ()         # of a regression: lowest and highest score
+    unit: tuple = (0.0, 1.0)        # the model learns (score - mean) / deviation: mean, deviation
+
     downloads: dict = {}            # address → name to keep it under, "" for a zip of TSV files
     submissions: dict = {}          # test split → file name that gluebenchmark.com asks for
     make: str = ""                  # what formats.toy makes the rows of; "": they are in files
@@ -112,7 +114,7 @@ def labelled_splits(task, train):
 def is_missing(task, data_dir, train=True):
     """Whether a file that load_task() reads is not there and fetch.fetch_task() can get it."""
     paths = [glue.find_split(task, data_dir, name) for name in labelled_splits(task, train)]
-    return bool(task.downloads) and None in paths
+    return bool(task.downloads) and None in paths           # None: it was not found
 
 
 def load_own(train_file, dev_file):
@@ -182,18 +184,18 @@ def encode(tokenizer, split, max_len, name="the data"):
                         starts=torch.frombuffer(starts, dtype=torch.int64),
                         labels=None if split.labels is None else torch.tensor(split.labels),
                         max_len=max_len, truncated=truncated)
-    words = len(ids) - special * len(split.texts)
+    words = len(ids) - special * len(split.texts)           # tokens that are not special
     check_words(tokenizer, examples.ids, words, name)
     return examples
 
 
 def encodings(tokenizer, texts):
-    """The library's result for each row of one or two texts, a piece at a time: they are large."""
+    """The library's results, which are large: of 4,096 rows, or two million letters, at a time."""
     rows = texts if len(texts[0]) == 2 else [text for (text,) in texts]
     longest = max(sum(map(len, row)) for row in texts)
-    piece = max(1, min(4096, 2_000_000 // (longest + 1)))   # rows; two million letters at most
-    for first in range(0, len(rows), piece):
-        yield from tokenizer.encode_batch_fast(rows[first:first + piece])
+    at_once = max(1, min(4096, 2_000_000 // (longest + 1)))
+    for first in range(0, len(rows), at_once):
+        yield from tokenizer.encode_batch_fast(rows[first:first + at_once])
 
 
 def check_words(tokenizer, ids, words, name):
@@ -257,7 +259,7 @@ def plan_batches(length, batch_size, generator):
     for pool in shuffled.split(batch_size * POOL):
         in_order = width[pool].argsort(stable=True)
         plan.extend(pool[in_order].split(batch_size))
-    order = torch.randperm(len(plan), generator=generator).tolist()
+    order = torch.randperm(len(plan), generator=generator).tolist()  # of the batches
     return [plan[i] for i in order]
 
 
@@ -296,13 +298,13 @@ def f1(p, t):
 
 
 def matthews(p, t):
-    """Matthews' correlation, of one-hot rows: cov(p, t) / sqrt(cov(p, p) cov(t, t))."""
+    """Matthews' correlation, of one-hot rows: cov(P, T) / sqrt(cov(P, P) cov(T, T))."""
     both = torch.nn.functional.one_hot(torch.stack([p, t]))           # (2, N, classes)
-    p, t = both.double()                                              # (N, classes) each
+    P, T = both.double()                                              # (N, classes) each
     n = len(p)
-    of_p, of_t = p.sum(0), t.sum(0)                                   # (classes,) each
-    covariance = n * (p * t).sum() - of_p @ of_t                      # times n², as the spread
-    spread = (n * n - of_p @ of_p) * (n * n - of_t @ of_t)
+    of_p, of_t = P.sum(0), T.sum(0)                                   # (classes,): rows of each
+    covariance = n * (P * T).sum() - of_p @ of_t                      # n² times it
+    spread = (n * n - of_p @ of_p) * (n * n - of_t @ of_t)            # n⁴ times it
     return covariance / spread.sqrt() if spread > 0 else 0.0
 
 

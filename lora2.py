@@ -10,9 +10,9 @@
         optimizer.zero_grad()
     torch.save(lora2_state_dict(model), "adapter.pt")  # or merge_lora2(model)
 
-AdaLoRA adds P Λ Q, like an SVD of r terms, to a frozen W0, and prunes Λ. In LoRA² P = v u and
-Q = U V are products themselves (Eq. 4), through a second scale k. For d = 768, k = 8, r = 4, and
-with scale = alpha / r:
+AdaLoRA adds P Λ Q, like an SVD of r terms, to a frozen W0ᵀ, and prunes by setting values in Λ to 0.
+In LoRA² P = v u and Q = U V are products themselves, through a second scale k (Eq. 4). The update
+is ΔWᵀ = scale · v u diag(Λ) U V, with scale = alpha / r. For d = 768, k = 8, r = 4:
 
             ┌─────────────────────── W0ᵀ, b (frozen) ───────────────────────┐
     x N×768 ┤                                                               + y N×768
@@ -26,7 +26,8 @@ with scale = alpha / r:
     V        (k, d_out)   N(0, 0.02²)   in Eq. 8  takes k numbers up to the output
 
 The rank of ΔW is at most min(k, r): with k = 1 LoRA² can reach what LoRA can with r = 1, no more.
-If k < r, pruning lowers it only when fewer than k terms are left: at k = 1 it selects matrices.
+If k < r, it falls only once fewer than k terms are left: with k = 1, pruning only decides which
+matrices keep an update.
 """
 import math
 import warnings
@@ -34,12 +35,7 @@ import warnings
 import torch
 from torch import nn
 
-
-def require(condition, message, error=ValueError):
-    """Raise `error` unless `condition`."""
-    if not condition:
-        raise error(message)
-
+# --- the layer (Eq. 4) --------------------------------------------------------------------
 
 class LoRA2Linear(nn.Module):
     """A frozen nn.Linear plus the update of Eq. 4, with factors in fp32 (fp64 on an fp64 base).
@@ -70,29 +66,29 @@ class LoRA2Linear(nn.Module):
                 nn.init.orthogonal_(factor)
         self.train(base.training)
 
-    def core(self):
-        """C = scale · u diag(Λ) U, (k, k), between v and V; not rounded by autocast."""
-        with torch.autocast(self.u.device.type, enabled=False):
-            return self.scale * (self.u * self.lam) @ self.U
-
-    def delta_weight(self):
-        """ΔW, (d_out, d_in) as in nn.Linear, to merge."""
-        with torch.autocast(self.u.device.type, enabled=False):
-            return (self.v @ self.core() @ self.V).T
-
-    @torch.no_grad()
-    def to_lora(self):
-        """ΔW = B @ A as a LoRA with r = k, exactly: copies of A (k, d_in) and B (d_out, k)."""
-        with torch.autocast(self.u.device.type, enabled=False):
-            A, B = self.v.T, (self.core() @ self.V).T
-        return A.contiguous().clone(), B.contiguous()
-
     def forward(self, x):
         """x (..., d_in) → (..., d_out). ΔW is never built: its gradient would be as large as W0."""
         y = self.base(x)
         h = x.to(y.dtype) @ self.v.to(y.dtype)  # (..., k)
         h = h @ self.core().to(y.dtype)  # (..., k)
         return y + h @ self.V.to(y.dtype)
+
+    def core(self):
+        """C = scale · u diag(Λ) U, (k, k), between v and V."""
+        with no_autocast(self.u):
+            return self.scale * (self.u * self.lam) @ self.U
+
+    def delta_weight(self):
+        """ΔW, (d_out, d_in) as in nn.Linear, to merge."""
+        with no_autocast(self.u):
+            return (self.v @ self.core() @ self.V).T
+
+    @torch.no_grad()
+    def to_lora(self):
+        """ΔW = B @ A as a LoRA with r = k, exactly: copies of A (k, d_in) and B (d_out, k)."""
+        with no_autocast(self.u):
+            A, B = self.v.T, (self.core() @ self.V).T
+        return A.contiguous().clone(), B.contiguous()  # for k = 1, contiguous() copies nothing
 
     @property
     def weight(self):
@@ -105,72 +101,9 @@ class LoRA2Linear(nn.Module):
         return self.base.bias
 
 
-def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(), layer=LoRA2Linear):
-    """Freeze a model and put a LoRA2Linear around its target layers. Returns their names, in order.
-    Load and cast the model before this; wrap it and make the optimizer afterwards.
-
-    targets: names of modules, or one: "query" is also every name that ends in ".query".
-        "all-linear": every plain nn.Linear but the output embeddings of a transformers model.
-    k, r, alpha, init: as for LoRA2Linear, or the subclass of it that is given as `layer`.
-    trainable: whole parts of dotted names, such as "classifier": trained in full, in their dtype.
-        Name all that is new, often a pooler too: what is left out stays random and is not saved.
-    ValueError or TypeError, and no change, if a name has no match or a match cannot be adapted."""
-    require(not lora2_layers(model), "the model has LoRA² adapters already: name all in one call")
-    targets = {targets} if isinstance(targets, str) else set(targets)
-    trainable = {trainable} if isinstance(trainable, str) else set(trainable)
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    bases, in_full, linear = {}, [], set()
-    no_layer, no_parameter = set(targets), set(trainable)  # that have no match so far
-    for name, module in model.named_modules(remove_duplicate=False):
-        hits = {target for target in targets if f".{name}".endswith(f".{target}")}
-        if module is not head and (type(module) is nn.Linear or is_quantised(module)):
-            hits |= targets & {"all-linear"}
-            linear.add(name.rpartition(".")[2])
-        if hits and name and trainable.isdisjoint(name.split(".")):
-            bases[name] = module
-            no_layer -= hits
-    parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied one by all its names
-    for name, parameter in parameters.items():
-        hits = trainable.intersection(name.split("."))
-        if hits and parameter.is_floating_point():
-            in_full.append(parameter)
-            no_parameter -= hits
-    require(not no_parameter, f"trainable = {sorted(no_parameter)} match nothing to train")
-    require(bases and not no_layer, f"targets = {sorted(no_layer)} match no layer outside of what "
-            f"is trainable; Linear layers: {sorted(linear)}")
-    weights = list(map(id, parameters.values()))
-    for name, base in bases.items():
-        check_base(name, base, k, r, alpha, init)
-        require(weights.count(id(base.weight)) == 1,
-                f"{name}, or its weight, is used in several places: leave it out")
-    adapters = {name: layer(base, k, r, alpha, init) for name, base in bases.items()}
-    model.requires_grad_(False).zero_grad()  # clipping would count gradients from before
-    for name, adapter in adapters.items():
-        model.set_submodule(name, adapter)
-    for parameter in in_full:
-        parameter.requires_grad_(True)
-    return list(bases)
-
-
-def check_base(name, base, k, r, alpha, init):
-    """TypeError or ValueError unless `base` is an nn.Linear that the rest fits. A subclass may
-    compute something else, or never be called, as out_proj of nn.MultiheadAttention."""
-    plain = type(base) is nn.Linear and type(base.weight) is nn.Parameter
-    plain = plain and base.weight.is_floating_point() and base.weight.itemsize > 1  # no fp8
-    require((plain or is_quantised(base)) and not base.weight.is_meta,
-            f"{name} is a {type(base).__name__}, not an nn.Linear with a plain weight of its own "
-            "(meta device, quantised, re-parametrised): leave it out", TypeError)
-    most = min(base.in_features, base.out_features)
-    require({type(k), type(r)} == {int} and 1 <= min(k, r) and max(k, r) <= most,
-            f"{k = }, {r = }: {name} takes integers from 1 to {most}, or leave it out")
-    require(0 < alpha < math.inf, f"{alpha = }: give a positive number")
-    require(init in ("gaussian", "orthonormal"), f"{init = }: give 'gaussian' or 'orthonormal'")
-
-
-def is_quantised(base):
-    """Whether W0 is held in few bits, by a linear layer of bitsandbytes or a tensor of torchao."""
-    kind = type(base.weight) if type(base) is nn.Linear else type(base)
-    return isinstance(base, nn.Linear) and kind.__module__.startswith(("bitsandbytes", "torchao"))
+def no_autocast(tensor):
+    """A context in which autocast, on the tensor's device, does not round."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def lora2_layers(model):
@@ -178,38 +111,41 @@ def lora2_layers(model):
     return [(n, m) for n, m in model.named_modules() if isinstance(m, LoRA2Linear)]
 
 
+# --- the regularisers (Eq. 5) -------------------------------------------------------------
+
 def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
     """R of Eq. 5 without gamma, a scalar. Add it once per optimizer step, not per micro-batch.
 
     terms: the pairs to take, as in Table 3. ValueError for any other.
-    For orthonormal P and Q, which need k ≥ r, ‖ΔW‖² = scale² Σ Λ_i²: then |Λ_i| says how much of ΔW
-    a term is, in every layer alike. Otherwise terms can overlap or cancel.
-
-    Nothing is d × d. For v and u the paper has vvᵀ and uᵀu, but ‖AAᵀ − I‖² and ‖AᵀA − I‖² differ by
-    a constant, which is left out. PᵀP = uᵀ(vᵀv)u, (r, r), and X = (vᵀv)(uuᵀ), (k, k), are alike in
-    tr X = tr PᵀP and tr X² = tr (PᵀP)²: so ‖PᵀP − I_r‖² = tr (X − I_k)² + r − k."""
+    For orthonormal P and Q, which need k ≥ r, ‖ΔW‖² = scale² Σ Λ_i². Then |Λ_i| says how much of ΔW
+    a term is, in every layer alike. Otherwise terms can overlap or cancel."""
     adapters = lora2_layers(model)
-    require(adapters and terms and set(terms) <= {"uv", "UV", "PQ"},
-            f"terms = {terms!r}: list some of 'uv', 'UV', 'PQ', on a model with LoRA² adapters")
+    require(adapters, "the model has no LoRA² adapters: call add_lora2() first")
+    require(terms and set(terms) <= {"uv", "UV", "PQ"},
+            f"terms = {terms!r}: list some of 'uv', 'UV', 'PQ'")
     R = 0
     for _, layer in adapters:
-        with torch.autocast(layer.u.device.type, enabled=False):
+        with no_autocast(layer.u):
+            # Nothing is d × d. The paper's ‖vvᵀ − I‖² is ‖vᵀv − I‖² + d_in − k, and its
+            # ‖uᵀu − I‖² is ‖uuᵀ − I‖² + r − k. These constants are left out.
             Gv, Gu = layer.v.T @ layer.v, layer.u @ layer.u.T  # (k, k)
             GU, GV = layer.U.T @ layer.U, layer.V @ layer.V.T  # (k, k)
             if "uv" in terms:
-                R = R + distance(Gv) + distance(Gu)  # ‖vᵀv − I‖² + ‖uuᵀ − I‖²
+                R = R + off_identity(Gv) + off_identity(Gu)  # ‖vᵀv − I‖² + ‖uuᵀ − I‖²
             if "UV" in terms:
-                R = R + distance(GU) + distance(GV)  # ‖UᵀU − I‖² + ‖VVᵀ − I‖²
+                R = R + off_identity(GU) + off_identity(GV)  # ‖UᵀU − I‖² + ‖VVᵀ − I‖²
+            # PᵀP = uᵀ(vᵀv)u is (r, r), X = (vᵀv)(uuᵀ) is (k, k). Both have one trace, and
+            # tr X² = tr (PᵀP)². So ‖PᵀP − I_r‖² = tr (X − I_k)² + r − k.
             if "PQ" in terms:
-                R = R + distance(Gv @ Gu) + layer.r - layer.k  # ‖PᵀP − I‖²
-                R = R + distance(GV @ GU) + layer.r - layer.k  # ‖QQᵀ − I‖²
+                R = R + off_identity(Gv @ Gu) + layer.r - layer.k  # ‖PᵀP − I‖²
+                R = R + off_identity(GV @ GU) + layer.r - layer.k  # ‖QQᵀ − I‖²
     return R / len(adapters)  # ours: the paper is silent, but a sum would grow with the model
 
 
-def distance(X):
+def off_identity(X):
     """tr (X − I)². For a symmetric X, as Gv is and Gv @ Gu is not, this is ‖X − I‖²."""
     E = X - torch.eye(len(X), dtype=X.dtype, device=X.device)
-    return (E * E.T).sum()
+    return (E * E.T).sum()  # Σ E_ij E_ji
 
 
 def orthogonality_floor(k, r, terms=("uv", "UV", "PQ")):
@@ -217,6 +153,8 @@ def orthogonality_floor(k, r, terms=("uv", "UV", "PQ")):
     floors = {"uv": max(k - r, 0), "UV": max(k - r, 0), "PQ": 2 * max(r - k, 0)}
     return sum(map(floors.get, set(terms)))
 
+
+# --- importance and pruning (Eq. 6 to 9, Algorithm 1) -------------------------------------
 
 class RankPruner(nn.Module):
     """Algorithm 1: keep the b(t) most important singular values of the model, set the rest to 0.
@@ -231,7 +169,8 @@ class RankPruner(nn.Module):
 
     Make it when the adapters are on their device, and save its state_dict() if a run may go on.
     The scores multiply new weights by gradients taken at the old ones, as AdaLoRA does. R counts in
-    these gradients. For u and U the task's share grows with Λ: early on they are scored by R."""
+    these gradients. The task's gradient of u and U has a factor Λ, which is 0 at first: early on
+    they are scored by R."""
 
     factors = ("lam", "u", "U")  # of each adapter: what is scored
 
@@ -244,16 +183,11 @@ class RankPruner(nn.Module):
         kinds = {(m.k, m.r, m.lam.dtype, m.lam.device, m.lam.requires_grad) for m in self.layers}
         require(len(kinds) == 1, "the pruner needs adapters of one k, r, dtype, device and "
                 f"requires_grad, not {kinds}")
-        self.r = self.layers[0].r
-        require(type(target_rank) is int and 0 <= target_rank <= self.r,
-                f"{target_rank = }: give an integer from 0 to r = {self.r}")
-        steps = (total_steps, warmup, final, interval)
-        whole = set(map(type, steps)) == {int} and min(steps) >= 0
-        require(whole and warmup + final < total_steps and interval > 0,
-                f"{total_steps = }, {warmup = }, {final = }, {interval = }: give integers, "
-                "warmup + final < total_steps and interval > 0")
+        check_schedule(self.layers[0].r, target_rank, total_steps, warmup, final, interval)
         require(0 <= beta1 < 1 and 0 <= beta2 < 1, f"{beta1 = }, {beta2 = }: give 0 to below 1")
         require(importance in ("reduced", "full"), f"{importance = }: give 'reduced' or 'full'")
+        self.all_parameters = list(model.parameters())
+        self.r = self.layers[0].r
         self.target_rank = target_rank
         self.total_steps = total_steps
         self.warmup = warmup
@@ -261,11 +195,11 @@ class RankPruner(nn.Module):
         self.interval = interval
         self.beta1 = beta1
         self.beta2 = beta2
-        if importance == "full":
-            self.factors = (*self.factors, "v", "V")
-        self.all_parameters = list(model.parameters())
         self.t = 0
         self.kept_total = len(found) * self.r
+
+        if importance == "full":
+            self.factors = (*self.factors, "v", "V")
         self.sizes = list(map(torch.numel, self.scored()))
         lam = self.layers[0].lam
         self.dtype = torch.promote_types(lam.dtype, torch.float32)  # fp16 would round I to 0
@@ -274,38 +208,36 @@ class RankPruner(nn.Module):
         self.uncertainty = nn.Buffer(zeros.clone())  # Ū
         self.keep = nn.Buffer(torch.ones(len(found), self.r, dtype=torch.bool, device=lam.device))
 
-    def budget(self, t):
-        """b(t), how many singular values of the whole model to keep at step t = 1 .. T."""
-        n, falling = len(self.layers), self.last_choice - self.warmup
-        left = min(max(self.last_choice - t, 0), falling)  # steps of the fall to come
-        return n * self.target_rank + n * (self.r - self.target_rank) * left**3 // falling**3
-
     @torch.no_grad()
     def step(self):
         """Call it after optimizer.step() and before zero_grad(). Returns how many are kept."""
         require(self.t < self.total_steps, "step() came more than total_steps times", RuntimeError)
-        if self.t < self.last_choice:  # later there is nothing to choose
+        t = self.t + 1  # this step, 1 .. T
+        if t <= self.last_choice:
             self.update_averages()
-        self.t += 1  # this step, 1 .. T
-        # From T − t_f on at every step: gradient and momentum move a Λ_i off 0 again.
-        if self.t % self.interval == 0 or self.t >= self.last_choice:
-            if self.t <= self.last_choice:
-                self.choose()
+            if t % self.interval == 0 or t == self.last_choice:
+                self.choose(t)
+                self.prune(self.layers)
+        else:  # the choice stays, but gradient and momentum have moved Λ_i off 0
             self.prune(self.layers)
+        self.t = t
         return self.kept_total
 
     def update_averages(self):
-        """Ī and Ū of all that is scored. I = |w · ∂L/∂w| estimates how much the loss would change
-        if w were 0. Ī is its average over the steps, for one batch is noisy, and Ū that of |I − Ī|.
-        Their product, a heuristic of AdaLoRA's, is large only where both are.
-        Ours: without a gradient I is 0. In a step that a GradScaler skipped, because a gradient of
-        the model is not finite, it is Ī: the order of the scores stays."""
+        """Ī and Ū of all that is scored.
+
+        I = |w · ∂L/∂w| estimates how much the loss would change if w were 0. One batch is noisy, so
+        Ī is its average over the steps, and Ū that of |I − Ī|. Their product, a heuristic of
+        AdaLoRA's, is large only where both are.
+        Ours: without a gradient I is 0. If a gradient of the model is not finite, a GradScaler has
+        skipped the step. Then I is Ī: all Ū shrink by β2, and the order of the scores stays."""
         require(any(layer.lam.grad is not None for layer in self.layers),
                 "no adapter has a gradient: call pruner.step() after optimizer.step() and before "
                 "zero_grad(), with a loss that depends on the adapters", RuntimeError)
-        every = [p.grad for p in self.all_parameters if type(p.grad) is torch.Tensor]  # no DTensor
-        finite = nn.utils.get_total_norm(every, math.inf) < math.inf
         self.to(self.dtype)  # should somebody have cast the pruner with the model
+        every = [p.grad for p in self.all_parameters if type(p.grad) is torch.Tensor]  # no DTensor
+        finite = nn.utils.get_total_norm(every, math.inf) < math.inf  # False for NaN
+
         grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in self.scored()]
         w = torch.cat(list(map(torch.flatten, self.scored()))).to(self.dtype)
         dw = torch.cat(list(map(torch.flatten, grads))).to(self.dtype)
@@ -321,16 +253,24 @@ class RankPruner(nn.Module):
         """Importance of every singular value, (n, r) for n adapters, from S(w) = Ī · Ū."""
         n = len(self.layers)
         S = (self.sensitivity * self.uncertainty).split(self.sizes)
+        lam = torch.stack(S[:n])  # (n, r)
         u = torch.stack(S[n:2 * n]).view(n, -1, self.r)  # (n, k, r)
         U = torch.stack(S[2 * n:3 * n]).view(n, self.r, -1)  # (n, r, k)
-        scores = torch.stack(S[:n]) + u.mean(1) + U.mean(2)  # Eq. 9
-        for i, outer in enumerate(S[3 * n:]):  # Eq. 8: v and V give all terms of an adapter alike
+        scores = lam + u.mean(1) + U.mean(2)  # Eq. 9
+        for i, outer in enumerate(S[3 * n:]):  # Eq. 8: all v, then all V; one sum for all r terms
             scores[i % n] += outer.sum() / self.layers[0].k
         return scores
 
-    def choose(self):
+    def budget(self, t):
+        """b(t), how many singular values of the whole model to keep at step t = 1 .. T."""
+        n, falling = len(self.layers), self.last_choice - self.warmup
+        left = min(max(self.last_choice - t, 0), falling)  # steps of the fall to come
+        surplus = n * (self.r - self.target_rank)  # that falls to 0
+        return n * self.target_rank + (surplus * left**3) // falling**3
+
+    def choose(self, t):
         """Keep the b(t) best, exactly; of equal ones the first."""
-        self.kept_total = self.budget(self.t)
+        self.kept_total = self.budget(t)
         best = self.scores().flatten().argsort(descending=True, stable=True)[:self.kept_total]
         self.keep.zero_().view(-1).index_fill_(0, best, True)
 
@@ -341,8 +281,8 @@ class RankPruner(nn.Module):
 
     @torch.no_grad()
     def mask(self, model):
-        """Set to 0 in a model with the same adapters what the last choice left out: needed after
-        other weights were loaded. Warns of a budget not reached."""
+        """Apply the last choice to a model with the same adapters, after other weights were loaded
+        into it. Warns if the final budget was not reached."""
         layers = [layer for _, layer in lora2_layers(model)]
         fits = len(layers) == len(self.layers) and layers[0].r == self.r
         require(fits, "mask() needs a model with the adapters that the pruner has")
@@ -369,6 +309,72 @@ class RankPruner(nn.Module):
     def set_extra_state(self, state):
         self.t, self.kept_total = state.tolist()
 
+
+# --- into a model -------------------------------------------------------------------------
+
+def add_lora2(model, targets, k=1, r=8, alpha=32, init="gaussian", trainable=(), layer=LoRA2Linear):
+    """Freeze a model and put a LoRA2Linear around its target layers. Returns their names, in order.
+    Load and cast the model before this; wrap it and make the optimizer afterwards.
+
+    targets: names of modules, or one: "query" is also every name that ends in ".query".
+        "all-linear": every plain nn.Linear but the output embeddings of a transformers model.
+    k, r, alpha, init: as for LoRA2Linear, or the subclass of it that is given as `layer`.
+    trainable: whole parts of dotted names, such as "classifier": trained in full, in their dtype.
+        Name all that is new, often a pooler too: what is left out stays random and is not saved.
+    ValueError or TypeError, and no change, if a name has no match or a match cannot be adapted."""
+    require(not lora2_layers(model), "the model has LoRA² adapters already: name all in one call")
+    trainable = {trainable} if isinstance(trainable, str) else set(trainable)
+    targets = {targets} if isinstance(targets, str) else set(targets)
+    in_full = find_parameters(model, trainable)
+    bases = find_layers(model, targets, trainable)
+
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # tied ones by all names
+    weights = list(map(id, parameters.values()))
+    for name, base in bases.items():
+        check_base(name, base, k, r, alpha, init)
+        require(weights.count(id(base.weight)) == 1,
+                f"{name}, or its weight, is used in several places: leave it out")
+
+    adapters = {name: layer(base, k, r, alpha, init) for name, base in bases.items()}
+    model.requires_grad_(False).zero_grad()  # clipping would count gradients from before
+    for name, adapter in adapters.items():
+        model.set_submodule(name, adapter)
+    for parameter in in_full:
+        parameter.requires_grad_(True)
+    return list(bases)
+
+
+def find_parameters(model, trainable):
+    """The parameters with a name of which a part is in `trainable`, a set of words."""
+    found, unmatched = [], set(trainable)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        hits = trainable.intersection(name.split("."))
+        if hits and parameter.is_floating_point():
+            found.append(parameter)
+            unmatched -= hits
+    require(not unmatched, f"trainable = {sorted(unmatched)} match nothing to train")
+    return found
+
+
+def find_layers(model, targets, trainable):
+    """{name: layer} of the layers that are in `targets`, a set, but in no part that is trainable."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    found, unmatched, linear = {}, set(targets), set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        hits = {target for target in targets if f".{name}".endswith(f".{target}")}
+        if module is not head and (type(module) is nn.Linear or is_quantised(module)):
+            linear.add(name.rpartition(".")[2])
+            if "all-linear" in targets:
+                hits.add("all-linear")
+        if hits and name and trainable.isdisjoint(name.split(".")):
+            found[name] = module
+            unmatched -= hits
+    require(found and not unmatched, f"targets = {sorted(unmatched)} match no layer outside of what "
+            f"is trainable; Linear layers: {sorted(linear)}")
+    return found
+
+
+# --- out of a model -----------------------------------------------------------------------
 
 @torch.no_grad()
 def lora2_state_dict(model):
@@ -405,7 +411,7 @@ def load_lora2_state_dict(model, state):
             here, there = own[key], state[key].to(own[key])  # W0 may be in bf16 on one side
             differs = (there - here).abs() > tolerance * here.abs() + 1e-7  # False for NaN
             require(not differs.any(), f"{key} differs: use the file's alpha and base model")
-    model.load_state_dict(state, strict=False)  # without what is frozen, with two keys more
+    model.load_state_dict(state, strict=False)  # it has nothing frozen, and two keys more
 
 
 @torch.no_grad()
@@ -421,3 +427,42 @@ def merge_lora2(model):
             return layer.base
         model.set_submodule(name, layer.base)
     return model
+
+
+# --- what is refused ----------------------------------------------------------------------
+
+def require(condition, message, error=ValueError):
+    if not condition:
+        raise error(message)
+
+
+def check_base(name, base, k, r, alpha, init):
+    """TypeError or ValueError unless `base` is an nn.Linear that the rest fits. A subclass may
+    compute something else, or never be called, as out_proj of nn.MultiheadAttention."""
+    plain = type(base) is nn.Linear and type(base.weight) is nn.Parameter
+    plain = plain and base.weight.is_floating_point() and base.weight.itemsize > 1  # no fp8
+    require((plain or is_quantised(base)) and not base.weight.is_meta,
+            f"{name} is a {type(base).__name__}, not an nn.Linear with a plain weight of its own "
+            "(meta device, quantised, re-parametrised): leave it out", TypeError)
+    most = min(base.in_features, base.out_features)
+    require({type(k), type(r)} == {int} and 1 <= min(k, r) and max(k, r) <= most,
+            f"{k = }, {r = }: {name} takes integers from 1 to {most}, or leave it out")
+    require(0 < alpha < math.inf, f"{alpha = }: give a positive number")
+    require(init in ("gaussian", "orthonormal"), f"{init = }: give 'gaussian' or 'orthonormal'")
+
+
+def is_quantised(base):
+    """Whether W0 is held in few bits: by a layer of bitsandbytes, or a tensor of torchao."""
+    kind = type(base.weight) if type(base) is nn.Linear else type(base)
+    return isinstance(base, nn.Linear) and kind.__module__.startswith(("bitsandbytes", "torchao"))
+
+
+def check_schedule(r, target_rank, total_steps, warmup, final, interval):
+    """ValueError unless these are whole numbers, and steps are left between warmup and final."""
+    require(type(target_rank) is int and 0 <= target_rank <= r,
+            f"{target_rank = }: give an integer from 0 to r = {r}")
+    steps = (total_steps, warmup, final, interval)
+    whole = set(map(type, steps)) == {int} and min(steps) >= 0
+    require(whole and warmup + final < total_steps and interval > 0,
+            f"{total_steps = }, {warmup = }, {final = }, {interval = }: give integers, "
+            "warmup + final < total_steps and interval > 0")

@@ -33,22 +33,8 @@ from formats.disk import read_object
 from formats.head import fit_head
 
 PREFIX = {"deberta-v2": "deberta", "roberta": "roberta", "bert": "bert"}
-# The six matrices of a layer: LoRA²'s short names (arXiv 2408.06854, Table 4) → their places.
-OF_BERT = {"q": "attention.self.query",
-           "k": "attention.self.key",
-           "v": "attention.self.value",
-           "o": "attention.output.dense",
-           "f1": "intermediate.dense",
-           "f2": "output.dense"}
-OF_DEBERTA = {"q": "attention.self.query_proj",
-              "k": "attention.self.key_proj",
-              "v": "attention.self.value_proj",
-              "o": "attention.output.dense",
-              "f1": "intermediate.dense",
-              "f2": "output.dense"}
-TARGETS = {"bert": OF_BERT, "roberta": OF_BERT, "deberta-v2": OF_DEBERTA}
-# The head: dropout → dense → activation → dropout → output. "dropout" is config.json's name for
-# the first one's rate. The second one's is in HEAD_DROPOUT; from_pretrained() can replace it.
+# The head: dropout → dense → activation → dropout → output. "dropout" is the key of the first one's
+# rate in config.json, None for a rate of 0. The second one's is in HEAD_DROPOUT.
 HEADS = {"deberta-v2": {"dropout": "pooler_dropout", "activation": F.gelu,
                         "dense": "pooler.dense", "output": "classifier"},
          "roberta": {"dropout": "classifier_dropout", "activation": torch.tanh,
@@ -67,7 +53,7 @@ class Embeddings(nn.Module):
         self.pad = config["pad_token_id"]
         self.types = config["type_vocab_size"]
         self.word_embeddings = nn.Embedding(config["vocab_size"], d, self.pad)
-        if self.kind != "deberta-v2":  # DeBERTa's attention knows the positions
+        if self.kind != "deberta-v2":  # whose attention has relative positions
             padding = self.pad if self.kind == "roberta" else None
             self.position_embeddings = nn.Embedding(config["max_position_embeddings"], d, padding)
         if self.types > 0:
@@ -83,16 +69,18 @@ class Embeddings(nn.Module):
             x = x + self.token_type_embeddings(token_type_ids)
         if self.kind == "bert":
             x = x + self.position_embeddings.weight[:x.shape[1]]  # (T, d), for every row
-        if self.kind == "roberta":  # ids [5, 5, pad], and pad = 1:
-            real = (input_ids != self.pad).long()         # [1, 1, 0]
-            positions = real.cumsum(1) * real + self.pad  # [2, 3, 1]: padding is at pad
+        if self.kind == "roberta":
+            # Tokens count from pad + 1, padding is at pad: [5, 5, pad] is at [2, 3, 1] if pad = 1.
+            real = (input_ids != self.pad).long()
+            positions = real.cumsum(1) * real + self.pad
             x = x + self.position_embeddings(positions)
         return self.dropout(self.LayerNorm(x))
 
 
 def split_heads(x, H):
     """(..., T, d) → (..., H, T, e): head h has columns h·e to (h + 1)·e."""
-    return x.unflatten(-1, (H, -1)).transpose(-3, -2)
+    x = x.unflatten(-1, (H, -1))  # (..., T, H, e)
+    return x.transpose(-3, -2)
 
 
 def attend(scores, mask, v, dropout):
@@ -128,9 +116,10 @@ class DisentangledSelfAttention(nn.Module):
         score[i, j] = ( q_i · k_j  +  q_i · K_δ  +  k_j · Q_δ ) / sqrt(3e),    δ = bucket(i − j)
                         content    content→position  position→content
 
-    K and Q are a learned table of relative positions, times the layer's own key and query matrices.
-    So an adapter on these changes K and Q too. In the last term the paper prints δ(j, i), its code
-    has δ(i, j). The released weights were trained with δ(i, j): it is used here.
+    A table holds a learned vector for each relative position. The layer's own matrices make keys K
+    and queries Q of it, so that an adapter on these matrices changes K and Q too. In the last term
+    the paper prints δ(j, i), but its code, with which the released weights were trained, has
+    δ(i, j). So has this.
 
     x: (B, T, d) → (B, T, d). mask: (B, 1, 1, T), True at tokens, False at padding.
     table: of positions, (R, d). index: (T, T), at [i, j] the table's row for i − j, δ + R / 2.
@@ -155,9 +144,10 @@ class DisentangledSelfAttention(nn.Module):
         K = split_heads(self.key_proj(table), self.heads)    # (H, R, e)
         c2c = q @ k.mT                       # [i, j] = q_i · k_j
         index = index.expand_as(c2c)         # (B, H, T, T), without a copy
-        q_K = q @ K.mT                       # (B, H, T, R): [i, row] = q_i · K_row
+        # gather(-1, index) puts column index[i, j] of row i at [i, j].
+        q_K = q @ K.mT                       # (B, H, T, R): a row for each i
         c2p = q_K.gather(-1, index)          # [i, j] = q_i · K_δ
-        k_Q = k @ Q.mT                       # (B, H, T, R): [j, row] = k_j · Q_row
+        k_Q = k @ Q.mT                       # (B, H, T, R): a row for each j
         p2c = k_Q.gather(-1, index.mT).mT    # gathered: [j, i] = k_j · Q_δ; turned: [i, j]
         scores = (c2c + c2p + p2c) / math.sqrt(3 * q.shape[-1])
         return attend(scores, mask, v, self.dropout)
@@ -177,8 +167,8 @@ def bucket(distance, buckets, max_position):
     mid = buckets // 2
     size = distance.abs()
     ratio = size.clamp(min=mid).float() / mid         # near ones have the ratio 1: log 1 = 0
-    longest = torch.tensor((max_position - 1) / mid)  # in float32, to round as transformers does
-    share = ratio.log() / longest.log()               # 0 at mid, 1 at the longest
+    highest = torch.tensor((max_position - 1) / mid)  # in float32, to round as transformers does
+    share = ratio.log() / highest.log()               # 0 at mid, 1 at the longest distance
     far = mid + torch.ceil(share * (mid - 1)).long()
     return torch.where(size <= mid, size, far) * distance.sign()
 
@@ -209,7 +199,7 @@ class Layer(nn.Module):
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(d, f)})
         self.output = Output(f, config)
 
-    def forward(self, x, mask, *positions):
+    def forward(self, x, mask, *positions):           # (table, index) in DeBERTa, else nothing
         y = self.attention.self(x, mask, *positions)  # (B, T, d)
         x = self.attention.output(y, x)               # (B, T, d)
         y = F.gelu(self.intermediate.dense(x))        # (B, T, f)
@@ -232,7 +222,7 @@ class Encoder(nn.Module):
 
     def forward(self, x, attention_mask):
         mask = attention_mask.bool()[:, None, None]  # (B, 1, 1, T)
-        positions = ()
+        positions = ()  # BERT and RoBERTa have theirs in the embeddings
         if self.kind == "deberta-v2":
             i = torch.arange(x.shape[1], device="cpu")  # a GPU's log may round to another bucket
             distance = i[:, None] - i  # (T, T): i − j
@@ -275,9 +265,9 @@ class SequenceClassifier(nn.Module):
         else:
             self.pooler = nn.ModuleDict({"dense": dense})
             self.classifier = output
-        head = HEADS[self.kind]
-        self.activation = head["activation"]
-        self.first_dropout = nn.Dropout(config[head["dropout"]] if head["dropout"] else 0.0)
+        row = HEADS[self.kind]
+        self.activation = row["activation"]
+        self.first_dropout = nn.Dropout(config[row["dropout"]] if row["dropout"] else 0.0)
         self.dropout = nn.Dropout(config[HEAD_DROPOUT[self.kind]])
 
     @property
@@ -307,6 +297,22 @@ class SequenceClassifier(nn.Module):
         x = self.encode(input_ids, attention_mask, token_type_ids)
         x = self.activation(dense(self.first_dropout(x[:, 0])))  # (B, d): of the first token
         return output(self.dropout(x))
+
+
+# The six matrices of a layer: LoRA²'s short names (arXiv 2408.06854, Table 4) → their places.
+OF_BERT = {"q": "attention.self.query",
+           "k": "attention.self.key",
+           "v": "attention.self.value",
+           "o": "attention.output.dense",
+           "f1": "intermediate.dense",
+           "f2": "output.dense"}
+OF_DEBERTA = {"q": "attention.self.query_proj",
+              "k": "attention.self.key_proj",
+              "v": "attention.self.value_proj",
+              "o": "attention.output.dense",
+              "f1": "intermediate.dense",
+              "f2": "output.dense"}
+TARGETS = {"bert": OF_BERT, "roberta": OF_BERT, "deberta-v2": OF_DEBERTA}
 
 
 def target_modules(model, names):
@@ -352,19 +358,19 @@ def from_pretrained(name_or_dir, num_labels, head_dropout=None, labels=None):
     weights = checkpoint.read_weights(name_or_dir, config)
     weights = checkpoint.convert(weights, PREFIX[model.kind], wanted, name_or_dir)
     fit_head(weights, model.head_layers(), config, labels, name_or_dir)
-    new = {}
+    new = {}  # key → a tensor that has only a shape
     for name, layer in model.head_layers().items():
-        there = {f"{name}.weight": layer.weight, f"{name}.bias": layer.bias}
-        if weights.keys().isdisjoint(there):  # if only one is missing, check_weights() refuses
-            new |= there
-    checkpoint.check_weights(weights | new, wanted, name_or_dir)  # `new` has shapes only
+        both = {f"{name}.weight": layer.weight, f"{name}.bias": layer.bias}
+        if weights.keys().isdisjoint(both):  # if only one is missing, check_weights() refuses
+            new |= both
+    checkpoint.check_weights(weights | new, wanted, name_or_dir)
     for key, empty in new.items():
         weights[key] = torch.zeros(empty.shape)
         if key.endswith("weight"):
             weights[key].normal_(std=config["initializer_range"])
     model.new_weights = list(new)
     model.load_state_dict(weights, assign=True)  # no copy, if the file is in fp32
-    if labels or new:  # else the file's names of the classes fit its head
+    if labels or new:  # the file's names of the classes no longer fit
         model.config["id2label"] = {str(i): label for i, label in enumerate(labels or ())}
     return model.float()
 

@@ -25,15 +25,21 @@ from running.errors import FiniteCheck, exit_status, user_errors
 # --- one run: data → model → adapters → optimizer → loop → result --------------------------
 
 def train(o, saved=None):
-    """One run. o: the options, a Namespace. saved: what its last.pt holds, if it is to go on."""
+    """One run. o: the options, a Namespace. saved: what its last.pt holds, if it is to go on.
+
+    here: device, dtype, rank and world of this process. plan: when to evaluate, save, prune, stop.
+    state: step and best score so far. finite: notices NaN and does not wait for the GPU.
+    """
     with user_errors():                                    # a user's mistake: one line, status 2
-        here = machine.join(o.device, o.dtype)             # device, dtype, rank, world
+        here = machine.join(o.device, o.dtype)
         task, examples, unseen, net, identity = prepare(o, here)
         plan = schedule.plan(o, rows=len(examples["train"].labels))
         pruner = by_name.make_pruner(o.method, net, o.target_rank, o.importance,
                                      o.sora_threshold, **plan.pruning())     # T, t_i, t_f, ΔT
     optimizer, parameters = make_optimizer(net, o.lr, o.head_lr, o.weight_decay, o.outer_lr)
-    state, finite = schedule.State(), FiniteCheck(here.device, o.out)
+    state = schedule.State()
+    finite = FiniteCheck(here.device, o.out)
+    # What the loop calls, with what it always passes filled in.
     loss_of = partial(part_loss, net, here)                # of a part of a batch
     R_of = by_name.regulariser(o.method, net, o.reg_terms)  # LoRA²: Eq. 5; None if there is none
     backward = fast.make_backward(net, parameters, o.eager)  # on a GPU it replays CUDA graphs
@@ -114,8 +120,10 @@ def make_optimizer(net, lr, head_lr, weight_decay, outer_lr=None):
             if outer_lr is not None and name.endswith(by_name.OUTER):
                 peak = outer_lr
             decay = 0.0 if name.endswith("bias") or "LayerNorm" in name else weight_decay
-            new = {"params": [], "peak": peak, "lr": peak, "weight_decay": decay}
-            groups.setdefault((peak, decay), new)["params"].append(p)
+            if (peak, decay) not in groups:
+                groups[peak, decay] = {"params": [], "peak": peak, "lr": peak,
+                                       "weight_decay": decay}
+            groups[peak, decay]["params"].append(p)
     parameters = [p for group in groups.values() for p in group["params"]]
     return torch.optim.AdamW(list(groups.values()), fused=True), parameters
 
@@ -133,7 +141,8 @@ def gradients(loss_of, batch, here, accum, backward):
     """
     loss = torch.zeros((), device=here.device)
     n = here.world * accum
-    for i in range(here.rank, min(n, len(batch.rows)), here.world):  # so that no part is empty
+    parts = min(n, len(batch.rows))                        # that are not empty
+    for i in range(here.rank, parts, here.world):
         part = here.copies(*(tensor[i::n] for tensor in batch))
         share = len(part[0]) / len(batch.rows)
         loss += share * backward(loss_of, *part, weight=share)
@@ -150,8 +159,9 @@ def part_loss(net, here, ids, mask, types, labels, rows):
 def update(optimizer, parameters, loss, plan, step, max_norm, finite):
     """Clip the gradients to a norm, set the learning rates of this step, AdamW.
 
-    Once a loss or a norm is not finite, is_broken stays 1. Fused AdamW skips its step if found_inf
-    is 1, as with a GradScaler. Nothing waits for the device here: finite.check() raises later.
+    From the first loss or norm that is not finite, is_broken is 1, and a fused AdamW whose
+    found_inf is 1 skips its steps, as with a GradScaler. Nothing here waits for the device:
+    finite.check() raises later.
     """
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     is_broken = finite.note(loss + norm, step)             # 0.0 or 1.0, on the device
@@ -204,7 +214,7 @@ def predict(net, examples, batch_size, here, signals=None):
         if signals:
             signals.check(i)
         if i % here.world == here.rank:
-            rows = here.copies(batch.rows)[0]
+            (rows,) = here.copies(batch.rows)
             outputs[rows] = predict_batch(net, batch, here)
     net.train()
     machine.sum_up([outputs])                              # rows of other processes are 0 here
@@ -248,7 +258,7 @@ def go_on(saved, run_folder, state, net, optimizer, pruner, here):
     state.seconds = saved["seconds"]
     state.evaluations = saved["evaluations"]
     load_lora2_state_dict(net, saved["weights"])
-    of_adamw = optimizer.state_dict()                      # its settings stay this run's
+    of_adamw = optimizer.state_dict()                      # this run's groups, the saved moments
     of_adamw["state"] = saved["optimizer"]["state"]
     optimizer.load_state_dict(of_adamw)
     if pruner:

@@ -40,9 +40,9 @@ class Judge(RankPruner):
         self.uncertainty.copy_(before)
         return scores
 
-    def choose(self):
+    def choose(self, t):
         before = self.keep.clone()
-        super().choose()
+        super().choose(t)
         self.returned += (self.keep & ~before).sum().item()
 
     def prune(self, layers):

@@ -150,8 +150,9 @@ def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
     What is written there for one adapter stands here for n: tr (X − I)² of all Grams X at once.
     """
     groups = by_shape([layer for _, layer in lora2_layers(model)])
-    require(groups and terms and set(terms) <= {"uv", "UV", "PQ"},
-            f"terms = {terms!r}: list some of 'uv', 'UV', 'PQ', on a model with LoRA² adapters")
+    require(groups, "the model has no LoRA² adapters: call add_lora2() first")
+    require(terms and set(terms) <= {"uv", "UV", "PQ"},
+            f"terms = {terms!r}: list some of 'uv', 'UV', 'PQ'")
     layers = []  # in the order of the groups, as all that follows
     for group in groups:
         layers += group

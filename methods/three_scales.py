@@ -13,7 +13,7 @@ matrix has k (d_in + d_out) + 2 k m + 2 m r + r numbers, and 2 m r + r of them a
 import torch
 from torch import nn
 
-from lora2 import LoRA2Linear, distance, lora2_layers
+from lora2 import LoRA2Linear, off_identity, lora2_layers
 
 
 class ThreeScaleLinear(LoRA2Linear):
@@ -49,8 +49,8 @@ def orthogonality_loss(model):
         with torch.autocast(layer.u.device.type, enabled=False):
             P = layer.v @ layer.w @ layer.u         # (d_in, r)
             Q = layer.U @ layer.W @ layer.V         # (r, d_out)
-            R = R + distance(P.T @ P) + distance(Q @ Q.T)
+            R = R + off_identity(P.T @ P) + off_identity(Q @ Q.T)
             for factor in (layer.v, layer.w, layer.u, layer.U, layer.W, layer.V):
                 small = factor if len(factor) <= len(factor.T) else factor.T
-                R = R + distance(small @ small.T)
+                R = R + off_identity(small @ small.T)
     return R / len(lora2_layers(model))
