@@ -98,6 +98,8 @@ def reported(content):
 def page(content):
     """The Markdown of the file."""
     done, task = reported(content), content["tasks"][0]
+    done["rows"] = {row: label for row, label in done["rows"].items()
+                    if row not in content["only_fair"]}
     parts = [pages.score_table(done), pages.interval_table(done),
              "## What was seen\n", cosine_table(done, task)]
     for row in content["alike"]:
