@@ -537,20 +537,6 @@ def test_a_page_mixes_no_models(ran, capsys):
     assert len(content_of(FOUR)["runs"]) == 4
 
 
-@pytest.mark.parametrize("table, name", [("overlap", "kept"), ("figure3", "ranks")])
-@pytest.mark.parametrize("spoilt", [0, 1])
-def test_a_matrix_that_one_run_lacks(table, name, spoilt, ran, capsys):
-    """Oracle: status 2 and one line, whichever run it is: a mean would be of fewer runs than it says."""
-    if table == "figure3":
-        pytest.importorskip("matplotlib")
-    words = f"{table} --tasks cola --seeds 0,1"
-    ran(words)
-    grid = grid_of(words)
-    grid.file["runs"][spoilt][name]["f2"] = grid.file["runs"][spoilt][name]["f2"][:1]
-    summary.write(grid.path, grid.file)
-    refused(f"{words} --no-run", capsys, f"{name} is of other matrices", "run it again")
-
-
 def test_a_dry_run_leaves_no_trace(ran, capsys):
     """Oracle: the folder, as before; a line with the state and the whole command of each run."""
     ran("table4 --tasks cola --seeds 1")
