@@ -156,8 +156,7 @@ def rates(job, T, times, products):
 
     products: {name: FLOPs} of those that were timed in the same rounds.
     """
-    config = job.config | ({"num_hidden_layers": job.layers} if job.layers else {})
-    flops = counts.frozen_flops(config, job.B, T)
+    flops = counts.flops(make(job, "own frozen", T, eager=True))
     best = [max(n / times[name][i] for name, n in products.items()) for i in range(job.rounds)]
     in_giga = table.summary(rate / 1e9 for rate in best)
     job.details[f"products, T={T}"] = {"GFLOP": flops / 1e9, "GFLOP/s": in_giga}
