@@ -24,6 +24,7 @@ from running import errors, machine, schedule
 # config.json of the released models, but for the vocabulary, whose 128,100 rows take no part in a
 # step. "narrow" is for counting operations, which do not depend on width; "tiny" for the tests.
 SHAPES = disk.read_json(Path(__file__).parent / "shapes.json", "restore it")
+HEAD = ["pooler", "classifier"]         # parts of names in the head, of any model with these names
 
 
 def write_checkpoint(folder, config, seed=0):
@@ -58,12 +59,6 @@ def make_batch(config, B, T, device="cpu", seed=0):
     return data.Batch(*(tensor.to(device) for tensor in batch))
 
 
-def head_of(net):
-    """The parts of parameter names that make up the head, of any model with our module names."""
-    parts = {part for name, _ in net.named_parameters() for part in name.split(".")}
-    return [name for name in ("pooler", "classifier") if name in parts]
-
-
 def freeze(net, names):
     """Train the head and three biases, those of q, k and v in the first layer.
 
@@ -72,9 +67,8 @@ def freeze(net, names):
     layers, but not into the input of the first.
     """
     first = [f"{name}.bias" for name in names[:3]]
-    head = head_of(net)
     for name, parameter in net.named_parameters():
-        parameter.requires_grad_(name in first or models.in_head(name, head))
+        parameter.requires_grad_(name in first or models.in_head(name, HEAD))
 
 
 class OwnStep:
