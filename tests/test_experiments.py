@@ -184,7 +184,7 @@ def test_committed_pages_follow_from_their_json(path):
     """Oracle: the Markdown file beside it, to the byte; a file that takes too long to read is said to."""
     content = json.loads(path.read_text(encoding="utf-8"))
     if "bench" in path.stem:
-        text = bench_table.page(content, "cuda" if "NVIDIA" in content["device"] else "cpu")
+        text = bench_table.page(content)
     else:
         text = growth.markdown(content)
         content["data"][-1]["seconds"] = 61.0

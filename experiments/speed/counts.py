@@ -70,7 +70,7 @@ class Operations(TorchDispatchMode):
 
 
 def count_parts(step):
-    """{part of a step: how many operations}, and "total" and "host reads" of all parts.
+    """{part of a step: how many operations}; "total" and "host reads" of all parts, "update" of two.
 
     They are of a second step: the first makes plans and AdamW's state.
     """
@@ -79,6 +79,7 @@ def count_parts(step):
     step(parts.__getitem__)
     found = {part: counted.total for part, counted in parts.items()}
     found["total"] = sum(found.values())
+    found["update"] = parts["clip, AdamW"].total + parts["importance, selection"].total
     found["host reads"] = sum(counted.reads for counted in parts.values())
     return found
 
