@@ -50,7 +50,6 @@ class Grid(NamedTuple):
     path: Path                          # of the file of records
     runs: Path                          # of the run folders
     file: dict                          # what that file holds
-    known: dict                         # key_of(settings) → record, of all in it
 
     @property
     def starts(self):
@@ -61,12 +60,6 @@ class Grid(NamedTuple):
     def is_timed(self):
         """Whether it measures time: its runs are not tuned, and never go on after a stop."""
         return self.table == "table2"
-
-    def remember(self, record):
-        """Have a record count as a finished run."""
-        self.file["runs"].append(record)
-        self.known[key_of(record["settings"])] = record
-
 
 # --- what a run is ---------------------------------------------------------------------------
 
@@ -102,18 +95,9 @@ def settings_of(flags):
     return vars(options.resolve(options.parse(command_line(flags))))
 
 
-def key_of(settings):
-    """Settings as something to look up by; 8 and 8.0 are the same."""
-    items = []
-    for name, value in settings.items():
-        items.append((name, tuple(value) if isinstance(value, list) else value))
-    return frozenset(items)
-
-
-@functools.cache
-def key_of_flags(flags):
-    """key_of() the settings that tell a run from others."""
-    return key_of(summary.comparable(settings_of(flags)))
+def own_settings(cell):
+    """The settings that tell the run of a cell from others, as they stand in its record."""
+    return summary.comparable(settings_of(cell.flags))
 
 
 def make_cell(grid, row, task, seed, tuned):
@@ -154,8 +138,11 @@ def about(cell):
 
 def record_of(grid, cell):
     """The record of a finished run, of whatever row; None without one."""
-    run = grid.known.get(key_of_flags(cell.flags))
-    return None if run is None else run | about(cell)
+    settings = own_settings(cell)
+    for run in grid.file["runs"]:
+        if run["settings"] == settings:                    # 8 and 8.0 are the same
+            return run | about(cell)
+    return None
 
 
 # --- how a row is tuned ----------------------------------------------------------------------
@@ -184,7 +171,7 @@ def tuning_of(grid, row, task):
         return [], {}
     points = fixed_points(grid, row)
     if grid.starts:                                        # those in the file, in its order
-        points = [run["tuned"] for run in grid.known.values()
+        points = [run["tuned"] for run in grid.file["runs"]
                   if (run["part"], run["row"], run["task"]) == ("tune", row, task)]
     tried = []
     for point in points:

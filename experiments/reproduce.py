@@ -263,9 +263,8 @@ def make_grid(args):
     file = {"settings": {}, "runs": []}
     if path.exists() or args.no_run:
         file = summary.load(path)
-    known = {grids.key_of(run["settings"]): run for run in file["runs"]}
     return grids.Grid(args.table, preset, flags, tasks, rows, stages_of(args, rows), path,
-                      Path(args.runs) / folder, file, known)
+                      Path(args.runs) / folder, file)
 
 
 def main(argv=None):

@@ -31,8 +31,8 @@ def work(cell, is_timed):
     if status and "not finite" not in last:
         raise RuntimeError(f"{cell.folder}: status {status}, {last}")
     if status:
-        record = {"settings": summary.comparable(grids.settings_of(cell.flags)),
-                  "failed": last.partition(";")[0].strip()}
+        failed = last.partition(";")[0].strip()
+        record = {"settings": grids.own_settings(cell), "failed": failed}
     else:
         record = summary.record(cell.folder)
         if is_timed:
@@ -102,6 +102,6 @@ def run_all(args, pool, keep):
             except RuntimeError as error:
                 failures.append(str(error))                # the others go on
                 continue
-            assert grids.key_of(record["settings"]) == grids.key_of_flags(cell.flags), cell
-            grid.remember(record)
+            assert record["settings"] == grids.own_settings(cell), cell
+            grid.file["runs"].append(record)
             keep(record, len(waiting) + len(running))

@@ -261,14 +261,14 @@ def test_choice():
     for cell, value in zip(cells, (0.1, 0.3, 0.3, 0.2, None, 0.0)):
         assert len(grids.cells_of(grid)[1]) == len(grid.rows)
         more = {"failed": "at step 3"} if value is None else {"last": {"score": value}}
-        grid.remember(record_of(cell, **more))
+        grid.file["runs"].append(record_of(cell, **more))
     assert grids.tuning_of(grid, base, "cola")[1] == dict(cells[1].tuned)
     assert {dict(cell.flags)["lr"] for cell in reported(grid)} == {dict(cells[1].tuned)["lr"]}
     assert grids.tuning_of(grid_of("table3 --tasks cola"), "lora2-k1", "cola") == ([], {})
     study = grid_of(f"{STUDY} --rows head")
     while wanted := grids.missing(study):                  # the larger the better: it ends at the ladder's end
         for cell in wanted:
-            study.remember(record_of(cell, last={"score": dict(cell.tuned)["lr"]}))
+            study.file["runs"].append(record_of(cell, last={"score": dict(cell.tuned)["lr"]}))
     assert grids.tuning_of(study, "head", "stsb")[1] is None and grids.cells_of(study)[1] == [("head", "stsb")]
 
 
