@@ -11,6 +11,7 @@ import train
 from experiments import grid as grids
 from experiments import summary
 from experiments.speed import steps
+from formats import disk
 
 
 def work(cell, is_timed):
@@ -34,9 +35,10 @@ def work(cell, is_timed):
         failed = last.partition(";")[0].strip()
         record = {"settings": grids.own_settings(cell), "failed": failed}
     else:
-        record = summary.record(cell.folder)
-        if is_timed:
-            record["step_seconds"] = summary.step_seconds(cell.folder)
+        with disk.reading(cell.folder, "remove it and run it again"):
+            record = summary.record(cell.folder)
+            if is_timed:
+                record["step_seconds"] = summary.step_seconds(cell.folder)
     shutil.rmtree(cell.folder)
     return grids.about(cell) | record
 

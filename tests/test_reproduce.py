@@ -28,7 +28,6 @@ from experiments import reproduce, search, summary, why, workers
 from formats import disk
 from running import folder as runs
 from running import options
-from running.errors import Refused
 from tests.cli import write_task
 
 ROOT = Path(__file__).parent.parent
@@ -670,16 +669,14 @@ LINE = '{"step": 3, "loss": 1.0, "seconds": 1.0}\n'
 @pytest.mark.parametrize("name, damage", [
     ("result.json", "{"), ("ranks.json", '{"classifier": 1}'), ("last.pt", ""), ("log.jsonl", ""),
     ("log.jsonl", "{"), ("log.jsonl", "7\n" * 3), ("log.jsonl", '{"loss": 1.0}\n' * 3), ("log.jsonl", LINE),
-    ("log.jsonl", LINE * 2), ("log.jsonl", LINE.replace(', "seconds": 1.0', "") * 2),
-    ("log.jsonl", "".join(LINE.replace("3", str(step)).replace("1.0}", f"{n}}}")
-                          for step, n in ((10, 7), (20, 9), (23, 1), (30, 12))))])         # went on
+    ("log.jsonl", LINE * 2), ("log.jsonl", LINE.replace(', "seconds": 1.0', "") * 2)])
 def test_damaged_files_of_a_run_are_named(name, damage, cell, told):
-    """Oracle: ValueError with the file and what to do: there is a whole record or none. Of a whole log ten steps
+    """Oracle: ValueError with the folder and what to do: there is a whole record or none. Of a whole log ten steps
     take 4 seconds."""
     leave_run(cell, kept={"layer.0.output.dense": [0]})
     assert summary.step_seconds(cell.folder) == 0.4
     (cell.folder / name).write_text(damage)
-    with pytest.raises((ValueError, Refused), match=f"{name} is damaged .* run it again" if name == "log.jsonl" else name):
+    with pytest.raises(ValueError, match=f"{cell.folder} is damaged .* remove it and run it again"):
         workers.work(cell, name == "log.jsonl")
 
 

@@ -140,19 +140,15 @@ def heard(action, *arguments):
 
 # --- timing ----------------------------------------------------------------------------------
 
-def seconds(function, device, repeat=1):
-    """Time of one call: the host's on a CPU; on a GPU of `repeat` calls without gaps."""
-    if device == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(repeat):
-            function()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1000 / repeat
+def seconds(function, device, repeat):
+    """Time of one of `repeat` calls without gaps, after which a GPU has done its work."""
+    wait = torch.get_device_module(device).synchronize     # on a CPU that does nothing
+    wait()
     start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+    for _ in range(repeat):
+        function()
+    wait()
+    return (time.perf_counter() - start) / repeat
 
 
 def interleave(variants, rounds, device="cpu"):
@@ -181,12 +177,13 @@ def profile(function, device="cpu"):
     step gets fresh memory, and whatever operation touches that first would be charged for it. For
     the same reason the fastest of five profiled calls is shown.
     """
-    flops = {op.key: op.flops for op in profiled(function, device, with_flops=True)}
-    calls = [profiled(function, device) for _ in range(5)]
-    fastest = min(calls, key=lambda ops: sum(own_time(op, device) for op in ops))
+    flops = {op.key: op.flops for op in profiled(function, with_flops=True)}
+    calls = [profiled(function) for _ in range(5)]
+    own_time = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    fastest = min(calls, key=lambda ops: sum(getattr(op, own_time) for op in ops))
     table = []
     for op in fastest:
-        taken = own_time(op, device)
+        taken = getattr(op, own_time) / 1e6
         is_kernel = device == "cuda" and not op.key.startswith("aten::")       # once more
         if taken and not is_kernel:
             table.append({"operation": op.key.removeprefix("aten::"), "calls": op.count,
@@ -197,23 +194,15 @@ def profile(function, device="cpu"):
 def launches(function):
     """How often the host asks a GPU for work in one call: kernels, copies, fills, graphs."""
     calls = 0
-    for op in profiled(function, "cuda"):
+    for op in profiled(function):
         name = op.key.removeprefix("cuda").removeprefix("cu")
         if name.startswith(("Launch", "GraphLaunch", "Memcpy", "Memset")):
             calls += op.count
     return calls
 
 
-def profiled(function, device, **more):
+def profiled(function, **more):
     """The profiler's entries for one call, an operation each."""
-    kinds = [torch.profiler.ProfilerActivity.CPU]
-    if device == "cuda":
-        kinds.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=kinds, **more) as seen:
+    with torch.profiler.profile(**more) as seen:
         function()
     return seen.key_averages()
-
-
-def own_time(op, device):
-    """Seconds in an operation of profiled() itself."""
-    return (op.self_device_time_total if device == "cuda" else op.self_cpu_time_total) / 1e6
