@@ -17,6 +17,7 @@ import datetime
 import gc
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import platform
 import sys
@@ -58,18 +59,17 @@ def count_operations(job):
     folder = steps.write_checkpoint(job.work / "narrow", config)
     batch = steps.make_batch(config, 2, job.T, job.device)
     names = ["own frozen", "own AdaLoRA r=8", *OURS, *(PEERS if job.peers else [])]
-    job.details["operations"], updates = [], {}            # of ours, by the number of layers
-    for layers in (2, config["num_hidden_layers"]):
-        found = {}
-        for name in names:
-            step = make(job, name, job.T, folder, batch=batch, layers=layers)
-            found[name] = counts.count_parts(step)
-            job.details["operations"].append({"step": name, "layers": layers} | found[name])
-        ours = [found[name] for name in OURS]
-        updates[layers] = [parts["clip, AdamW"] + parts["importance, selection"] for parts in ours]
+    depth, found = config["num_hidden_layers"], {}
+    for layers, name in itertools.product((2, depth), names):
+        step = make(job, name, job.T, folder, batch=batch, layers=layers)
+        found[name, layers] = counts.count_parts(step)
+    job.details["operations"] = [{"step": name, "layers": layers} | parts
+                                 for (name, layers), parts in found.items()]
+    ours = [found[name, depth] for name in OURS]
+    changes = [found[name, depth]["update"] - found[name, 2]["update"] for name in OURS]
     job.results["6"] = table.worst(parts["total"] for parts in ours)
-    job.results["6 update"] = table.worst(updates[layers])
-    job.results["6 depth"] = table.worst(a - b for a, b in zip(updates[layers], updates[2]))
+    job.results["6 update"] = table.worst(parts["update"] for parts in ours)
+    job.results["6 depth"] = table.worst(changes)
     job.results["7"] = table.worst(parts["host reads"] for parts in ours)
 
 
@@ -156,8 +156,7 @@ def rates(job, T, times, products):
 
     products: {name: FLOPs} of those that were timed in the same rounds.
     """
-    config = job.config | ({"num_hidden_layers": job.layers} if job.layers else {})
-    flops = counts.frozen_flops(config, job.B, T)
+    flops = counts.flops(make(job, "own frozen", T, eager=True))
     best = [max(n / times[name][i] for name, n in products.items()) for i in range(job.rounds)]
     in_giga = table.summary(rate / 1e9 for rate in best)
     job.details[f"products, T={T}"] = {"GFLOP": flops / 1e9, "GFLOP/s": in_giga}
@@ -325,12 +324,13 @@ def main(argv=None):
             growth.measure_all(job, about)
         elif job.texts:
             tasks.time_texts(job)
-            of_texts = [row for row in table.ROWS if row.startswith("13")]
-            print(table.report(job.results, job.device, only=of_texts), job.details, sep="\n")
+            lines = table.rows(job.results, job.device)
+            of_texts = {row: line for row, line in lines.items() if row.startswith("13")}
+            print(table.report(of_texts), job.details, sep="\n")
         else:
-            content = about | {"seconds": measure(job), "rows": table.rows(job)}
-            content["details"] = job.details
-            table.write("bench", job, content, table.page(content, job.device))
+            content = about | {"seconds": measure(job)}
+            content |= {"rows": table.rows(job.results, job.device), "details": job.details}
+            table.write("bench", job, content, table.page(content))
     return 0
 
 

@@ -5,6 +5,7 @@ seed. It is finished if the model's file (summary.py) has a record with the very
 asked for.
 """
 import functools
+import itertools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,15 +44,12 @@ class Grid(NamedTuple):
     table: str
     preset: dict
     flags: dict                         # options of train.py that all runs share
-    model: str
-    data_dir: str
     tasks: list
     rows: list
     stages: list                        # [[rows], [seeds]], in the order in which they run
     path: Path                          # of the file of records
     runs: Path                          # of the run folders
     file: dict                          # what that file holds
-    known: dict                         # key_of(settings) → record, of all in it
 
     @property
     def starts(self):
@@ -62,12 +60,6 @@ class Grid(NamedTuple):
     def is_timed(self):
         """Whether it measures time: its runs are not tuned, and never go on after a stop."""
         return self.table == "table2"
-
-    def remember(self, record):
-        """Have a record count as a finished run."""
-        self.file["runs"].append(record)
-        self.known[key_of(record["settings"])] = record
-
 
 # --- what a run is ---------------------------------------------------------------------------
 
@@ -103,18 +95,9 @@ def settings_of(flags):
     return vars(options.resolve(options.parse(command_line(flags))))
 
 
-def key_of(settings):
-    """Settings as something to look up by; 8 and 8.0 are the same."""
-    items = []
-    for name, value in settings.items():
-        items.append((name, tuple(value) if isinstance(value, list) else value))
-    return frozenset(items)
-
-
-@functools.cache
-def key_of_flags(flags):
-    """key_of() the settings that tell a run from others."""
-    return key_of(summary.comparable(settings_of(flags)))
+def own_settings(cell):
+    """The settings that tell the run of a cell from others, as they stand in its record."""
+    return summary.comparable(settings_of(cell.flags))
 
 
 def make_cell(grid, row, task, seed, tuned):
@@ -122,14 +105,10 @@ def make_cell(grid, row, task, seed, tuned):
 
     The folder's name says how it is tuned: runs with another choice have others.
     """
-    flags = {"task": task, "model": grid.model, "data-dir": grid.data_dir, "seed": seed}
-    flags |= grid.flags | row_of(row)[1]
-    part = "reported"
+    flags = {"task": task} | grid.flags | row_of(row)[1] | {"seed": seed}
     if grid.is_timed:
-        part = "timing"
         flags |= {"max-steps": grid.preset["timed_steps"], "limit-dev": 32}
     elif seed == TUNE_SEED:
-        part = "tune"
         flags |= grid.preset["tuning"].get(task, {})
     task_settings = settings_of((("task", task), ("method", flags.get("method", "lora2"))))
     if flags.get("r") == "target-rank":                    # as small at first as others in the end
@@ -145,8 +124,9 @@ def make_cell(grid, row, task, seed, tuned):
         flags["alpha"] = tuned["scale"] * r
     if "outer" in tuned:
         flags["outer-lr"] = float(f"{tuned['lr'] * tuned['outer']:g}")
-    tag = "".join(f"-{name}{value:g}" for name, value in tuned.items())
-    folder = grid.runs / part / task / f"{row}{tag}-s{seed}"
+    tag = "-timed" if grid.is_timed else ""
+    tag += "".join(f"-{name}{value:g}" for name, value in tuned.items())
+    folder = grid.runs / task / f"{row}{tag}-s{seed}"
     return Cell(row, task, seed, tuple(tuned.items()), folder, tuple(flags.items()))
 
 
@@ -158,8 +138,11 @@ def about(cell):
 
 def record_of(grid, cell):
     """The record of a finished run, of whatever row; None without one."""
-    run = grid.known.get(key_of_flags(cell.flags))
-    return None if run is None else run | about(cell)
+    settings = own_settings(cell)
+    for run in grid.file["runs"]:
+        if run["settings"] == settings:                    # 8 and 8.0 are the same
+            return run | about(cell)
+    return None
 
 
 # --- how a row is tuned ----------------------------------------------------------------------
@@ -178,16 +161,6 @@ def fixed_points(grid, row):
     return found
 
 
-def searched_points(grid, row, task):
-    """The points that a search has run, in the order of the file, whatever the other settings."""
-    found = []
-    for run in grid.known.values():
-        if (run["part"], run["row"], run["task"]) == ("tune", row, task):
-            if run["tuned"] not in found:
-                found.append(run["tuned"])
-    return found
-
-
 def tuning_of(grid, row, task):
     """([cell], the point that is chosen): all that the tuning of a row has tried or tries next.
 
@@ -196,7 +169,10 @@ def tuning_of(grid, row, task):
     """
     if grid.is_timed or not (grid.starts or grid.preset["lrs"]):
         return [], {}
-    points = searched_points(grid, row, task) if grid.starts else fixed_points(grid, row)
+    points = fixed_points(grid, row)
+    if grid.starts:                                        # those in the file, in its order
+        points = [run["tuned"] for run in grid.file["runs"]
+                  if (run["part"], run["row"], run["task"]) == ("tune", row, task)]
     tried = []
     for point in points:
         run = record_of(grid, make_cell(grid, row, task, TUNE_SEED, point))
@@ -212,40 +188,34 @@ def tuning_of(grid, row, task):
 # --- what runs -------------------------------------------------------------------------------
 
 def cells_of(grid):
-    """({cell that tunes: its stage}, {cell that is reported: its stage}, [(row, task)] that wait).
+    """([cell] in the order in which they run, [(row, task)] that wait).
 
-    In the order of tasks, rows and seeds; each once, as two tasks may share their tuning. What
-    waits has no reported cell before its tuning has run.
+    A stage begins with what tunes its rows. What waits has no reported cell before its tuning has
+    run. Each cell is there once, as rows and tasks may share their tuning.
     """
-    tuning, reported, later = {}, {}, []
-    for task in grid.tasks:
-        for row in grid.rows:
+    cells, later = {}, {}                                  # as sets in order
+    for rows, seeds in grid.stages:
+        reported = []
+        for task, row in itertools.product(grid.tasks, rows):
             tuned_on = grid.preset["tuned_on"].get(task, task)
-            cells, chosen = tuning_of(grid, row_of(row)[2], tuned_on)
-            stages = [i for i, (rows, _) in enumerate(grid.stages) if row in rows]
-            for cell in cells:
-                tuning[cell] = min(stages[0], tuning.get(cell, stages[0]))
+            tuning, chosen = tuning_of(grid, row_of(row)[2], tuned_on)
+            cells |= dict.fromkeys(tuning)
             if grid.table == "tune":
                 continue
             if chosen is None:
-                later.append((row, task))
+                later[row, task] = None
                 continue
-            for stage in stages:
-                for seed in grid.stages[stage][1]:
-                    reported[make_cell(grid, row, task, seed, chosen)] = stage
-    return tuning, reported, later
+            reported += [make_cell(grid, row, task, seed, chosen) for seed in seeds]
+        cells |= dict.fromkeys(reported)
+    return list(cells), list(later)
 
 
 def missing(grid):
-    """[cell] of all that can run now and has no record, in the order of the stages."""
-    tuning, reported, _ = cells_of(grid)
-    cells = tuning | reported
-    left = [cell for cell in cells if not record_of(grid, cell)]
-    return sorted(left, key=cells.get)                     # within a stage as they came
+    """[cell] of all that can run now and has no record, in order."""
+    return [cell for cell in cells_of(grid)[0] if not record_of(grid, cell)]
 
 
 def finished(grid):
     """The records of all runs of a table that there are."""
-    tuning, reported, _ = cells_of(grid)
-    records = [record_of(grid, cell) for cell in tuning | reported]
+    records = [record_of(grid, cell) for cell in cells_of(grid)[0]]
     return [run for run in records if run]

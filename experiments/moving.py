@@ -28,11 +28,7 @@ TOP, ROW, PANEL = 92, 28, 56                               # first row; heights 
 
 def story_of(result, frames):
     """The story of a finished run, None without frames."""
-    if not frames:
-        return None
-    facts = {name: result.get(name) for name in summary.FACTS}
-    return {"settings": summary.comparable(result["settings"]), "best": result["best"],
-            "last": result["last"], **facts, "frames": frames}
+    return summary.facts_of(result) | {"frames": frames} if frames else None
 
 
 def frames_of(log, names):

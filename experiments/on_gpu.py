@@ -10,7 +10,6 @@ in fp32, and eager execution. How fast it is, bench.py says.
 """
 import argparse
 import datetime
-import json
 import math
 import os
 import sys
@@ -26,7 +25,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
-from experiments import one_step
+from experiments import one_step, summary
 from experiments.speed import steps
 from formats import disk
 from running import demo, errors, folder, machine, progress
@@ -81,8 +80,7 @@ def trained(job, *words, **more):
 
 def losses(out):
     """The logged losses of a run."""
-    lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+    return [line["loss"] for line in summary.read_log(out)]
 
 
 # --- what is checked ----------------------------------------------------------------------

@@ -87,7 +87,7 @@ def pairs_of(content):
 def score_table(content, which="last"):
     """The scores of all rows on all tasks."""
     def cell(row, task):
-        parts = tables.score_of(content, row, task, which)
+        parts = tables.summaries(content, row, task, which)
         return "/".join(show(part, content["seeds"], DIGITS[which]) for part in parts)
 
     return table(WHICH[which], content["rows"], tasks_of(content) | AVERAGE, cell)
@@ -106,8 +106,7 @@ def interval_table(content, which="last"):
 def worst_table(content):
     """The worst seed of each row: whether it is steady."""
     def cell(row, task):
-        runs = tables.runs_of(content, row, task)
-        scores = [tables.mean_of(tables.score(run, "last", task)) for run in runs]
+        scores = list(map(tables.mean_of, tables.scores_of(content, row, task).values()))
         return f"{min(scores):.2f}".replace("-", "−") if scores else "not run"
 
     return table("the worst seed", content["rows"], tasks_of(content), cell)
@@ -155,7 +154,7 @@ def paper_table(content):
         if task != "average":
             return "/".join("–" if x is None else f"{x:.2f}" for x in scores[task])
         unknown = any(None in columns for columns in scores.values())
-        return "–" if unknown else f"{tables.average(scores):.2f}"
+        return "–" if unknown else f"{tables.average(scores.values()):.2f}"
 
     rows = {row: content["rows"].get(row, row) for row in paper}
     return table("the paper", rows, tasks_of(content) | AVERAGE, cell)

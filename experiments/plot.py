@@ -68,25 +68,19 @@ def figure3(content, stem):
 
 
 def read_run(folder):
-    """(title, r, {matrix: [count of each layer]} or None, log lines with a loss, story or None).
+    """(title, r, {matrix: [count of each layer]}, log lines with a loss, story or None).
 
     ValueError or OSError of one sentence for what is missing or damaged.
     """
-    advice = "give the folder of a finished run of train.py, or run it again"
-    ranks, names = None, []
-    if (folder / "ranks.json").exists():
-        ranks = summary.read_ranks(folder)
-        names = sorted(disk.read_json(folder / "ranks.json", advice))
-    with disk.reading(folder / "log.jsonl", advice):
-        lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        log = [line for line in map(json.loads, lines) if "loss" in line and line["step"]]
-        frames = moving.frames_of(log, names)
-        if not log:
-            raise ValueError("no line is about a step")
-    result = disk.read_json(folder / "result.json", advice)
-    with disk.reading(folder / "result.json", advice):
+    counts = {}
+    with disk.reading(folder, "give the folder of a finished run of train.py, or run it again"):
+        result = json.loads((folder / "result.json").read_bytes())
+        log = [line for line in summary.read_log(folder) if line["step"]]
+        if (folder / "ranks.json").exists():
+            counts = json.loads((folder / "ranks.json").read_bytes())
         title, r = f"{result['task']}, {result['method']}", result["settings"]["r"]
-        return title, r, ranks, log, moving.story_of(result, frames)
+        story = moving.story_of(result, moving.frames_of(log, sorted(counts)))
+        return title, r, summary.by_place(counts), log, story
 
 
 def draw(folder, out):
@@ -96,7 +90,7 @@ def draw(folder, out):
     out.mkdir(parents=True, exist_ok=True)
     if story is not None:
         paths += moving.save(story, out / "pruning")
-    if ranks is not None:
+    if ranks:
         figure, (axes,) = new_figure()
         figure.colorbar(heat_map(axes, ranks, r, title), ax=axes)
         paths += save(figure, out / "ranks")

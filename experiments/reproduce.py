@@ -79,8 +79,8 @@ def check_known(args):
 
 def list_grid(grid):
     """--dry-run: the state and the command of every run."""
-    tuning, reported, later = grids.cells_of(grid)
-    for cell in tuning | reported:
+    cells, later = grids.cells_of(grid)
+    for cell in cells:
         state = "to run"
         if grids.record_of(grid, cell):
             state = "done  "
@@ -209,7 +209,8 @@ def chosen(words, known, what):
 
 def flags_of(args):
     """The options of train.py that all runs share."""
-    flags = dict(grids.PRESETS[args.preset]["flags"])
+    preset = grids.PRESETS[args.preset]
+    flags = {"model": args.model or preset["model"], "data-dir": args.data_dir} | preset["flags"]
     for name, value in options.parse(shlex.split(args.more)).items():
         flags[name.replace("_", "-")] = ",".join(value) if isinstance(value, list) else value
     if args.device:
@@ -251,8 +252,8 @@ def make_grid(args):
         tasks = chosen(args.tasks, tables.COLUMNS, "task")
     rows = [grids.full_name(row, preset["base"]) for row in table["rows"][args.preset].split()]
     rows = chosen(args.rows, rows, "row")
-    model = args.model or preset["model"]
-    args.name = os.path.basename(os.path.abspath(model))   # of "." too, and of a name on the Hub
+    flags = flags_of(args)
+    args.name = os.path.basename(os.path.abspath(flags["model"]))      # "." too, a name on the Hub
     folder = f"{args.preset}-{args.name}"
     path = Path(args.out) / folder / "runs.json"
     args.page = path.with_name(f"{args.table}.md")
@@ -262,9 +263,8 @@ def make_grid(args):
     file = {"settings": {}, "runs": []}
     if path.exists() or args.no_run:
         file = summary.load(path)
-    known = {grids.key_of(run["settings"]): run for run in file["runs"]}
-    return grids.Grid(args.table, preset, flags_of(args), model, args.data_dir, tasks, rows,
-                      stages_of(args, rows), path, Path(args.runs) / folder, file, known)
+    return grids.Grid(args.table, preset, flags, tasks, rows, stages_of(args, rows), path,
+                      Path(args.runs) / folder, file)
 
 
 def main(argv=None):

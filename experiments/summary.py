@@ -14,7 +14,6 @@ A record is a dict, made from the folder of a finished run of train.py:
 A file holds all runs on a model, whatever table shows them, one a line. Settings that all of them
 share stand there once. "notes" is what its pages say of how it was made.
 """
-import itertools
 import json
 import shlex
 from pathlib import Path
@@ -47,16 +46,19 @@ def comparable(settings):
     return found | {"model": Path(str(settings.get("model"))).name}
 
 
+def facts_of(result):
+    """What a result.json says that is kept."""
+    facts = {name: result.get(name) for name in FACTS}
+    return {"settings": comparable(result["settings"]), "best": result["best"],
+            "last": result["last"]} | facts
+
+
 def record(folder):
-    """The record of a finished run, from settings on. ValueError or OSError for a damaged file."""
-    result = disk.read_json(folder / "result.json", f"remove {folder} and run it again")
-    run = {"settings": comparable(result["settings"]), "best": result["best"],
-           "last": result["last"]}
-    for name in FACTS:
-        run[name] = result.get(name)
+    """The record of a finished run, from settings on."""
+    run = facts_of(json.loads((folder / "result.json").read_bytes()))
     run["peak_memory_gb"] = None                           # would be that of all runs so far
     if (folder / "ranks.json").exists():
-        run["ranks"] = read_ranks(folder)
+        run["ranks"] = by_place(json.loads((folder / "ranks.json").read_bytes()))
         kept = {}
         for name, tensor in runs.load_state(folder)["weights"].items():
             if name.endswith(".lam"):   # what is pruned is 0 from the last phase on
@@ -64,16 +66,6 @@ def record(folder):
         if kept:
             run["kept"] = by_place(kept)
     return run
-
-
-def read_ranks(folder):
-    """ranks.json by place: {matrix: [count of each layer]}. ValueError or OSError if damaged."""
-    path = folder / "ranks.json"
-    with disk.reading(path, f"remove {folder} and run it again"):
-        counts = json.loads(path.read_text(encoding="utf-8"))
-        if not counts or not all(type(count) is int for count in counts.values()):
-            raise ValueError("it holds no counts")
-        return by_place(counts)
 
 
 def by_place(values):
@@ -87,20 +79,19 @@ def by_place(values):
     return found
 
 
+def read_log(folder):
+    """The lines of a run's log that are about a training step."""
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [line for line in map(json.loads, lines) if "loss" in line]
+
+
 def step_seconds(folder):
     """Seconds of one of a run's training steps, from its log.
 
     The first line but that of step 1 ends the warm-up; what is between it and the last one counts.
     """
-    path = folder / "log.jsonl"
-    with disk.reading(path, f"remove {folder} and run it again"):
-        lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-        lines = [line for line in lines if "loss" in line and line["step"] > 1]
-        for a, b in itertools.pairwise(lines):             # after a stop they begin anew
-            if not a["seconds"] < b["seconds"]:
-                raise ValueError("the seconds go back")
-        first, *_, last = lines
-        return (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
+    first, *_, last = [line for line in read_log(folder) if line["step"] > 1]
+    return (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
 
 
 # --- the file of records ----------------------------------------------------------------------

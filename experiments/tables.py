@@ -48,8 +48,8 @@ def mean_of(columns):
 
 
 def average(scores):
-    """{task: score} → the mean over tasks: the paper's rule, but for its row LoRA² k=8."""
-    return statistics.mean(mean_of(columns) for columns in scores.values())
+    """The mean over tasks of their scores: the paper's rule, but for its row LoRA² k=8."""
+    return statistics.mean(map(mean_of, scores))
 
 
 def summary(values):
@@ -80,35 +80,26 @@ def usual_count(runs):
     return max(statistics.multimode(cells.values()), default=0)
 
 
-def by_seed(content, row, task):
-    """{seed: record} of a cell of the table."""
-    return {run["seed"]: run for run in runs_of(content, row, task)}
-
-
-def score_of(content, row, task, which):
-    """The score of a row on a task: a list with a summary for each column, one of the average."""
-    if task == "average":
-        return [summary(values_of(content, row, task, which).values())]
-    scores = [score(run, which, task) for run in by_seed(content, row, task).values()]
-    if not scores:
-        return [None] * len(COLUMNS[task][1])
-    return [summary(column) for column in zip(*scores)]
-
-
-def values_of(content, row, task, which):
-    """{seed: the one number} of a row on a task, or as the average of the seeds with all tasks."""
+def scores_of(content, row, task, which="last"):
+    """{seed: score} of a row on a task; on "average" it is one number, if all tasks were run."""
     if task != "average":
-        runs = by_seed(content, row, task).items()
-        return {seed: mean_of(score(run, which, task)) for seed, run in runs}
-    by_task = [values_of(content, row, each, which) for each in content["tasks"]]
+        return {run["seed"]: score(run, which, task) for run in runs_of(content, row, task)}
+    by_task = [scores_of(content, row, each, which) for each in content["tasks"]]
     seeds = set.intersection(*map(set, by_task))
-    return {seed: statistics.mean(found[seed] for found in by_task) for seed in seeds}
+    return {seed: [average(scores[seed] for scores in by_task)] for seed in seeds}
+
+
+def summaries(content, row, task, which):
+    """A summary() for each column of a row on a task, or one of the average."""
+    scores = scores_of(content, row, task, which).values()
+    width = 1 if task == "average" else len(COLUMNS[task][1])
+    return [summary(column) for column in zip(*scores)] or [None] * width
 
 
 def differences(content, a, b, task, which="last"):
     """{seed: row a − row b} on a task, or of their averages, of the seeds that both have."""
-    ours, theirs = (values_of(content, row, task, which) for row in (a, b))
-    return {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
+    ours, theirs = (scores_of(content, row, task, which) for row in (a, b))
+    return {seed: mean_of(ours[seed]) - mean_of(theirs[seed]) for seed in ours if seed in theirs}
 
 
 # --- do runs belong together? -----------------------------------------------------------------
@@ -133,20 +124,6 @@ def check_sources(runs, device=None):
                                  f"{first[what]}): give another --runs and --out")
 
 
-def check_alike(runs, name):
-    """ValueError unless the entry `name`, "ranks" or "kept", of all runs is of the same matrices.
-
-    A mean would silently be of some.
-    """
-    first = None
-    for run in runs:
-        shape = {short: len(layers) for short, layers in run.get(name, {}).items()}
-        first = first or shape
-        if not shape or shape != first:
-            raise ValueError(f"{name_of(run)}: {name} is of other matrices than in the first run: "
-                             "take it out of the file of records and run it again")
-
-
 # --- kept singular values --------------------------------------------------------------------
 
 def shared(a, b):
@@ -169,35 +146,37 @@ def shared_by_chance(a, b):
 
 def overlap(content, task):
     """{measure: values}: how alike the selections of the two rows are, Eq. 9's and Eq. 8's."""
-    runs = [list(by_seed(content, row, task).values()) for row in content["rows"]]
-    check_alike(runs[0] + runs[1], "kept")
-
-    def kept_of(record):                                   # of each matrix
-        return [set(indices) for layers in record["kept"].values() for indices in layers]
-
-    nine, eight = (list(map(kept_of, some)) for some in runs)
-    ours, theirs = (by_seed(content, row, task) for row in content["rows"])
-    same_seed = [(kept_of(ours[seed]), kept_of(theirs[seed])) for seed in ours if seed in theirs]
-    two_seeds = list(itertools.combinations(nine, 2))
+    nine, eight = (kept_of(content, row, task) for row in content["rows"])
+    same_seed = [(nine[seed], eight[seed]) for seed in nine if seed in eight]
+    two_seeds = list(itertools.combinations(nine.values(), 2))
     found = {
         "kept by both: the very same singular values": [shared(a, b) for a, b in same_seed],
         "kept by both: as many of each matrix": [shared_counts(a, b) for a, b in same_seed],
         "for scale: as many, Eq. 9 with two seeds": [shared_counts(a, b) for a, b in two_seeds],
         "for scale: the same, matrices shuffled": [shared_by_chance(a, b) for a, b in two_seeds]}
-    r = max((run["settings"]["r"] for run in runs[0] + runs[1]), default=0)
+    r = max((run["settings"]["r"] for run in content["runs"] if run["task"] == task), default=0)
     for name, some in (("Eq. 9", nine), ("Eq. 8", eight)):
         for what, n in (("nothing", 0), ("everything", r)):
-            parts = [100 * statistics.mean(len(one) == n for one in kept) for kept in some]
+            parts = [100 * statistics.mean(len(one) == n for one in kept) for kept in some.values()]
             found[f"matrices that keep {what}, {name}"] = parts
+    return found
+
+
+def kept_of(content, row, task):
+    """{seed: the kept singular values of each matrix, [set of indices]} of a row on a task."""
+    found = {}
+    for run in runs_of(content, row, task):
+        layers = itertools.chain.from_iterable(run["kept"].values())
+        found[run["seed"]] = list(map(set, layers))
     return found
 
 
 def mean_ranks(runs):
     """{matrix: [how many singular values each layer kept, on average over the runs]}."""
-    check_alike(runs, "ranks")
     mean = {}
     for short in runs[0]["ranks"]:
-        mean[short] = list(map(statistics.mean, zip(*(run["ranks"][short] for run in runs))))
+        by_layer = zip(*(run["ranks"][short] for run in runs), strict=True)
+        mean[short] = list(map(statistics.mean, by_layer))
     return mean
 
 

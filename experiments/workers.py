@@ -11,6 +11,7 @@ import train
 from experiments import grid as grids
 from experiments import summary
 from experiments.speed import steps
+from formats import disk
 
 
 def work(cell, is_timed):
@@ -31,12 +32,13 @@ def work(cell, is_timed):
     if status and "not finite" not in last:
         raise RuntimeError(f"{cell.folder}: status {status}, {last}")
     if status:
-        record = {"settings": summary.comparable(grids.settings_of(cell.flags)),
-                  "failed": last.partition(";")[0].strip()}
+        failed = last.partition(";")[0].strip()
+        record = {"settings": grids.own_settings(cell), "failed": failed}
     else:
-        record = summary.record(cell.folder)
-        if is_timed:
-            record["step_seconds"] = summary.step_seconds(cell.folder)
+        with disk.reading(cell.folder, "remove it and run it again"):
+            record = summary.record(cell.folder)
+            if is_timed:
+                record["step_seconds"] = summary.step_seconds(cell.folder)
     shutil.rmtree(cell.folder)
     return grids.about(cell) | record
 
@@ -102,6 +104,6 @@ def run_all(args, pool, keep):
             except RuntimeError as error:
                 failures.append(str(error))                # the others go on
                 continue
-            assert grids.key_of(record["settings"]) == grids.key_of_flags(cell.flags), cell
-            grid.remember(record)
+            assert record["settings"] == grids.own_settings(cell), cell
+            grid.file["runs"].append(record)
             keep(record, len(waiting) + len(running))

@@ -96,7 +96,7 @@ def test_what_the_results_show():
     for row in ("LoRA² k=1", "LoRA² k=8"):
         assert signs("table2", f"{row} − AdaLoRA r=8") == ["≈"] * 3
     table1 = small("table1")
-    collapsed = tables.by_seed(table1, "lora-r8", "stsb").values()
+    collapsed = tables.runs_of(table1, "lora-r8", "stsb")
     assert sorted(tables.score(run, "last", "stsb")[0] < 5 for run in collapsed) == [False, False, True]
     top, scales = max(grids.PRESETS["small"]["scales"]), []
     for run in table1["runs"]:
@@ -108,7 +108,7 @@ def test_what_the_results_show():
         counts = Counter(data.load_task("rte", GLUE)["dev"].labels)
         assert round(100 * max(counts.values()) / counts.total(), 1) == larger
     for row in table1["rows"]:
-        (part,) = tables.score_of(table1, row, "rte", "last")
+        (part,) = tables.summaries(table1, row, "rte", "last")
         assert part["n"] == 3 and abs(part["mean"] - larger) < 4, row
     for task in ("stsb", "cola"):
         found = tables.overlap(small("overlap"), task)

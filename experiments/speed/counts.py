@@ -2,7 +2,7 @@
 
     with Operations() as counted: ...      # aten operations and host reads
     saved(forward, model)                  # bytes a forward pass keeps for the backward pass
-    frozen_flops(config, B, T)             # of the matrix products of a step with frozen weights
+    flops(step)                            # of its matrix products
 """
 import collections
 import sys
@@ -11,14 +11,14 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-
-import model as models
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 # Operations that return numbers, or shapes that depend on numbers: on a GPU the host waits for
 # them. On a CPU three more pass no dispatcher; they are caught where they are called.
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "item",
          "unique_dim", "_unique", "_unique2", "unique_consecutive"}
 CALLED_READS = {torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy}
+flop_registry[torch.ops.aten.baddbmm_] = flop_registry[torch.ops.aten.baddbmm]     # torch lacks it
 
 
 class _Calls(TorchFunctionMode):
@@ -70,7 +70,7 @@ class Operations(TorchDispatchMode):
 
 
 def count_parts(step):
-    """{part of a step: how many operations}, and "total" and "host reads" of all parts.
+    """{part of a step: how many operations}; "total" and "host reads" of all parts, "update" of two.
 
     They are of a second step: the first makes plans and AdamW's state.
     """
@@ -79,6 +79,7 @@ def count_parts(step):
     step(parts.__getitem__)
     found = {part: counted.total for part, counted in parts.items()}
     found["total"] = sum(found.values())
+    found["update"] = parts["clip, AdamW"].total + parts["importance, selection"].total
     found["host reads"] = sum(counted.reads for counted in parts.values())
     return found
 
@@ -128,25 +129,8 @@ def synchronises(step):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def frozen_flops(config, B, T):
-    """FLOPs, two for each multiply-add, of the matrix products of a step with frozen weights.
-
-    Every activation needs its gradient but no frozen matrix does, so that the backward pass costs
-    the forward pass once more; the gradient ends at the projections of the first layer. Products of
-    two activations (scores, values) cost twice their forward pass. The head is trained and costs
-    three times its own.
-    """
-    L, d, f = config["num_hidden_layers"], config["hidden_size"], config["intermediate_size"]
-    N = B * T
-    head = 2 * B * (d * d + 2 * d)
-    forward = 2 * N * (4 * d * d + 2 * d * f)              # the six matrices of one layer
-    total = L * 2 * forward - 3 * 2 * N * d * d
-    total += L * 3 * (2 * 2 * B * T * T * d)               # q kᵀ and (softmax) v
-    if config["model_type"] == "deberta-v2":
-        distances = 2 * T - 1
-        positions = 2 * 2 * N * distances * d              # q Kᵀ and k Qᵀ against them
-        farthest = models.bucket(torch.tensor(T - 1), config["position_buckets"],
-                                 config["max_position_embeddings"])
-        table = 2 * 2 * (2 * int(farthest) + 1) * d * d    # the rows that T tokens refer to
-        total += L * (table + 2 * positions) + positions
-    return total + 3 * head
+def flops(step):
+    """FLOPs, two for each multiply-add, of the matrix products of a step, which is not recorded."""
+    with FlopCounterMode(display=False) as counted:
+        step()
+    return counted.get_total_flops()

@@ -16,10 +16,12 @@ import torch
 
 import data
 import model as models
-from experiments.speed.steps import OwnStep, freeze, head_of
+from experiments.speed.steps import HEAD, OwnStep, freeze
 from formats import glue
 from lora2 import lora2_layers
 from methods import by_name
+
+INPUTS = ("input_ids", "attention_mask", "labels")         # of a data.Batch
 
 
 def available():
@@ -41,32 +43,35 @@ def target_names(config):
     return models.target_modules(as_ours, models.TARGETS[config.model_type])
 
 
-def load(folder, labels=2):
-    """transformers' classifier in train mode, in fp32, from a folder."""
-    from transformers import AutoModelForSequenceClassification
-    return AutoModelForSequenceClassification.from_pretrained(
-        folder, num_labels=labels, dtype=torch.float32).train()
+def adapt(net, method, r, total):
+    """peft's LoRA or AdaLoRA on the six matrices of each layer, with the head trained beside.
 
-
-def adapt(net, method, r, steps, alpha=32):
-    """peft's LoRA or AdaLoRA on the six matrices of each layer, with the head trained beside."""
+    total: the steps of AdaLoRA's schedule. LoRA's scale is 1.
+    """
     import peft
     common = {"task_type": "SEQ_CLS", "target_modules": target_names(net.config),
-              "modules_to_save": head_of(net), "lora_alpha": alpha}
+              "modules_to_save": HEAD}
     if method == "lora":
-        return peft.get_peft_model(net, peft.LoraConfig(r=r, **common))
+        return peft.get_peft_model(net, peft.LoraConfig(r=r, lora_alpha=r, **common))
     return peft.get_peft_model(net, peft.AdaLoraConfig(
-        init_r=r, target_r=max(1, r // 2), tinit=0, tfinal=10, total_step=steps,
-        deltaT=1 if r > 1 else steps,                      # peft cannot prune nothing: kthvalue
+        init_r=r, target_r=max(1, r // 2), lora_alpha=32, tinit=0, tfinal=10, total_step=total,
+        deltaT=1 if r > 1 else total,                      # peft cannot prune nothing: kthvalue
         orth_reg_weight=0.1, beta1=0.85, beta2=0.85, **common))
 
 
 class PeerStep:
-    """One training step of transformers, called as OwnStep. method: "frozen", "lora", "adalora"."""
+    """One training step of transformers, called as OwnStep. method: "frozen", "lora", "adalora".
 
-    def __init__(self, folder, method, batch, r=8, dtype="fp32", layers=None, alpha=32):
-        self.net = load(folder)
-        self.method, self.batch, self.dtype = method, batch, dtype
+    batch: None if `inputs` are set later; then `device` says where. labels: how many, 1 for a score.
+    """
+
+    def __init__(self, folder, method, batch, r=8, dtype="fp32", layers=None, device=None,
+                 labels=2, total=1000):
+        from transformers import AutoModelForSequenceClassification
+        self.net = AutoModelForSequenceClassification.from_pretrained(
+            folder, num_labels=labels, dtype=torch.float32)
+        self.inputs = {name: getattr(batch, name, None) for name in INPUTS}
+        self.method, self.dtype = method, dtype
         self.step = 0
         if layers is not None:
             del self.net.base_model.encoder.layer[layers:]
@@ -74,22 +79,22 @@ class PeerStep:
         if method == "frozen":
             freeze(self.net, target_names(self.net.config))
         else:
-            self.net = adapt(self.net, method, r, steps=1000, alpha=alpha)
-        self.net.to(batch.input_ids.device).train()
+            self.net = adapt(self.net, method, r, total)
+        self.net.to(device or batch.input_ids.device).train()
         self.parameters = [p for p in self.net.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3, weight_decay=0.0, fused=True)
 
     def loss(self):
         """Cross entropy; peft adds its regulariser inside where it gets the labels."""
-        batch, kind = self.batch, self.batch.input_ids.device.type
+        kind = self.net.device.type
         with torch.autocast(kind, torch.bfloat16, enabled=self.dtype == "bf16"):
-            return self.net(input_ids=batch.input_ids, attention_mask=batch.attention_mask,
-                            labels=batch.labels).loss
+            return self.net(**self.inputs).loss
 
     def __call__(self, part=lambda name: contextlib.nullcontext()):
-        """One step, R inside "forward, backward": peft does not let them apart."""
+        """One step, R inside "forward, backward": peft does not let them apart. Its loss."""
         with part("forward, backward"):
-            self.loss().backward()
+            loss = self.loss()
+            loss.backward()
         if self.method != "frozen":
             self.step += 1
             with part("clip, AdamW"):
@@ -99,6 +104,7 @@ class PeerStep:
                 if self.method == "adalora":
                     self.net.base_model.update_and_allocate(self.step)
         self.optimizer.zero_grad()
+        return loss
 
 
 # --- do own and peer compute the same? -------------------------------------------------------
@@ -122,15 +128,15 @@ def parity_of_lora2(folder, batch, layers):
     """
     own = OwnStep(folder, "lora2", batch, k=4, r=8, extras=False, layers=layers)
     peer = PeerStep(folder, "frozen", batch, layers=layers)
-    errors = {"frozen logits": difference([(logits(own), logits(peer))])}
+    errors = {"frozen logits": logits_differ(own, peer)}
 
-    peer = PeerStep(folder, "lora", batch, r=4, alpha=4, layers=layers)
+    peer = PeerStep(folder, "lora", batch, r=4, layers=layers)
     adapters = pairs(own, peer)
     for layer, theirs in adapters:
         A, B = layer.to_lora()
         theirs.lora_A["default"].weight.data.copy_(A)
         theirs.lora_B["default"].weight.data.copy_(B)
-    errors["LoRA² logits"] = difference([(logits(own), logits(peer))])
+    errors["LoRA² logits"] = logits_differ(own, peer)
     own.loss().backward()
     peer.loss().backward()
     of_v, of_V = [], []
@@ -154,7 +160,7 @@ def parity_of_adalora(folder, batch, layers):
         factors["Q"].append((layer.Q, theirs.lora_B["default"]))
     for ours, theirs in itertools.chain(*factors.values()):
         theirs.data.copy_(in_pefts_layout(ours.data))
-    errors = {"AdaLoRA logits": difference([(logits(own), logits(peer))])}
+    errors = {"AdaLoRA logits": logits_differ(own, peer)}
     (own.loss() + 0.1 * by_name.regulariser("adalora", own.net, None)()).backward()
     peer.loss().backward()
     for name, some in factors.items():
@@ -194,11 +200,11 @@ def without_dropout(net):
 
 
 @torch.no_grad()
-def logits(step):
-    """Logits without dropout, in fp32."""
-    ids, mask = step.batch.input_ids, step.batch.attention_mask
-    output = without_dropout(step.net)(input_ids=ids, attention_mask=mask)
-    return getattr(output, "logits", output)
+def logits_differ(own, peer):
+    """The difference() of the logits without dropout, in fp32."""
+    inputs = {"input_ids": own.batch.input_ids, "attention_mask": own.batch.attention_mask}
+    ours, theirs = (without_dropout(step.net)(**inputs) for step in (own, peer))
+    return difference([(ours, theirs.logits)])
 
 
 def difference(pairs):
@@ -209,7 +215,7 @@ def difference(pairs):
 
 # --- row 12: an epoch ------------------------------------------------------------------------
 
-def epoch(folder, task, data_dir, rows, max_len, device, dtype="fp32", batch_size=32, r=8):
+def epoch(folder, task, data_dir, rows, max_len, device, dtype="fp32", batch_size=32):
     """Seconds for one epoch of transformers + peft AdaLoRA, from files to the last step.
 
     Imports do not count. As in transformers' own example for GLUE: rows in random order, each batch
@@ -217,20 +223,13 @@ def epoch(folder, task, data_dir, rows, max_len, device, dtype="fp32", batch_siz
     """
     start = time.perf_counter()
     loader, classes = batches(folder, task, data_dir, rows, max_len, device, batch_size)
-    net = adapt(load(folder, max(1, classes)), "adalora", r, steps=len(loader) + 20).to(device)
-    parameters = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(loader))
-    for step, batch in enumerate(loader, 1):
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16"):
-            loss = net(**batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+    step = PeerStep(folder, "adalora", None, dtype=dtype, device=device, labels=max(1, classes),
+                    total=len(loader) + 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(step.optimizer, lambda n: 1 - n / len(loader))
+    for batch in loader:
+        step.inputs = batch.to(device, non_blocking=True)
+        loss = step()
         schedule.step()
-        net.base_model.update_and_allocate(step)
-        optimizer.zero_grad()
     if not math.isfinite(loss.item()):
         raise FloatingPointError(f"the peer's loss on {task} is not finite")
     return time.perf_counter() - start

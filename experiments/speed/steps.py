@@ -24,6 +24,7 @@ from running import errors, machine, schedule
 # config.json of the released models, but for the vocabulary, whose 128,100 rows take no part in a
 # step. "narrow" is for counting operations, which do not depend on width; "tiny" for the tests.
 SHAPES = disk.read_json(Path(__file__).parent / "shapes.json", "restore it")
+HEAD = ["pooler", "classifier"]         # parts of names in the head, of any model with these names
 
 
 def write_checkpoint(folder, config, seed=0):
@@ -58,12 +59,6 @@ def make_batch(config, B, T, device="cpu", seed=0):
     return data.Batch(*(tensor.to(device) for tensor in batch))
 
 
-def head_of(net):
-    """The parts of parameter names that make up the head, of any model with our module names."""
-    parts = {part for name, _ in net.named_parameters() for part in name.split(".")}
-    return [name for name in ("pooler", "classifier") if name in parts]
-
-
 def freeze(net, names):
     """Train the head and three biases, those of q, k and v in the first layer.
 
@@ -72,9 +67,8 @@ def freeze(net, names):
     layers, but not into the input of the first.
     """
     first = [f"{name}.bias" for name in names[:3]]
-    head = head_of(net)
     for name, parameter in net.named_parameters():
-        parameter.requires_grad_(name in first or models.in_head(name, head))
+        parameter.requires_grad_(name in first or models.in_head(name, HEAD))
 
 
 class OwnStep:
@@ -146,19 +140,15 @@ def heard(action, *arguments):
 
 # --- timing ----------------------------------------------------------------------------------
 
-def seconds(function, device, repeat=1):
-    """Time of one call: the host's on a CPU; on a GPU of `repeat` calls without gaps."""
-    if device == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(repeat):
-            function()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1000 / repeat
+def seconds(function, device, repeat):
+    """Time of one of `repeat` calls without gaps, after which a GPU has done its work."""
+    wait = torch.get_device_module(device).synchronize     # on a CPU that does nothing
+    wait()
     start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+    for _ in range(repeat):
+        function()
+    wait()
+    return (time.perf_counter() - start) / repeat
 
 
 def interleave(variants, rounds, device="cpu"):
@@ -187,12 +177,13 @@ def profile(function, device="cpu"):
     step gets fresh memory, and whatever operation touches that first would be charged for it. For
     the same reason the fastest of five profiled calls is shown.
     """
-    flops = {op.key: op.flops for op in profiled(function, device, with_flops=True)}
-    calls = [profiled(function, device) for _ in range(5)]
-    fastest = min(calls, key=lambda ops: sum(own_time(op, device) for op in ops))
+    flops = {op.key: op.flops for op in profiled(function, with_flops=True)}
+    calls = [profiled(function) for _ in range(5)]
+    own_time = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    fastest = min(calls, key=lambda ops: sum(getattr(op, own_time) for op in ops))
     table = []
     for op in fastest:
-        taken = own_time(op, device)
+        taken = getattr(op, own_time) / 1e6
         is_kernel = device == "cuda" and not op.key.startswith("aten::")       # once more
         if taken and not is_kernel:
             table.append({"operation": op.key.removeprefix("aten::"), "calls": op.count,
@@ -203,23 +194,15 @@ def profile(function, device="cpu"):
 def launches(function):
     """How often the host asks a GPU for work in one call: kernels, copies, fills, graphs."""
     calls = 0
-    for op in profiled(function, "cuda"):
+    for op in profiled(function):
         name = op.key.removeprefix("cuda").removeprefix("cu")
         if name.startswith(("Launch", "GraphLaunch", "Memcpy", "Memset")):
             calls += op.count
     return calls
 
 
-def profiled(function, device, **more):
+def profiled(function, **more):
     """The profiler's entries for one call, an operation each."""
-    kinds = [torch.profiler.ProfilerActivity.CPU]
-    if device == "cuda":
-        kinds.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=kinds, **more) as seen:
+    with torch.profiler.profile(**more) as seen:
         function()
     return seen.key_averages()
-
-
-def own_time(op, device):
-    """Seconds in an operation of profiled() itself."""
-    return (op.self_device_time_total if device == "cuda" else op.self_cpu_time_total) / 1e6

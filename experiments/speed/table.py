@@ -13,17 +13,12 @@ ROWS = disk.read_json(Path(__file__).parent / "goals.json", "restore it")
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")       # in a profile; in place too, as addmm_
 
 
-def goal_of(row, device):
-    """The goal of a row on that device, or None."""
-    return ROWS[row][2 if device == "cuda" else 1]
-
-
-def rows(job):
-    """{row: what is measured, its goal, its result or "not run"} of a whole bench."""
+def rows(results, device):
+    """{row: what is measured, its goal on that device or None, its result or "not run"}."""
     found = {}
-    for row, (what, *_) in ROWS.items():
-        found[row] = {"ratio": what, "goal": goal_of(row, job.device),
-                      "result": job.results.get(row, "not run")}
+    for row, (what, on_cpu, on_gpu, *_) in ROWS.items():
+        found[row] = {"ratio": what, "goal": on_gpu if device == "cuda" else on_cpu,
+                      "result": results.get(row, "not run")}
     return found
 
 
@@ -64,20 +59,19 @@ def shown(result):
     return value
 
 
-def report(results, device, judged=ROWS, only=ROWS):
-    """The rows `only` as Markdown: ratio, goal, values; a verdict on those in `judged`."""
-    lines = []
-    for row in only:
-        goal, result = goal_of(row, device), results.get(row)
-        if goal is None and result is None:
+def report(lines, is_judged=True):
+    """What rows() gave as Markdown, with a verdict where all of a task's rows were used."""
+    shown_lines = []
+    for row, line in lines.items():
+        goal, result, value, verdict = line["goal"], line["result"], "not run", ""
+        if goal is None and result == "not run":
             continue
-        line = [row.split()[0], ROWS[row][0], goal or "", "not run", ""]
-        if result is not None:
-            line[3] = shown(result)
-            if goal is not None and row in judged:
-                line[4] = "pass" if passes(result["value"], goal) else "FAIL"
-        lines.append(line)
-    return pages.markdown(["#", "ratio", "goal", "value (min – max)", ""], lines)
+        if result != "not run":
+            value = shown(result)
+            if goal and is_judged and result.get("rows", "all") == "all":
+                verdict = "pass" if passes(result["value"], goal) else "FAIL"
+        shown_lines.append([row.split()[0], line["ratio"], goal or "", value, verdict])
+    return pages.markdown(["#", "ratio", "goal", "value (min – max)", ""], shown_lines)
 
 
 def products_text(lines, products):
@@ -109,14 +103,8 @@ def profile_table(lines, most=12):
     return pages.markdown(["operation", "calls", "ms", "share", "GFLOP/s"], cells)
 
 
-def page(content, device):
+def page(content):
     """The Markdown of a bench, from the content of its JSON file. Only a whole one is judged."""
-    results, judged = {}, []
-    for row, line in content["rows"].items():
-        if line["result"] != "not run":
-            results[row] = line["result"]
-            if content["layers"] == "all" and line["result"].get("rows", "all") == "all":
-                judged.append(row)
     facts = [f"- {name}: {value}\n" for name, value in content.items()
              if name not in ("rows", "details")]
     details = content["details"]
@@ -124,7 +112,7 @@ def page(content, device):
     saved = pages.markdown(["own LoRA² k=8 keeps", "in units of B · T · d floats a layer"],
                             [[what, f"{n:.2f}"] for what, n in details["saved"].items()])
     return "\n".join([
-        "# Performance\n", report(results, device, judged, content["rows"]), "".join(facts),
+        "# Performance\n", report(content["rows"], content["layers"] == "all"), "".join(facts),
         "## Row 10: where an own frozen step spends its time\n",
         profile_table(details["profile"]), products,
         "## Row 5: what a forward pass keeps\n", saved])
