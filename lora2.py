@@ -357,7 +357,7 @@ def find_parameters(model, trainable):
 
 
 def find_layers(model, targets, trainable):
-    """{name: layer} of the layers that are in `targets`, a set, but in no part that is trainable."""
+    """{name: layer} of all that are in `targets`, a set, and in no part that is trainable."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     found, unmatched, linear = {}, set(targets), set()
     for name, module in model.named_modules(remove_duplicate=False):
@@ -369,8 +369,8 @@ def find_layers(model, targets, trainable):
         if hits and name and trainable.isdisjoint(name.split(".")):
             found[name] = module
             unmatched -= hits
-    require(found and not unmatched, f"targets = {sorted(unmatched)} match no layer outside of what "
-            f"is trainable; Linear layers: {sorted(linear)}")
+    require(found and not unmatched, f"targets = {sorted(unmatched)} match no layer outside of "
+            f"what is trainable; Linear layers: {sorted(linear)}")
     return found
 
 

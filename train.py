@@ -7,6 +7,10 @@
     python train.py --eval runs/cola/adapter.safetensors --predict ~/glue/CoLA/test.tsv
     python train.py --train-file mine.tsv --dev-file dev.tsv  # with columns sentence, label
     torchrun --nproc_per_node=2 train.py --task mnli --k 8    # several devices, the same batches
+
+What the functions pass on: `o`, the options; `here`, this process (device, dtype, rank, world);
+`plan`, when to evaluate, save, prune and stop; `state`, the step and the best score so far;
+`finite`, which notices NaN and does not wait for the GPU.
 """
 import math
 import sys
@@ -25,11 +29,7 @@ from running.errors import FiniteCheck, exit_status, user_errors
 # --- one run: data → model → adapters → optimizer → loop → result --------------------------
 
 def train(o, saved=None):
-    """One run. o: the options, a Namespace. saved: what its last.pt holds, if it is to go on.
-
-    here: device, dtype, rank and world of this process. plan: when to evaluate, save, prune, stop.
-    state: step and best score so far. finite: notices NaN and does not wait for the GPU.
-    """
+    """One run. o: the options, a Namespace. saved: what its last.pt holds, if it is to go on."""
     with user_errors():                                    # a user's mistake: one line, status 2
         here = machine.join(o.device, o.dtype)
         task, examples, unseen, net, identity = prepare(o, here)
@@ -37,9 +37,7 @@ def train(o, saved=None):
         pruner = by_name.make_pruner(o.method, net, o.target_rank, o.importance,
                                      o.sora_threshold, **plan.pruning())     # T, t_i, t_f, ΔT
     optimizer, parameters = make_optimizer(net, o.lr, o.head_lr, o.weight_decay, o.outer_lr)
-    state = schedule.State()
-    finite = FiniteCheck(here.device, o.out)
-    # What the loop calls, with what it always passes filled in.
+    state, finite = schedule.State(), FiniteCheck(here.device, o.out)
     loss_of = partial(part_loss, net, here)                # of a part of a batch
     R_of = by_name.regulariser(o.method, net, o.reg_terms)  # LoRA²: Eq. 5; None if there is none
     backward = fast.make_backward(net, parameters, o.eager)  # on a GPU it replays CUDA graphs

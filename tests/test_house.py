@@ -100,12 +100,12 @@ def lines_of(*names):
 
 
 # File or room → how many lines it may have, which are today's; the aim stands behind where it is less.
-SIZES = {"lora2.py": 423,           # 350
-         "model.py": 385, "data.py": 347, "train.py": 325,
-         "the four that are read": 1476,                                     # 1,450
-         "product": 6938,           # 4,300: all but tests/ and experiments/
-         "experiments": 4000,       # 2,400
-         "tests": 12083}           # 9,500
+SIZES = {"lora2.py": 468,           # 350: readers preferred 472 lines to 423
+         "model.py": 391, "data.py": 349, "train.py": 333,
+         "the four that are read": 1541,                                     # 1,450
+         "product": 7003,           # 4,300: all but tests/ and experiments/
+         "experiments": 3910,       # 2,400
+         "tests": 12122}           # 9,500
 
 
 def test_what_is_read_stays_small():

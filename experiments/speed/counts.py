@@ -70,7 +70,7 @@ class Operations(TorchDispatchMode):
 
 
 def count_parts(step):
-    """{part of a step: how many operations}; "total" and "host reads" of all parts, "update" of two.
+    """{part of a step: how many operations}; "total", "host reads" of all parts, "update" of two.
 
     They are of a second step: the first makes plans and AdamW's state.
     """

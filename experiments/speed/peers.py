@@ -62,7 +62,7 @@ def adapt(net, method, r, total):
 class PeerStep:
     """One training step of transformers, called as OwnStep. method: "frozen", "lora", "adalora".
 
-    batch: None if `inputs` are set later; then `device` says where. labels: how many, 1 for a score.
+    batch: None if `inputs` are set later; then `device` says where. labels: how many, 1 of a score.
     """
 
     def __init__(self, folder, method, batch, r=8, dtype="fp32", layers=None, device=None,
