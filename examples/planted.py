@@ -3,12 +3,11 @@
     python examples/planted.py                             # no data, no network, a few seconds
 
     step     loss  R - floor  kept in layers 0, 2, 4, 6
-       1  0.10369    0.00000  [8, 8, 8, 8]
-      60  0.01004    0.00290  [3, 5, 8, 4]
-     150  0.00034    0.00099  [0, 0, 5, 0]
-     300  0.00000    0.00001  [0, 0, 4, 0]
-    exported as a plain LoRA of rank 8: B @ A = ΔW to 6e-08
-    merged into plain layers: the same output to 2e-06
+       1  0.07049    0.00000  [8, 8, 8, 8]
+     150  0.00078    0.00045  [0, 0, 5, 0]
+     300  0.00001    0.00013  [0, 0, 4, 0]
+    exported as a plain LoRA of rank 8: B @ A = ΔW to 6e-17
+    merged into plain layers: the same output to 3e-15
 """
 import sys
 
@@ -43,7 +42,7 @@ def main(seed=0, steps=300, gamma=0.1):
         optimizer.step()
         pruner.step()
         optimizer.zero_grad()
-        if step in (1, 60, 150, steps):
+        if step in (1, 150, steps):
             over = R - orthogonality_floor(8, 8)
             print(f"{step:4d}  {loss:.5f}  {over:9.5f}  {list(pruner.kept().values())}")
 
@@ -57,4 +56,5 @@ def main(seed=0, steps=300, gamma=0.1):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # the matrices are tiny: threads would only wait
+    torch.set_default_dtype(torch.float64)  # the path to the end hangs on last bits of float32
     main()
