@@ -61,6 +61,7 @@ class Grid(NamedTuple):
         """Whether it measures time: its runs are not tuned, and never go on after a stop."""
         return self.table == "table2"
 
+
 # --- what a run is ---------------------------------------------------------------------------
 
 def full_name(row, base):
@@ -169,10 +170,11 @@ def tuning_of(grid, row, task):
     """
     if grid.is_timed or not (grid.starts or grid.preset["lrs"]):
         return [], {}
-    points = fixed_points(grid, row)
     if grid.starts:                                        # those in the file, in its order
         points = [run["tuned"] for run in grid.file["runs"]
                   if (run["part"], run["row"], run["task"]) == ("tune", row, task)]
+    else:
+        points = fixed_points(grid, row)
     tried = []
     for point in points:
         run = record_of(grid, make_cell(grid, row, task, TUNE_SEED, point))

@@ -113,13 +113,12 @@ def page(content):
 
 
 def fair_page(content):
-    """The Markdown of the rows that searched for their own learning rate and scale, or LoRA's."""
+    """The Markdown of the rows whose learning rate and scale were searched for."""
     done = reported(content)
     done["rows"] = {row: label for row, label in content["fair"].items() if row in done["rows"]}
-    chosen = content | {"rows": done["rows"]}
+    runs = [run for run in content["runs"] if run["row"] in done["rows"]]
     parts = [pages.score_table(done), pages.interval_table(done), pages.worst_table(done),
-             pages.choice_table(chosen), *pages.lost_of(done["runs"])]
-    of_them = [run for run in content["runs"] if run["row"] in done["rows"]]
-    parts.append(pages.facts_of(of_them, ("device", "dtype", "torch")))
+             pages.choice_table(content | {"rows": done["rows"]}), *pages.lost_of(runs),
+             pages.facts_of(runs, ("device", "dtype", "torch"))]
     return pages.whole(content | {"title": "A fair comparison, on a CPU",
                                   "notes": content["fair_notes"]}, parts, pages.LEGEND)

@@ -37,7 +37,7 @@ def one_line(error, length=200):
 
 def warn(text):
     """Say on stderr what a user should know; of several processes, the first one says it."""
-    if (os.environ.get("RANK") or "0") == "0":                 # torchrun's
+    if (os.environ.get("RANK") or "0") == "0":             # torchrun's
         print(f"warning: {text}", file=sys.stderr)
 
 

@@ -242,6 +242,15 @@ def test_the_page_is_that_of_the_file():
     assert verdict([of_gaussian]) == "not supported" and round(of_gaussian["mean"]) == -2    # README: two points below
 
 
+def test_a_run_that_diverged_is_named():
+    """Oracle: by hand: it is in no mean, so both pages say which it was."""
+    content = disk.read_json(RESULTS / "why.json", "restore it") | why.GIVEN
+    first = next(run for run in content["runs"] if (run["row"], run["part"]) == ("k8", "reported"))
+    content["runs"] = [run | {"failed": "step 3"} if run is first else run for run in content["runs"]]
+    for page in (why_page.page(content), why_page.fair_page(content)):
+        assert f"Diverged, and in no mean: {tables.name_of(first)}" in page
+
+
 def lower_less_upper(run):
     """Singular values that a matrix of the lower half of the layers keeps more than one of the upper half."""
     layers = [statistics.mean(layer) for layer in zip(*run["ranks"].values())]
