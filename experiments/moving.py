@@ -12,7 +12,7 @@ nothing moves, or the reader wants nothing to move, its last frame stands.
 import math
 from pathlib import Path
 from string import Template
-from xml.sax.saxutils import escape, quoteattr
+from xml.sax.saxutils import escape
 
 from experiments import summary, tables
 from formats import disk
@@ -26,13 +26,8 @@ TOP, ROW, PANEL = 92, 28, 56                               # first row; heights 
 
 # --- from a run to its story -----------------------------------------------------------------
 
-def story_of(result, frames):
-    """The story of a finished run, None without frames."""
-    return summary.facts_of(result) | {"frames": frames} if frames else None
-
-
-def frames_of(log, names):
-    """The frames of a run: of the lines of its log that say what was kept where.
+def story_of(result, log, names):
+    """The story of a finished run; None unless its log says what was kept where.
 
     names: of its matrices, in the log's order.
     """
@@ -42,7 +37,7 @@ def frames_of(log, names):
             ranks = summary.by_place(dict(zip(names, line["ranks"], strict=True)))
             frames.append({"step": line["step"], "loss": round(line["loss"], 4),
                            "kept": line["kept"], "ranks": ranks})
-    return frames
+    return summary.facts_of(result) | {"frames": frames} if frames else None
 
 
 def save(story, stem):
@@ -56,8 +51,8 @@ def save(story, stem):
 # --- from the story to the picture -----------------------------------------------------------
 
 def picture(story):
-    """The SVG of a story, text."""
-    frames = story["frames"]
+    """The SVG of a story, text: what is in moving.svg, and the map, the curves and the frames."""
+    settings, frames = story["settings"], story["frames"]
     every = math.ceil(len(frames) / FRAMES)
     frames = frames[(len(frames) - 1) % every::every]      # with the last one
     turn = round(TIME / len(frames), 3)                    # seconds of a frame
@@ -65,32 +60,26 @@ def picture(story):
     loss = TOP + ROW * len(frames[0]["ranks"]) + 16        # where the curves begin
     kept = loss + PANEL + 20
     foot = kept + PANEL
-    size = f'width="860" height="{foot + 44}"'
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 860 {foot + 44}" '
-             f'role="img" aria-label={quoteattr(title_of(story))}>',
-             f"  <style>{style(turn, whole)}  </style>", f'  <rect class="paper" {size} rx="8"/>']
-    parts += words_around(story, foot)
-    parts += empty_map(frames[0]["ranks"], story["settings"]["r"])
+    parts = empty_map(frames[0]["ranks"], settings["r"])
     parts += curve(story, frames, "loss", loss, "task loss, log scale")
     parts += curve(story, frames, "kept", kept, "kept: the budget")
     for i, frame in enumerate(frames):
         kind = "frame last" if frame is frames[-1] else "frame"
         delay = turn * (i - 0.5) - whole                   # all are under way: it is below 0
         parts += [f'  <g class="{kind}" style="animation-delay: {delay:.4f}s">',
-                  squares("lit", frame["ranks"], story["settings"]["r"]),
+                  squares("lit", frame["ranks"], settings["r"]),
                   f'  <path class="now" d="M{x_of(frame["step"], story)} {loss}V{foot}"/>',
                   label(loss + 34, f"{frame['loss']:.3f}"),
                   label(kept + 34, f"{frame['kept']} of {story['singular_values']}"),
                   label(foot + 26, f"step {frame['step']} of {story['steps']}"),
                   "  </g>"]
-    return "\n".join([*parts, "</svg>", ""])
-
-
-def style(turn, whole):
-    """The style sheet: of a round of `whole` seconds a frame has `turn`, the last one REST more."""
-    sheet = Template(Path(__file__).with_suffix(".css").read_text(encoding="utf-8"))
-    return "\n" + sheet.substitute(ROUND=f"{whole:.3f}s", TURN=f"{100 * turn / whole:.5f}%",
-                                   STAY=f"{100 * (turn + REST) / whole:.5f}%")
+    task, *_ = tables.COLUMNS.get(settings["task"], [settings["task"]])
+    title = f"Singular values that pruning keeps: {settings['model']} on {task}"
+    return Template(Path(__file__).with_suffix(".svg").read_text(encoding="utf-8")).substitute(
+        TITLE=escape(title, {'"': "&quot;"}), R=settings["r"], HEIGHT=foot + 44, FOOT=foot + 26,
+        SCORES=progress.scores_text(story["last"]["scores"]), PARTS="\n".join(parts),
+        ROUND=f"{whole:.3f}s", TURN=f"{100 * turn / whole:.5f}%",      # of the last one REST more
+        STAY=f"{100 * (turn + REST) / whole:.5f}%")
 
 
 def text(x, y, words, kind):
@@ -101,22 +90,6 @@ def text(x, y, words, kind):
 def label(y, words, kind="end"):
     """A line of text that ends left of the map and of the curves."""
     return text(LEFT - 12, y, words, kind)
-
-
-def title_of(story):
-    """What the picture is of."""
-    settings = story["settings"]
-    task, *_ = tables.COLUMNS.get(settings["task"], [settings["task"]])
-    return f"Singular values that pruning keeps: {settings['model']} on {task}"
-
-
-def words_around(story, foot):
-    """The title, what the squares mean, and the scores."""
-    scores = progress.scores_text(story["last"]["scores"])
-    meaning = (f"Filled squares: how many of the {story['settings']['r']} singular values of a "
-               "matrix are kept.")
-    return [text(16, 30, title_of(story), "title"), text(16, 50, meaning, "note"),
-            text(RIGHT, foot + 26, f"after the last step: {scores}", "note end")]
 
 
 def empty_map(ranks, r):

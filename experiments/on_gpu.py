@@ -78,11 +78,6 @@ def trained(job, *words, **more):
     return state(run(job, "trained", *words, **more))
 
 
-def losses(out):
-    """The logged losses of a run."""
-    return [line["loss"] for line in summary.read_log(out)]
-
-
 # --- what is checked ----------------------------------------------------------------------
 
 def card(job):
@@ -97,8 +92,8 @@ def card(job):
 def whole_run(job):
     """A run of 60 steps without dropout, on the GPU against the CPU: losses, ranks, weights."""
     gpu, cpu = run(job, "gpu"), run(job, "cpu", device="cpu")
-    pairs = list(zip(losses(gpu), losses(cpu), strict=True))
-    facts = {"losses": max(abs(a - b) / abs(b) for a, b in pairs),
+    pairs = list(zip(summary.read_log(gpu), summary.read_log(cpu), strict=True))
+    facts = {"losses": max(abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in pairs),
              "weights": one_step.farthest(state(gpu), state(cpu)), "lines": len(pairs),
              "ranks equal": (gpu / "ranks.json").read_bytes() == (cpu / "ranks.json").read_bytes()}
     assert facts["losses"] <= 1e-4 and facts["weights"] <= 1e-3 and facts["ranks equal"], facts
@@ -223,7 +218,7 @@ def nccl(job):
         assert x.tolist() == [0, 1, 2, 3, 4]
         values = [None]
         dist.all_gather_object(values, "here")
-        return {"gathered": values, "steps": len(losses(run(job, "nccl")))}
+        return {"gathered": values, "steps": len(summary.read_log(run(job, "nccl")))}
     finally:
         machine.leave()
 

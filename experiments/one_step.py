@@ -12,29 +12,24 @@ from experiments.speed import peers, steps
 from lora2 import lora2_layers
 from methods import by_name
 
-BERT = {"model_type": "bert", "type_vocab_size": 2, "pad_token_id": 0,
-        "max_position_embeddings": 512}
+# Family → its shape, and that in a rehearsal.
+FAMILIES = {"deberta": ("deberta-v3-base", "tiny"), "roberta": ("roberta-base", "tiny-roberta"),
+            "bert": ("bert-base", "tiny-bert")}
 
 
-def shape(job, name):
-    """(a folder with random weights of that shape, its config), tiny in a rehearsal; made once."""
-    config = steps.SHAPES["tiny" if job.rehearse else "deberta-v3-base"]
-    if name != "deberta":
-        sizes = ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers")
-        config = steps.SHAPES["roberta-large"] | {size: config[size] for size in sizes}
-    if name == "bert":
-        config |= BERT
-    place = job.work / name
+def shape(job, family):
+    """(a folder with random weights of a family's shape, its config); made once."""
+    config = steps.SHAPES[FAMILIES[family][job.rehearse]]
+    place = job.work / family
     if not place.exists():
         steps.write_checkpoint(place, config)
     return place, config
 
 
 def farthest(a, b):
-    """The largest difference of two {name: tensor}, relative to the largest number: 0 for equal."""
+    """The difference() of two {name: tensor}: 0 if they are equal."""
     assert a.keys() == b.keys()
-    largest = max(tensor.abs().max().item() for tensor in b.values())
-    return max((a[name] - b[name]).abs().max().item() for name in a) / largest
+    return peers.difference([(a[name], b[name]) for name in b])
 
 
 def make_step(place, batch, k, **more):

@@ -79,7 +79,7 @@ def read_run(folder):
         if (folder / "ranks.json").exists():
             counts = json.loads((folder / "ranks.json").read_bytes())
         title, r = f"{result['task']}, {result['method']}", result["settings"]["r"]
-        story = moving.story_of(result, moving.frames_of(log, sorted(counts)))
+        story = moving.story_of(result, log, sorted(counts))
         return title, r, summary.by_place(counts), log, story
 
 
