@@ -112,13 +112,11 @@ def products(job, T):
     return functions, flops
 
 
-def eval_of(step, merge):
-    """A forward pass without gradients; merge: after an update that is not 0 was merged."""
-    if merge:
-        for _, layer in lora2_layers(step.net):
-            torch.nn.init.normal_(layer.lam)
-        merge_lora2(step.net)
-    step.net.eval()
+def eval_of(step):
+    """A forward pass without gradients, of a model whose adapters were merged, not as 0."""
+    for _, layer in lora2_layers(step.net):
+        torch.nn.init.normal_(layer.lam)
+    merge_lora2(step.net).eval()
     return torch.no_grad()(step.loss)
 
 
@@ -134,8 +132,8 @@ def time_steps(job, T, only=None):
         if name not in PEERS or (job.peers and name != "transformers, lora"):
             variants[name] = make(job, name, T)
     if only is None:
-        variants["plain"] = eval_of(make(job, "own frozen", T), merge=False)
-        variants["merged"] = eval_of(make(job, "own LoRA² k=8", T), merge=True)
+        variants["plain"] = eval_of(make(job, "own frozen", T))
+        variants["merged"] = eval_of(make(job, "own LoRA² k=8", T))
     matrices, flops = products(job, T)
     times = steps.interleave(variants | matrices, job.rounds, job.device)
     job.details[f"seconds, T={T}"] = {name: table.summary(some) for name, some in times.items()}
@@ -174,14 +172,12 @@ def peak_memory(job):
     """
     peak = {}
     for side, name in (("own", "own LoRA² k=8"), ("peer", "transformers, adalora")):
-        if side == "own" or job.peers:
-            gc.collect()                                   # what others left, in circles
-            torch.cuda.empty_cache()
-            before = torch.cuda.memory_reserved()
-            peak[side] = counts.peak_bytes(make(job, name, job.T), before)
+        gc.collect()                                       # what others left, in circles
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        peak[side] = counts.peak_bytes(make(job, name, job.T), before)
     job.details["peak memory"] = peak
-    if job.peers:
-        job.results["5 peak"] = table.summary([peak["own"] / peak["peer"]])
+    job.results["5 peak"] = table.summary([peak["own"] / peak["peer"]])
 
 
 def look_inside(job):
@@ -290,11 +286,10 @@ def measure(job):
     say("timing steps")
     job.results |= time_steps(job, job.T)
     look_inside(job)
-    if job.device == "cuda":
-        if job.peers:
-            longer = time_steps(job, 2 * job.T, LONGER)
-            job.results["3 T=256"] = longer["3 T=128"]
-            job.details["1 k=8, T=256"] = longer["1 k=8"]
+    if job.device == "cuda" and job.peers:
+        longer = time_steps(job, 2 * job.T, LONGER)
+        job.results["3 T=256"] = longer["3 T=128"]
+        job.details["1 k=8, T=256"] = longer["1 k=8"]
         peak_memory(job)
     if job.model and job.peers:
         say("timing epochs")

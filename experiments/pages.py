@@ -75,15 +75,6 @@ def tasks_of(content):
     return {task: name for task, (name, _) in tables.COLUMNS.items() if task in content["tasks"]}
 
 
-def pairs_of(content):
-    """{(row a, row b): label} of the pairs whose rows are both shown."""
-    rows, found = content["rows"], {}
-    for a, b in content["pairs"]:
-        if {a, b} <= rows.keys():
-            found[a, b] = f"{rows[a]} − {rows[b]}"
-    return found
-
-
 def score_table(content, which="last"):
     """The scores of all rows on all tasks."""
     def cell(row, task):
@@ -94,13 +85,18 @@ def score_table(content, which="last"):
 
 
 def interval_table(content, which="last"):
-    """Differences of pairs of rows, seed by seed."""
+    """Differences of the pairs whose rows are both shown, seed by seed."""
+    rows, pairs = content["rows"], {}
+    for a, b in content["pairs"]:
+        if {a, b} <= rows.keys():
+            pairs[a, b] = f"{rows[a]} − {rows[b]}"
+
     def cell(pair, task):
         part = tables.summary(tables.differences(content, *pair, task, which).values())
         return show_interval(part, content["seeds"], DIGITS[which])
 
     columns = tasks_of(content) | AVERAGE
-    return table("difference, its 95 % interval", pairs_of(content), columns, cell)
+    return table("difference, its 95 % interval", pairs, columns, cell)
 
 
 def worst_table(content):

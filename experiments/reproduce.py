@@ -48,8 +48,12 @@ NOTES = disk.read_json(grids.ROOT / "experiments" / "notes.json", "restore it")
 def run_all(args):
     """Run what is missing. Returns what went wrong, a line each.
 
-    A user's mistake ends it all as a ValueError. When stopped, the runs are told to save.
+    A user's mistake ends it all as a ValueError, as do runs of another model, data or device beside
+    which something would run. When stopped, the runs are told to save.
     """
+    if grids.missing(args.grid):
+        here = machine.name_of(machine.find_device(args.device, 0, 1))
+        tables.check_sources(grids.finished(args.grid), here)
     started = time.monotonic()
 
     def keep(record, left):
@@ -59,22 +63,16 @@ def run_all(args):
         print(f"[{time.monotonic() - started:.0f} s, {left} to go] {tables.name_of(record)}"
               f"{point and ': '}{point}: {result}", flush=True)
 
-    pool = workers.make_pool(args.workers)
-    try:
-        return workers.run_all(args, pool, keep)
-    except BaseException:
-        for process in multiprocessing.active_children():
-            process.terminate()         # SIGTERM: train.py saves its state and ends
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def check_known(args):
-    """ValueError if something is to run beside runs of another model, data or device."""
-    if grids.missing(args.grid):
-        here = machine.name_of(machine.find_device(args.device, 0, 1))
-        tables.check_sources(grids.finished(args.grid), here)
+    with disk.alone(args.grid.path.parent, "reproduce.py"):
+        pool = workers.make_pool(args.workers)
+        try:
+            return workers.run_all(args, pool, keep)
+        except BaseException:
+            for process in multiprocessing.active_children():
+                process.terminate()     # SIGTERM: train.py saves its state and ends
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def list_grid(grid):
@@ -228,11 +226,9 @@ def stages_of(args, rows):
         raise ValueError(f"--seeds {args.seeds}: give numbers such as 0,1,2 and not "
                          f"{grids.TUNE_SEED}, by which learning rates are chosen")
     seeds = sorted(set(map(int, seeds)))
-    given = grids.TABLES[args.table].get("stages")
-    if given is None:
-        return [[rows, [seed]] for seed in seeds]
     stages = []
-    for some, theirs in given:
+    in_turn = [[" ".join(rows), [seed]] for seed in seeds]
+    for some, theirs in grids.TABLES[args.table].get("stages", in_turn):
         if args.seeds:
             theirs = [seed for seed in theirs if seed in seeds]
         stages.append([[row for row in some.split() if row in rows], theirs])
@@ -242,10 +238,7 @@ def stages_of(args, rows):
 def make_grid(args):
     """The Grid that a command line asks for. ValueError with one sentence for a mistake."""
     table = grids.TABLES[args.table]
-    args.preset = args.preset or next(iter(table["tasks"]))
-    if args.preset not in table["tasks"]:
-        raise ValueError(f"{args.table} has no preset {args.preset}: give --preset "
-                         f"{' or '.join(table['tasks'])}")
+    args.preset = chosen(args.preset, table["tasks"], f"preset of {args.table}")[0]
     preset = grids.PRESETS[args.preset]
     tasks = table["tasks"][args.preset].split()
     if args.tasks is not None:
@@ -284,9 +277,7 @@ def main(argv=None):
                 signal.signal(getattr(signal, name), signal.default_int_handler)
         try:
             if not args.no_run:
-                check_known(args)
-                with disk.alone(args.grid.path.parent, "reproduce.py"):
-                    failures = run_all(args)
+                failures = run_all(args)
         except KeyboardInterrupt:
             print("\nstopped: the same command goes on", file=sys.stderr)
             status = 130

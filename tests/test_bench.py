@@ -107,7 +107,7 @@ def test_numbers_of_a_row():
     """Oracle: by hand. A machine that slows down by 10 for two rounds changes no paired ratio."""
     a, b = [2.0, 30.0, 20.0, 1.0], [1.0, 10.0, 10.0, 1.0]
     assert table.paired(a, b) == {"value": 2.0, "min": 1.0, "max": 3.0, "n": 4}
-    with pytest.raises(ValueError, match="4 and 3 times do not pair"):
+    with pytest.raises(ValueError, match="shorter"):
         table.paired(a, b[:3])
     assert table.worst([1, 5, 2])["value"] == 5 and table.summary([1, 5, 2])["value"] == 2
     for goal, met, missed in (("≤ 1.10", 1.1, 1.11), ("≥ 1.3", 1.3, 1.29), ("= 0", 0, -1)):

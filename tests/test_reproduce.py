@@ -429,7 +429,7 @@ def test_a_diverged_seed_is_shown(words, ran):
 
 
 @pytest.mark.parametrize("words, says", [
-    ("table9", "table9"), ("table1 --preset huge", "huge"), ("table1 --preset fair", "--preset paper or small"),
+    ("table9", "table9"), ("table1 --preset huge", "huge"), ("table1 --preset fair", "no preset of table1 'fair': there are paper, small"),
     ("table1 --tasks cola,wnli", "wnli"), ("table1 --tasks=", "no task ''"), ("table1 --rows lora", "no row 'lora'"),
     ("table1 --more=--epochs=none", "--epochs"), ("table1 --seeds 0,1000", "1000"), ("table1 --seeds a", "--seeds a"),
     ("table1 --device abacus", "abacus"), ("table1 --no-run", "runs.json cannot be read"),

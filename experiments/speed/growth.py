@@ -9,10 +9,8 @@ lengths, each read and tokenised in a process whose peak is measured.
 import multiprocessing
 import random
 import sys
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import torch
 
@@ -79,10 +77,9 @@ def measure_data(job, rows):
     """read_mnli() of a file with so many rows, in a fresh process: its peak is that file's."""
     tokenizer = data.load_tokenizer(job.model) if job.model else toy.tokenizer()
     fresh = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, fresh) as pool:
-        path = Path(folder) / "train.tsv"
-        write_mnli(path, rows, tokenizer)
-        return pool.submit(read_mnli, path, tokenizer).result()
+    write_mnli(job.work / "train.tsv", rows, tokenizer)
+    with ProcessPoolExecutor(1, fresh) as pool:
+        return pool.submit(read_mnli, job.work / "train.tsv", tokenizer).result()
 
 
 def markdown(content):

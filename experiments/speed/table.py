@@ -37,9 +37,7 @@ def worst(values):
 
 def paired(a, b):
     """Of the ratios of times that belong together: a[i] and b[i] are of the same round."""
-    if len(a) != len(b):
-        raise ValueError(f"{len(a)} and {len(b)} times do not pair")
-    return summary(x / y for x, y in zip(a, b))
+    return summary(x / y for x, y in zip(a, b, strict=True))
 
 
 def passes(value, goal):
