@@ -46,8 +46,7 @@ LONGER = ("own frozen", "own LoRA² k=8", "transformers, frozen", "transformers,
 def make(job, name, T, folder=None, **more):
     """The step of that name on a batch T tokens wide, all as the job says unless `more` does."""
     kind = peers.PeerStep if name in PEERS else steps.OwnStep
-    common = {"batch": steps.make_batch(job.config, job.B, T, job.device), "dtype": job.dtype,
-              "layers": job.layers}
+    common = {"batch": steps.make_batch(job.config, job.B, T, job.device), "dtype": job.dtype}
     return kind(folder or job.folder, **common | STEPS[name] | more)
 
 
@@ -56,12 +55,13 @@ def make(job, name, T, folder=None, **more):
 def count_operations(job):
     """Rows 6 and 7, on a narrow model: how many operations depends on depth, not on width."""
     config = steps.SHAPES["roberta-narrow" if "roberta" in job.shape else "deberta-narrow"]
-    folder = steps.write_checkpoint(job.work / "narrow", config)
     batch = steps.make_batch(config, 2, job.T, job.device)
     names = ["own frozen", "own AdaLoRA r=8", *OURS, *(PEERS if job.peers else [])]
     depth, found = config["num_hidden_layers"], {}
     for layers, name in itertools.product((2, depth), names):
-        step = make(job, name, job.T, folder, batch=batch, layers=layers)
+        shape = config | {"num_hidden_layers": layers}
+        folder = steps.write_checkpoint(job.work / f"narrow-{layers}", shape)
+        step = make(job, name, job.T, folder, batch=batch)
         found[name, layers] = counts.count_parts(step)
     job.details["operations"] = [{"step": name, "layers": layers} | parts
                                  for (name, layers), parts in found.items()]
@@ -78,7 +78,7 @@ def count_saved(job):
     theirs = PEERS[1:] if job.peers else []                # that adapt
     lines = []
     for row, T in (("5 T=128", job.T), ("5 T=256", 2 * job.T)):
-        line = {"B": job.B, "T": T, "layers": job.layers or "all"}
+        line = {"B": job.B, "T": T, "layers": job.layers}
         for name in [*OURS, *theirs]:
             step = make(job, name, T, dtype="fp32")
             line[name] = counts.saved(step.loss, step.net).total()
@@ -185,8 +185,7 @@ def look_inside(job):
     step = make(job, "own frozen", job.T, eager=True)      # a replayed graph has no operations
     job.details["profile"] = steps.profile(step, job.device)
     step = make(job, "own LoRA² k=8", job.T, eager=True)
-    layers = len(step.net.backbone.encoder.layer)
-    unit = 4 * job.B * job.T * job.config["hidden_size"] * layers
+    unit = 4 * job.B * job.T * job.config["hidden_size"] * job.config["num_hidden_layers"]
     kept = counts.saved(step.loss, step.net).most_common(12)
     job.details["saved"] = {what: n / unit for what, n in kept}
 
@@ -210,7 +209,7 @@ def circumstances(job, words):
         "device": torch.cuda.get_device_name() if job.device == "cuda" else name,
         "threads": torch.get_num_threads(), "versions": versions,
         "date": datetime.date.today().isoformat(), "shape": job.shape,
-        "layers": job.layers or "all", "dtype": job.dtype, "B": job.B, "T": job.T,
+        "layers": job.layers, "dtype": job.dtype, "B": job.B, "T": job.T,
         "rounds": job.rounds,
         "dropout": {name: value for name, value in job.config.items() if "dropout" in name},
         "pruning": "a new selection at every step, ours and peft's",
@@ -246,10 +245,10 @@ def prepare(job):
     job.T = 16 if job.shape.startswith("tiny") else 128
     job.B = 32 if cuda else 8
     job.dtype = "bf16" if cuda else "fp32"
-    job.layers = 2 if job.quick else None
+    job.config, job.layers = steps.SHAPES[job.shape], "all"
     if job.quick:
-        job.epoch_rows, job.rounds = 64, 3
-    job.config = steps.SHAPES[job.shape]
+        job.epoch_rows, job.rounds, job.layers = 64, 3, 2
+        job.config = job.config | {"num_hidden_layers": 2}
     job.peers = peers.available()
     folders = [Path(job.data_dir) / data.TASKS[task].folder for task in tasks.TASKS]
     missing = [str(folder) for folder in folders if not folder.is_dir()]
@@ -274,7 +273,7 @@ def measure(job):
     job.folder = steps.write_checkpoint(job.work / "model", job.config)
     for T in (job.T, 2 * job.T) if job.peers else ():      # at 256 distances share buckets
         small = steps.make_batch(job.config, 2, T, job.device)
-        job.details[f"parity, T={T}"] = errors = peers.parity(job.folder, small, job.layers)
+        job.details[f"parity, T={T}"] = errors = peers.parity(job.folder, small)
         say(f"T = {T}, own and peer agree: all within {max(errors.values()):.0e}")
     say("counting operations")
     count_operations(job)

@@ -18,12 +18,9 @@ FAMILIES = {"deberta": ("deberta-v3-base", "tiny"), "roberta": ("roberta-base", 
 
 
 def shape(job, family):
-    """(a folder with random weights of a family's shape, its config); made once."""
+    """(a folder with random weights of a family's shape, its config)."""
     config = steps.SHAPES[FAMILIES[family][job.rehearse]]
-    place = job.work / family
-    if not place.exists():
-        steps.write_checkpoint(place, config)
-    return place, config
+    return steps.write_checkpoint(job.work / family, config), config
 
 
 def farthest(a, b):

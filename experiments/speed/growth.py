@@ -30,11 +30,12 @@ PARTS = (16, 4, 1)                                         # of it: a sixteenth,
 def measure(job, name, value):
     """{name: value, and seconds and bytes of a step of ours and of theirs} at one point."""
     at = BASE | {name: value}
-    common = {"batch": steps.make_batch(job.config, at["B"], at["T"], job.device),
-              "dtype": job.dtype, "layers": at["layers"]}
-    variants = {"own LoRA²": steps.OwnStep(job.folder, "lora2", k=at["k"], **common)}
+    shape = job.config | {"num_hidden_layers": at["layers"]}
+    folder = steps.write_checkpoint(job.work / f"{at['layers']} layers", shape)
+    batch = steps.make_batch(shape, at["B"], at["T"], job.device)
+    variants = {"own LoRA²": steps.OwnStep(folder, "lora2", batch, at["k"], dtype=job.dtype)}
     if job.peers:
-        peer = peers.PeerStep(job.folder, "adalora", r=at["k"], **common)
+        peer = peers.PeerStep(folder, "adalora", batch, at["k"], job.dtype)
         variants["transformers + peft AdaLoRA"] = peer
     times = steps.interleave(variants, 3, job.device)
     point = {name: value}
@@ -117,7 +118,6 @@ def markdown(content):
 
 def measure_all(job, about):
     """Measure, print, write growth-DEVICE.json and .md into job.out."""
-    job.folder = steps.write_checkpoint(job.work / "model", job.config)
     sweeps = {}
     for name, values in SWEEPS.items():
         if name == "layers":

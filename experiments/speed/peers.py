@@ -65,17 +65,14 @@ class PeerStep:
     batch: None if `inputs` are set later; then `device` says where. labels: how many, 1 of a score.
     """
 
-    def __init__(self, folder, method, batch, r=8, dtype="fp32", layers=None, device=None,
-                 labels=2, total=1000):
+    def __init__(self, folder, method, batch, r=8, dtype="fp32", device=None, labels=2,
+                 total=1000):
         from transformers import AutoModelForSequenceClassification
         self.net = AutoModelForSequenceClassification.from_pretrained(
             folder, num_labels=labels, dtype=torch.float32)
         self.inputs = {name: getattr(batch, name, None) for name in INPUTS}
         self.method, self.dtype = method, dtype
         self.step = 0
-        if layers is not None:
-            del self.net.base_model.encoder.layer[layers:]
-            self.net.config.num_hidden_layers = layers
         if method == "frozen":
             freeze(self.net, target_names(self.net.config))
         else:
@@ -109,28 +106,28 @@ class PeerStep:
 
 # --- do own and peer compute the same? -------------------------------------------------------
 
-def parity(folder, batch, layers=None, tolerance=1e-4):
+def parity(folder, batch, tolerance=1e-4):
     """{what: largest difference between own and peer, relative to the largest number}.
 
     In train mode, in which some attention takes another path, with every dropout at 0.
     AssertionError for what differs by more than `tolerance`.
     """
-    errors = parity_of_lora2(folder, batch, layers) | parity_of_adalora(folder, batch, layers)
+    errors = parity_of_lora2(folder, batch) | parity_of_adalora(folder, batch)
     wrong = {what: error for what, error in errors.items() if not error <= tolerance}
     assert not wrong, f"own and peer do not compute the same: {wrong}"
     return errors
 
 
-def parity_of_lora2(folder, batch, layers):
+def parity_of_lora2(folder, batch):
     """Fresh LoRA² against the frozen model; with random factors against the LoRA it equals.
 
     That LoRA, peft's, has A = vᵀ and B = (C V)ᵀ, so that dv = dAᵀ and dV = Cᵀ dBᵀ.
     """
-    own = OwnStep(folder, "lora2", batch, k=4, r=8, extras=False, layers=layers)
-    peer = PeerStep(folder, "frozen", batch, layers=layers)
+    own = OwnStep(folder, "lora2", batch, k=4, r=8, extras=False)
+    peer = PeerStep(folder, "frozen", batch)
     errors = {"frozen logits": logits_differ(own, peer)}
 
-    peer = PeerStep(folder, "lora", batch, r=4, layers=layers)
+    peer = PeerStep(folder, "lora", batch, r=4)
     adapters = pairs(own, peer)
     for layer, theirs in adapters:
         A, B = layer.to_lora()
@@ -149,10 +146,10 @@ def parity_of_lora2(folder, batch, layers):
     return errors
 
 
-def parity_of_adalora(folder, batch, layers):
+def parity_of_adalora(folder, batch):
     """AdaLoRA with random factors against peft's, regulariser included."""
-    own = OwnStep(folder, "adalora", batch, r=8, extras=False, layers=layers)
-    peer = PeerStep(folder, "adalora", batch, r=8, layers=layers)
+    own = OwnStep(folder, "adalora", batch, r=8, extras=False)
+    peer = PeerStep(folder, "adalora", batch, r=8)
     factors = {"P": [], "lam": [], "Q": []}                # (ours, peft's)
     for layer, theirs in pairs(own, peer):
         factors["P"].append((layer.P, theirs.lora_A["default"]))

@@ -28,12 +28,14 @@ HEAD = ["pooler", "classifier"]         # parts of names in the head, of any mod
 
 
 def write_checkpoint(folder, config, seed=0):
-    """A checkpoint with random weights and a head, for ours and theirs to load; its folder.
+    """A checkpoint with random weights and a head, for ours and theirs; its folder, made once.
 
     The matrices are larger than at a fresh init: attention scores have a spread of about 1 in place
     of nearly 0, so that two implementations cannot agree by attending to nothing in particular.
     """
     folder = Path(folder)
+    if folder.exists():
+        return folder
     folder.mkdir(parents=True)
     shapes = models.SequenceClassifier(models.check_config(dict(config), folder), 2).state_dict()
     torch.manual_seed(seed)
@@ -76,18 +78,15 @@ class OwnStep:
 
     method: "lora2", "adalora" or "frozen" (forward and backward alone, which every step needs).
     extras: with False neither regulariser nor pruner.
-    dtype: "fp32" or "bf16", that is autocast. layers: how many of them; None for all.
+    dtype: "fp32" or "bf16", that is autocast.
     eager: on a GPU as with train.py --eager, where otherwise each pass and R are recorded.
     The pruner is in the middle of its schedule and chooses anew at every step, as with the presets
     of MRPC and RTE.
     """
 
     def __init__(self, folder, method, batch, k=1, r=8, extras=True, dtype="fp32", compile=False,
-                 layers=None, eager=False):
+                 eager=False):
         self.net = net = models.from_pretrained(folder, 2)
-        if layers is not None:
-            del net.backbone.encoder.layer[layers:]
-            net.config["num_hidden_layers"] = layers
         names = models.target_modules(net, models.TARGETS[net.kind])
         self.method, self.batch, self.extras = method, batch, extras
         self.here = machine.Machine(batch.input_ids.device, dtype, 0, 1)
