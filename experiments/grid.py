@@ -23,7 +23,7 @@ TUNE_SEED = 1000                        # of the runs that choose, never of a re
 # Variants: of the preset's base row, whose tuning they share; in a table their names alone.
 # Pairs of a table: rows whose difference it shows.
 # Stages: [rows, seeds], in the order in which they run; by default one for each seed.
-# Starts: where the search for a row's tuning begins (search.py); else a preset has "lrs", "scales".
+# Starts: where the search for a row's tuning begins (search.py); else a preset may have its points.
 GIVEN = disk.read_json(ROOT / "experiments" / "tables.json", "restore it")
 PRESETS, TABLES = GIVEN["presets"], GIVEN["tables"]
 ROWS, VARIANTS = GIVEN["rows"], GIVEN["variants"]
@@ -148,33 +148,20 @@ def record_of(grid, cell):
 
 # --- how a row is tuned ----------------------------------------------------------------------
 
-def fixed_points(grid, row):
-    """One grid for all rows, but for the lower rates of full fine-tuning."""
-    method = row_of(row)[1].get("method", "lora2")
-    found = []
-    for lr in grid.preset["lrs"]:
-        rate = {"lr": float(f"{lr / 10:g}") if method == "full" else lr}
-        if method not in options.ADAPTERS:
-            found.append(rate)
-            continue
-        for scale in grid.preset["scales"]:
-            found.append(rate | {"scale": scale})
-    return found
-
-
 def tuning_of(grid, row, task):
     """([cell], the point that is chosen): all that the tuning of a row has tried or tries next.
 
     row, task: those whose tuning it is. The choice is the best, the first of equals; None before
     all have run, or if the best is at an edge where a search goes on; {} if nothing is tuned.
     """
-    if grid.is_timed or not (grid.starts or grid.preset["lrs"]):
+    fixed = grid.preset["points"]
+    if grid.is_timed or not (grid.starts or fixed):
         return [], {}
     if grid.starts:                                        # those in the file, in its order
         points = [run["tuned"] for run in grid.file["runs"]
                   if (run["part"], run["row"], run["task"]) == ("tune", row, task)]
     else:
-        points = fixed_points(grid, row)
+        points = fixed.get(row, fixed["others"])
     tried = []
     for point in points:
         run = record_of(grid, make_cell(grid, row, task, TUNE_SEED, point))

@@ -102,7 +102,7 @@ def notes_of(grid, preset):
         steps_each = grid.preset["timed_steps"]
         return [*notes, f"{steps_each} steps of each run, with train.py's own settings."]
     notes += NOTES[preset]
-    if grid.preset["lrs"]:
+    if grid.preset["points"]:
         notes.append(NOTES["tuned" if grid.table in ("tune", "table1") else "shared"])
     return notes
 

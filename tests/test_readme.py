@@ -98,7 +98,7 @@ def test_what_the_results_show():
     table1 = small("table1")
     collapsed = tables.runs_of(table1, "lora-r8", "stsb")
     assert sorted(tables.score(run, "last", "stsb")[0] < 5 for run in collapsed) == [False, False, True]
-    top, scales = max(grids.PRESETS["small"]["scales"]), []
+    top, scales = max(point["scale"] for point in grids.PRESETS["small"]["points"]["others"]), []
     for run in table1["runs"]:
         if "lora2" in run["row"] and run["seed"] == 0 and run["task"] != "rte":
             scales.append(run["tuned"]["scale"])
@@ -205,8 +205,9 @@ def test_how_the_results_were_tuned_and_pruned():
     text, preset = " ".join(RESULTS.split()), grids.PRESETS["small"]
     tune = small("tune")
     tried = [run["tuned"] for row in tune["rows"] if row != "full" for run in tables.runs_of(tune, row, "cola")]
-    assert {one["lr"] for one in tried} == set(preset["lrs"]) == {0.001, 0.003, 0.01}
-    assert {one["scale"] for one in tried if "scale" in one} == set(preset["scales"]) == {2, 8}
+    assert {one["lr"] for one in tried} == {0.001, 0.003, 0.01}
+    assert {one["scale"] for one in tried if "scale" in one} == {2, 8}
+    assert [round(10 * one["lr"], 6) for one in preset["points"]["full"]] == [one["lr"] for one in preset["points"]["head"]]
     assert "learning rates 0.001, 0.003, 0.01 (full fine-tuning: a tenth) and scales 2, 8" in text
     assert preset["tuned_on"] == {"rte": "mrpc"} and "RTE has what was chosen on MRPC" in text
     left = {}
