@@ -46,7 +46,7 @@ NOTES = disk.read_json(grids.ROOT / "experiments" / "notes.json", "restore it")
 # --- running ---------------------------------------------------------------------------------
 
 def run_all(args):
-    """Run what is missing. Returns what went wrong, a line each.
+    """Run what is missing, and say what goes wrong. Returns how many runs failed.
 
     A user's mistake ends it all as a ValueError, as do runs of another model, data or device beside
     which something would run. When stopped, the runs are told to save.
@@ -117,16 +117,13 @@ def labels_of(grid):
     return labels
 
 
-def paper_of(grid, base):
+def paper_of(grid):
     """{row: what the paper says of it}; of Table 2 it does not say which k and r its rows have."""
-    known = PAPER.get(grid.table, {"rows": {}})["rows"]
-    if grid.is_timed:
-        return known
     found = {}
-    for row in grids.TABLES[grid.table]["rows"][base].split():
-        ours, theirs = (grids.full_name(row, name) for name in (grid.preset["base"], "lora2-k1"))
-        if ours in grid.rows and theirs in known:
-            found[ours] = known[theirs]
+    for name, entry in PAPER.get(grid.table, {"rows": {}})["rows"].items():
+        row = grids.full_name(name, grid.preset["base"])
+        if row in grid.rows or grid.is_timed:
+            found[row] = entry
     return found
 
 
@@ -143,8 +140,7 @@ def content_of(args):
         runs = [run for run in runs if run["part"] == "reported"]
     return {"name": grid.table, "title": table["title"], "command": args.command,
             "model": args.name, "tasks": tasks, "rows": labels_of(grid), "pairs": pairs,
-            "notes": notes_of(grid, args.preset), "paper": paper_of(grid, args.preset),
-            "runs": runs}
+            "notes": notes_of(grid, args.preset), "paper": paper_of(grid), "runs": runs}
 
 
 def write_page(args):
@@ -176,7 +172,8 @@ def parse(argv):
     add("--out", default="experiments/results", help="folder for tables (experiments/results), or "
         "the one file of records NAME.json, beside NAME.md")
     add("--runs", default="runs/reproduce", help="folder for runs (runs/reproduce)")
-    add("--workers", type=int, help="processes; by default one for each visible GPU, else one")
+    add("--workers", type=int, default=max(1, len(workers.visible_gpus())),
+        help="processes; by default one for each visible GPU, else one")
     add("--device", help="cuda or cpu; by default the first there is")
     add("--seconds", type=float, default=float("inf"), help="begin no run after so long")
     add("--more", default="", help='options of train.py for all runs: "--limit-train 64"')
@@ -184,8 +181,6 @@ def parse(argv):
     add("--no-run", action="store_true", help="write the page of the finished runs")
     args = parser.parse_args(argv)
     args.grid = make_grid(args)
-    if args.workers is None:
-        args.workers = max(1, len(workers.visible_gpus()))
     if args.workers < 1:
         raise ValueError(f"--workers {args.workers}: give at least 1")
     if args.grid.is_timed:                                 # what is timed runs alone
@@ -266,7 +261,7 @@ def main(argv=None):
     if words[:1] == ["why"]:
         from experiments import why                        # it reads a file of results
         return why.main(words[1:])
-    failures, status = [], 0
+    failures, status = 0, 0
     try:
         args = parse(words)
         if args.dry_run:
@@ -285,8 +280,6 @@ def main(argv=None):
     except (ValueError, OSError, ImportError, Refused) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for failure in failures:
-        print(f"error: {failure}", file=sys.stderr)
     return status or int(bool(failures))
 
 

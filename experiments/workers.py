@@ -2,6 +2,7 @@
 import multiprocessing
 import os
 import shutil
+import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, ProcessPoolExecutor, wait
 
@@ -75,13 +76,13 @@ def may_begin(cell, running):
 
 
 def run_all(args, pool, keep):
-    """Run until nothing is left to do, or to begin; returns what went wrong, a line each.
+    """Run until nothing is left to do, or to begin; returns how many runs failed.
 
     pool: an Executor. keep: called with each record, and how many runs are known to be to come.
     Whenever a run has ended grid.py says anew what is missing: a result may change what to try.
     """
     grid, until = args.grid, time.monotonic() + args.seconds
-    running, begun, failures = {}, set(), []               # running: {future: cell}
+    running, begun, failures = {}, set(), 0                # running: {future: cell}
     while True:
         waiting = [cell for cell in grids.missing(grid) if cell not in begun]
         for cell in list(waiting):
@@ -102,7 +103,8 @@ def run_all(args, pool, keep):
                 raise OSError("a worker was killed, perhaps for its memory: the same command goes "
                               "on, with fewer --workers") from None
             except RuntimeError as error:
-                failures.append(str(error))                # the others go on
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                failures += 1                              # the others go on
                 continue
             assert record["settings"] == grids.own_settings(cell), cell
             grid.file["runs"].append(record)

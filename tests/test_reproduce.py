@@ -225,7 +225,7 @@ def test_every_run_is_legal(table, preset):
             rows = min(TASKS[settings["task"]].rows["train"], settings["limit_train"] or math.inf)
             assert settings["max_steps"] < rows / settings["batch_size"]
     if preset == "paper" and table in ("table1", "table3", "table4"):
-        named = reproduce.paper_of(grid, preset)
+        named = reproduce.paper_of(grid)
         assert len(named) == len(PAPER[table]["rows"]) and set(grid.rows) - set(named) <= {"lora2-k1-noreg"}
     if table == "study":
         assert {row for pair in grids.TABLES[table]["pairs"] for row in pair} <= set(grid.rows)

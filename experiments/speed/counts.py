@@ -22,11 +22,12 @@ flop_registry[torch.ops.aten.baddbmm_] = flop_registry[torch.ops.aten.baddbmm]  
 
 
 class _Calls(TorchFunctionMode):
-    reads = 0
+    def __init__(self, counted):
+        super().__init__()
+        self.counted = counted
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in CALLED_READS:
-            self.reads += 1
+        self.counted.reads += function in CALLED_READS
         return function(*args, **(kwargs or {}))
 
 
@@ -41,7 +42,8 @@ class Operations(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.names = collections.Counter()
-        self._calls = _Calls()
+        self.total = self.reads = 0
+        self._calls = _Calls(self)
 
     def __enter__(self):
         self._calls.__enter__()
@@ -53,20 +55,14 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
+        self.reads += name in READS
         if name.startswith("index") and isinstance(args[1], (list, tuple)):
             kinds = {part.dtype for part in args[1] if part is not None}
-            self._calls.reads += bool(kinds & {torch.bool, torch.uint8})       # looks for its Trues
+            self.reads += bool(kinds & {torch.bool, torch.uint8})              # looks for its Trues
         if not function.is_view and name != "_unsafe_view":
             self.names[name] += 1
+            self.total += 1
         return function(*args, **(kwargs or {}))
-
-    @property
-    def total(self):
-        return self.names.total()
-
-    @property
-    def reads(self):
-        return self._calls.reads + sum(self.names[name] for name in READS)
 
 
 def count_parts(step):
