@@ -219,7 +219,7 @@ def circumstances(job, words):
 
 
 def parse(argv):
-    """The command line as a namespace."""
+    """The command line, sizes and what there is, as a namespace. ValueError without data."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -236,11 +236,7 @@ def parse(argv):
         help="first rows of each task in row 12; 0 for all, which alone is judged (256)")
     add("--rounds", type=int, default=7, help="of timing (7)")
     add("--out", default="experiments/results", help="folder for the JSON (experiments/results)")
-    return parser.parse_args(argv)
-
-
-def prepare(job):
-    """Add sizes, those of the table or of --quick, and what there is. ValueError without data."""
+    job = parser.parse_args(argv)
     cuda = job.device == "cuda"
     job.T = 16 if job.shape.startswith("tiny") else 128
     job.B = 32 if cuda else 8
@@ -258,6 +254,7 @@ def prepare(job):
     if job.texts and not (job.spm and job.peers):
         raise ValueError("row 13 needs --spm and requirements-dev.txt")
     job.results, job.details = {}, {}
+    return job
 
 
 def measure(job):
@@ -303,9 +300,8 @@ def measure(job):
 def main(argv=None):
     """Measure, print the table and write it; returns the exit status."""
     words = sys.argv[1:] if argv is None else argv
-    job = parse(words)
     try:
-        prepare(job)
+        job = parse(words)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

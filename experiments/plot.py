@@ -67,8 +67,8 @@ def figure3(content, stem):
         save(figure, stem, [".svg"])
 
 
-def read_run(folder):
-    """(title, r, {matrix: [count of each layer]}, log lines with a loss, story or None).
+def draw(folder, out):
+    """Draw what a run folder holds; returns the paths of the pictures.
 
     ValueError or OSError of one sentence for what is missing or damaged.
     """
@@ -80,14 +80,9 @@ def read_run(folder):
             counts = json.loads((folder / "ranks.json").read_bytes())
         title, r = f"{result['task']}, {result['method']}", result["settings"]["r"]
         story = moving.story_of(result, log, sorted(counts))
-        return title, r, summary.by_place(counts), log, story
-
-
-def draw(folder, out):
-    """Draw what a run folder holds; returns the paths of the pictures."""
-    title, r, ranks, log, story = read_run(Path(folder))
-    out, paths = Path(out), []
+        ranks = summary.by_place(counts)
     out.mkdir(parents=True, exist_ok=True)
+    paths = []
     if story is not None:
         paths += moving.save(story, out / "pruning")
     if ranks:
@@ -110,8 +105,8 @@ def main(argv=None):
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="folder of a finished run")
-    parser.add_argument("--out", help="folder for the pictures; by default the run's")
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("--out", type=Path, help="folder for the pictures; by default the run's")
     args = parser.parse_args(argv)
     try:
         for path in draw(args.run, args.out or args.run):

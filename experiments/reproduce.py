@@ -147,7 +147,6 @@ def write_page(args):
     """TABLE.md of the records; returns its path."""
     content = content_of(args)
     text = pages.page(content)          # before anything is written: it may be refused
-    args.page.parent.mkdir(parents=True, exist_ok=True)
     if content["name"] == "figure3":
         plot.figure3(content, args.page.with_suffix(""))
     disk.write_file(args.page, text)

@@ -106,7 +106,6 @@ def write(path, content):
     for run in runs:
         own = {name: value for name, value in run["settings"].items() if name not in elsewhere}
         brief.append(run | {"settings": own})
-    path.parent.mkdir(parents=True, exist_ok=True)
     disk.write_file(path, layout(content | {"settings": shared, "runs": brief}) + "\n")
 
 

@@ -69,12 +69,6 @@ def visible_gpus():
     return named.split(",")[:count] if named else [str(i) for i in range(count)]
 
 
-def may_begin(cell, running):
-    """Whether a cell need not wait: what is reported does, while a run that tunes its row runs."""
-    tuning = {other.row for other in running if other.seed == grids.TUNE_SEED}
-    return cell.seed == grids.TUNE_SEED or grids.row_of(cell.row)[2] not in tuning
-
-
 def run_all(args, pool, keep):
     """Run until nothing is left to do, or to begin; returns how many runs failed.
 
@@ -88,7 +82,9 @@ def run_all(args, pool, keep):
         for cell in list(waiting):
             if len(running) == args.workers or time.monotonic() >= until:
                 break
-            if may_begin(cell, running.values()):
+            tuning = {other.row for other in running.values() if other.seed == grids.TUNE_SEED}
+            # What is reported waits for what tunes its row: the choice may still change.
+            if cell.seed == grids.TUNE_SEED or grids.row_of(cell.row)[2] not in tuning:
                 waiting.remove(cell)
                 begun.add(cell)
                 running[pool.submit(work, cell, grid.is_timed)] = cell

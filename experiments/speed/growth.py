@@ -74,15 +74,6 @@ def read_mnli(path, tokenizer):
             "GB": machine.peak_memory(torch.device("cpu"))}
 
 
-def measure_data(job, rows):
-    """read_mnli() of a file with so many rows, in a fresh process: its peak is that file's."""
-    tokenizer = data.load_tokenizer(job.model) if job.model else toy.tokenizer()
-    fresh = multiprocessing.get_context("spawn")
-    write_mnli(job.work / "train.tsv", rows, tokenizer)
-    with ProcessPoolExecutor(1, fresh) as pool:
-        return pool.submit(read_mnli, job.work / "train.tsv", tokenizer).result()
-
-
 def markdown(content):
     """What growth-DEVICE.json holds as Markdown."""
     base = ", ".join(f"{name} = {value}" for name, value in content["base"].items())
@@ -124,7 +115,12 @@ def measure_all(job, about):
             values = [n for n in values if n <= job.config["num_hidden_layers"]]
         sweeps[name] = [measure(job, name, value) for value in values[:2 if job.quick else None]]
     rows = 20_000 if job.quick else data.TASKS["mnli"].rows["train"]
-    read = [measure_data(job, rows // part) for part in PARTS]
+    tokenizer = data.load_tokenizer(job.model) if job.model else toy.tokenizer()
+    fresh, read = multiprocessing.get_context("spawn"), []
+    for part in PARTS:
+        write_mnli(job.work / "train.tsv", rows // part, tokenizer)
+        with ProcessPoolExecutor(1, fresh) as pool:        # its peak is that of this file
+            read.append(pool.submit(read_mnli, job.work / "train.tsv", tokenizer).result())
     for name in ("B", "T", "layers", "rounds"):
         del about[name]
     content = about | {"base": BASE, "sweeps": sweeps, "data": read}

@@ -218,9 +218,19 @@ def epoch(folder, task, data_dir, rows, max_len, device, dtype="fp32", batch_siz
     Imports do not count. As in transformers' own example for GLUE: rows in random order, each batch
     padded to its longest row.
     """
+    from transformers import AutoTokenizer, DataCollatorWithPadding
     start = time.perf_counter()
-    loader, classes = batches(folder, task, data_dir, rows, max_len, device, batch_size)
-    step = PeerStep(folder, "adalora", None, dtype=dtype, device=device, labels=max(1, classes),
+    split = glue.load_split(data.TASKS[task], data_dir, "train").part(0, rows or None)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    encoded = tokenizer(*map(list, zip(*split.texts)), truncation=True, max_length=max_len)
+    table = []
+    for i, label in enumerate(split.labels):
+        table.append({name: column[i] for name, column in encoded.items()} | {"labels": label})
+    loader = torch.utils.data.DataLoader(table, batch_size, shuffle=True,
+                                         pin_memory=device == "cuda",
+                                         collate_fn=DataCollatorWithPadding(tokenizer))
+    labels = max(1, len(data.TASKS[task].labels))
+    step = PeerStep(folder, "adalora", None, dtype=dtype, device=device, labels=labels,
                     total=len(loader) + 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(step.optimizer, lambda n: 1 - n / len(loader))
     for batch in loader:
@@ -230,18 +240,3 @@ def epoch(folder, task, data_dir, rows, max_len, device, dtype="fp32", batch_siz
     if not math.isfinite(loss.item()):
         raise FloatingPointError(f"the peer's loss on {task} is not finite")
     return time.perf_counter() - start
-
-
-def batches(folder, task, data_dir, rows, max_len, device, batch_size):
-    """(DataLoader of a task's first `rows` training rows, number of classes)."""
-    from transformers import AutoTokenizer, DataCollatorWithPadding
-    split = glue.load_split(data.get_task(task), data_dir, "train").part(0, rows or None)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    encoded = tokenizer(*map(list, zip(*split.texts)), truncation=True, max_length=max_len)
-    table = []
-    for i, label in enumerate(split.labels):
-        table.append({name: column[i] for name, column in encoded.items()} | {"labels": label})
-    loader = torch.utils.data.DataLoader(table, batch_size, shuffle=True,
-                                         pin_memory=device == "cuda",
-                                         collate_fn=DataCollatorWithPadding(tokenizer))
-    return loader, len(data.get_task(task).labels)

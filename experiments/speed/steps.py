@@ -6,13 +6,11 @@ counted by itself. Shapes: B rows, T tokens, d hidden size, f feed-forward size,
 import contextlib
 import functools
 import io
-import json
 import random
 import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 import data
 import model as models
@@ -44,8 +42,8 @@ def write_checkpoint(folder, config, seed=0):
         spread = 1.4 / config["hidden_size"] ** 0.5 if tensor.dim() == 2 else 0.1
         mean = 1.0 if name.endswith("LayerNorm.weight") else 0.0
         weights[name] = torch.randn(tensor.shape) * spread + mean
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config))
+    disk.write_tensors(folder / "model.safetensors", weights, {"format": "pt"})
+    disk.write_json(folder / "config.json", config)
     return folder
 
 
@@ -88,7 +86,7 @@ class OwnStep:
                  eager=False):
         self.net = net = models.from_pretrained(folder, 2)
         names = models.target_modules(net, models.TARGETS[net.kind])
-        self.method, self.batch, self.extras = method, batch, extras
+        self.method, self.batch = method, batch
         self.here = machine.Machine(batch.input_ids.device, dtype, 0, 1)
         if method == "frozen":
             freeze(net, names)
@@ -101,9 +99,8 @@ class OwnStep:
         self.backward = fast.make_backward(net, self.parameters, eager)
         self.plan = schedule.Plan(1000, 1000, 0, 0, 10, 1, None, None, None)
         self.step, self.pruner = 0, None
-        if extras and method != "frozen":
-            self.pruner = by_name.make_pruner(method, net, max(1, r // 2),
-                                              **self.plan.pruning())
+        if extras:
+            self.pruner = by_name.make_pruner(method, net, max(1, r // 2), **self.plan.pruning())
         self.finite = errors.FiniteCheck(self.here.device, ".")
 
     def loss(self):
