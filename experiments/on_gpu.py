@@ -25,9 +25,11 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
-from experiments import one_step, summary
-from experiments.speed import steps
+from experiments import summary
+from experiments.speed import peers, steps
 from formats import disk
+from lora2 import lora2_layers
+from methods import by_name
 from running import demo, errors, folder, machine, progress
 
 # 60 steps on made-up sentences, of the demo.
@@ -35,9 +37,13 @@ SHORT = "--task demo --batch-size 32 --limit-train 640 --limit-dev 100 --epochs 
 PRUNED = "--r 4 --target-rank 2 --prune-warmup 5 --prune-final 10 --prune-interval 5".split()
 METHODS = {"lora2": ["--k", "2", *PRUNED], "adalora": PRUNED, "lora": ["--r", "4"],
            "sora": ["--r", "4"], "bitfit": [], "head": [], "full": []}
+# Family → its shape, and that in a rehearsal.
+FAMILIES = {"deberta": ("deberta-v3-base", "tiny"), "roberta": ("roberta-base", "tiny-roberta"),
+            "bert": ("bert-base", "tiny-bert")}
+WHAT = ("logits", "gradients", "scores")                   # of a step is compared
 
 
-# --- shared -------------------------------------------------------------------------------
+# --- a run --------------------------------------------------------------------------------
 
 def small_model(job, dropout=0.0):
     """A folder with a random DeBERTa of the demo's size; made once for each dropout."""
@@ -78,6 +84,62 @@ def trained(job, *words, **more):
     return state(run(job, "trained", *words, **more))
 
 
+# --- a step -------------------------------------------------------------------------------
+
+def shape(job, family):
+    """(a folder with random weights of a family's shape, its config)."""
+    config = steps.SHAPES[FAMILIES[family][job.rehearse]]
+    return steps.write_checkpoint(job.work / family, config), config
+
+
+def farthest(a, b):
+    """The difference() of two {name: tensor}: 0 if they are equal."""
+    assert a.keys() == b.keys()
+    return peers.difference([(a[name], b[name]) for name in b])
+
+
+def make_step(place, batch, k, **more):
+    """An OwnStep of LoRA², the same on any device: its update is not 0, dropout is."""
+    torch.manual_seed(0)
+    step = steps.OwnStep(place, "lora2", batch, k=k, eager=True, **more)
+    for _, layer in lora2_layers(step.net):
+        layer.lam.data.copy_(0.1 * torch.randn(layer.lam.shape))
+    peers.without_dropout(step.net)
+    return step
+
+
+def outcome(step, batch):
+    """{"logits": ..., "gradients v": ..., "scores full": ..., ...} of one step, on the CPU.
+
+    The gradients of one kind of parameter, all v say, are one vector: what hardly moves the loss
+    has gradients that are rounding alone.
+    """
+    step.net.zero_grad()
+    logits = train.predict_batch(step.net, batch, step.here)
+    train.task_loss(logits, batch.labels).backward()
+    found = {"logits": logits.detach()}
+    for name, p in step.net.named_parameters():
+        if p.requires_grad:
+            kind = "gradients " + name.rpartition(".")[2]
+            found[kind] = torch.cat([found.get(kind, p.grad[:0].flatten()), p.grad.flatten()])
+    for importance in ("reduced", "full"):
+        pruner = by_name.make_pruner("lora2", step.net, 4, importance, total_steps=10, warmup=0,
+                                     final=0, interval=1)
+        pruner.update_averages()
+        found[f"scores {importance}"] = pruner.scores()
+    return {name: tensor.double().cpu() for name, tensor in found.items()}
+
+
+def compare(a, b):
+    """{"logits", "gradients", "scores"}: how far a is from b, relative to b, all finite."""
+    errors = {name: ((a[name] - b[name]).norm() / b[name].norm()).item() for name in b}
+    assert all(map(math.isfinite, errors.values())), errors
+    found = {}
+    for what in WHAT:
+        found[what] = max(error for name, error in errors.items() if name.startswith(what))
+    return found
+
+
 # --- what is checked ----------------------------------------------------------------------
 
 def card(job):
@@ -89,12 +151,38 @@ def card(job):
     return facts
 
 
+def parity(job):
+    """Logits, gradients and scores of three families, on the GPU against the CPU, in fp32.
+
+    In bf16 they are shown, and have the same bits once more, also where T > 132 shares buckets.
+    """
+    facts = {}
+    for family, T, k in (("deberta", 128, 1), ("deberta", 128, 8), ("deberta", 256, 8),
+                         ("deberta", 512, 8), ("roberta", 128, 1), ("roberta", 128, 8),
+                         ("bert", 128, 1), ("bert", 128, 8)):
+        place, config = shape(job, family)
+        found = []
+        for device, dtype in (("cpu", "fp32"), (job.device, "fp32"), (job.device, job.low_name),
+                              (job.device, job.low_name)):
+            batch = steps.make_batch(config, 2, T, device)
+            found.append(outcome(make_step(place, batch, k, dtype=dtype), batch))
+        right, ours, low, again = found
+        assert farthest(again, low) == 0, f"{family} T={T} k={k}, twice"
+        facts[f"{family} T={T} k={k}"] = compare(ours, right) | {"in bf16": compare(low, right)}
+    worst = {}
+    for what in WHAT:
+        worst[what] = max(line[what] for line in facts.values())
+        worst[f"{what} in bf16"] = max(line["in bf16"][what] for line in facts.values())
+    assert worst["logits"] <= 1e-5 and worst["gradients"] <= 1e-4, (worst, facts)
+    return {"worst": worst} | facts
+
+
 def whole_run(job):
     """A run of 60 steps without dropout, on the GPU against the CPU: losses, ranks, weights."""
     gpu, cpu = run(job, "gpu"), run(job, "cpu", device="cpu")
     pairs = list(zip(summary.read_log(gpu), summary.read_log(cpu), strict=True))
     facts = {"losses": max(abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in pairs),
-             "weights": one_step.farthest(state(gpu), state(cpu)), "lines": len(pairs),
+             "weights": farthest(state(gpu), state(cpu)), "lines": len(pairs),
              "ranks equal": (gpu / "ranks.json").read_bytes() == (cpu / "ranks.json").read_bytes()}
     assert facts["losses"] <= 1e-4 and facts["weights"] <= 1e-3 and facts["ranks equal"], facts
     return facts
@@ -109,7 +197,7 @@ def recorded(job):
                             ([], {"method": "adalora"}), ([], {"dtype": job.low_name})):
             a = trained(job, *words, model=model, **more)
             b = trained(job, *words, "--eager", model=model, **more)
-            facts[f"dropout {dropout} {words} {more}"] = one_step.farthest(a, b)
+            facts[f"dropout {dropout} {words} {more}"] = farthest(a, b)
     assert not any(facts.values()), facts
     return facts
 
@@ -128,8 +216,8 @@ def resumed(job):
         call("--resume", half, "--device", device, *words)
         if device == job.device:
             whole = trained(job, *words, model=model)
-            facts[f"twice {words}"] = one_step.farthest(trained(job, *words, model=model), whole)
-            facts[f"resumed {words}"] = one_step.farthest(state(half), whole)
+            facts[f"twice {words}"] = farthest(trained(job, *words, model=model), whole)
+            facts[f"resumed {words}"] = farthest(state(half), whole)
     assert not any(facts.values()), facts
     return facts
 
@@ -179,7 +267,7 @@ def out_of_memory(job):
     """A full GPU is one sentence, whether memory ends in a step or while the model is loaded."""
     if job.device != "cuda":
         return {"not run": "needs a GPU"}
-    place, config = one_step.shape(job, "deberta")
+    place, config = shape(job, "deberta")
     total = torch.cuda.get_device_properties(0).total_memory
 
     def large_step():
@@ -239,8 +327,30 @@ def demo_in_bf16(job):
     return facts
 
 
-ITEMS = (card, one_step.parity, whole_run, recorded, resumed, sync, not_finite, out_of_memory, nccl,
-         demo_in_bf16, one_step.compiled)
+def compiled(job):
+    """Layers compiled, any T: gradients against eager ones, how many graphs, seconds.
+
+    Differences are relative to the largest gradient of the model: one that is 1e-8 is rounding.
+    """
+    (place, config), facts = shape(job, "deberta"), {}
+    torch._dynamo.utils.counters.clear()
+    first = steps.make_batch(config, 8, 8, job.device)
+    both = [make_step(place, first, 8, compile=compile) for compile in (True, False)]
+    for B, T in zip((8, 6), (8, 24) if job.rehearse else (64, 160)):
+        batch = steps.make_batch(config, B, T, job.device)
+        start = time.perf_counter()
+        gradients = []
+        for step in both:
+            found = outcome(step, batch)
+            gradients.append({name: found[name] for name in found if "gradients" in name})
+        seconds = round(time.perf_counter() - start, 2)
+        facts[f"B={B} T={T}"] = {"gradients": farthest(*gradients), "seconds": seconds}
+    assert max(found["gradients"] for found in facts.values()) <= 1e-4, facts
+    return facts | {"graphs": torch._dynamo.utils.counters["stats"].get("unique_graphs")}
+
+
+ITEMS = (card, parity, whole_run, recorded, resumed, sync, not_finite, out_of_memory, nccl,
+         demo_in_bf16, compiled)
 
 
 # --- the whole ----------------------------------------------------------------------------
