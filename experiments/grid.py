@@ -47,19 +47,12 @@ class Grid(NamedTuple):
     tasks: list
     rows: list
     stages: list                        # [[rows], [seeds]], in the order in which they run
+    starts: dict                        # {row: where its search begins}; {} if there is none
+    is_timed: bool                      # measures time: nothing is tuned, no run goes on later
     path: Path                          # of the file of records
     runs: Path                          # of the run folders
     file: dict                          # what that file holds
 
-    @property
-    def starts(self):
-        """{row: where its search begins}, {} for a table that does not search."""
-        return TABLES[self.table].get("starts", {})
-
-    @property
-    def is_timed(self):
-        """Whether it measures time: its runs are not tuned, and never go on after a stop."""
-        return self.table == "table2"
 
 
 # --- what a run is ---------------------------------------------------------------------------

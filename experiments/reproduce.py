@@ -107,16 +107,6 @@ def notes_of(grid, preset):
     return notes
 
 
-def labels_of(grid):
-    """{row: what the table calls it}: in a table of variants of one row their names alone."""
-    labels = {}
-    for row in grid.rows:
-        labels[row], _, base = grids.row_of(row)
-        if row != base and grid.starts:
-            labels[row] = f"{grids.row_of(base)[0]}, {labels[row]}"
-    return labels
-
-
 def paper_of(grid):
     """{row: what the paper says of it}; of Table 2 it does not say which k and r its rows have."""
     found = {}
@@ -132,25 +122,19 @@ def content_of(args):
     grid, table, tasks = args.grid, grids.TABLES[args.table], args.grid.tasks
     if grid.table == "tune":
         tasks = list(dict.fromkeys(grid.preset["tuned_on"].get(task, task) for task in tasks))
-    pairs = []
+    labels, pairs = {}, []
+    for row in grid.rows:               # of variants of one row their names alone
+        labels[row], _, base = grids.row_of(row)
+        if row != base and grid.starts:
+            labels[row] = f"{grids.row_of(base)[0]}, {labels[row]}"
     for pair in table["pairs"]:
         pairs.append([grids.full_name(row, grid.preset["base"]) for row in pair])
     runs = grids.finished(grid)
     if not (grid.starts or grid.table == "tune"):          # they alone show what was tried
         runs = [run for run in runs if run["part"] == "reported"]
     return {"name": grid.table, "title": table["title"], "command": args.command,
-            "model": args.name, "tasks": tasks, "rows": labels_of(grid), "pairs": pairs,
+            "model": args.name, "tasks": tasks, "rows": labels, "pairs": pairs,
             "notes": notes_of(grid, args.preset), "paper": paper_of(grid), "runs": runs}
-
-
-def write_page(args):
-    """TABLE.md of the records; returns its path."""
-    content = content_of(args)
-    text = pages.page(content)          # before anything is written: it may be refused
-    if content["name"] == "figure3":
-        plot.figure3(content, args.page.with_suffix(""))
-    disk.write_file(args.page, text)
-    return args.page
 
 
 # --- the command line ------------------------------------------------------------------------
@@ -250,7 +234,8 @@ def make_grid(args):
     file = {"settings": {}, "runs": []}
     if path.exists() or args.no_run:
         file = summary.load(path)
-    return grids.Grid(args.table, preset, flags, tasks, rows, stages_of(args, rows), path,
+    return grids.Grid(args.table, preset, flags, tasks, rows, stages_of(args, rows),
+                      table.get("starts", {}), args.table == "table2", path,
                       Path(args.runs) / folder, file)
 
 
@@ -260,7 +245,7 @@ def main(argv=None):
     if words[:1] == ["why"]:
         from experiments import why                        # it reads a file of results
         return why.main(words[1:])
-    failures, status = 0, 0
+    status = 0
     try:
         args = parse(words)
         if args.dry_run:
@@ -271,15 +256,20 @@ def main(argv=None):
                 signal.signal(getattr(signal, name), signal.default_int_handler)
         try:
             if not args.no_run:
-                failures = run_all(args)
+                status = int(run_all(args) > 0)
         except KeyboardInterrupt:
             print("\nstopped: the same command goes on", file=sys.stderr)
             status = 130
-        print(write_page(args))
+        content = content_of(args)
+        text = pages.page(content)      # before anything is written: it may be refused
+        if content["name"] == "figure3":
+            plot.figure3(content, args.page.with_suffix(""))
+        disk.write_file(args.page, text)
+        print(args.page)
     except (ValueError, OSError, ImportError, Refused) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return status or int(bool(failures))
+    return status
 
 
 if __name__ == "__main__":

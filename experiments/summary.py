@@ -111,12 +111,10 @@ def write(path, content):
 
 def load(path):
     """The content of such a file as it was given to write(). ValueError for a damaged one."""
-    advice = "restore it, or remove it to make it anew"
-    content = disk.read_json(path, advice)
-    with disk.reading(path, advice):
-        for run in content["runs"]:
-            run["settings"] = content["settings"] | run["settings"] | {
-                "task": run["task"], "seed": run["seed"]}
+    content = disk.read_json(path, "restore it, or remove it to make it anew")
+    for run in content["runs"]:
+        run["settings"] = content["settings"] | run["settings"] | {
+            "task": run["task"], "seed": run["seed"]}
     return content
 
 

@@ -95,6 +95,7 @@ class OwnStep:
         fast.speed_up(net.to(self.here.device).train(), dtype, compile)
         self.optimizer, self.parameters = train.make_optimizer(net, 1e-3, 1e-3, weight_decay=0.0)
         self.loss_of = functools.partial(train.part_loss, net, self.here)
+        self.loss = functools.partial(self.loss_of, *batch)
         self.R_of = by_name.regulariser(method, net, ("uv", "UV", "PQ")) if extras else None
         self.backward = fast.make_backward(net, self.parameters, eager)
         self.plan = schedule.Plan(1000, 1000, 0, 0, 10, 1, None, None, None)
@@ -102,11 +103,6 @@ class OwnStep:
         if extras:
             self.pruner = by_name.make_pruner(method, net, max(1, r // 2), **self.plan.pruning())
         self.finite = errors.FiniteCheck(self.here.device, ".")
-
-    def loss(self):
-        """The loss of the batch, with all that the forward pass of a step does."""
-        logits = train.predict_batch(self.net, self.batch, self.here)
-        return train.task_loss(logits, self.batch.labels)
 
     def __call__(self, part=lambda name: contextlib.nullcontext()):
         """One step. part(name) is a context around each of its parts, to count them."""
