@@ -46,8 +46,8 @@ LONGER = ("own frozen", "own LoRA² k=8", "transformers, frozen", "transformers,
 def make(job, name, T, folder=None, **more):
     """The step of that name on a batch T tokens wide, all as the job says unless `more` does."""
     kind = peers.PeerStep if name in PEERS else steps.OwnStep
-    common = {"batch": steps.make_batch(job.config, job.B, T, job.device), "dtype": job.dtype}
-    return kind(folder or job.folder, **common | STEPS[name] | more)
+    usual = {"batch": steps.make_batch(job.config, job.B, T, job.device), "dtype": job.dtype}
+    return kind(folder or job.folder, **usual | STEPS[name] | more)
 
 
 # --- what is counted -------------------------------------------------------------------------
@@ -65,12 +65,10 @@ def count_operations(job):
         found[name, layers] = counts.count_parts(step)
     job.details["operations"] = [{"step": name, "layers": layers} | parts
                                  for (name, layers), parts in found.items()]
-    ours = [found[name, depth] for name in OURS]
     changes = [found[name, depth]["update"] - found[name, 2]["update"] for name in OURS]
-    job.results["6"] = table.worst(parts["total"] for parts in ours)
-    job.results["6 update"] = table.worst(parts["update"] for parts in ours)
     job.results["6 depth"] = table.worst(changes)
-    job.results["7"] = table.worst(parts["host reads"] for parts in ours)
+    for row, what in (("6", "total"), ("6 update", "update"), ("7", "host reads")):
+        job.results[row] = table.worst(found[name, depth][what] for name in OURS)
 
 
 def count_saved(job):
@@ -209,8 +207,7 @@ def circumstances(job, words):
         "device": torch.cuda.get_device_name() if job.device == "cuda" else name,
         "threads": torch.get_num_threads(), "versions": versions,
         "date": datetime.date.today().isoformat(), "shape": job.shape,
-        "layers": job.layers, "dtype": job.dtype, "B": job.B, "T": job.T,
-        "rounds": job.rounds,
+        "dtype": job.dtype,
         "dropout": {name: value for name, value in job.config.items() if "dropout" in name},
         "pruning": "a new selection at every step, ours and peft's",
         "memory": "malloc keeps what is freed, as train.py has it do on a CPU, for ours and the "
@@ -318,7 +315,8 @@ def main(argv=None):
             of_texts = {row: line for row, line in lines.items() if row.startswith("13")}
             print(table.report(of_texts), job.details, sep="\n")
         else:
-            content = about | {"seconds": measure(job)}
+            content = about | {"layers": job.layers, "B": job.B, "T": job.T, "rounds": job.rounds}
+            content |= {"seconds": measure(job)}
             content |= {"rows": table.rows(job.results, job.device), "details": job.details}
             table.write("bench", job, content, table.page(content))
     return 0

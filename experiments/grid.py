@@ -151,8 +151,7 @@ def tuning_of(grid, row, task):
     if grid.is_timed or not (grid.starts or fixed):
         return [], {}
     if grid.starts:                                        # those in the file, in its order
-        points = [run["tuned"] for run in grid.file["runs"]
-                  if (run["part"], run["row"], run["task"]) == ("tune", row, task)]
+        points = [point for point, _ in search.tried(grid.file, row, task)]
     else:
         points = fixed.get(row, fixed["others"])
     tried = []

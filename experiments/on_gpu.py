@@ -46,12 +46,11 @@ WHAT = ("logits", "gradients", "scores")                   # of a step is compar
 # --- a run --------------------------------------------------------------------------------
 
 def small_model(job, dropout=0.0):
-    """A folder with a random DeBERTa of the demo's size; made once for each dropout."""
+    """A folder with a random DeBERTa of the demo's size."""
     path = job.work / f"model-{dropout}"
-    if not path.exists():
-        config = demo.write_random_model(path, seed=0)
-        rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-        disk.write_json(path / "config.json", config | rates)
+    config = demo.write_random_model(path, seed=0)
+    rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    disk.write_json(path / "config.json", config | rates)
     return path
 
 
@@ -391,12 +390,11 @@ def main(argv=None):
 def look(job, item):
     """One item: {"ok", "seconds", "found" or "error"}, said in a line."""
     start = time.perf_counter()
-    line = {"ok": True}
     try:
-        line["found"] = item(job)
+        line = {"ok": True, "found": item(job)}
     except Exception as error:                             # whatever it is, the others go on
-        line |= {"ok": False, "error": f"{type(error).__name__}: {error}"[:4000],
-                 "where": traceback.format_exc()}
+        line = {"ok": False, "error": f"{type(error).__name__}: {error}"[:4000],
+                "where": traceback.format_exc()}
     line |= {"seconds": round(time.perf_counter() - start, 1), "torch": torch.__version__,
              "date": datetime.date.today().isoformat()}
     shown = line.get("found", line.get("error"))

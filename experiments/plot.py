@@ -33,16 +33,14 @@ def heat_map(axes, ranks, r, title):
     axes.set_yticks(range(len(ranks)), [tables.MATRICES[short] for short in ranks])
     axes.set_xlabel("layer")
     axes.set_title(f"{title}: kept of {r} singular values", fontsize=10)
+    axes.figure.colorbar(image, ax=axes)
     return image
 
 
 def new_figure(panels=1, height=3.2):
     """(figure, its axes from top to bottom), without a display."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise ImportError("pictures need matplotlib: pip install matplotlib") from e
+    import matplotlib
+    from matplotlib.figure import Figure
     matplotlib.rcParams["svg.hashsalt"] = "lora2"          # the same picture, the same bytes
     figure = Figure(figsize=(7, height * panels), layout="constrained")
     return figure, [figure.add_subplot(panels, 1, i + 1) for i in range(panels)]
@@ -62,8 +60,7 @@ def figure3(content, stem):
     if panels:
         figure, all_axes = new_figure(len(panels))
         for axes, (title, runs) in zip(all_axes, panels):
-            image = heat_map(axes, tables.mean_ranks(runs), runs[0]["settings"]["r"], title)
-            figure.colorbar(image, ax=axes)
+            heat_map(axes, tables.mean_ranks(runs), runs[0]["settings"]["r"], title)
         save(figure, stem, [".svg"])
 
 
@@ -87,7 +84,7 @@ def draw(folder, out):
         paths += moving.save(story, out / "pruning")
     if ranks:
         figure, (axes,) = new_figure()
-        figure.colorbar(heat_map(axes, ranks, r, title), ax=axes)
+        heat_map(axes, ranks, r, title)
         paths += save(figure, out / "ranks")
     shown = [key for key in PANELS if any(key in line for line in log)]
     figure, all_axes = new_figure(len(shown), 2.2)

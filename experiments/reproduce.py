@@ -56,8 +56,9 @@ def run_all(args):
         tables.check_sources(grids.finished(args.grid), here)
     started = time.monotonic()
 
-    def keep(record, left):
+    def keep(record):
         summary.write(args.grid.path, args.grid.file)
+        left = len(grids.missing(args.grid))
         result = record.get("failed") or f"{record['last']['score']:.4f}"
         point = search.point_text(record["tuned"])
         print(f"[{time.monotonic() - started:.0f} s, {left} to go] {tables.name_of(record)}"
@@ -183,20 +184,6 @@ def chosen(words, known, what):
     return names
 
 
-def flags_of(args):
-    """The options of train.py that all runs share."""
-    preset = grids.PRESETS[args.preset]
-    flags = {"model": args.model or preset["model"], "data-dir": args.data_dir} | preset["flags"]
-    for name, value in options.parse(shlex.split(args.more)).items():
-        flags[name.replace("_", "-")] = ",".join(value) if isinstance(value, list) else value
-    if args.device:
-        flags["device"] = args.device
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if flags.get("dtype") == "bf16" and machine.emulates_bf16(device):
-        flags["dtype"] = "fp32"
-    return flags
-
-
 def stages_of(args, rows):
     """[[rows], [seeds]]: the table's stages, cut to what was asked for, or one for each seed."""
     seeds = (args.seeds or "0,1,2").split(",")
@@ -223,7 +210,14 @@ def make_grid(args):
         tasks = chosen(args.tasks, tables.COLUMNS, "task")
     rows = [grids.full_name(row, preset["base"]) for row in table["rows"][args.preset].split()]
     rows = chosen(args.rows, rows, "row")
-    flags = flags_of(args)
+    flags = {"model": args.model or preset["model"], "data-dir": args.data_dir} | preset["flags"]
+    for name, value in options.parse(shlex.split(args.more)).items():
+        flags[name.replace("_", "-")] = ",".join(value) if isinstance(value, list) else value
+    if args.device:
+        flags["device"] = args.device
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if flags.get("dtype") == "bf16" and machine.emulates_bf16(device):
+        flags["dtype"] = "fp32"
     args.name = os.path.basename(os.path.abspath(flags["model"]))      # "." too, a name on the Hub
     folder = f"{args.preset}-{args.name}"
     path = Path(args.out) / folder / "runs.json"

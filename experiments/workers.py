@@ -20,13 +20,12 @@ def work(cell, is_timed):
 
     RuntimeError if it failed but did not diverge, ValueError for a mistake.
     """
-    words = grids.command_line(cell.flags)
-    anew = ["--out", str(cell.folder), "--overwrite"]
-    goes_on = (cell.folder / "last.pt").exists() and not is_timed
-    place = ["--resume", str(cell.folder)] if goes_on else anew
-    status, said = steps.heard(train.main, words + place)
-    if status == 2 and goes_on:                            # its files do not fit together
-        status, said = steps.heard(train.main, words + anew)
+    words, folder = grids.command_line(cell.flags), str(cell.folder)
+    status = 2
+    if (cell.folder / "last.pt").exists() and not is_timed:
+        status, said = steps.heard(train.main, [*words, "--resume", folder])
+    if status == 2:                                        # anew, also if its files do not fit
+        status, said = steps.heard(train.main, [*words, "--out", folder, "--overwrite"])
     last = (said.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
     if status == 2:
         raise ValueError(last)
@@ -72,20 +71,19 @@ def visible_gpus():
 def run_all(args, pool, keep):
     """Run until nothing is left to do, or to begin; returns how many runs failed.
 
-    pool: an Executor. keep: called with each record, and how many runs are known to be to come.
-    Whenever a run has ended grid.py says anew what is missing: a result may change what to try.
+    pool: an Executor. keep: called with each record. Whenever a run has ended grid.py says anew
+    what is missing: a result may change what to try.
     """
     grid, until = args.grid, time.monotonic() + args.seconds
     running, begun, failures = {}, set(), 0                # running: {future: cell}
     while True:
-        waiting = [cell for cell in grids.missing(grid) if cell not in begun]
-        for cell in list(waiting):
+        for cell in grids.missing(grid):
             if len(running) == args.workers or time.monotonic() >= until:
                 break
             tuning = {other.row for other in running.values() if other.seed == grids.TUNE_SEED}
             # What is reported waits for what tunes its row: the choice may still change.
-            if cell.seed == grids.TUNE_SEED or grids.row_of(cell.row)[2] not in tuning:
-                waiting.remove(cell)
+            may_begin = cell.seed == grids.TUNE_SEED or grids.row_of(cell.row)[2] not in tuning
+            if may_begin and cell not in begun:
                 begun.add(cell)
                 running[pool.submit(work, cell, grid.is_timed)] = cell
         if not running:
@@ -104,4 +102,4 @@ def run_all(args, pool, keep):
                 continue
             assert record["settings"] == grids.own_settings(cell), cell
             grid.file["runs"].append(record)
-            keep(record, len(waiting) + len(running))
+            keep(record)

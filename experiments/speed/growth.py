@@ -121,7 +121,5 @@ def measure_all(job, about):
         write_mnli(job.work / "train.tsv", rows // part, tokenizer)
         with ProcessPoolExecutor(1, fresh) as pool:        # its peak is that of this file
             read.append(pool.submit(read_mnli, job.work / "train.tsv", tokenizer).result())
-    for name in ("B", "T", "layers", "rounds"):
-        del about[name]
     content = about | {"base": BASE, "sweeps": sweeps, "data": read}
     table.write("growth", job, content, markdown(content))

@@ -132,17 +132,6 @@ def heard(action, *arguments):
 
 # --- timing ----------------------------------------------------------------------------------
 
-def seconds(function, device, repeat):
-    """Time of one of `repeat` calls without gaps, after which a GPU has done its work."""
-    wait = torch.get_device_module(device).synchronize     # on a CPU that does nothing
-    wait()
-    start = time.perf_counter()
-    for _ in range(repeat):
-        function()
-    wait()
-    return (time.perf_counter() - start) / repeat
-
-
 def interleave(variants, rounds, device="cpu"):
     """{name: function} → {name: times}, one a round, after a round that warms up.
 
@@ -150,13 +139,18 @@ def interleave(variants, rounds, device="cpu"):
     and memory is not always found by the same other one. On a GPU a time is of ten calls.
     """
     repeat = 10 if device == "cuda" else 1
+    wait = torch.get_device_module(device).synchronize     # on a CPU it does nothing
     times = {name: [] for name in variants}
     rng = random.Random(0)
     for i in range(rounds + 1):
         for name in rng.sample(list(variants), len(variants)):
-            time_of_one = seconds(variants[name], device, repeat)
+            wait()
+            start = time.perf_counter()
+            for _ in range(repeat):
+                variants[name]()
+            wait()
             if i:
-                times[name].append(time_of_one)
+                times[name].append((time.perf_counter() - start) / repeat)
     return times
 
 
