@@ -154,8 +154,8 @@ def rates(job, T, times, products):
     """
     flops = counts.flops(make(job, "own frozen", T, eager=True))
     best = [max(n / times[name][i] for name, n in products.items()) for i in range(job.rounds)]
-    in_giga = table.summary(rate / 1e9 for rate in best)
-    job.details[f"products, T={T}"] = {"GFLOP": flops / 1e9, "GFLOP/s": in_giga}
+    job.details[f"products, T={T}"] = {
+        "GFLOP": flops / 1e9, "GFLOP/s": table.summary(rate / 1e9 for rate in best)}
     found = {"10 rate": table.summary(flops / t / 1e12 for t in times["own frozen"])}
     for row, name in (("10 share", "own frozen"), ("10 peer", "transformers, frozen")):
         if name in times:

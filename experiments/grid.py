@@ -185,8 +185,8 @@ def cells_of(grid):
                 continue
             if chosen is None:
                 later[row, task] = None
-                continue
-            reported += [make_cell(grid, row, task, seed, chosen) for seed in seeds]
+            else:
+                reported += [make_cell(grid, row, task, seed, chosen) for seed in seeds]
         cells |= dict.fromkeys(reported)
     return list(cells), list(later)
 
@@ -198,5 +198,4 @@ def missing(grid):
 
 def finished(grid):
     """The records of all runs of a table that there are."""
-    records = [record_of(grid, cell) for cell in cells_of(grid)[0]]
-    return [run for run in records if run]
+    return [run for cell in cells_of(grid)[0] if (run := record_of(grid, cell))]

@@ -42,10 +42,9 @@ def story_of(result, log, names):
 
 def save(story, stem):
     """Write stem.json, the story, and stem.svg; returns their paths."""
-    paths = [stem.with_suffix(".json"), stem.with_suffix(".svg")]
-    for path, content in zip(paths, (summary.layout(story) + "\n", picture(story))):
-        disk.write_file(path, content)
-    return paths
+    disk.write_file(stem.with_suffix(".json"), summary.layout(story) + "\n")
+    disk.write_file(stem.with_suffix(".svg"), picture(story))
+    return [stem.with_suffix(".json"), stem.with_suffix(".svg")]
 
 
 # --- from the story to the picture -----------------------------------------------------------

@@ -76,8 +76,7 @@ def main(argv=None):
             return 2
     if args.check:
         print(f"stale: {', '.join(stale)}: python experiments/readme.py" if stale else "up to date")
-        return int(bool(stale))
-    return 0
+    return int(args.check and bool(stale))
 
 
 if __name__ == "__main__":

@@ -169,9 +169,9 @@ def parse(argv):
         raise ValueError(f"--workers {args.workers}: give at least 1")
     if args.grid.is_timed:                                 # what is timed runs alone
         args.workers = 1
-    places = "--model", "--data-dir", "--out", "--runs"
     words = [word for word in argv if word != "--no-run"]
-    args.command = summary.command_of("reproduce.py", words, *places)
+    args.command = summary.command_of("reproduce.py", words, "--model", "--data-dir", "--out",
+                                      "--runs")
     return args
 
 

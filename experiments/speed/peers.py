@@ -6,7 +6,6 @@ update_and_allocate after each optimizer step, as its documentation says. Needs
 requirements-dev.txt.
 """
 import contextlib
-import itertools
 import math
 import time
 import warnings
@@ -44,10 +43,7 @@ def target_names(config):
 
 
 def adapt(net, method, r, total):
-    """peft's LoRA or AdaLoRA on the six matrices of each layer, with the head trained beside.
-
-    total: the steps of AdaLoRA's schedule. LoRA's scale is 1.
-    """
+    """peft's LoRA, of scale 1, or AdaLoRA over `total` steps on all six matrices; and the head."""
     import peft
     common = {"task_type": "SEQ_CLS", "target_modules": target_names(net.config),
               "modules_to_save": HEAD}
@@ -150,13 +146,11 @@ def parity_of_adalora(folder, batch):
     """AdaLoRA with random factors against peft's, regulariser included."""
     own = OwnStep(folder, "adalora", batch, r=8, extras=False)
     peer = PeerStep(folder, "adalora", batch, r=8)
-    factors = {"P": [], "lam": [], "Q": []}                # (ours, peft's)
-    for layer, theirs in pairs(own, peer):
-        factors["P"].append((layer.P, theirs.lora_A["default"]))
-        factors["lam"].append((layer.lam, theirs.lora_E["default"]))
-        factors["Q"].append((layer.Q, theirs.lora_B["default"]))
-    for ours, theirs in itertools.chain(*factors.values()):
-        theirs.data.copy_(in_pefts_layout(ours.data))
+    adapters, factors = pairs(own, peer), {}
+    for name, its in (("P", "lora_A"), ("lam", "lora_E"), ("Q", "lora_B")):
+        factors[name] = [(getattr(a, name), getattr(b, its)["default"]) for a, b in adapters]
+        for ours, theirs in factors[name]:
+            theirs.data.copy_(in_pefts_layout(ours.data))
     errors = {"AdaLoRA logits": logits_differ(own, peer)}
     (own.loss() + 0.1 * by_name.regulariser("adalora", own.net, None)()).backward()
     peer.loss().backward()

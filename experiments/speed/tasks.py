@@ -1,7 +1,6 @@
 """Rows 9, 12 and 13 of bench.py, which need the tasks' own files: tokens, epochs, texts to ids."""
 import random
 import time
-from pathlib import Path
 
 import torch
 
@@ -20,10 +19,10 @@ def count_tokens(job):
         split = glue.load_split(data.TASKS[task], job.data_dir, "train")
         tokenizer = data.load_tokenizer(job.model)
         examples = data.encode(tokenizer, split, options.PRESETS[task]["max_len"])
-        total = real = 0
-        for batch in data.batches(examples, 32, 0, torch.Generator().manual_seed(0)):
-            total += batch.attention_mask.numel()
-            real += int(batch.attention_mask.sum())
+        batches = data.batches(examples, 32, 0, torch.Generator().manual_seed(0))
+        masks = [batch.attention_mask for batch in batches]
+        total = sum(mask.numel() for mask in masks)
+        real = sum(int(mask.sum()) for mask in masks)
         job.results[f"9 {task}"] = table.summary([total / real], processed=total, real=real)
 
 
@@ -75,7 +74,7 @@ def transformers(folder):
 def sentencepiece(folder):
     """The same of SentencePiece, without [CLS] and [SEP]."""
     from sentencepiece import SentencePieceProcessor
-    return SentencePieceProcessor(model_file=str(Path(folder) / "spm.model")).encode
+    return SentencePieceProcessor(model_file=f"{folder}/spm.model").encode
 
 
 READERS = {"SentencePiece": sentencepiece, "transformers": transformers, "own": own}
