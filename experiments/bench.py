@@ -216,7 +216,7 @@ def circumstances(job, words):
 
 
 def parse(argv):
-    """The command line, sizes and what there is, as a namespace. ValueError without data."""
+    """The command line as a namespace."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -233,7 +233,11 @@ def parse(argv):
         help="first rows of each task in row 12; 0 for all, which alone is judged (256)")
     add("--rounds", type=int, default=7, help="of timing (7)")
     add("--out", default="experiments/results", help="folder for the JSON (experiments/results)")
-    job = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def prepare(job):
+    """Add sizes, those of the table or of --quick, and what there is. ValueError without data."""
     cuda = job.device == "cuda"
     job.T = 16 if job.shape.startswith("tiny") else 128
     job.B = 32 if cuda else 8
@@ -251,7 +255,6 @@ def parse(argv):
     if job.texts and not (job.spm and job.peers):
         raise ValueError("row 13 needs --spm and requirements-dev.txt")
     job.results, job.details = {}, {}
-    return job
 
 
 def measure(job):
@@ -297,8 +300,9 @@ def measure(job):
 def main(argv=None):
     """Measure, print the table and write it; returns the exit status."""
     words = sys.argv[1:] if argv is None else argv
+    job = parse(words)
     try:
-        job = parse(words)
+        prepare(job)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -54,7 +54,6 @@ class Grid(NamedTuple):
     file: dict                          # what that file holds
 
 
-
 # --- what a run is ---------------------------------------------------------------------------
 
 def full_name(row, base):

@@ -39,8 +39,11 @@ def heat_map(axes, ranks, r, title):
 
 def new_figure(panels=1, height=3.2):
     """(figure, its axes from top to bottom), without a display."""
-    import matplotlib
-    from matplotlib.figure import Figure
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise ImportError("pictures need matplotlib: pip install matplotlib") from e
     matplotlib.rcParams["svg.hashsalt"] = "lora2"          # the same picture, the same bytes
     figure = Figure(figsize=(7, height * panels), layout="constrained")
     return figure, [figure.add_subplot(panels, 1, i + 1) for i in range(panels)]

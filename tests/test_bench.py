@@ -280,7 +280,9 @@ def test_folders_are_named_by_their_last_part(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("error: rows 9, 12 and 13 need glue/")
     for task in tasks.TASKS:
         Path("glue", data.TASKS[task].folder).mkdir(parents=True)
-    command = bench.circumstances(bench.parse(words), words)["command"]
+    job = bench.parse(words)
+    bench.prepare(job)
+    command = bench.circumstances(job, words)["command"]
     assert command == "python experiments/bench.py --model minilm --quick --out results"
 
 
