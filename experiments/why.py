@@ -50,27 +50,25 @@ def run(row, task_name, seed, point, args):
         task, examples, _, net, _ = train.prepare(o, here)
     plan = schedule.plan(o, rows=len(examples["train"].labels))
     optimizer, parameters = train.make_optimizer(net, o.lr, o.head_lr, o.weight_decay, o.outer_lr)
-    loss_of, backward = partial(train.part_loss, net, here), fast.Eager(parameters)
+    batches = partial(train.endless_batches, examples["train"], o, plan, 0, net, here)
+    loss_of, differentiate = partial(train.part_loss, net, here), fast.Eager(parameters)
+    forward_backward = partial(train.forward_backward, loss_of, here=here, accum=1,
+                               differentiate=differentiate)
     R_of = by_name.regulariser(o.method, net, o.reg_terms)
     if row == "three":
         R_of = partial(three_scales.orthogonality_loss, net)
-    if row == "gradient":
-        start_at_gradient(net, lambda batch: train.gradients(loss_of, batch, here, 1, backward),
-                          train.stream(examples["train"], o, plan, 0, net, here))
-    if row.startswith("zero"):
-        start_at_zero(net)
+    begin(row, net, forward_backward, batches())
     judges = look_inside.make_judges(row, o, net, plan)
     film = look_inside.Film(net, judges)
     record = {"row": row, "task": task_name, "seed": seed, "tuned": point,
               "part": "tune" if seed == GIVEN["search_seed"] else "reported"}
     finite, pruners = errors.FiniteCheck(here.device, "."), pruners_of(o, net, plan, judges)
-    batches = train.stream(examples["train"], o, plan, 0, net, here)
-    for t, batch in zip(range(1, plan.steps + 1), batches):
-        loss = train.gradients(loss_of, batch, here, 1, backward)
+    for t, batch in zip(range(1, plan.steps + 1), batches()):
+        loss = forward_backward(batch)
         for judge in judges.values():
             judge.see()
         if R_of:
-            backward(R_of, weight=o.reg)
+            differentiate(R_of, weight=o.reg)
         norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf).item()     # clips nothing
         if not norm < math.inf:
             return record | {"failed": f"a gradient was not finite at step {t}"}, []
@@ -97,12 +95,17 @@ def pruners_of(o, net, plan, judges):
     return [pruner] if pruner else []
 
 
-@torch.no_grad()
-def start_at_zero(net):
-    """ΔW = 0 by V, as LoRA has it by B, and not by Λ: the first gradient says where V goes."""
-    for _, layer in lora2_layers(net):
-        layer.V.zero_()
-        layer.lam.fill_(LAMBDA)
+def begin(row, net, forward_backward, batches):
+    """Put the factors where training begins, if that is not where the init does.
+
+    V = 0 makes ΔW = 0 as B does in LoRA, and not Λ: the first gradient says where V goes.
+    """
+    if row == "gradient":
+        start_at_gradient(net, forward_backward, batches)
+    if row.startswith("zero"):
+        for _, layer in lora2_layers(net):
+            layer.V.data.zero_()
+            layer.lam.data.fill_(LAMBDA)
 
 
 # --- which runs ------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from methods.fast_lora2 import (FastLoRA2Linear, add_gradients, cast_frozen, pro
                                 shared_updates)
 from model import DisentangledSelfAttention, Encoder, SelfAttention, bucket, split_heads
 
-__all__ = ["Eager", "Recorded", "add_gradients", "make_backward", "shared_updates", "speed_up"]
+__all__ = ["Eager", "Recorded", "add_gradients", "make_differentiate", "shared_updates", "speed_up"]
 
 
 def speed_up(net, dtype="fp32", compile=False):
@@ -48,7 +48,7 @@ def speed_up(net, dtype="fp32", compile=False):
     return net
 
 
-def make_backward(net, parameters, eager=False):
+def make_differentiate(net, parameters, eager=False):
     """What differentiates in train.py: a Recorded on a GPU; an Eager elsewhere, or if asked for.
 
     parameters: those that are trained. If word embeddings are among them it is an Eager too: their
@@ -60,7 +60,7 @@ def make_backward(net, parameters, eager=False):
 
 
 class Eager:
-    """backward(function, *inputs, weight=w) adds w times the gradients of function(*inputs), a
+    """differentiate(function, *inputs, weight=w) adds w times the gradients of function(*inputs), a
     scalar, to those of the parameters, and returns its value."""
 
     def __init__(self, parameters):

@@ -143,14 +143,13 @@ class Log:
               open(self.path, "a", encoding="utf-8") as file):
             file.write(json.dumps(record, sort_keys=True) + "\n")
 
-    def training(self, state, batch, loss, R, kept, optimizer, pruner):
-        """Count the tokens of step state.step; a line about it, if one is due.
+    def training(self, state, loss, R, kept, optimizer, pruner):
+        """A line about step state.step, if one is due.
 
         loss, R: scalars on the device; R is given as the distance from its floor. kept: how many
         singular values the last selection kept, or None; then the pruner is asked where, and
         "ranks" lists it in the order of ranks.json. Tokens and seconds are the whole run's.
         """
-        state.tokens += int(batch.attention_mask.sum())
         if not self.is_due(state.step, LOG_STEPS):
             return
         self.finite.check()

@@ -22,7 +22,7 @@ import torch
 
 from formats import disk, glue
 from formats.disk import digest
-from lora2 import lora2_state_dict
+from lora2 import load_lora2_state_dict, lora2_state_dict
 from methods.by_name import surviving_parameters
 from running import folder, machine, progress
 from running.errors import Stopped, user_errors
@@ -142,7 +142,7 @@ class RunFolder:
     def reopen(self, saved, optimizer):
         """Go on where save() was called last; returns the best evaluation and its adapter's hash.
 
-        saved: from folder.load_state(); train.py puts what it holds back. optimizer: whose moments
+        saved: from folder.load_state(); restore() puts back what it holds. optimizer: whose moments
         it has to fit. ValueError if base model, data or number of processes are others.
         """
         if saved["written"] != (self.path / "last.pt").stat().st_mtime_ns:
@@ -173,7 +173,7 @@ class RunFolder:
             raise ValueError(f"{adapter} is not of this run: give back the one that was there")
         return stored["best"], stored["digest"]
 
-    def keep_best(self, state, net, pruner, task, scores, predictions):
+    def note_evaluation(self, state, net, pruner, task, scores, predictions):
         """Note an evaluation; write its predictions and adapter.safetensors if none was better.
 
         scores: {dev split: {metric: value}}, of which the first decides; predictions: {dev split:
@@ -224,3 +224,34 @@ class RunFolder:
             hash_ = digest(json.dumps(result, sort_keys=True))
             disk.write_json(self.path / "result.json", result | {"hash": hash_})
             print(progress.summary(result, self.path), flush=True)
+
+
+# --- what --resume needs ------------------------------------------------------------------
+
+def snapshot(state, net, optimizer, pruner, finite, here):
+    """What last.pt holds: all on which the rest of a run depends, tensors and plain values."""
+    finite.check()                                         # no bad step is saved
+    return {"step": state.step, "tokens": state.tokens, "seconds": state.elapsed(),
+            "evaluations": state.evaluations, "adapter": state.adapter,
+            "weights": lora2_state_dict(net),
+            "optimizer": optimizer.state_dict(),
+            "pruner": dict(pruner.state_dict()) if pruner else {},
+            "rng": machine.gathered(machine.random_state(here), here)}
+
+
+@user_errors()
+def restore(saved, run_folder, state, net, optimizer, pruner, here):
+    """Put back, in place, what snapshot() gave; saved: from folder.load_state()."""
+    state.best, state.adapter = run_folder.reopen(saved, optimizer)
+    state.step = saved["step"]
+    state.tokens = saved["tokens"]
+    state.seconds = saved["seconds"]
+    state.evaluations = saved["evaluations"]
+    load_lora2_state_dict(net, saved["weights"])
+    of_adamw = optimizer.state_dict()                      # this run's groups, the saved moments
+    of_adamw["state"] = saved["optimizer"]["state"]
+    optimizer.load_state_dict(of_adamw)
+    if pruner:
+        pruner.load_state_dict(saved["pruner"])
+    machine.set_random_state(here, saved["rng"][here.rank])
+    saved.clear()                                          # its tensors are copied: free them

@@ -85,6 +85,11 @@ class State:
     adapter: str = ""                # the hash of its adapter.safetensors
     started: float = field(default_factory=time.monotonic)
 
+    def count(self, batch):
+        """A step more, on that Batch."""
+        self.step += 1
+        self.tokens += int(batch.attention_mask.sum())
+
     @property
     def evaluated(self):
         """The step of the last evaluation; 0 before the first one."""

@@ -33,7 +33,7 @@ STRICT = (("batch = next(batches)",
            "torch.cuda.set_sync_debug_mode('error' if state.step in (2, 3, 4) else 'default')\n"
            "            batch = next(batches)"),
           ("kept, optimizer, pruner)", "kept, optimizer, pruner); torch.cuda.set_sync_debug_mode('default')"))
-R_IS_RECORDED = ("run_folder.finish(", "assert R_of is None or backward.graphs[R_of, o.reg]; run_folder.finish(")
+R_IS_RECORDED = ("run_folder.finish(", "assert R_of is None or differentiate.graphs[R_of, o.reg]; run_folder.finish(")
 STOP_AT_3 = ("signals.check(state.step)",
              "signals.number = 15 if state.step == 3 else 0; signals.check(state.step)")
 
@@ -168,32 +168,32 @@ def test_a_process_without_rows_takes_part(monkeypatch):
     gradients before the first graph could: what R adds afterwards must be in these."""
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
-    backward = fast.Recorded([weight])
+    differentiate = fast.Recorded([weight])
     for already in (None, torch.tensor([10.0, 20.0])):
         weight.grad = already
-        assert backward(lambda: (weight ** 2).sum(), weight=0.5) == 5
-        assert weight.grad is backward.gradients[0]
+        assert differentiate(lambda: (weight ** 2).sum(), weight=0.5) == 5
+        assert weight.grad is differentiate.gradients[0]
         assert torch.equal(weight.grad, weight if already is None else weight + already)
 
 
 # --- what a GPU refuses ----------------------------------------------------------------------------------------
 
-LOSS = "task_loss(predict_batch(net, part, here), labels)"
-PART = "part = here.copies(*(tensor[i::n] for tensor in batch))"
+LOSS = "task_loss(predict_batch(net, part, here), part.labels)"
+PART = "part = data.Batch(*here.copies(*(tensor[i::n] for tensor in batch)))"
 REFUSED = {
     "a loss whose graph is kept while recording": (
-        "R = backward(R_of, weight=o.reg) if R_of else None", "R = R_of(); fast.add_gradients(R, parameters, o.reg)",
+        "R = differentiate(R_of, weight=o.reg) if R_of else None", "R = R_of(); fast.add_gradients(R, parameters, o.reg)",
         "operation would make the legacy stream depend on a capturing blocking stream"),
-    "a number read while recording": (LOSS, f"{LOSS} + 0 * labels.sum().item()", "is capturing: _local_scalar"),
+    "a number read while recording": (LOSS, f"{LOSS} + 0 * part.labels.sum().item()", "is capturing: _local_scalar"),
     "a copy while recording": (LOSS, f"{LOSS} + 0 * torch.ones(2).to(here.device).sum()", "is capturing: a copy to"),
     "a number read in a step": (PART, f"{PART}; loss.item()", "synchronizing CUDA operation: _local_scalar"),
     "a truth value in a step": (PART, f"{PART}; bool(loss > 1)", "synchronizing CUDA operation: "),
-    "a copy that is waited for": (PART, "part = [tensor[i::n].to(here.device) for tensor in batch]",
+    "a copy that is waited for": (PART, "part = data.Batch(*[tensor[i::n].to(here.device) for tensor in batch])",
                                   "synchronizing CUDA operation: a copy to the GPU"),
     "a copy from memory that is not pinned": (
-        PART, "part = [tensor[i::n].to(here.device, non_blocking=True) for tensor in batch]",
+        PART, "part = data.Batch(*[tensor[i::n].to(here.device, non_blocking=True) for tensor in batch])",
         "synchronizing CUDA operation: a copy to the GPU"),
-    "two devices": (PART, "part = [tensor[i::n] for tensor in batch]",
+    "two devices": (PART, "part = data.Batch(*[tensor[i::n] for tensor in batch])",
                     "all tensors to be on the same device"),
     "a gradient in another layout": (
         "    optimizer.step()",

@@ -119,7 +119,7 @@ def test_a_billion_parts_of_a_batch_take_no_time(monkeypatch):
         return weight
 
     with soon("gradients"):
-        train.gradients(loss_of, data.Batch(*[torch.arange(3)] * 5), machine.join(), 10**9, fast.Eager([weight]))
+        train.forward_backward(loss_of, data.Batch(*[torch.arange(3)] * 5), machine.join(), 10**9, fast.Eager([weight]))
     assert rows == [[0], [1], [2]]
 
 

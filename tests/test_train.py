@@ -183,7 +183,7 @@ def test_the_best_is_kept_and_a_fresh_model_gives_its_score_and_logits(cli, tiny
     trained, bit for bit; the predictions in the run folder are those of the logits, and the score is theirs."""
     words = f"--task demo --model {tiny['deberta']} --out run {SMALL} --eval-steps 1 --max-steps 8"
     trained = []                                            # what is handed out is of this model
-    monkeypatch.setattr(train, "write_best", lambda *given: trained.append(given[-1]))
+    monkeypatch.setattr(train, "write_outputs", lambda *given: trained.append(given[4]))
     train.train(options.resolve(options.parse(words.split())))
     [net] = trained
     evaluations, content = [line for line in log() if "score" in line], result()

@@ -97,7 +97,7 @@ class OwnStep:
         self.loss_of = functools.partial(train.part_loss, net, self.here)
         self.loss = functools.partial(self.loss_of, *batch)
         self.R_of = by_name.regulariser(method, net, ("uv", "UV", "PQ")) if extras else None
-        self.backward = fast.make_backward(net, self.parameters, eager)
+        self.differentiate = fast.make_differentiate(net, self.parameters, eager)
         self.plan = schedule.Plan(1000, 1000, 0, 0, 10, 1, None, None, None)
         self.step, self.pruner = 0, None
         if extras:
@@ -107,12 +107,13 @@ class OwnStep:
     def __call__(self, part=lambda name: contextlib.nullcontext()):
         """One step. part(name) is a context around each of its parts, to count them."""
         with part("forward, backward"):
-            loss = train.gradients(self.loss_of, self.batch, self.here, 1, self.backward)
+            loss = train.forward_backward(self.loss_of, self.batch, self.here, 1,
+                                          self.differentiate)
         if self.method != "frozen":
             self.step += 1
             with part("R"):
                 if self.R_of:
-                    self.backward(self.R_of, weight=0.1)
+                    self.differentiate(self.R_of, weight=0.1)
             with part("clip, AdamW"):
                 train.update(self.optimizer, self.parameters, loss, self.plan, self.step, 1.0,
                              self.finite)
