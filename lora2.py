@@ -26,8 +26,8 @@ is ΔWᵀ = scale · v u diag(Λ) U V, with scale = alpha / r. For d = 768, k = 
     V        (k, d_out)   N(0, 0.02²)   in Eq. 8  takes k numbers up to the output
 
 The rank of ΔW is at most min(k, r): with k = 1 LoRA² can reach what LoRA can with r = 1, no more.
-If k < r, it falls only once fewer than k terms are left: with k = 1, pruning only decides which
-matrices keep an update.
+Pruning lowers it only where fewer than k terms are left. With k = 1 these are none: it decides
+which matrices keep an update.
 """
 import math
 import warnings
@@ -69,7 +69,7 @@ class LoRA2Linear(nn.Module):
     def forward(self, x):
         """x (..., d_in) → (..., d_out). ΔW is never built: its gradient would be as large as W0."""
         y = self.base(x)
-        h = x.to(y.dtype) @ self.v.to(y.dtype)  # (..., k)
+        h = x.to(y.dtype) @ self.v.to(y.dtype)  # (..., k), in the dtype of the base or of autocast
         h = h @ self.core().to(y.dtype)  # (..., k)
         return y + h @ self.V.to(y.dtype)
 
@@ -151,7 +151,7 @@ def off_identity(X):
 def orthogonality_floor(k, r, terms=("uv", "UV", "PQ")):
     """The least value of R, 2|k − r| with all terms: P, Q, u and U have rank min(k, r) at most."""
     floors = {"uv": max(k - r, 0), "UV": max(k - r, 0), "PQ": 2 * max(r - k, 0)}
-    return sum(map(floors.get, set(terms)))
+    return sum(map(floors.__getitem__, set(terms)))
 
 
 # --- importance and pruning (Eq. 6 to 9, Algorithm 1) -------------------------------------
@@ -233,15 +233,17 @@ class RankPruner(nn.Module):
         skipped the step. Then I is Ī: all Ū shrink by β2, and the order of the scores stays."""
         require(any(layer.lam.grad is not None for layer in self.layers),
                 "no adapter has a gradient: call pruner.step() after optimizer.step() and before "
-                "zero_grad(), with a loss that depends on the adapters", RuntimeError)
+                "zero_grad(), with a loss that depends on the adapters, and gradient checkpointing "
+                "with use_reentrant=False", RuntimeError)
         self.to(self.dtype)  # should somebody have cast the pruner with the model
-        every = [p.grad for p in self.all_parameters if type(p.grad) is torch.Tensor]  # no DTensor
-        finite = nn.utils.get_total_norm(every, math.inf) < math.inf  # False for NaN
+        dense = [p.grad for p in self.all_parameters  # no DTensor, nothing sparse
+                 if type(p.grad) is torch.Tensor and p.grad.layout == torch.strided]
+        norm = nn.utils.get_total_norm(dense, math.inf).to(self.sensitivity.device)
 
         grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in self.scored()]
         w = torch.cat(list(map(torch.flatten, self.scored()))).to(self.dtype)
         dw = torch.cat(list(map(torch.flatten, grads))).to(self.dtype)
-        I = torch.where(finite, (w * dw).abs(), self.sensitivity)
+        I = torch.where(norm < math.inf, (w * dw).abs(), self.sensitivity)  # False for NaN
         self.sensitivity.lerp_(I, 1 - self.beta1)  # Ī ← β1 Ī + (1 − β1) I
         self.uncertainty.lerp_((I - self.sensitivity).abs(), 1 - self.beta2)  # with the new Ī
 
@@ -295,7 +297,7 @@ class RankPruner(nn.Module):
         """{adapter: how many singular values the last choice kept}, as in Figure 3. RuntimeError if
         the last phase has begun and the model has other Λ, as after loading its best weights."""
         if self.t >= self.last_choice:
-            lam = torch.stack(self.scored()[:len(self.layers)])
+            lam = torch.stack(self.scored()[:len(self.layers)]).to(self.keep.device)
             require(not lam[~self.keep].any(), "the model's Λ are not what the pruner left: call "
                     "pruner.mask(model), and step() after optimizer.step()", RuntimeError)
             if self.kept_total > 0 and not (lam.any() and self.sensitivity.any()):
@@ -443,7 +445,7 @@ def check_base(name, base, k, r, alpha, init):
     plain = plain and base.weight.is_floating_point() and base.weight.itemsize > 1  # no fp8
     require((plain or is_quantised(base)) and not base.weight.is_meta,
             f"{name} is a {type(base).__name__}, not an nn.Linear with a plain weight of its own "
-            "(meta device, quantised, re-parametrised): leave it out", TypeError)
+            "(meta device, quantised otherwise, re-parametrised): leave it out", TypeError)
     most = min(base.in_features, base.out_features)
     require({type(k), type(r)} == {int} and 1 <= min(k, r) and max(k, r) <= most,
             f"{k = }, {r = }: {name} takes integers from 1 to {most}, or leave it out")
@@ -453,8 +455,8 @@ def check_base(name, base, k, r, alpha, init):
 
 def is_quantised(base):
     """Whether W0 is held in few bits: by a layer of bitsandbytes, or a tensor of torchao."""
-    kind = type(base.weight) if type(base) is nn.Linear else type(base)
-    return isinstance(base, nn.Linear) and kind.__module__.startswith(("bitsandbytes", "torchao"))
+    library = type(base.weight if type(base) is nn.Linear else base).__module__
+    return isinstance(base, nn.Linear) and library.startswith(("bitsandbytes", "torchao"))
 
 
 def check_schedule(r, target_rank, total_steps, warmup, final, interval):

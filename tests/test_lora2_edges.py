@@ -295,6 +295,21 @@ def test_a_step_that_a_scaler_skipped_does_not_spoil_the_scores(kind, fused, whe
     torch.testing.assert_close(pruner.scores().double(), slow.scores(), rtol=1e-4, atol=1e-12)
 
 
+def test_a_sparse_gradient_elsewhere():
+    """Oracle: the same model with a dense one: the same scores."""
+    found = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Embedding(5, 6, sparse=sparse), nn.Linear(6, 6))
+        add_lora2(net, ["1"], k=2, r=4, init="orthonormal", trainable=["0"])
+        randomised(net)
+        pruner = RankPruner(net, 1, 10, 0, 0, 1)
+        net(torch.tensor([1, 3])).square().mean().backward()
+        pruner.step()
+        found.append(pruner.scores())
+    assert torch.equal(*found) and found[0].all()
+
+
 @pytest.mark.parametrize("kind", [RankPruner, FastRankPruner])
 def test_an_adapter_that_a_batch_left_out(kind):
     """Oracle: the rule: without a gradient I = 0, as SlowImportance has it for gradients of 0 (LayerDrop, experts)."""
