@@ -42,9 +42,9 @@ def of_glue(folder, rows, *, archive=None, **fields):
 
     archive: the name of the zip, by default that of the folder. fields: other entries of Task.
     """
-    fields.setdefault("downloads", {f"glue/data/{archive or folder}.zip": ""})
-    fields.setdefault("submissions", {"test": f"{folder}.tsv"})
-    return Task(folder, rows, **fields)
+    usual = {"downloads": {f"glue/data/{archive or folder}.zip": ""},
+             "submissions": {"test": f"{folder}.tsv"}}
+    return Task(folder, rows, **usual | fields)
 
 
 TASKS = {
@@ -184,13 +184,12 @@ def encode(tokenizer, split, max_len, name="the data"):
                         starts=torch.frombuffer(starts, dtype=torch.int64),
                         labels=None if split.labels is None else torch.tensor(split.labels),
                         max_len=max_len, truncated=truncated)
-    words = len(ids) - special * len(split.texts)           # tokens that are not special
-    check_words(tokenizer, examples.ids, words, name)
+    check_words(tokenizer, examples.ids, len(ids) - special * len(split.texts), name)
     return examples
 
 
 def encodings(tokenizer, texts):
-    """The library's results, which are large: of 4,096 rows, or two million letters, at a time."""
+    """Each row's Encoding. They are large: of 4,096 rows, or two million letters, at a time."""
     rows = texts if len(texts[0]) == 2 else [text for (text,) in texts]
     longest = max(sum(map(len, row)) for row in texts)
     at_once = max(1, min(4096, 2_000_000 // (longest + 1)))
@@ -198,13 +197,13 @@ def encodings(tokenizer, texts):
         yield from tokenizer.encode_batch_fast(rows[first:first + at_once])
 
 
-def check_words(tokenizer, ids, words, name):
-    """ValueError if over half of the tokens that are not special, `words` of them, are unknown."""
+def check_words(tokenizer, ids, not_special, name):
+    """ValueError if over half of the tokens that are not special, so many, are unknown."""
     unknown = 0
     for token in ("[UNK]", "<unk>"):
         if tokenizer.token_to_id(token) is not None:
             unknown += int((ids == tokenizer.token_to_id(token)).sum())
-    share = unknown / max(1, words)
+    share = unknown / max(1, not_special)
     if share > 0.5:
         raise ValueError(f"{share:.0%} of the tokens of {name} are unknown to the tokenizer: give "
                          "a model of the language that they are in")
@@ -248,9 +247,8 @@ def batches(examples, batch_size, pad_id=0, generator=None, skip=0, multiple=8):
 
 def plan_batches(length, batch_size, generator):
     """The row numbers of each batch, a list of tensors (B,); length: of each row, (N,)."""
-    # Rows are sorted by a width, their length rounded up, so that those of one width stay in random
-    # order. They are not rounded to `multiple`: that depends on the device, and --resume on another
-    # must give the same batches.
+    # Sorted by a rounded length, rows of one width stay in random order. `multiple` would not do:
+    # it depends on the device, and --resume on another must give the same batches.
     width = round_up(length, torch.where(length < 32, 2, 8))        # (N,)
     if generator is None:
         return list(width.argsort(stable=True).split(batch_size))
@@ -272,12 +270,12 @@ def collate(examples, rows, multiple, pad_id):
     start = examples.starts[rows]                       # (B,)
     length = examples.starts[rows + 1] - start          # (B,)
     T = min(round_up(int(length.max()), multiple), examples.max_len)
-    place = torch.arange(T)                             # (T,) in a row
-    mask = place < length[:, None]                      # (B, T)
-    at = start[:, None] + place                         # (B, T) in examples.ids
-    at = at.clamp(max=len(examples.ids) - 1)            # the last row's padding would be beyond
-    ids = torch.where(mask, examples.ids[at].long(), pad_id)
-    types = torch.where(mask, examples.types[at].long(), 0)
+    column = torch.arange(T)                            # (T,)
+    mask = column < length[:, None]                     # (B, T)
+    place = start[:, None] + column                     # (B, T): in examples.ids
+    place = place.clamp(max=len(examples.ids) - 1)      # the last row's padding would be beyond
+    ids = torch.where(mask, examples.ids[place].long(), pad_id)
+    types = torch.where(mask, examples.types[place].long(), 0)
     labels = None if examples.labels is None else examples.labels[rows]
     return Batch(ids, mask, types, labels, rows)
 
@@ -298,13 +296,12 @@ def f1(p, t):
 
 
 def matthews(p, t):
-    """Matthews' correlation, of one-hot rows: cov(P, T) / sqrt(cov(P, P) cov(T, T))."""
-    both = torch.nn.functional.one_hot(torch.stack([p, t]))           # (2, N, classes)
-    P, T = both.double()                                              # (N, classes) each
+    """Matthews' correlation, of one-hot rows: cov(P, Y) / sqrt(cov(P, P) cov(Y, Y))."""
+    P, Y = torch.nn.functional.one_hot(torch.stack([p, t])).double()  # (N, classes) each
     n = len(p)
-    of_p, of_t = P.sum(0), T.sum(0)                                   # (classes,): rows of each
-    covariance = n * (P * T).sum() - of_p @ of_t                      # n² times it
-    spread = (n * n - of_p @ of_p) * (n * n - of_t @ of_t)            # n⁴ times it
+    of_p, of_y = P.sum(0), Y.sum(0)                                   # (classes,): rows of each
+    covariance = n * (P * Y).sum() - of_p @ of_y                      # n² times it
+    spread = (n * n - of_p @ of_p) * (n * n - of_y @ of_y)            # n⁴ times it
     return covariance / spread.sqrt() if spread > 0 else 0.0
 
 
@@ -340,10 +337,10 @@ def metrics(task, predictions, labels):
     task = get_task(task)
     p = torch.as_tensor(predictions)
     t = torch.as_tensor(labels)
-    are_alike = p.dim() == 1 and p.shape == t.shape and len(p) > 0
-    if not are_alike or not torch.stack([p, t]).isfinite().all():
+    fits = p.dim() == 1 and p.shape == t.shape and len(p) > 0
+    if not (fits and p.isfinite().all() and t.isfinite().all()):
         raise ValueError(f"predictions {[*p.shape]} and labels {[*t.shape]} must both be (N,) and "
                          "finite")
     if not task.labels:
-        p, t = torch.stack([p, t]).double()
+        p, t = p.double(), t.double()
     return {name: float(METRICS[name](p, t)) for name in task.metrics}

@@ -33,14 +33,6 @@ from formats.disk import read_object
 from formats.head import fit_head
 
 PREFIX = {"deberta-v2": "deberta", "roberta": "roberta", "bert": "bert"}
-# The head: dropout → dense → activation → dropout → output. "dropout" is the key of the first one's
-# rate in config.json, None for a rate of 0. The second one's is in HEAD_DROPOUT.
-HEADS = {"deberta-v2": {"dropout": "pooler_dropout", "activation": F.gelu,
-                        "dense": "pooler.dense", "output": "classifier"},
-         "roberta": {"dropout": "classifier_dropout", "activation": torch.tanh,
-                     "dense": "classifier.dense", "output": "classifier.out_proj"},
-         "bert": {"dropout": None, "activation": torch.tanh,
-                  "dense": "bert.pooler.dense", "output": "classifier"}}
 
 
 class Embeddings(nn.Module):
@@ -53,7 +45,7 @@ class Embeddings(nn.Module):
         self.pad = config["pad_token_id"]
         self.types = config["type_vocab_size"]
         self.word_embeddings = nn.Embedding(config["vocab_size"], d, self.pad)
-        if self.kind != "deberta-v2":  # whose attention has relative positions
+        if self.kind != "deberta-v2":  # there attention has them, as relative ones
             padding = self.pad if self.kind == "roberta" else None
             self.position_embeddings = nn.Embedding(config["max_position_embeddings"], d, padding)
         if self.types > 0:
@@ -142,13 +134,12 @@ class DisentangledSelfAttention(nn.Module):
         v = split_heads(self.value_proj(x), self.heads)      # (B, H, T, e)
         Q = split_heads(self.query_proj(table), self.heads)  # (H, R, e)
         K = split_heads(self.key_proj(table), self.heads)    # (H, R, e)
-        c2c = q @ k.mT                       # [i, j] = q_i · k_j
-        index = index.expand_as(c2c)         # (B, H, T, T), without a copy
-        # gather(-1, index) puts column index[i, j] of row i at [i, j].
-        q_K = q @ K.mT                       # (B, H, T, R): a row for each i
-        c2p = q_K.gather(-1, index)          # [i, j] = q_i · K_δ
-        k_Q = k @ Q.mT                       # (B, H, T, R): a row for each j
-        p2c = k_Q.gather(-1, index.mT).mT    # gathered: [j, i] = k_j · Q_δ; turned: [i, j]
+        c2c = q @ k.mT                            # [i, j] = q_i · k_j
+        index = index.expand_as(c2c)              # (B, H, T, T), without a copy
+        # q @ K.mT and k @ Q.mT are (B, H, T, R), a row for each token. gather() takes of row i, for
+        # each j, the column index[i, j].
+        c2p = (q @ K.mT).gather(-1, index)        # [i, j] = q_i · K_δ
+        p2c = (k @ Q.mT).gather(-1, index.mT).mT  # [j, i] = k_j · Q_δ, then turned to [i, j]
         scores = (c2c + c2p + p2c) / math.sqrt(3 * q.shape[-1])
         return attend(scores, mask, v, self.dropout)
 
@@ -156,10 +147,9 @@ class DisentangledSelfAttention(nn.Module):
 def bucket(distance, buckets, max_position):
     """The bucket δ of each distance i − j: integers of any shape → integers of that shape.
 
-    Distances up to buckets / 2 have a bucket each. Beyond, the bucket grows with the logarithm of
-    the distance, so that far words share one; the longest distance is max_position − 1. At
-    DeBERTaV3's sizes, 256 and 512, bucket(140) = 128 + ceil(127 · share) = 128 + ceil(8.2) = 137,
-    with share = ln(140 / 128) / ln(511 / 128) = 0.065:
+    Up to buckets / 2 each distance has a bucket of its own. Beyond, the bucket grows with the
+    logarithm of the distance, which is at most max_position − 1, so that far words share one. With
+    DeBERTaV3's 256 and 512, bucket(140) is 128 + ceil(127 · ln(140 / 128) / ln(511 / 128)) = 137:
 
         distance    0    1    128    129    140    300    511    −300
         bucket      0    1    128    129    137    207    255    −207
@@ -187,7 +177,7 @@ class Output(nn.Module):
 
 
 class Layer(nn.Module):
-    """One transformer layer: (B, T, d) → (B, T, d). Dicts give the checkpoint's names."""
+    """One transformer layer: (B, T, d) → (B, T, d). ModuleDicts spell the checkpoint's names."""
 
     def __init__(self, config):
         super().__init__()
@@ -199,8 +189,8 @@ class Layer(nn.Module):
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(d, f)})
         self.output = Output(f, config)
 
-    def forward(self, x, mask, *positions):           # (table, index) in DeBERTa, else nothing
-        y = self.attention.self(x, mask, *positions)  # (B, T, d)
+    def forward(self, x, mask, *relative):           # DeBERTa: (table, index); else nothing
+        y = self.attention.self(x, mask, *relative)  # (B, T, d)
         x = self.attention.output(y, x)               # (B, T, d)
         y = F.gelu(self.intermediate.dense(x))        # (B, T, f)
         return self.output(y, x)                      # (B, T, d)
@@ -222,15 +212,15 @@ class Encoder(nn.Module):
 
     def forward(self, x, attention_mask):
         mask = attention_mask.bool()[:, None, None]  # (B, 1, 1, T)
-        positions = ()  # BERT and RoBERTa have theirs in the embeddings
+        relative = ()  # BERT and RoBERTa have positions in the embeddings
         if self.kind == "deberta-v2":
             i = torch.arange(x.shape[1], device="cpu")  # a GPU's log may round to another bucket
             distance = i[:, None] - i  # (T, T): i − j
             index = bucket(distance, self.buckets, self.max_position) + self.buckets
             table = self.LayerNorm(self.rel_embeddings.weight)  # (R, d)
-            positions = table, index.to(x.device)
+            relative = table, index.to(x.device)
         for layer in self.layer:
-            x = layer(x, mask, *positions)
+            x = layer(x, mask, *relative)
         return x
 
 
@@ -249,25 +239,33 @@ class SequenceClassifier(nn.Module):
         self.new_weights = []  # from_pretrained(): the keys that it drew at random
         self.kind = config["model_type"]
         self.max_len = config["max_position_embeddings"]  # the longest input, in tokens
-        self.head = ["pooler", "classifier"]  # parts of its parameters' names
-        d = config["hidden_size"]
         backbone = nn.ModuleDict({"embeddings": Embeddings(config), "encoder": Encoder(config)})
         self.add_module(PREFIX[self.kind], backbone)
+
+        # The head: dropout → dense → activation → dropout → output, under the checkpoint's names.
+        d = config["hidden_size"]
         dense = nn.Linear(d, d)
         output = nn.Linear(d, num_labels)
-        if self.kind == "roberta":
-            self.max_len -= config["pad_token_id"] + 1  # where positions begin
-            self.head = ["classifier"]
-            self.classifier = nn.ModuleDict({"dense": dense, "out_proj": output})
-        elif self.kind == "bert":
+        self.head_parts = ["pooler", "classifier"]  # what names of its parameters contain
+        self.activation = torch.tanh
+        rate = 0.0  # of the first dropout
+        if self.kind == "bert":
             backbone["pooler"] = nn.ModuleDict({"dense": dense})
             self.classifier = output
+            self.head_names = ["bert.pooler.dense", "classifier"]
+        elif self.kind == "roberta":
+            self.max_len -= config["pad_token_id"] + 1  # where positions begin
+            self.classifier = nn.ModuleDict({"dense": dense, "out_proj": output})
+            self.head_parts = ["classifier"]
+            self.head_names = ["classifier.dense", "classifier.out_proj"]
+            rate = config["classifier_dropout"]
         else:
             self.pooler = nn.ModuleDict({"dense": dense})
             self.classifier = output
-        row = HEADS[self.kind]
-        self.activation = row["activation"]
-        self.first_dropout = nn.Dropout(config[row["dropout"]] if row["dropout"] else 0.0)
+            self.head_names = ["pooler.dense", "classifier"]
+            self.activation = F.gelu
+            rate = config["pooler_dropout"]
+        self.first_dropout = nn.Dropout(rate)
         self.dropout = nn.Dropout(config[HEAD_DROPOUT[self.kind]])
 
     @property
@@ -277,8 +275,7 @@ class SequenceClassifier(nn.Module):
 
     def head_layers(self):
         """{name: layer} of the head's dense and output, which a method may have replaced."""
-        names = HEADS[self.kind]["dense"], HEADS[self.kind]["output"]
-        return {name: self.get_submodule(name) for name in names}
+        return {name: self.get_submodule(name) for name in self.head_names}
 
     def encode(self, input_ids, attention_mask, token_type_ids=None):
         """(B, T) → the last hidden states, (B, T, d). ValueError if T is more than max_len.
@@ -297,41 +294,6 @@ class SequenceClassifier(nn.Module):
         x = self.encode(input_ids, attention_mask, token_type_ids)
         x = self.activation(dense(self.first_dropout(x[:, 0])))  # (B, d): of the first token
         return output(self.dropout(x))
-
-
-# The six matrices of a layer: LoRA²'s short names (arXiv 2408.06854, Table 4) → their places.
-OF_BERT = {"q": "attention.self.query",
-           "k": "attention.self.key",
-           "v": "attention.self.value",
-           "o": "attention.output.dense",
-           "f1": "intermediate.dense",
-           "f2": "output.dense"}
-OF_DEBERTA = {"q": "attention.self.query_proj",
-              "k": "attention.self.key_proj",
-              "v": "attention.self.value_proj",
-              "o": "attention.output.dense",
-              "f1": "intermediate.dense",
-              "f2": "output.dense"}
-TARGETS = {"bert": OF_BERT, "roberta": OF_BERT, "deberta-v2": OF_DEBERTA}
-
-
-def target_modules(model, names):
-    """Full names of the chosen of TARGETS in every layer; ValueError for none or another."""
-    places = TARGETS[model.kind]
-    unknown = [name for name in names if name not in places]
-    if unknown or not names:
-        raise ValueError(f"unknown target {unknown}: give some of {','.join(places)}")
-    found = []
-    for i in range(model.config["num_hidden_layers"]):
-        for name, place in places.items():
-            if name in names:
-                found.append(f"{PREFIX[model.kind]}.encoder.layer.{i}.{place}")
-    return found
-
-
-def in_head(name, head):
-    """Whether one of a dotted name's parts is in `head`, such as "classifier"."""
-    return any(part in head for part in name.split("."))
 
 
 def from_pretrained(name_or_dir, num_labels, head_dropout=None, labels=None):
@@ -370,7 +332,7 @@ def from_pretrained(name_or_dir, num_labels, head_dropout=None, labels=None):
             weights[key].normal_(std=config["initializer_range"])
     model.new_weights = list(new)
     model.load_state_dict(weights, assign=True)  # no copy, if the file is in fp32
-    if labels or new:  # the file's names of the classes no longer fit
+    if labels or new:  # the file's names of the classes no longer fit; of none are LABEL_0, ...
         model.config["id2label"] = {str(i): label for i, label in enumerate(labels or ())}
     return model.float()
 
@@ -389,3 +351,38 @@ def save_pretrained(model, folder):
         raise ValueError(f"{min(strange)} is no plain weight: merge the adapters before saving")
     config = config_to_write(model.config, model.num_labels, next(model.parameters()).dtype)
     checkpoint.write(folder, config, state, tokenizer_of=model.source)
+
+
+# The six matrices of a layer: LoRA²'s short names (arXiv 2408.06854, Table 4) → their places.
+OF_BERT = {"q": "attention.self.query",
+           "k": "attention.self.key",
+           "v": "attention.self.value",
+           "o": "attention.output.dense",
+           "f1": "intermediate.dense",
+           "f2": "output.dense"}
+OF_DEBERTA = {"q": "attention.self.query_proj",
+              "k": "attention.self.key_proj",
+              "v": "attention.self.value_proj",
+              "o": "attention.output.dense",
+              "f1": "intermediate.dense",
+              "f2": "output.dense"}
+TARGETS = {"bert": OF_BERT, "roberta": OF_BERT, "deberta-v2": OF_DEBERTA}
+
+
+def target_modules(model, names):
+    """Full names of the chosen of TARGETS in every layer; ValueError for none or another."""
+    places = TARGETS[model.kind]
+    unknown = [name for name in names if name not in places]
+    if unknown or not names:
+        raise ValueError(f"unknown target {unknown}: give some of {','.join(places)}")
+    found = []
+    for i in range(model.config["num_hidden_layers"]):
+        for name, place in places.items():
+            if name in names:
+                found.append(f"{PREFIX[model.kind]}.encoder.layer.{i}.{place}")
+    return found
+
+
+def in_head(name, head):
+    """Whether one of a dotted name's parts is in `head`, such as "classifier"."""
+    return any(part in head for part in name.split("."))

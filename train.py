@@ -100,7 +100,7 @@ def prepare(o, here, stored=None):
         folder.check_adapter(stored, identity, o.eval)
 
     targets = model.target_modules(net, o.targets) if o.targets else []    # BitFit has none
-    by_name.add_method(o.method, net, targets, net.head, o.k, o.r, o.alpha, o.init)
+    by_name.add_method(o.method, net, targets, net.head_parts, o.k, o.r, o.alpha, o.init)
     if here.rank > 0:
         torch.manual_seed(o.seed + here.rank)              # each process: other dropout masks
     net.to(here.device)
@@ -116,7 +116,7 @@ def make_optimizer(net, lr, head_lr, weight_decay, outer_lr=None):
     groups = {}
     for name, p in net.named_parameters():
         if p.requires_grad:
-            peak = head_lr if model.in_head(name, net.head) else lr
+            peak = head_lr if model.in_head(name, net.head_parts) else lr
             if outer_lr is not None and name.endswith(by_name.OUTER):
                 peak = outer_lr
             decay = 0.0 if name.endswith("bias") or "LayerNorm" in name else weight_decay

@@ -158,15 +158,15 @@ class FastEncoder(Encoder):
     """
 
     def forward(self, x, attention_mask):
-        positions = ()
+        relative = ()
         if self.kind == "deberta-v2":
             first, end, order = relative_rows(x.shape[1], self.buckets, self.max_position, x.device)
-            positions = self.LayerNorm(self.rel_embeddings.weight[first:end]), order
+            relative = self.LayerNorm(self.rel_embeddings.weight[first:end]), order
         dtype = product_dtype(x)
         mask = torch.zeros(attention_mask.shape, dtype=dtype, device=x.device)
         mask = mask.masked_fill(~attention_mask.bool(), torch.finfo(dtype).min)[:, None, None]
         for layer in self.layer:
-            x = layer(x, mask, *positions)
+            x = layer(x, mask, *relative)
         return x
 
 

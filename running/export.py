@@ -50,7 +50,8 @@ def as_peft(net, folder, base_name):
     find it; a folder is not: it is a place on this machine.
     """
     layers = lora2_layers(net)
-    tensors = {name: p for name, p in net.named_parameters() if models.in_head(name, net.head)}
+    tensors = {name: p for name, p in net.named_parameters()
+               if models.in_head(name, net.head_parts)}
     for name, layer in layers:
         A, B = layer.to_lora()                             # (k, d_in), (d_out, k)
         tensors[f"{name}.lora_A.weight"] = A
@@ -64,5 +65,5 @@ def as_peft(net, folder, base_name):
         "peft_type": "LORA", "task_type": "SEQ_CLS",
         "base_model_name_or_path": base, "revision": revision,
         "r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
-        "target_modules": [name for name, _ in layers], "modules_to_save": net.head}
+        "target_modules": [name for name, _ in layers], "modules_to_save": net.head_parts}
     checkpoint.write(folder, config, tensors, tokenizer_of=net.source, prefix="adapter_")

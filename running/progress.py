@@ -94,7 +94,7 @@ def counts(net):
     for name, parameter in net.named_parameters():
         kind = "frozen"
         if parameter.requires_grad:
-            kind = "head" if models.in_head(name, net.head) else "adapter"
+            kind = "head" if models.in_head(name, net.head_parts) else "adapter"
         numbers[f"{kind}_parameters"] += parameter.numel()
     return numbers
 

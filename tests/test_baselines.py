@@ -83,8 +83,8 @@ def test_counts(method, r, count):
     """Oracle: closed forms and the paper's printed counts, to the unit; apart, a head of (d + 2)(d + 1). (LoRA²'s:
     test_lora2.py.)"""
     model = skeleton(V3_BASE)
-    names = by_name.add_method(method, model, M.target_modules(model, SIX), model.head, None, r, 32, "gaussian")
-    assert trained(model, model.head) == (count, 592_130)
+    names = by_name.add_method(method, model, M.target_modules(model, SIX), model.head_parts, None, r, 32, "gaussian")
+    assert trained(model, model.head_parts) == (count, 592_130)
     assert len(names) == (0 if r is None else 12 * 6)
 
 

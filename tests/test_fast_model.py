@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def adapted(family, targets=SIX, **changes):
     """A narrow model with random weights and adapters whose factors are not 0, its head trainable."""
     net = build(NARROW[family] | STILL | changes)
-    add_lora2(net, M.target_modules(net, targets), k=2, r=3, trainable=net.head)
+    add_lora2(net, M.target_modules(net, targets), k=2, r=3, trainable=net.head_parts)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in net.parameters():

@@ -101,8 +101,8 @@ def lines_of(*names):
 
 # File or room → how many lines it may have, which are today's; the aim stands behind where it is less.
 SIZES = {"lora2.py": 470,           # 350: readers preferred 472 lines to 423
-         "model.py": 391, "data.py": 349, "train.py": 295,
-         "the four that are read": 1505,                                     # 1,450
+         "model.py": 388, "data.py": 347, "train.py": 295,
+         "the four that are read": 1500,                                     # 1,450
          "product": 7003,           # 4,300: all but tests/ and experiments/
          "experiments": 3737,       # 2,400
          "tests": 12147}           # 9,500

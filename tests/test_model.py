@@ -190,10 +190,10 @@ def test_names_of_matrices_and_head(family):
     for wrong in ("x.output.dense", "3.deep.output.dense", "3.output.dense.weight", "3"):
         with pytest.raises(ValueError, match="is no matrix of an encoder layer"):
             progress.place_of(f"{family}.encoder.layer.{wrong}")
-    head = [name for name, _ in model.named_parameters() if M.in_head(name, model.head)]
+    head = [name for name, _ in model.named_parameters() if M.in_head(name, model.head_parts)]
     assert head == keys_of(*HEAD[family])
-    assert model.head == (["classifier"] if family == "roberta" else ["pooler", "classifier"])
-    assert not M.in_head("bert.classifiers.weight", model.head) and not M.in_head("x.weight", [])
+    assert model.head_parts == (["classifier"] if family == "roberta" else ["pooler", "classifier"])
+    assert not M.in_head("bert.classifiers.weight", model.head_parts) and not M.in_head("x.weight", [])
 
 
 def test_the_example_at_the_top_of_the_file():

@@ -91,7 +91,7 @@ class OwnStep:
         if method == "frozen":
             freeze(net, names)
         else:
-            by_name.add_method(method, net, names, net.head, k, r, 32, None)
+            by_name.add_method(method, net, names, net.head_parts, k, r, 32, None)
         fast.speed_up(net.to(self.here.device).train(), dtype, compile)
         self.optimizer, self.parameters = train.make_optimizer(net, 1e-3, 1e-3, weight_decay=0.0)
         self.loss_of = functools.partial(train.part_loss, net, self.here)
