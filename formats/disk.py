@@ -57,15 +57,11 @@ def reading(path, advice):
 
 def read_bytes(path, most=16 * MEGABYTE):
     """What a file holds; ValueError if that is more bytes than such a file honestly has."""
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > most:
-                raise ValueError(f"it has {size:,} bytes, where {most:,} are the most")
-            return file.read(size)
-    except OSError as e:
-        e.filename = str(path)                 # the error of a read does not name it
-        raise
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise ValueError(f"it has {size:,} bytes, where {most:,} are the most")
+        return file.read(size)
 
 
 def read_json(path, advice):
@@ -99,7 +95,10 @@ def load_pickle(path):
             names = [name for name in zipped.namelist() if name.lower().endswith(".pkl")]
             pickles = [zipped.open(name) for name in names]
         for file in pickles:
-            check_pickle(file)
+            for operation, argument, _ in pickletools.genops(file):
+                if "GLOBAL" in operation.name and not PICKLED.fullmatch(str(argument)):
+                    raise ValueError(f"it holds more than tensors ({argument}): such a file can "
+                                     "run code")
 
     def counted(storage, location):
         nonlocal left
@@ -111,13 +110,6 @@ def load_pickle(path):
     # A zip is mapped, which bounds each tensor, and copied: the file may be overwritten later.
     content = torch.load(path, map_location=counted, weights_only=True, mmap=is_zip)
     return copy.deepcopy(content) if is_zip else content
-
-
-def check_pickle(file):
-    """ValueError if a pickle names anything that a dict of tensors does not need."""
-    for operation, argument, _ in pickletools.genops(file):
-        if "GLOBAL" in operation.name and not PICKLED.fullmatch(str(argument)):
-            raise ValueError(f"it holds more than tensors ({argument}): such a file can run code")
 
 
 def digest(*parts):
@@ -144,36 +136,34 @@ def writing(path, advice="make room or give another folder; what was there is un
         raise OSError(f"{path} could not be written ({e.strerror or one_line(e)}): {advice}") from e
 
 
-@contextlib.contextmanager
-def held(folder):
-    """Hold a folder for this process; yields whether that is possible: there may be no locks.
+def hold(folder, stack):
+    """Hold a folder until an ExitStack is left; returns False where there are no locks.
 
     BlockingIOError if another process holds it. The end of a process, however it ends, frees it.
     """
-    has_lock = fcntl is not None
-    with contextlib.ExitStack() as stack:
-        if has_lock:
-            descriptor = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, descriptor)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise
-            except OSError:                    # a file system without locks
-                has_lock = False
-        yield has_lock
+    if fcntl is None:
+        return False
+    descriptor = os.open(folder, os.O_RDONLY)
+    stack.callback(os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:                            # a file system without locks
+        return False
+    return True
 
 
 @contextlib.contextmanager
-def alone(folder, program, option="--out"):
+def alone(folder, program):
     """Hold a folder, made if need be, for this process: ValueError if another `program` does."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
-            has_lock = stack.enter_context(held(folder))
+            has_lock = hold(folder, stack)
         except BlockingIOError:
             raise ValueError(f"another {program} is running in {folder}: wait for it, or give "
-                             f"another {option}") from None
+                             "another --out") from None
         if not has_lock:
             warn(f"{folder} cannot be locked here: see to it that no other {program} runs in it")
         yield
@@ -186,23 +176,18 @@ def private_folder(place):
     Those that killed processes left behind are removed: nobody holds them any more.
     """
     for left in Path(place).glob(f".*{LEFT}"):
-        with contextlib.suppress(OSError), held(left) as has_lock:     # BlockingIOError: in use
-            if has_lock:
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            if hold(left, stack):              # BlockingIOError: it is in use
                 shutil.rmtree(left, ignore_errors=True)                # follows no link
     with contextlib.ExitStack() as stack:
-        made = make_held(place, stack)
+        is_mine = False
+        while not is_mine:                     # another process may take it for left behind
+            made = Path(tempfile.mkdtemp(LEFT, ".", place))
+            with contextlib.suppress(FileNotFoundError, BlockingIOError):
+                hold(made, stack)
+                is_mine = made.exists()
         stack.callback(shutil.rmtree, made, ignore_errors=True)
         yield made
-
-
-def make_held(place, stack):
-    """A new folder inside another one, which is held until the ExitStack is left."""
-    while True:                                # until no other process takes it for left behind
-        made = Path(tempfile.mkdtemp(LEFT, ".", place))
-        with contextlib.suppress(FileNotFoundError, BlockingIOError):
-            stack.enter_context(held(made))
-            if made.exists():
-                return made
 
 
 @contextlib.contextmanager

@@ -48,7 +48,8 @@ def fingerprint(net, tokenizer):
         rules = tokenizer.to_str()
     except Exception:                                      # spm.model's has a part in Python
         file = hub.tokenizer_files(net.source, network=False)["spm.model"]
-        rules = f"{disk.read_bytes(file)} {tokenizer.get_added_tokens_decoder()}"
+        with disk.reading(file, "get it again"):
+            rules = f"{disk.read_bytes(file)} {tokenizer.get_added_tokens_decoder()}"
     return digest(weights, str(meaning), rules)
 
 
