@@ -53,8 +53,14 @@ def fetch_task(task, data_dir="glue", base_url=BASE_URL):
             if not name or not (folder / name).exists():
                 advice = f"try again, or {by_hand(task, folder)}"
                 fetch_file(task, f"{base_url}/{address}", private / (name or ARCHIVE), advice)
+        # The test's files first: if this is ended on the way, a file that find_split() looks for in
+        # training is missing, and is fetched again.
+        in_order = sorted(private.iterdir(), key=lambda path: not path.name.startswith("test"))
         with writing(folder):
-            move_files(private, folder)
+            folder.mkdir(exist_ok=True)
+            for path in in_order:
+                if not (folder / path.name).exists():
+                    os.replace(path, folder / path.name)
 
 
 def fetch_file(task, url, path, advice):
@@ -74,18 +80,6 @@ def fetch_file(task, url, path, advice):
     except Exception as error:               # a broken archive makes zlib, struct and others raise
         cause = one_line(error).replace(f"{path.parent}{os.sep}", "")
         raise ValueError(f"{url} gives something else than its data ({cause}): {advice}") from None
-
-
-def move_files(source, folder):
-    """Move the files of one folder to another, where there is none of that name.
-
-    Those of the test come first: if this is ended on the way, a file that find_split() looks for in
-    training is missing, and is fetched again.
-    """
-    folder.mkdir(exist_ok=True)
-    for path in sorted(source.iterdir(), key=lambda path: not path.name.startswith("test")):
-        if not (folder / path.name).exists():
-            os.replace(path, folder / path.name)
 
 
 class HttpsAlone(urllib.request.HTTPRedirectHandler):
