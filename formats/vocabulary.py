@@ -28,25 +28,15 @@ def read_definition(path, files):
     with reading(both, "get it again"):
         if path.name == "tokenizer.json":
             return read_json(path)
-        if path.name == "vocab.txt":
-            return read_wordpiece(path)
-        return read_bpe(path, files["merges.txt"])
-
-
-def read_wordpiece(path):
-    """BERT's, of a vocab.txt."""
-    tokenizer = Tokenizer(models.WordPiece.from_file(str(path), unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    return tokenizer
-
-
-def read_bpe(path, merges):
-    """RoBERTa's, of a vocab.json and a merges.txt."""
-    tokenizer = Tokenizer(models.BPE.from_file(str(path), str(merges)))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+        if path.name == "vocab.txt":               # BERT's
+            tokenizer = Tokenizer(models.WordPiece.from_file(str(path), unk_token="[UNK]"))
+            tokenizer.normalizer = normalizers.BertNormalizer()
+            tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+            tokenizer.decoder = decoders.WordPiece()
+        else:                                      # RoBERTa's
+            tokenizer = Tokenizer(models.BPE.from_file(str(path), str(files["merges.txt"])))
+            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
