@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from formats.config import SLACK, count_weights
 from formats.disk import MEGABYTE, digest, load_pickle, read_object, reading, replacing, warn
-from formats.hub import advice, find, find_first, tokenizer_files
+from formats.hub import find, find_first, tokenizer_files
 from formats.tokenizer import to_write
 
 
@@ -23,10 +23,8 @@ def read_weights(name_or_dir, config=None):
     names = ("model.safetensors", "model.safetensors.index.json",
              "pytorch_model.bin", "pytorch_model.bin.index.json")
     most = 4 * SLACK * count_weights(config) + MEGABYTE if config else math.inf
-    path = find_first(name_or_dir, names, most=most)
-    if path is None:
-        raise ValueError(f"{name_or_dir} has no model.safetensors and no pytorch_model.bin: "
-                         f"{advice(name_or_dir)}")
+    what = "model.safetensors and no pytorch_model.bin"
+    path = find_first(name_or_dir, names, what, most=most)
     read = read_safetensors if path.name.startswith("model.safetensors") else read_bin
     files = [path]
     if path.suffix == ".json":

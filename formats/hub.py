@@ -98,10 +98,7 @@ def download(repository, filename, revision, most):
 
 def find_config(name_or_dir):
     """Path of config.json; ValueError if folder or repository has none."""
-    path = find(name_or_dir, "config.json")
-    if path is None:
-        raise ValueError(f"{name_or_dir} has no config.json: {advice(name_or_dir)}")
-    return path
+    return find_first(name_or_dir, ["config.json"], "config.json")
 
 
 def advice(name_or_dir):
@@ -119,14 +116,19 @@ def advice(name_or_dir):
     return f"{whole}; in this folder there is {there}"
 
 
-def find_first(name_or_dir, names, network=True, most=64 * MEGABYTE):
-    """Path of the first of these files that find() finds, or None."""
+def find_first(name_or_dir, names, what, network=True, most=64 * MEGABYTE):
+    """Path of the first of these files that find() finds; ValueError if there is no `what`.
+
+    Without network it is None if none is at hand.
+    """
     # All in the cache first: one that was filled at once does not know which files the Hub has not.
     for place in (False, True) if network else (False,):
         for name in names:
             path = find(name_or_dir, name, place, most)
             if path is not None:
                 return path
+    if network:
+        raise ValueError(f"{name_or_dir} has no {what}: {advice(name_or_dir)}")
     return None
 
 
@@ -135,10 +137,8 @@ def tokenizer_files(name_or_dir, network=True):
 
     Without network those at hand; else ValueError where there is none.
     """
-    path = find_first(name_or_dir, DEFINING, network)
-    if path is None and network:
-        raise ValueError(f"{name_or_dir} has no tokenizer, none of {', '.join(DEFINING)}: "
-                         f"{advice(name_or_dir)}")
+    what = f"tokenizer, none of {', '.join(DEFINING)}"
+    path = find_first(name_or_dir, DEFINING, what, network)
     files = {path.name: path} if path else {}
     beside = [*BESIDE, "merges.txt"] if "vocab.json" in files else BESIDE
     for name in beside:
