@@ -20,6 +20,7 @@ The ids are SentencePiece's (0.2.3) but for two corners, both pinned down in tes
 import math
 import re
 import struct
+from functools import partial
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -302,12 +303,10 @@ def normalize_first(tokenizer, apply):
             return [normalized(inner) for inner in given]
         return given                                             # an option
 
-    def normalizing(encode):
-        def first_normalize(*texts, **named):
-            named = {name: normalized(value) for name, value in named.items()}
-            return encode(*normalized(texts), **named)
-        return first_normalize
+    def normalize_and(encode, *texts, **named):
+        named = {name: normalized(value) for name, value in named.items()}
+        return encode(*normalized(texts), **named)
 
     for name in dir(tokenizer):
         if re.fullmatch("(async_)?encode(_batch)?(_fast)?", name):
-            setattr(tokenizer, name, normalizing(getattr(tokenizer, name)))
+            setattr(tokenizer, name, partial(normalize_and, getattr(tokenizer, name)))

@@ -92,8 +92,6 @@ def read_tokenizer(files):
     """
     options, listed = read_options(files)
     tokenizer = read_definition(options.path, files)
-    tokenizer.no_padding()                         # either can be baked into a tokenizer.json
-    tokenizer.no_truncation()
     kind = KINDS[kind_of(tokenizer, options)]
     obey(tokenizer, kind, options)
     check_model(tokenizer, options)

@@ -56,7 +56,8 @@ def read_json(path):
     if model.get("max_input_chars_per_word", 0) > LONGEST_PIECE:       # takes its square of time
         raise ValueError(f"max_input_chars_per_word is more than {LONGEST_PIECE}")
     tokenizer = Tokenizer.from_buffer(content)
-    tokenizer.no_padding()                         # which may be to a billion tokens
+    tokenizer.no_padding()                         # either can be baked into the file: padding
+    tokenizer.no_truncation()                      # to a billion tokens
     special = tokenizer.num_special_tokens_to_add(True)
     # A template may name a token that is not there, or repeat the text.
     if special > 100 or len(tokenizer.encode("a", "b").ids + tokenizer.encode("a").ids) > 100:
