@@ -12,7 +12,7 @@ from typing import NamedTuple, Optional
 import torch
 
 from formats import glue, hub, toy
-from formats.tokenizer import read_tokenizer
+from formats.tokenizer import check_words, read_tokenizer
 
 
 class Task(NamedTuple):
@@ -77,15 +77,10 @@ TASKS = {
 }
 
 
-def get_task(task, columns=None):
-    """The row of TASKS with that name; a Task is returned as it is.
-
-    columns: what a run on a user's own files says of their columns, for the task "own".
-    """
+def get_task(task):
+    """The row of TASKS with that name; a Task is returned as it is."""
     if isinstance(task, Task):
         return task
-    if task == "own" and columns:
-        return Task("", {}, **columns)
     if task not in TASKS:
         raise ValueError(f"there is no task {task!r}: the tasks are {', '.join(TASKS)}")
     return TASKS[task]
@@ -98,23 +93,11 @@ def load_task(task, data_dir="glue", seed=0, train=True):
     seed: of the demo's rows, which are made. train: False leaves "train" out, to evaluate.
     """
     task = get_task(task)
-    names = labelled_splits(task, train)
+    names = glue.labelled_splits(task, train)
     if task.make:
         made = toy.splits(task.make, task.rows, seed)
         return {name: made[name] for name in names}
     return {name: glue.load_split(task, data_dir, name) for name in names}
-
-
-def labelled_splits(task, train):
-    """The names of the splits to train and evaluate on, or to evaluate on alone."""
-    wanted = ("train", "dev") if train else ("dev",)
-    return [name for name in task.rows if name.startswith(wanted)]
-
-
-def is_missing(task, data_dir, train=True):
-    """Whether a file that load_task() reads is not there and fetch.fetch_task() can get it."""
-    paths = [glue.find_split(task, data_dir, name) for name in labelled_splits(task, train)]
-    return bool(task.downloads) and None in paths           # None: it was not found
 
 
 def load_own(train_file, dev_file):
@@ -195,18 +178,6 @@ def encodings(tokenizer, texts):
     at_once = max(1, min(4096, 2_000_000 // (longest + 1)))
     for first in range(0, len(rows), at_once):
         yield from tokenizer.encode_batch_fast(rows[first:first + at_once])
-
-
-def check_words(tokenizer, ids, not_special, name):
-    """ValueError if over half of the tokens that are not special, so many, are unknown."""
-    unknown = 0
-    for token in ("[UNK]", "<unk>"):
-        if tokenizer.token_to_id(token) is not None:
-            unknown += int((ids == tokenizer.token_to_id(token)).sum())
-    share = unknown / max(1, not_special)
-    if share > 0.5:
-        raise ValueError(f"{share:.0%} of the tokens of {name} are unknown to the tokenizer: give "
-                         "a model of the language that they are in")
 
 
 def check_ids(examples, config, name):

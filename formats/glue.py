@@ -285,6 +285,18 @@ def find_split(task, data_dir, name):
     return original if original.is_file() and is_whole else None
 
 
+def labelled_splits(task, train):
+    """The names of the splits to train and evaluate on, or to evaluate on alone."""
+    wanted = ("train", "dev") if train else ("dev",)
+    return [name for name in task.rows if name.startswith(wanted)]
+
+
+def is_missing(task, data_dir, train=True):
+    """Whether a file to train on or to evaluate on is not there, and fetch_task() can get it."""
+    paths = [find_split(task, data_dir, name) for name in labelled_splits(task, train)]
+    return bool(task.downloads) and None in paths           # None: it was not found
+
+
 def choose(split, path, ids, listed):
     """The rows of a Split of a file whose pairs of ID_COLUMNS are lines of the file ids, or not."""
     wanted = set(read_lines(ids))

@@ -279,6 +279,18 @@ def around(tokenizer):
 
 # --- writing ------------------------------------------------------------------------------------
 
+def check_words(tokenizer, ids, not_special, name):
+    """ValueError if over half of the tokens that are not special, so many, are unknown."""
+    unknown = 0
+    for token in ("[UNK]", "<unk>"):
+        if tokenizer.token_to_id(token) is not None:
+            unknown += int((ids == tokenizer.token_to_id(token)).sum())
+    share = unknown / max(1, not_special)
+    if share > 0.5:
+        raise ValueError(f"{share:.0%} of the tokens of {name} are unknown to the tokenizer: give "
+                         "a model of the language that they are in")
+
+
 def to_write(files):
     """{file name: bytes} with which transformers gives the ids of read_tokenizer(files).
 

@@ -45,13 +45,14 @@ def load_splits(o, here, stored):
         raise ValueError(f"--data-dir {o.data_dir} is a file: give the folder that holds RTE/, "
                          "CoLA/ and so on")
     if stored and (o.dev_file or o.task == "own"):
-        task = data.get_task(o.task, stored["columns"])
+        is_own = o.task == "own" and stored["columns"]
+        task = data.Task("", {}, **stored["columns"]) if is_own else data.get_task(o.task)
         splits = {"dev": data.load_file(o.dev_file, task)} if o.dev_file else {}
     elif o.dev_file:
         splits, task = data.load_own(o.train_file, o.dev_file)
     else:
         task = data.get_task(o.task)
-        if here.is_main and not o.resume and data.is_missing(task, o.data_dir, train=not stored):
+        if here.is_main and not o.resume and glue.is_missing(task, o.data_dir, train=not stored):
             fetch_data(task, o.data_dir)                   # --resume: a file says where data are
         machine.wait_for_all()                             # whatever each finds there by now
         splits = data.load_task(task, o.data_dir, train=not stored)

@@ -294,7 +294,7 @@ def finished(given, result):
     if not wanted.keys() & options.AFTERWARDS:
         return {}
     place, task = settings["data_dir"], data.TASKS.get(settings["task"])
-    if "data_dir" not in given and task and data.is_missing(task, place, train=False):
+    if "data_dir" not in given and task and glue.is_missing(task, place, train=False):
         raise ValueError(f"{place} does not hold {task.folder} any more: give a --data-dir")
     beside = {name: wanted[name] for name in wanted if "eval" in options.TABLE[name].beside}
     return evaluation_of(result, folder) | beside

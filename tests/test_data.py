@@ -40,9 +40,9 @@ def test_own_files_and_a_file_of_a_task(tmp_path):
     assert splits == {"train": Split([("x",), ("y",)], [0, 1]), "dev": Split([("y",)], [1])}
     assert task == data.Task("", {}, **glue.read_columns(train))
     columns = {"texts": ("sentence",), "label": "label", "labels": ("yes", "no"), "metrics": ("f1",)}
-    task = data.get_task("own", columns)
+    task = data.Task("", {}, **columns)
     assert data.load_file(dev, task) == Split([("y",)], [0]) and task.metrics == ("f1",)
-    assert data.get_task("cola", columns) == TASKS["cola"]
+    assert data.get_task("cola") == TASKS["cola"]
 
 
 # ---- tokenizers and encoding -------------------------------------------------------------------------------

@@ -145,16 +145,16 @@ def test_fetch_mrpc(honest, tmp_path, monkeypatch):
     test = glue.read_split(tmp_path / "MRPC" / "test.tsv", task, labelled=False)
     assert test == Split([("a", "b")], None)
     (tmp_path / "MRPC" / "test.tsv").unlink()              # is optional
-    assert not data.is_missing(task, tmp_path) and not data.is_missing(TASKS["demo"], tmp_path)
+    assert not glue.is_missing(task, tmp_path) and not glue.is_missing(TASKS["demo"], tmp_path)
     (tmp_path / "MRPC" / "dev_ids.tsv").unlink()
     asked, download = [], fetch.download
     monkeypatch.setattr(fetch, "download", lambda url, *rest: (asked.append(url.rsplit("/")[-1]), download(url, *rest)))
-    assert data.is_missing(task, tmp_path)
+    assert glue.is_missing(task, tmp_path)
     fetch.fetch_task(task, tmp_path, honest)
     assert sorted(asked) == ["mrpc_dev_ids.tsv", "msr_paraphrase_test.txt"]
     (tmp_path / "RTE").mkdir()
     (tmp_path / "RTE" / "dev.tsv").write_bytes(RTE_ROW)    # enough to evaluate
-    assert not data.is_missing(TASKS["rte"], tmp_path, train=False) and data.is_missing(TASKS["rte"], tmp_path)
+    assert not glue.is_missing(TASKS["rte"], tmp_path, train=False) and glue.is_missing(TASKS["rte"], tmp_path)
 
 
 # --- what is not --------------------------------------------------------------------------------------------
@@ -284,11 +284,11 @@ def fork_that_fetches(task, data_dir, address, within=contextlib.nullcontext()):
 
 def check_after_a_kill(task, data_dir, address, files):
     """What train.py does next: fetch what is missing. Then the folder holds these {name: bytes}."""
-    if data.is_missing(task, data_dir):
+    if glue.is_missing(task, data_dir):
         fetch.fetch_task(task, data_dir, address)
         assert [path.name for path in data_dir.iterdir()] == [task.folder]     # nor is a private folder left
     assert files_below(data_dir / task.folder) == files
-    assert not data.is_missing(task, data_dir)
+    assert not glue.is_missing(task, data_dir)
 
 
 @on_unix

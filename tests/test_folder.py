@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import data
-from formats import disk
+from formats import disk, glue
 from running import folder, inputs, machine, options, progress, saving
 from tests.conftest import SMALL, outcome, write_checkpoint
 from tests.cli import (BUSY, Killed, at_rename, at_step, child, contents, ctrl_c, die, on_unix, refused, sigkill, soon,
@@ -352,7 +352,7 @@ def test_all_that_a_run_writes_may_be_replaced(cli, monkeypatch):
     """Oracle: the folder of a run, and the dev splits of all tasks: --overwrite knows each file. What is cut half-way
     is not finished, and still known as a run: result.json goes first, last.pt last."""
     assert cli.tiny("--max-steps 2").status == 0
-    splits = {split for task in data.TASKS.values() for split in data.labelled_splits(task, train=False)}
+    splits = {split for task in data.TASKS.values() for split in glue.labelled_splits(task, train=False)}
     written, unlink, gone = set(contents("run")), Path.unlink, []
     assert {f"predictions_{split}.tsv" for split in splits} | written == set(saving.FILES)
     monkeypatch.setattr(Path, "unlink", lambda path, *_, **__: gone.append(path.name) or unlink(path))

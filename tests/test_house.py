@@ -101,9 +101,9 @@ def lines_of(*names):
 
 # File or room → how many lines it may have, which are today's; the aim stands behind where it is less.
 SIZES = {"lora2.py": 470,           # 350: readers preferred 472 lines to 423
-         "model.py": 388, "data.py": 347, "train.py": 295,
-         "the four that are read": 1500,                                     # 1,450
-         "product": 7003,           # 4,300: all but tests/ and experiments/
+         "model.py": 388, "data.py": 317, "train.py": 295,
+         "the four that are read": 1470,                                     # 1,450
+         "product": 6959,           # 4,300: all but tests/ and experiments/
          "experiments": 3737,       # 2,400
          "tests": 12147}           # 9,500
 
