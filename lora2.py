@@ -193,8 +193,7 @@ class RankPruner(nn.Module):
         self.warmup = warmup
         self.last_choice = total_steps - final
         self.interval = interval
-        self.beta1 = beta1
-        self.beta2 = beta2
+        self.beta1, self.beta2 = beta1, beta2
         self.t = 0
         self.kept_total = len(found) * self.r
 

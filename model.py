@@ -30,7 +30,7 @@ from torch import nn
 from formats import checkpoint, hub
 from formats.config import HEAD_DROPOUT, check_config, config_to_write
 from formats.disk import read_object
-from formats.head import fit_head
+from formats.head import fit_head, missing_layers
 
 PREFIX = {"deberta-v2": "deberta", "roberta": "roberta", "bert": "bert"}
 
@@ -320,13 +320,9 @@ def from_pretrained(name_or_dir, num_labels, head_dropout=None, labels=None):
     weights = checkpoint.read_weights(name_or_dir, config)
     weights = checkpoint.convert(weights, PREFIX[model.kind], wanted, name_or_dir)
     fit_head(weights, model.head_layers(), config, labels, name_or_dir)
-    new = {}  # key → a tensor that has only a shape
-    for name, layer in model.head_layers().items():
-        both = {f"{name}.weight": layer.weight, f"{name}.bias": layer.bias}
-        if weights.keys().isdisjoint(both):  # if only one is missing, check_weights() refuses
-            new |= both
+    new = missing_layers(weights, model.head_layers())
     checkpoint.check_weights(weights | new, wanted, name_or_dir)
-    for key, empty in new.items():
+    for key, empty in new.items():  # it has only a shape
         weights[key] = torch.zeros(empty.shape)
         if key.endswith("weight"):
             weights[key].normal_(std=config["initializer_range"])
@@ -360,12 +356,9 @@ OF_BERT = {"q": "attention.self.query",
            "o": "attention.output.dense",
            "f1": "intermediate.dense",
            "f2": "output.dense"}
-OF_DEBERTA = {"q": "attention.self.query_proj",
-              "k": "attention.self.key_proj",
-              "v": "attention.self.value_proj",
-              "o": "attention.output.dense",
-              "f1": "intermediate.dense",
-              "f2": "output.dense"}
+OF_DEBERTA = OF_BERT | {"q": "attention.self.query_proj",
+                        "k": "attention.self.key_proj",
+                        "v": "attention.self.value_proj"}
 TARGETS = {"bert": OF_BERT, "roberta": OF_BERT, "deberta-v2": OF_DEBERTA}
 
 

@@ -93,7 +93,7 @@ def prepare(o, here, stored=None):
     net = model.from_pretrained(o.model, outputs, o.head_dropout, task.labels)
     if o.max_len > net.max_len:
         raise ValueError(f"--max-len {o.max_len}: this model takes {net.max_len} tokens at most")
-    data.check_ids(examples, net.config, o.model)
+    inputs.check_ids(examples, net.config, o.model)
     unseen = examples.pop("to predict", None)              # checked, but no part of the run
     identity = folder.identity_of(o, here, task, net, tokenizer, examples)
     if stored:

@@ -40,6 +40,16 @@ def fit_head(weights, layers, config, labels, source):
             del weights[key]
 
 
+def missing_layers(weights, layers):
+    """{key: parameter} of the head's layers that have no weight at all; half of one is refused."""
+    new = {}
+    for name, layer in layers.items():
+        both = {f"{name}.weight": layer.weight, f"{name}.bias": layer.bias}
+        if weights.keys().isdisjoint(both):
+            new |= both
+    return new
+
+
 def of_other_kind(weights, inner, config):
     """Why a head is not that of a classifier of texts, "" if it is."""
     if any(f"{name}.weight" not in weights and f"{name}.bias" not in weights for name in inner):

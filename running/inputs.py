@@ -67,3 +67,15 @@ def fetch_data(task, data_dir):
         fetch.fetch_task(task, data_dir)
     except (OSError, ValueError) as error:
         raise OSError(f"--data-dir {data_dir} does not hold {task.folder}/: {error}") from None
+
+
+def check_ids(examples, config, name):
+    """ValueError unless {split: Examples} fit a model: on a GPU the error would name no cause."""
+    highest_id = max((int(split.ids.max()) for split in examples.values()), default=0)
+    highest_type = max((int(split.types.max()) for split in examples.values()), default=0)
+    ids = config["vocab_size"]
+    types = max(2, config["type_vocab_size"])           # models with 0 or 1 ignore them
+    if highest_id >= ids or highest_type >= types:
+        raise ValueError(f"{name}: its tokenizer gives ids up to {highest_id} and types up to "
+                         f"{highest_type}, its model has {ids} and {types} of them: they do not "
+                         "belong together")

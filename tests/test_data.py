@@ -13,6 +13,7 @@ import data
 from data import TASKS
 from formats import glue, toy
 from formats.glue import Split
+from running import inputs
 
 
 @pytest.fixture(scope="module")
@@ -125,13 +126,13 @@ def test_a_tokenizer_of_another_model_is_refused():
     one = data.Examples(torch.tensor([3, 6]), torch.tensor([0, 1]), torch.tensor([0, 2]), None, 9, 0)
     two = one._replace(ids=torch.tensor([5, 1]), types=torch.tensor([0, 0]))
     for examples in ({"train": one, "dev": two}, {"train": two, "dev": one}):
-        data.check_ids(examples, {"vocab_size": 7, "type_vocab_size": 0}, "some/model")
-        message = refusal(ValueError, data.check_ids, examples,
+        inputs.check_ids(examples, {"vocab_size": 7, "type_vocab_size": 0}, "some/model")
+        message = refusal(ValueError, inputs.check_ids, examples,
                           {"vocab_size": 6, "type_vocab_size": 2}, "some/model")
         assert message.startswith("some/model: its tokenizer gives ids up to 6 and types up to 1, "
                                   "its model has 6 and 2 of them")
     three = one._replace(types=torch.tensor([0, 2]))
-    refusal(ValueError, data.check_ids, {"dev": three}, {"vocab_size": 7, "type_vocab_size": 2}, "x")
+    refusal(ValueError, inputs.check_ids, {"dev": three}, {"vocab_size": 7, "type_vocab_size": 2}, "x")
 
 
 def test_encode_labels_and_pieces(roberta):

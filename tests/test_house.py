@@ -100,12 +100,12 @@ def lines_of(*names):
 
 
 # File or room → how many lines it may have, which are today's; the aim stands behind where it is less.
-SIZES = {"lora2.py": 470,           # 350: readers preferred 472 lines to 423
-         "model.py": 388, "data.py": 317, "train.py": 295,
-         "the four that are read": 1470,                                     # 1,450
-         "product": 6959,           # 4,300: all but tests/ and experiments/
+SIZES = {"lora2.py": 469,           # 350: readers preferred 472 lines to 423
+         "model.py": 381, "data.py": 305, "train.py": 295,
+         "the four that are read": 1450,
+         "product": 6961,           # 4,300: all but tests/ and experiments/
          "experiments": 3737,       # 2,400
-         "tests": 12147}           # 9,500
+         "tests": 12148}           # 9,500
 
 
 def test_what_is_read_stays_small():
