@@ -30,7 +30,7 @@ class Task(NamedTuple):
 
     metrics: tuple = ("accuracy",)  # names in METRICS; the first one selects the best
     score_range: tuple = ()         # of a regression: lowest and highest score
-    unit: tuple = (0.0, 1.0)        # the model learns (score - mean) / deviation: mean, deviation
+    unit: tuple = (0.0, 1.0)        # (mean, deviation): the model learns (score - mean) / deviation
 
     downloads: dict = {}            # address → name to keep it under, "" for a zip of TSV files
     submissions: dict = {}          # test split → file name that gluebenchmark.com asks for
@@ -172,7 +172,7 @@ def encode(tokenizer, split, max_len, name="the data"):
 
 
 def encodings(tokenizer, texts):
-    """Each row's Encoding. They are large: of 4,096 rows, or two million letters, at a time."""
+    """Each row's Encoding, made 4,096 rows or two million letters at a time, as they are large."""
     rows = texts if len(texts[0]) == 2 else [text for (text,) in texts]
     longest = max(sum(map(len, row)) for row in texts)
     at_once = max(1, min(4096, 2_000_000 // (longest + 1)))
@@ -206,8 +206,8 @@ def batches(examples, batch_size, pad_id=0, generator=None, skip=0, multiple=8):
 
 def plan_batches(length, batch_size, generator):
     """The row numbers of each batch, a list of tensors (B,); length: of each row, (N,)."""
-    # Sorted by a rounded length, rows of one width stay in random order. `multiple` would not do:
-    # it depends on the device, and --resume on another must give the same batches.
+    # Widths are sorted, not lengths, so that rows of one width stay in random order. `multiple` is
+    # not used: it depends on the device, and --resume on another must give the same batches.
     width = round_up(length, torch.where(length < 32, 2, 8))        # (N,)
     if generator is None:
         return list(width.argsort(stable=True).split(batch_size))
@@ -259,8 +259,8 @@ def matthews(p, t):
     P, Y = torch.nn.functional.one_hot(torch.stack([p, t])).double()  # (N, classes) each
     n = len(p)
     of_p, of_y = P.sum(0), Y.sum(0)                                   # (classes,): rows of each
-    covariance = n * (P * Y).sum() - of_p @ of_y                      # n² times it
-    spread = (n * n - of_p @ of_p) * (n * n - of_y @ of_y)            # n⁴ times it
+    covariance = n * (P * Y).sum() - of_p @ of_y                      # n² cov(P, Y)
+    spread = (n * n - of_p @ of_p) * (n * n - of_y @ of_y)            # n⁴ cov(P, P) cov(Y, Y)
     return covariance / spread.sqrt() if spread > 0 else 0.0
 
 

@@ -136,10 +136,10 @@ class DisentangledSelfAttention(nn.Module):
         K = split_heads(self.key_proj(table), self.heads)    # (H, R, e)
         c2c = q @ k.mT                            # [i, j] = q_i · k_j
         index = index.expand_as(c2c)              # (B, H, T, T), without a copy
-        # q @ K.mT and k @ Q.mT are (B, H, T, R), a row for each token. gather() takes of row i, for
-        # each j, the column index[i, j].
+        # q @ K.mT and k @ Q.mT are (B, H, T, R), a row for each token. gather() puts the column
+        # index[i, j] of row i at [i, j]. p2c is gathered at [j, i], then turned.
         c2p = (q @ K.mT).gather(-1, index)        # [i, j] = q_i · K_δ
-        p2c = (k @ Q.mT).gather(-1, index.mT).mT  # [j, i] = k_j · Q_δ, then turned to [i, j]
+        p2c = (k @ Q.mT).gather(-1, index.mT).mT  # [i, j] = k_j · Q_δ
         scores = (c2c + c2p + p2c) / math.sqrt(3 * q.shape[-1])
         return attend(scores, mask, v, self.dropout)
 
@@ -189,11 +189,11 @@ class Layer(nn.Module):
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(d, f)})
         self.output = Output(f, config)
 
-    def forward(self, x, mask, *relative):           # DeBERTa: (table, index); else nothing
+    def forward(self, x, mask, *relative):           # (table, index) in DeBERTa, else nothing
         y = self.attention.self(x, mask, *relative)  # (B, T, d)
-        x = self.attention.output(y, x)               # (B, T, d)
-        y = F.gelu(self.intermediate.dense(x))        # (B, T, f)
-        return self.output(y, x)                      # (B, T, d)
+        x = self.attention.output(y, x)              # (B, T, d)
+        y = F.gelu(self.intermediate.dense(x))       # (B, T, f)
+        return self.output(y, x)                     # (B, T, d)
 
 
 class Encoder(nn.Module):
@@ -247,8 +247,8 @@ class SequenceClassifier(nn.Module):
         dense = nn.Linear(d, d)
         output = nn.Linear(d, num_labels)
         self.head_parts = ["pooler", "classifier"]  # what names of its parameters contain
-        self.activation = torch.tanh
-        rate = 0.0  # of the first dropout
+        self.activation = torch.tanh  # unless it is set below, as the first dropout's rate
+        rate = 0.0
         if self.kind == "bert":
             backbone["pooler"] = nn.ModuleDict({"dense": dense})
             self.classifier = output
@@ -322,13 +322,13 @@ def from_pretrained(name_or_dir, num_labels, head_dropout=None, labels=None):
     fit_head(weights, model.head_layers(), config, labels, name_or_dir)
     new = missing_layers(weights, model.head_layers())
     checkpoint.check_weights(weights | new, wanted, name_or_dir)
-    for key, empty in new.items():  # it has only a shape
-        weights[key] = torch.zeros(empty.shape)
+    for key, meta in new.items():  # on the meta device: a shape, no numbers
+        weights[key] = torch.zeros(meta.shape)
         if key.endswith("weight"):
             weights[key].normal_(std=config["initializer_range"])
     model.new_weights = list(new)
     model.load_state_dict(weights, assign=True)  # no copy, if the file is in fp32
-    if labels or new:  # the file's names of the classes no longer fit; of none are LABEL_0, ...
+    if labels or new:  # the file's names no longer fit; given none, they are LABEL_0, ...
         model.config["id2label"] = {str(i): label for i, label in enumerate(labels or ())}
     return model.float()
 
@@ -376,6 +376,6 @@ def target_modules(model, names):
     return found
 
 
-def in_head(name, head):
-    """Whether one of a dotted name's parts is in `head`, such as "classifier"."""
-    return any(part in head for part in name.split("."))
+def in_head(name, head_parts):
+    """Whether a dotted name has one of these parts, such as "classifier"."""
+    return any(part in head_parts for part in name.split("."))

@@ -38,7 +38,7 @@ def train(o, saved=None):
         task, examples, unseen, net, identity = prepare(o, here)
         plan = schedule.plan(o, rows=len(examples["train"].labels))
         pruner = by_name.make_pruner(o.method, net, o.target_rank, o.importance,
-                                     o.sora_threshold, **plan.pruning())
+                                     o.sora_threshold, **plan.pruning())     # T, t_i, t_f, ΔT
     optimizer, parameters = make_optimizer(net, o.lr, o.head_lr, o.weight_decay, o.outer_lr)
     loss_of = partial(part_loss, net, here)                # of a part of a batch
     R_of = by_name.regulariser(o.method, net, o.reg_terms)  # LoRA²: Eq. 5; None if there is none
@@ -54,7 +54,7 @@ def train(o, saved=None):
         log.start(state, examples)
         batches = endless_batches(examples["train"], o, plan, state.step, net, here)
         while True:
-            if plan.evaluates(state):                      # first: a stop may have left one undone
+            if plan.evaluates(state):                      # at the top: --resume may owe one
                 finite.check()
                 scores, predictions = evaluate(net, examples, task, o.batch_size, here, signals)
                 run_folder.note_evaluation(state, net, pruner, task, scores, predictions)
@@ -66,9 +66,9 @@ def train(o, saved=None):
             signals.check(state.step)                      # Ctrl-C: stop here, and save
             # ---- one training step -------------------------------------------------------
             batch = next(batches)                # ids, mask, types (B, T); labels, rows (B,)
-            state.count(batch)
+            state.count(batch)                   # one more step, and its tokens
             loss = forward_backward(loss_of, batch, here, o.accum, differentiate)
-            R = differentiate(R_of, weight=o.reg) if R_of else None  # adds gradients of γ R
+            R = differentiate(R_of, weight=o.reg) if R_of else None  # adds γ ∇R, γ = o.reg
             update(optimizer, parameters, loss, plan, state.step, o.clip, finite)
             kept = pruner.step() if pruner else None       # LoRA²: Algorithm 1
             optimizer.zero_grad()
@@ -81,7 +81,7 @@ def train(o, saved=None):
 # --- data → model → adapters → optimizer --------------------------------------------------
 
 def prepare(o, here, stored=None):
-    """Data, model and adapters, to train; or to evaluate the adapter that says `stored` of itself.
+    """Data, model and adapters. stored: what an adapter to evaluate says of itself; None to train.
 
     Returns (task, {split: Examples}, Examples of --predict or None, model, identity: what a stored
     run or adapter has to agree with). A user's mistakes are refused before anything is written.
@@ -150,16 +150,16 @@ def forward_backward(loss_of, batch, here, accum, differentiate):
     """
     loss = torch.zeros((), device=here.device)
     n = here.world * accum
-    for i in range(here.rank, min(n, len(batch.rows)), here.world):        # no part is empty
-        part = data.Batch(*here.copies(*(tensor[i::n] for tensor in batch)))
-        share = len(part.rows) / len(batch.rows)
+    for i in range(here.rank, min(n, len(batch.rows)), here.world):        # none that is empty
+        part = here.copies(*(tensor[i::n] for tensor in batch))
+        share = len(part[0]) / len(batch.rows)
         loss += share * differentiate(loss_of, *part, weight=share)
     machine.sum_gradients(loss, differentiate.parameters)  # one process: nothing to do
     return loss
 
 
 def part_loss(net, here, *tensors):
-    """The mean loss over the rows of a part of a batch, whose tensors these are: a scalar."""
+    """The mean loss over a part of a batch, given as the tensors of a Batch: a scalar."""
     part = data.Batch(*tensors)
     return task_loss(predict_batch(net, part, here), part.labels)
 
@@ -249,7 +249,7 @@ def evaluate_adapter(given):
 
 
 def write_outputs(o, here, task, unseen, net, adapter=None):
-    """--predict, --merge, --export-peft: of an adapter's file, or of what the model holds."""
+    """--predict, --merge, --export-peft. adapter: a file to load first, or None."""
     if adapter and (o.predict or o.merge or o.export_peft):
         tensors, _ = folder.load_adapter(adapter)
         load_lora2_state_dict(net, tensors)

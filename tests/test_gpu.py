@@ -179,7 +179,7 @@ def test_a_process_without_rows_takes_part(monkeypatch):
 # --- what a GPU refuses ----------------------------------------------------------------------------------------
 
 LOSS = "task_loss(predict_batch(net, part, here), part.labels)"
-PART = "part = data.Batch(*here.copies(*(tensor[i::n] for tensor in batch)))"
+PART = "part = here.copies(*(tensor[i::n] for tensor in batch))"
 REFUSED = {
     "a loss whose graph is kept while recording": (
         "R = differentiate(R_of, weight=o.reg) if R_of else None", "R = R_of(); fast.add_gradients(R, parameters, o.reg)",
@@ -188,12 +188,12 @@ REFUSED = {
     "a copy while recording": (LOSS, f"{LOSS} + 0 * torch.ones(2).to(here.device).sum()", "is capturing: a copy to"),
     "a number read in a step": (PART, f"{PART}; loss.item()", "synchronizing CUDA operation: _local_scalar"),
     "a truth value in a step": (PART, f"{PART}; bool(loss > 1)", "synchronizing CUDA operation: "),
-    "a copy that is waited for": (PART, "part = data.Batch(*[tensor[i::n].to(here.device) for tensor in batch])",
+    "a copy that is waited for": (PART, "part = [tensor[i::n].to(here.device) for tensor in batch]",
                                   "synchronizing CUDA operation: a copy to the GPU"),
     "a copy from memory that is not pinned": (
-        PART, "part = data.Batch(*[tensor[i::n].to(here.device, non_blocking=True) for tensor in batch])",
+        PART, "part = [tensor[i::n].to(here.device, non_blocking=True) for tensor in batch]",
         "synchronizing CUDA operation: a copy to the GPU"),
-    "two devices": (PART, "part = data.Batch(*[tensor[i::n] for tensor in batch])",
+    "two devices": (PART, "part = [tensor[i::n] for tensor in batch]",
                     "all tensors to be on the same device"),
     "a gradient in another layout": (
         "    optimizer.step()",
