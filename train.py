@@ -48,7 +48,7 @@ def train(o, saved=None):
     with (saving.RunFolder(identity, plan, here, snapshot) as run_folder,
           machine.Signals(here) as signals, progress.Log(o, plan, here, task, net, finite) as log):
         if saved:
-            saving.restore(saved, run_folder, state, net, optimizer, pruner, here)
+            run_folder.restore(saved, state, net, optimizer, pruner)
         else:
             run_folder.begin(o)
         log.start(state, examples)

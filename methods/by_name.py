@@ -14,6 +14,7 @@ from functools import partial
 
 from lora2 import LoRA2Linear, add_lora2, lora2_layers, require
 from methods import baselines, fast_lora2
+from model import in_head
 
 METHODS = ("lora2", "adalora", "lora", "sora", "bitfit", "full", "head")
 OUTER = (".v", ".V", ".A", ".P", ".Q")  # large factors that do not start at 0: --outer-lr
@@ -32,8 +33,7 @@ def add_method(method, model, targets, head, k, r, alpha, init):
         return add_lora2(model, targets, k or 1, r, alpha, init or "gaussian", head, LAYERS[method])
     for name, parameter in model.named_parameters():
         chosen = {"full": True, "bitfit": name.endswith("bias"), "head": False}[method]
-        in_head = not set(head).isdisjoint(name.split("."))
-        parameter.requires_grad_(chosen or in_head)
+        parameter.requires_grad_(chosen or in_head(name, head))
     return []
 
 
@@ -42,11 +42,9 @@ def regulariser(method, model, terms):
 
     LoRA²: Eq. 5 with the pairs in `terms`. AdaLoRA: see baselines.orthogonality_loss().
     """
-    if method == "lora2":
-        return partial(fast_lora2.orthogonality_loss, model, terms)
-    if method == "adalora":
-        return partial(baselines.orthogonality_loss, model)
-    return None
+    losses = {"lora2": partial(fast_lora2.orthogonality_loss, model, terms),
+              "adalora": partial(baselines.orthogonality_loss, model)}
+    return losses.get(method)
 
 
 def make_pruner(method, model, target_rank, importance=None, threshold=None, **schedule):

@@ -22,6 +22,7 @@ OURS = b"a run of lora2"                                   # comment of a last.p
 # What an adapter says of itself, as fits() has it.
 EVALUATION = {"step": int, "scores": {str: {str: float}}, "score": float, "kept": int}
 COLUMNS = {"texts": [str], "label": str, "labels": [str], "metrics": [str], "unit": [float]}
+MAY_LACK = {"kept", "unit"}                                # of what prunes, of a user's own scores
 FACTS = {"format": int, "settings": dict, "columns": COLUMNS, "base": str, "best": EVALUATION}
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -53,22 +54,17 @@ def fingerprint(net, tokenizer):
     return digest(weights, str(meaning), rules)
 
 
-def hash_of_data(examples):
-    """Hash of the encoded rows of {split: Examples}."""
-    parts = []
-    for name, split in examples.items():
-        parts += [name, split.ids, split.types, split.starts, split.labels]
-    return digest(*parts)
-
-
 def identity_of(o, here, task, net, tokenizer, examples):
     """What a run is: settings, hashes of base model and data, what the data's columns mean."""
     columns = {"texts": list(task.texts), "label": task.label, "labels": list(task.labels),
                "metrics": list(task.metrics)}
     if task.unit != (0.0, 1.0):                            # of a user's own scores
         columns["unit"] = list(task.unit)
+    rows = []                                              # as they are encoded
+    for name, split in examples.items():
+        rows += [name, split.ids, split.types, split.starts, split.labels]
     return {"settings": vars(o) | {"dtype": here.dtype, "resume": None}, "columns": columns,
-            "base": fingerprint(net, tokenizer), "rows": hash_of_data(examples)}
+            "base": fingerprint(net, tokenizer), "rows": digest(*rows)}
 
 
 def is_run(folder):
@@ -87,26 +83,19 @@ def is_run(folder):
 def fits(value, form):
     """Whether a value from a file has a form, and is nothing more.
 
-    form: a type; [the form of each item]; {key: its form}, of which "kept" may be absent; {str: the
+    form: a type; [the form of each item]; {key: its form}, where MAY_LACK may be absent; {str: the
     form of each value}, of which there is one at least; or a tensor that differs in its numbers.
     """
     if isinstance(form, dict) and isinstance(value, dict):
         if str in form:
             return len(value) > 0 and fits(list(value.values()), [form[str]])
-        is_whole = value.keys() | {"kept"} == form.keys() | {"kept"}       # only pruning keeps some
+        is_whole = value.keys() | MAY_LACK == form.keys() | MAY_LACK
         return is_whole and all(fits(value[key], form.get(key)) for key in value)
     if isinstance(form, list) and isinstance(value, list):
         return all(fits(item, form[0]) for item in value)
     if isinstance(form, torch.Tensor) and isinstance(value, torch.Tensor):
         return (value.dtype, value.shape, value.stride()) == (form.dtype, form.shape, form.stride())
     return type(value) is form
-
-
-def are_facts(facts):
-    """Whether an adapter of ours says this of itself; texts and unit are judged with the data."""
-    columns = {"unit": [0.0, 1.0]} | facts["columns"]
-    is_whole = fits(facts | {"columns": columns}, FACTS) and len(columns["metrics"]) > 0
-    return is_whole and METRICS.keys() >= set(columns["metrics"])
 
 
 def of_this_version(content, file):
@@ -213,7 +202,8 @@ def load_adapter(path):
         if hash_ != digest(tensors, text):
             raise ValueError("its hash does not fit")
         facts = of_this_version(json.loads(text), "adapter.safetensors")
-        if not are_facts(facts):
+        metrics = facts["columns"]["metrics"]              # texts and unit are judged with the data
+        if not (fits(facts, FACTS) and metrics and METRICS.keys() >= set(metrics)):
             raise ValueError("what it says of itself is not what this program writes")
         return tensors, facts | {"digest": hash_}
 

@@ -14,9 +14,9 @@ def load_examples(o, here, stored):
     if (o.merge or o.export_peft) and abs(mean) > 1e5 * deviation:
         raise ValueError(f"--merge and --export-peft make a model that gives scores itself, and in "
                          f"fp32 those around {mean:g} would be all alike: subtract {mean:g}")
-    check_file(o, "predict")                               # which may just have been fetched
-    saving.check_predictions(o, task)
     if o.predict:
+        check_file(o, "predict")                           # which may just have been fetched
+        saving.check_predictions(o, task)
         splits["to predict"] = glue.read_split(o.predict, task, labelled=False)
     tokenizer = data.load_tokenizer(o.model)
     examples = {name: data.encode(tokenizer, split, o.max_len, name)

@@ -240,23 +240,21 @@ def resumed(stored, given):
 
     Where to write is taken from there alone: no file chooses it.
     """
-    check_stored(given["resume"], TABLE.keys(), stored)
+    check_beside(stored, given, "resume")
     for name in sorted(AFTERWARDS - given.keys()):
         if stored[name] is not None:
             warn(f"this run began with {flag(name)} {stored[name]}: --resume does that only if it "
                  "is given again")
     places = dict.fromkeys(AFTERWARDS) | {"eval": None, "overwrite": False}
-    places |= agreed(stored, given, "resume") | {"out": given["resume"]}
-    return checked(stored | places)
+    return checked(stored | places | given | {"out": given["resume"]})
 
 
-@user_errors()
 def evaluating(stored, given):
-    """The settings with which to evaluate an adapter that stores its own."""
-    check_stored(given["eval"], STORED, stored)
+    """The settings with which to evaluate an adapter, which stores its own; or ValueError."""
+    check_beside(stored, given, "eval")
     settings = {name: option.default for name, option in TABLE.items()} | stored
     settings["batch_size"] = min(settings["batch_size"], 256)      # no file chooses all memory
-    settings |= agreed(stored, given, "eval")
+    settings |= given
     needed = {"model"}
     if settings["task"] == "own" and not AFTERWARDS & given.keys():
         needed.add("dev_file")                             # else there would be nothing to do
@@ -298,11 +296,12 @@ def can_be(option, value, method):
         return False
 
 
-def agreed(stored, given, what):
-    """`given`; ValueError that names all options in it that must not stand beside another.
+def check_beside(stored, given, what):
+    """ValueError that names all given options that must not stand beside --resume or --eval.
 
-    what: "resume" or "eval": the other one. Beside it some are free, the rest is as it is stored.
+    what: "resume" or "eval". Beside it some are free, the rest is as the run or the adapter stores.
     """
+    check_stored(given[what], STORED if what == "eval" else TABLE.keys(), stored)
     free = {name for name, option in TABLE.items() if what in option.beside}
     if what == "eval" and "predict" not in given:
         free.remove("out")                                 # nothing is written there
@@ -316,7 +315,6 @@ def agreed(stored, given, what):
             differ.append(f"{flag(name)} {stored[name]}, not {given[name]}")
     if differ:
         raise ValueError(f"beside {flag(what)} stands {'; '.join(differ)}: leave that out")
-    return given
 
 
 def checked(settings):

@@ -179,10 +179,7 @@ class Log:
             print(f"step {state.step}/{self.plan.steps}  {text}  {left:.0f} s left", flush=True)
 
     def evaluation(self, state, scores, predictions):
-        """A line about the evaluation that was just made.
-
-        scores: {dev split: {metric: value}}; predictions: {dev split: (N,)}.
-        """
+        """A line about the evaluation that was just made; see RunFolder.note_evaluation()."""
         if not self.here.is_main:
             return
         warn_if_equal(predictions)
@@ -261,13 +258,12 @@ def summary(result, folder):
         if result[name].get("kept") is not None:
             line += f"  kept {result[name]['kept']} of {result['singular_values']}"
         lines.append(line)
-    words = []
-    for name, value in evaluation_of(result, folder).items():
-        words += [options.flag(name), value]
     memory = f", at most {result['peak_memory_gb']} GB" if result.get("peak_memory_gb") else ""
     lines.append(f"{result['seconds']:.0f} s{memory}; files in {folder}; to evaluate the best "
                  "again:")
-    lines.append(f"  python train.py {shlex.join(words)}")
+    words = [f"{options.flag(name)} {shlex.quote(value)}"
+             for name, value in evaluation_of(result, folder).items()]
+    lines.append(f"  python train.py {' '.join(words)}")
     return "\n".join(lines)
 
 
@@ -281,20 +277,16 @@ def evaluation_of(result, folder):
 
 @user_errors()
 def finished(given, result):
-    """Show the finished run of --resume; the options for what more is asked of it, or {}.
-
-    result: what its result.json holds.
-    """
+    """Show the finished run of --resume; the options for what more is asked of it, or {}."""
     folder, settings = given["resume"], result["settings"]
-    options.check_stored(folder, options.TABLE.keys(), settings)
-    wanted = options.agreed(settings, given, "resume")
+    options.check_beside(settings, given, "resume")
     with disk.reading(f"{folder}/result.json", f"remove it, and --resume {folder} makes it anew"):
         text = summary(result, folder)
     print(f"this run is finished:\n{text}")
-    if not wanted.keys() & options.AFTERWARDS:
+    if not given.keys() & options.AFTERWARDS:
         return {}
     place, task = settings["data_dir"], data.TASKS.get(settings["task"])
     if "data_dir" not in given and task and glue.is_missing(task, place, train=False):
         raise ValueError(f"{place} does not hold {task.folder} any more: give a --data-dir")
-    beside = {name: wanted[name] for name in wanted if "eval" in options.TABLE[name].beside}
+    beside = {name: given[name] for name in given if "eval" in options.TABLE[name].beside}
     return evaluation_of(result, folder) | beside

@@ -73,8 +73,6 @@ def files_to_replace(place, overwrite):
 
 def check_predictions(o, task):
     """ValueError if --predict would write over a file that is no part of a run to be replaced."""
-    if o.predict is None:
-        return
     path = glue.place_of_predictions(o.out, task, Path(o.predict).stem)
     if path.exists():
         with open(path, "rb") as file:                     # it may be anybody's
@@ -87,6 +85,17 @@ def check_predictions(o, task):
 
 
 # --- during a run -------------------------------------------------------------------------
+
+def snapshot(state, net, optimizer, pruner, finite, here):
+    """What last.pt holds: all on which the rest of a run depends, tensors and plain values."""
+    finite.check()                                         # no bad step is saved
+    return {"step": state.step, "tokens": state.tokens, "seconds": state.elapsed(),
+            "evaluations": state.evaluations, "adapter": state.adapter,
+            "weights": lora2_state_dict(net),
+            "optimizer": optimizer.state_dict(),
+            "pruner": dict(pruner.state_dict()) if pruner else {},
+            "rng": machine.gathered(machine.random_state(here), here)}
+
 
 class RunFolder:
     """The folder of one run, locked inside `with`; a run that is stopped there is saved.
@@ -139,25 +148,35 @@ class RunFolder:
         return content
 
     @user_errors()
-    def reopen(self, saved, optimizer):
-        """Go on where save() was called last; returns the best evaluation and its adapter's hash.
+    def restore(self, saved, state, net, optimizer, pruner):
+        """Go on where save() was called last: put back, in place, what snapshot() gave.
 
-        saved: from folder.load_state(); restore() puts back what it holds. optimizer: whose moments
-        it has to fit. ValueError if base model, data or number of processes are others.
+        saved: from folder.load_state(). ValueError if it cannot be of this run: base model, data or
+        number of processes are others.
         """
         if saved["written"] != (self.path / "last.pt").stat().st_mtime_ns:
             raise ValueError(f"another train.py has gone on with {self.path} meanwhile: --resume "
                              "again")
         folder.check_state(saved, self.snapshot(), self.identity, self.plan.steps, self.here,
                            optimizer)
-        best = self.find_best(saved)
+        state.best, state.adapter = self.find_best(saved)
         if self.here.is_main and os.path.lexists(self.log):
             if self.log.is_symlink() or not self.log.is_file():
                 raise ValueError(f"{self.log} is a link or no file: remove it")
             with open(self.log, "rb") as file:             # the steps of later lines come again
                 lines = file.read(min(saved["log_bytes"], self.log.stat().st_size))
             disk.write_file(self.log, lines)
-        return best
+        state.step = saved["step"]
+        state.tokens = saved["tokens"]
+        state.seconds = saved["seconds"]
+        state.evaluations = saved["evaluations"]
+        load_lora2_state_dict(net, saved["weights"])
+        moments = saved["optimizer"]["state"]              # the groups are this run's own
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+        if pruner:
+            pruner.load_state_dict(saved["pruner"])
+        machine.set_random_state(self.here, saved["rng"][self.here.rank])
+        saved.clear()                                      # its tensors are copied: free them
 
     def find_best(self, saved):
         """The best evaluation and the hash of its adapter, from the adapter, which may be ahead."""
@@ -224,34 +243,3 @@ class RunFolder:
             hash_ = digest(json.dumps(result, sort_keys=True))
             disk.write_json(self.path / "result.json", result | {"hash": hash_})
             print(progress.summary(result, self.path), flush=True)
-
-
-# --- what --resume needs ------------------------------------------------------------------
-
-def snapshot(state, net, optimizer, pruner, finite, here):
-    """What last.pt holds: all on which the rest of a run depends, tensors and plain values."""
-    finite.check()                                         # no bad step is saved
-    return {"step": state.step, "tokens": state.tokens, "seconds": state.elapsed(),
-            "evaluations": state.evaluations, "adapter": state.adapter,
-            "weights": lora2_state_dict(net),
-            "optimizer": optimizer.state_dict(),
-            "pruner": dict(pruner.state_dict()) if pruner else {},
-            "rng": machine.gathered(machine.random_state(here), here)}
-
-
-@user_errors()
-def restore(saved, run_folder, state, net, optimizer, pruner, here):
-    """Put back, in place, what snapshot() gave; saved: from folder.load_state()."""
-    state.best, state.adapter = run_folder.reopen(saved, optimizer)
-    state.step = saved["step"]
-    state.tokens = saved["tokens"]
-    state.seconds = saved["seconds"]
-    state.evaluations = saved["evaluations"]
-    load_lora2_state_dict(net, saved["weights"])
-    of_adamw = optimizer.state_dict()                      # this run's groups, the saved moments
-    of_adamw["state"] = saved["optimizer"]["state"]
-    optimizer.load_state_dict(of_adamw)
-    if pruner:
-        pruner.load_state_dict(saved["pruner"])
-    machine.set_random_state(here, saved["rng"][here.rank])
-    saved.clear()                                          # its tensors are copied: free them
