@@ -257,7 +257,7 @@ def write_outputs(o, here, task, unseen, net, adapter=None):
     if unseen is not None:
         predicted, outputs = predict(net, unseen, o.batch_size, here)
     if here.is_main:
-        export.write_outputs(o, o.out, task, net, predicted, outputs)
+        export.write_outputs(o, task, net, predicted, outputs)
 
 
 def resume(given):

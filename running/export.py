@@ -2,7 +2,6 @@
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import model as models
 from formats import checkpoint, glue, hub
@@ -10,15 +9,14 @@ from formats.disk import writing
 from lora2 import lora2_layers, merge_lora2
 
 
-def write_outputs(o, folder, task, net, predicted, outputs=None):
+def write_outputs(o, task, net, predicted, outputs):
     """--predict, --export-peft and --merge, in this order, of the adapters the model now holds.
 
-    folder: where predictions go. predicted: for the file of --predict, (N,), and with it the
-    model's outputs, (N, labels); or None.
+    predicted: for the file of --predict, (N,), or None; outputs: the model's, (N, labels).
     """
     if predicted is not None:
         probabilities = outputs.softmax(1) if o.predict_scores else None
-        path = glue.write_submission(folder, task, predicted, Path(o.predict).stem, probabilities)
+        path = glue.write_submission(o.out, task, predicted, Path(o.predict).stem, probabilities)
         print(f"predictions for {o.predict} are in {path}")
     if o.export_peft or o.merge:
         fold_unit(net, task)
@@ -38,7 +36,7 @@ def write_outputs(o, folder, task, net, predicted, outputs=None):
 def fold_unit(net, task):
     """Let a regression's last layer give scores in the training file's unit, for other programs."""
     mean, deviation = task.unit
-    last = net.classifier if isinstance(net.classifier, nn.Linear) else net.classifier.out_proj
+    _, last = net.head_layers().values()
     last.weight.mul_(deviation)
     last.bias.mul_(deviation).add_(mean)
 

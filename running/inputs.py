@@ -22,7 +22,7 @@ def load_examples(o, here, stored):
     examples = {name: data.encode(tokenizer, split, o.max_len, name)
                 for name, split in splits.items()}
     if here.is_main and examples:
-        print(progress.first_look(examples, task, tokenizer), flush=True)
+        progress.first_look(examples, task, tokenizer)
     return task, examples, tokenizer
 
 

@@ -63,7 +63,7 @@ def join(name=None, dtype=None):
     imitated = emulates_bf16(device.type)
     if dtype is None:
         dtype = "bf16" if device.type == "cuda" and not imitated else "fp32"
-    if dtype == "bf16" and imitated and rank == 0:
+    if dtype == "bf16" and imitated:
         warn(f"this {device.type} has no bf16 arithmetic and imitates it, up to 100 times slower: "
              "give --dtype fp32")
     return Machine(device, dtype, rank, world)

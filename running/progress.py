@@ -2,6 +2,7 @@
 
 Of several processes the first one speaks and writes.
 """
+import contextlib
 import json
 import math
 import shlex
@@ -48,20 +49,18 @@ def announce(o, here, plan, task, examples, net):
 
 
 def first_look(examples, task, tokenizer):
-    """What the data turn out to be, for {split: Examples}: text."""
-    lines = []
+    """What the data turn out to be, for {split: Examples}."""
     for name, split in examples.items():
         length = split.starts.diff()                       # (N,)
-        lines.append(f"{name}: {len(length):,} rows of {length.min()} to {length.max()} tokens, "
-                     f"half of them up to {length.median()}; {split.truncated:,} are cut to "
-                     f"{split.max_len}{labels_text(split.labels, task)}")
+        print(f"{name}: {len(length):,} rows of {length.min()} to {length.max()} tokens, half of "
+              f"them up to {length.median()}; {split.truncated:,} are cut to {split.max_len}"
+              f"{labels_text(split.labels, task)}")
     name, split = next(iter(examples.items()))
     ids = split.ids[:split.starts[1]][:60].tolist()
     words = [tokenizer.id_to_token(number) or "?" for number in ids]  # ?: check_ids() refuses it
     if split.labels is not None:                           # of --predict there are none
         words += ["→", shown(*glue.answers(task, split.labels[:1]))]
-    lines.append(f"first row of {name}: {' '.join(words)}")
-    return "\n".join(lines)
+    print(f"first row of {name}: {' '.join(words)}", flush=True)
 
 
 def labels_text(labels, task):
@@ -101,19 +100,19 @@ def counts(net):
 
 # --- during a run -------------------------------------------------------------------------
 
-class Log:
+class Log(contextlib.ExitStack):
     """What is said before the first step; then log.jsonl, and a bar or about 20 lines.
 
     finite: its check() is called before a line about a step.
     """
 
     def __init__(self, o, plan, here, task, net, finite):
+        super().__init__()                                 # its end closes the bar
         self.o, self.plan, self.here, self.task, self.net = o, plan, here, task, net
         self.finite = finite
         self.path = Path(o.out) / "log.jsonl"
         is_lora2 = o.method == "lora2"
         self.floor = orthogonality_floor(o.k, o.r, o.reg_terms) if is_lora2 else 0.0
-        self.bar = None
         self.between = LOG_STEPS * math.ceil(plan.steps / 20 / LOG_STEPS)  # about 20 lines
 
     def start(self, state, examples):
@@ -125,13 +124,7 @@ class Log:
         announce(self.o, self.here, self.plan, self.task, examples, self.net)
         self.bar = tqdm(total=self.plan.steps, initial=state.step, unit="step",
                         dynamic_ncols=True, disable=None)  # None: where there is no terminal
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        if self.bar:
-            self.bar.close()
+        self.callback(self.bar.close)
 
     def is_due(self, step, between):
         """Whether a line belongs after this step."""
@@ -167,7 +160,7 @@ class Log:
         if kept is not None:
             record["kept"] = kept
             record["ranks"] = [count for _, count in sorted(pruner.kept().items())]
-            text += f"  kept {kept}/{len(lora2_layers(self.net)) * self.o.r}"
+            text += f"  kept {kept}/{len(record['ranks']) * self.o.r}"
         if state.evaluations:
             text += f"  {self.task.metrics[0]} {state.evaluations[-1]['score']:.4f}"
         text += f"  {rate} tokens/s"

@@ -50,20 +50,16 @@ def check_destinations(o):
             raise ValueError(f"{name} {place}: this folder is not empty: give a new or an empty "
                              "one")
         if name == "--out" and len(there) > len(cut_off) and not (o.resume or o.eval):
-            files_to_replace(place, o.overwrite)
+            if not o.overwrite:
+                raise ValueError(f"{place} is not empty: go on with its run by --resume {place}, "
+                                 "replace it by --overwrite, or give another --out")
+            files_to_replace(place)
     if len({place.resolve() for place in places.values()}) < len(places):
         raise ValueError(f"{', '.join(map(str, places.values()))} need a folder each")
 
 
-def files_to_replace(place, overwrite):
-    """What a new run removes from a folder, in order: the files of a run of ours alone.
-
-    ValueError for a folder that is not empty without --overwrite, and for one that holds such names
-    without a run of ours.
-    """
-    if not overwrite:
-        raise ValueError(f"{place} is not empty: go on with its run by --resume {place}, replace "
-                         "it by --overwrite, or give another --out")
+def files_to_replace(place):
+    """What --overwrite removes from a folder, in order; ValueError if that is no run of ours."""
     there = [place / name for name in FILES if (place / name).exists()]
     if there and not folder.is_run(place):
         raise ValueError(f"{there[0]} is not of a run of this program, --overwrite leaves it "
@@ -132,7 +128,7 @@ class RunFolder:
         """Make the folder of a new run, without an older one."""
         if self.here.is_main:
             check_destinations(o)                          # again: another run may just have ended
-            for path in files_to_replace(self.path, overwrite=True):
+            for path in files_to_replace(self.path):
                 path.unlink()
             for path in sorted(self.path.glob("*.tsv")):   # of --predict, or somebody's
                 disk.warn(f"{path} stays: it is of --predict, or not of this run")
