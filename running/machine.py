@@ -239,17 +239,20 @@ def leave():
 
 # --- signals ------------------------------------------------------------------------------
 
-class Signals:
+class Signals(contextlib.ExitStack):
     """Inside `with`, Ctrl-C, SIGTERM and a lost terminal are noted; check() raises Stopped."""
 
     def __init__(self, here):
+        super().__init__()                                 # its end puts the handlers back
         self.here = here
         self.number = 0
 
     def __enter__(self):
-        numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
-        self.previous = {n: signal.signal(n, self.note) for n in numbers
-                         if signal.getsignal(n) is not signal.SIG_IGN}         # as nohup has SIGHUP
+        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+            before = signal.getsignal(number)
+            if before is not signal.SIG_IGN:               # as nohup has SIGHUP
+                signal.signal(number, self.note)
+                self.callback(signal.signal, number, before)
         return self
 
     def note(self, number, frame):
@@ -272,7 +275,3 @@ class Signals:
             together(dist.all_reduce, highest, dist.ReduceOp.MAX)
         if highest:
             raise Stopped(int(highest))
-
-    def __exit__(self, *exception):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)

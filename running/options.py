@@ -188,8 +188,7 @@ def epilog():
         lines.append(f"  {name.replace('_', '-'):14}{cells}")
     lines += ["", "Steps are those of a full-length run; a run of another length keeps the "
               "fractions.", "Other methods have presets of their own:"]
-    for key, changes in EXCEPTIONS.items():
-        where = key if isinstance(key, str) else " on ".join(key)
+    for where, changes in EXCEPTIONS.items():
         values = ", ".join(f"{flag(name)} {value:g}" for name, value in changes.items())
         lines.append(f"  {where}: {values}")
     return "\n".join(lines)

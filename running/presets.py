@@ -25,8 +25,8 @@ PRESETS = {task: dict(zip(COLUMNS, row)) for task, row in ROWS.items()}
 EXCEPTIONS = {
     "full": {"lr": 2e-5}, "lora": {"r": 8, "alpha": 16}, "adalora": {"r": 2, "target_rank": 1},
     "sora": {"r": 8, "alpha": 16, "weight_decay": .1, "warmup": .06, "clip": .1},
-    ("adalora", "cola"): {"r": 3}, ("adalora", "mnli"): {"r": 3}, ("adalora", "qqp"): {"epochs": 5},
-    ("adalora", "qnli"): {"lr": 5e-4}, ("full", "demo"): {"lr": 1e-3}}
+    "adalora on cola": {"r": 3}, "adalora on mnli": {"r": 3}, "adalora on qqp": {"epochs": 5},
+    "adalora on qnli": {"lr": 5e-4}, "full on demo": {"lr": 1e-3}}
 
 
 def preset_of(task, method):
@@ -35,4 +35,4 @@ def preset_of(task, method):
     T = preset.pop("all_steps")
     for name in SCHEDULE:
         preset[name] /= T
-    return preset | EXCEPTIONS.get(method, {}) | EXCEPTIONS.get((method, task), {})
+    return preset | EXCEPTIONS.get(method, {}) | EXCEPTIONS.get(f"{method} on {task}", {})
