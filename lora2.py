@@ -237,7 +237,7 @@ class RankPruner(nn.Module):
         self.to(self.dtype)  # should somebody have cast the pruner with the model
         dense = [p.grad for p in self.all_parameters  # no DTensor, nothing sparse
                  if type(p.grad) is torch.Tensor and p.grad.layout == torch.strided]
-        norm = nn.utils.get_total_norm(dense, math.inf).to(self.sensitivity.device)
+        norm = nn.utils.get_total_norm(dense, math.inf)
 
         grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in self.scored()]
         w = torch.cat(list(map(torch.flatten, self.scored()))).to(self.dtype)
