@@ -194,7 +194,7 @@ class Batch(NamedTuple):
 
 
 def batches(examples, batch_size, pad_id=0, generator=None, skip=0, multiple=8):
-    """Iterate over ceil(N / batch_size) Batches that hold every row once, similar lengths together.
+    """Iterate over Batches that hold every row once, similar lengths together.
 
     generator: a torch.Generator to shuffle the rows, when this is called; None: in order of length.
     skip: how many batches to leave out. multiple: T is the longest row, rounded up to a multiple of

@@ -114,7 +114,7 @@ def lora2_layers(model):
 # --- the regularisers (Eq. 5) -------------------------------------------------------------
 
 def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
-    """R of Eq. 5 without gamma, a scalar. Add it once per optimizer step, not per micro-batch.
+    """The adapters' mean R (Eq. 5) without gamma. Add it once per optimizer step, not micro-batch.
 
     terms: the pairs to take, as in Table 3. ValueError for any other.
     For orthonormal P and Q, which need k ≥ r, ‖ΔW‖² = scale² Σ Λ_i². Then |Λ_i| says how much of ΔW
@@ -134,8 +134,8 @@ def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
                 R = R + off_identity(Gv) + off_identity(Gu)  # ‖vᵀv − I‖² + ‖uuᵀ − I‖²
             if "UV" in terms:
                 R = R + off_identity(GU) + off_identity(GV)  # ‖UᵀU − I‖² + ‖VVᵀ − I‖²
-            # PᵀP = uᵀ(vᵀv)u is (r, r), X = (vᵀv)(uuᵀ) is (k, k). Both have one trace, and
-            # tr X² = tr (PᵀP)². So ‖PᵀP − I_r‖² = tr (X − I_k)² + r − k.
+            # PᵀP = uᵀ(vᵀv)u is (r, r), X = (vᵀv)(uuᵀ) is (k, k). Their traces are equal,
+            # and tr X² = tr (PᵀP)². So ‖PᵀP − I_r‖² = tr (X − I_k)² + r − k.
             if "PQ" in terms:
                 R = R + off_identity(Gv @ Gu) + layer.r - layer.k  # ‖PᵀP − I‖²
                 R = R + off_identity(GV @ GU) + layer.r - layer.k  # ‖QQᵀ − I‖²
@@ -228,8 +228,8 @@ class RankPruner(nn.Module):
         I = |w · ∂L/∂w| estimates how much the loss would change if w were 0. One batch is noisy, so
         Ī is its average over the steps, and Ū that of |I − Ī|. Their product, a heuristic of
         AdaLoRA's, is large only where both are.
-        Ours: without a gradient I is 0. If a gradient of the model is not finite, a GradScaler has
-        skipped the step. Then I is Ī: all Ū shrink by β2, and the order of the scores stays."""
+        Ours: without a gradient I is 0. If a gradient of the model is not finite, as where a
+        GradScaler skips the step, I is Ī: all Ū shrink by β2, and the order of the scores stays."""
         require(any(layer.lam.grad is not None for layer in self.layers),
                 "no adapter has a gradient: call pruner.step() after optimizer.step() and before "
                 "zero_grad(), with a loss that depends on the adapters, and gradient checkpointing "

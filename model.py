@@ -16,7 +16,7 @@ A config is a dict, the content of config.json. What is read of DeBERTaV3-base's
      "pooler_dropout": 0, "cls_dropout": 0.1}
 
 Modules have the names of the checkpoints' keys, which are those of transformers, so that loading is
-one load_state_dict. The families differ in embeddings, attention and head (B rows, T tokens):
+one load_state_dict. Families differ in embeddings, attention and head. B rows, T tokens, in all:
 
     tokens ─ embeddings ─┬─ attention ─ + ─ LayerNorm ─┬─ dense ─ GELU ─ dense ─ + ─ LayerNorm ─
                          └──────────────┘              └─────────────────────────┘   × layers

@@ -127,7 +127,7 @@ def make_optimizer(net, lr, head_lr, weight_decay, outer_lr=None):
 
 
 def endless_batches(examples, o, plan, step, net, here):
-    """Batches as they follow that step, without end; epoch e is shuffled by the seed and e."""
+    """The batches after `step` steps, without end; epoch e is shuffled by the seed and e."""
     epoch, skip = divmod(step, plan.per_epoch)
     while True:
         order = torch.Generator().manual_seed(o.seed * 1_000_003 + epoch)
@@ -180,7 +180,7 @@ def task_loss(logits, labels):
 
 
 def update(optimizer, parameters, loss, plan, step, max_norm, finite):
-    """Clip the gradients to a norm, set this step's learning rates, AdamW; after a NaN nothing.
+    """Clip the gradients to a norm, set this step's learning rates, AdamW: no step after a NaN.
 
     A fused AdamW whose found_inf is 1 skips its steps, as with a GradScaler. Nothing here waits for
     the device: finite.check() raises later.
