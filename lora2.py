@@ -114,7 +114,7 @@ def lora2_layers(model):
 # --- the regularisers (Eq. 5) -------------------------------------------------------------
 
 def orthogonality_loss(model, terms=("uv", "UV", "PQ")):
-    """The adapters' mean R (Eq. 5) without gamma. Add it once per optimizer step, not micro-batch.
+    """R of Eq. 5 without gamma, a scalar: a mean over adapters. Add it once per optimizer step.
 
     terms: the pairs to take, as in Table 3. ValueError for any other.
     For orthonormal P and Q, which need k ≥ r, ‖ΔW‖² = scale² Σ Λ_i². Then |Λ_i| says how much of ΔW

@@ -280,7 +280,7 @@ def around(tokenizer):
 # --- writing ------------------------------------------------------------------------------------
 
 def check_words(tokenizer, ids, not_special, name):
-    """ValueError if over half of the tokens that are not special, so many, are unknown."""
+    """ValueError if over half of the tokens are unknown; not_special: how many to count."""
     unknown = 0
     for token in ("[UNK]", "<unk>"):
         if tokenizer.token_to_id(token) is not None:

@@ -105,7 +105,7 @@ SIZES = {"lora2.py": 469,           # 350: readers preferred 472 lines to 423
          "the four that are read": 1450,
          "product": 6912,           # 4,300: all but tests/ and experiments/
          "experiments": 3737,       # 2,400
-         "tests": 12148}           # 9,500
+         "tests": 12155}           # 9,500
 
 
 def test_what_is_read_stays_small():

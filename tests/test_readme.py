@@ -244,7 +244,14 @@ def test_what_is_said_of_performance():
     step = 1000 * content["details"]["seconds, T=128"]["own LoRA² k=1"]["value"]
     text = " ".join(README.split())
     assert f"takes {ms[0]:.0f} ms at 128 tokens and {ms[1]:.0f} ms at 256" in text
-    assert f"a step of 8 rows takes {step / 1000:.1f} s" in text
+    hours = round(PRESETS["rte"]["all_steps"] * 32 / 8 * step / 1000 / 3600)
+    assert f"a step of 8 rows takes {step / 1000:.1f} s, and RTE {({8: 'eight'})[hours]} hours" in text
+    more = [f"{100 * gpu['rows'][f'1 k={k}']['result']['value'] - 100:.0f} %" for k in (1, 8)]
+    assert f"on an H100 {more[0]} or {more[1]}." in said
+    story = json.loads((FILES / "pruning-stsb.json").read_text(encoding="utf-8"))
+    assert f"told to keep {story['budget']} of {story['singular_values']}." in text
+    page = (FILES / "small-all-MiniLM-L6-v2" / "pruning.md").read_text(encoding="utf-8")
+    assert "| −0.71 [" in page and "CoLA lost 0.7 points" in text
     assert "On two cores of an Intel Xeon, fp32." in PERFORMANCE and content["dtype"] == "fp32"
 
 
